@@ -1,0 +1,1 @@
+"""Train FLAVA from the shards that `pmd_pipeline` builds."""

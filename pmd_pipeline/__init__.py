@@ -1,0 +1,1 @@
+"""Build the Public Multimodal Datasets: nine sources to shards, manifest and statistics."""

@@ -1,0 +1,1 @@
+"""Predicates on captions and on images: a filter is one function, counted under its own name."""

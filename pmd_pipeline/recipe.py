@@ -1,0 +1,282 @@
+"""Recipes: TOML that says what to do, checked before anything is done, and frozen after."""
+
+import difflib
+import inspect
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from pmd_pipeline import sources
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.filters import caption as caption_filters
+from pmd_pipeline.filters import image as image_filters
+
+Keywords = dict[str, Any]
+"""Keyword arguments of a filter or of a source's `read`, checked against its signature."""
+
+
+class RecipeError(PmdError):
+    """A recipe says something that cannot be done; the sentence says where and what is possible."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Clean(_Section):
+    """Optional cleaning of captions before the filters; the paper does none of it.
+
+    Args:
+        entities: `&amp;` becomes `&`.
+        html: tags go; `<3`, `a < b` and `<PERSON>` stay.
+        urls: addresses go.
+        camera_names: a text that is only a camera's file name (`IMG_1234.JPG`) becomes empty.
+    """
+
+    entities: bool = False
+    html: bool = False
+    urls: bool = False
+    camera_names: bool = False
+
+
+class Captions(_Section):
+    """Which candidates of a row become pairs.
+
+    Args:
+        choose: `all` makes each candidate a pair; `first` makes the first that passes the filters
+            the row's one pair.
+        filters: predicates of `filters/caption.py` by name with their keyword arguments, in order.
+        clean: see `Clean`.
+        drop_repeats: drop a pair whose caption and box its record already has.
+    """
+
+    choose: Literal["all", "first"] = "all"
+    filters: dict[str, Keywords] = Field(default_factory=dict)
+    clean: Clean = Clean()
+    drop_repeats: bool = False
+
+
+class Images(_Section):
+    """What becomes of the fetched bytes.
+
+    Args:
+        size: pixels of the side that `mode` names; larger images are made smaller, never the
+            other way round.
+        mode: `shorter` or `longer` side, or `none` to leave the size alone.
+        quality: of the JPEG, 1 to 100.
+        max_bytes: larger bodies are not fetched (`too_large`).
+        max_pixels: larger images are not decoded (`bomb`).
+        filters: predicates of `filters/image.py` by name with their keyword arguments, in order.
+    """
+
+    size: Annotated[int, Field(ge=16, le=8192)] = 256
+    mode: Literal["shorter", "longer", "none"] = "shorter"
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    max_bytes: Annotated[int, Field(ge=1)] = 64 << 20
+    max_pixels: Annotated[int, Field(ge=1)] = 128_000_000
+    filters: dict[str, Keywords] = Field(default_factory=dict)
+
+
+class Fetch(_Section):
+    """How images are asked for. No digest covers this section: it is manners, not data.
+
+    Args:
+        contact: mail or web address for the User-Agent, so that a host can reach whoever asks.
+        concurrency: requests in flight in each task.
+        per_host: requests in flight to one host in each task.
+        timeout: seconds for one address, all attempts' bodies included.
+        retries: further attempts after a failure that may pass by itself.
+        connect_to: host (`*.example` for all below it) to `address:port` that is asked instead, as
+            with curl's option of that name; a host named here may be on a private network.
+    """
+
+    contact: str = ""
+    concurrency: Annotated[int, Field(ge=1, le=4096)] = 32
+    per_host: Annotated[int, Field(ge=1, le=1024)] = 8
+    timeout: Annotated[float, Field(gt=0)] = 30.0
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
+    connect_to: dict[str, str] = Field(default_factory=dict)
+
+
+class Recipe(_Section):
+    """What to do with one source.
+
+    Args:
+        source: name of the source.
+        form: the form of its annotation files to read; None takes the first that is there.
+        options: keyword arguments of the source's `read`.
+        part_records: about how many records make a part.
+    """
+
+    source: str
+    form: str | None = None
+    options: Keywords = Field(default_factory=dict)
+    captions: Captions = Captions()
+    images: Images = Images()
+    fetch: Fetch = Fetch()
+    part_records: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+
+    def index_rules(self) -> dict[str, Any]:
+        """The part of the recipe that shapes the index."""
+        return self.model_dump(mode="json", exclude={"images", "fetch"})
+
+    def shard_rules(self) -> dict[str, Any]:
+        """The part of the recipe that shapes shards, given their index."""
+        return {"images": self.images.model_dump(mode="json")}
+
+    def rules(self) -> dict[str, Any]:
+        """All of the recipe that shapes data: what the manifest holds."""
+        return {**self.index_rules(), **self.shard_rules()}
+
+
+def load_recipe(name_or_path: str, changes: Mapping[str, Any] | None = None) -> list[Recipe]:
+    """The recipes that a name (`yfcc100m`, `pmd`) or a TOML file stands for, checked.
+
+    A file with `include = [...]` stands for the recipes it names, each changed by the file's other
+    sections. `changes` are laid over each recipe last.
+
+    Raises:
+        RecipeError: no such recipe, no TOML, an unknown key, a value out of range, an unknown
+            filter or an argument that it does not take.
+    """
+    path = _find(name_or_path)
+    content = _read(path)
+    if "include" not in content:
+        return [_checked(path, _merged(content, changes or {}))]
+    included, rest = content["include"], {k: v for k, v in content.items() if k != "include"}
+    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+        raise RecipeError(f"{path}: include must be a list of recipe names")
+    return [
+        _checked(path, _merged(_merged(_read(_find(name)), rest), changes or {}))
+        for name in included
+    ]
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
+
+
+def recipe_folder() -> Path:
+    """Where the recipes are: inside an installed package, or beside it in a checkout."""
+    packed = Path(__file__).parent / "_recipes"
+    return packed if packed.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def predicate(module: ModuleType, name: str, keywords: Mapping[str, Any]) -> Callable[..., bool]:
+    """The filter `name` of `module` with its keyword arguments bound.
+
+    Raises:
+        RecipeError: no such filter, or it does not take these arguments.
+    """
+    found = {
+        known: function
+        for known, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and not known.startswith("_")
+    }
+    if name not in found:
+        raise RecipeError(f"no filter {name!r} in {module.__name__}; {_near(name, found)}")
+    checked = keywords_of(found[name], keywords, where=f"filter {name}")
+
+    def bound(value: object) -> bool:
+        return bool(found[name](value, **checked))
+
+    return bound
+
+
+def keywords_of(
+    function: Callable[..., object], given: Mapping[str, Any], *, where: str
+) -> Keywords:
+    """`given` with the defaults of the function's keyword-only arguments, types checked.
+
+    Raises:
+        RecipeError: an argument is unknown, missing or of the wrong type.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    fields: dict[str, Any] = {
+        name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    model = create_model(where, __config__=ConfigDict(extra="forbid"), **fields)
+    try:
+        checked: Keywords = model(**given).model_dump(mode="json")
+    except ValidationError as error:
+        raise RecipeError(_sentence(where, error, list(fields))) from error
+    return checked
+
+
+def _find(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise RecipeError(f"{path}: there is no such recipe file")
+        return path
+    known = recipe_folder() / f"{name_or_path}.toml"
+    if not known.is_file():
+        raise RecipeError(f"no recipe {name_or_path!r}; {_near(name_or_path, recipe_names())}")
+    return known
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: this is no TOML: {error}") from error
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with the values of `above` laid over it, table by table."""
+    both = dict(below)
+    for name, value in above.items():
+        old = both.get(name)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and name != "filters":
+            both[name] = _merged(old, value)
+        else:
+            both[name] = value
+    return both
+
+
+def _checked(path: Path, content: Mapping[str, Any]) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(_sentence(str(path), error, _known_keys(error))) from error
+    source = sources.load(recipe.source)
+    for module, filters in (
+        (caption_filters, recipe.captions.filters),
+        (image_filters, recipe.images.filters),
+    ):
+        for name, keywords in filters.items():
+            predicate(module, name, keywords)
+    options = keywords_of(source.read, recipe.options, where=f"{path} [options]")
+    return recipe.model_copy(update={"options": options})
+
+
+def _known_keys(error: ValidationError) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for step in error.errors()[0]["loc"][:-1]:
+        inner = (
+            model.model_fields[str(step)].annotation if str(step) in model.model_fields else None
+        )
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return list(model.model_fields)
+
+
+def _sentence(where: str, error: ValidationError, known: Sequence[str]) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(step) for step in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key!r}; {_near(str(first['loc'][-1]), known)}"
+    return f"{where}: {key} = {json.dumps(first['input'], default=str)}: {first['msg'].lower()}"
+
+
+def _near(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"

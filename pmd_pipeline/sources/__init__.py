@@ -1,0 +1,138 @@
+"""One module per source, found by its name; each has `INFO` and `read()`.
+
+A source module tells what upstream publishes (`INFO`) and what the rows of one span of it say
+(`read`). It knows nothing of filters, of fetching or of shards. The keyword-only arguments of
+`read` are the `[options]` of its recipe.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.record import BadRow, Row
+from pmd_pipeline.upstream import Span, UpstreamFile, as_one, find, fits
+
+
+@dataclass(frozen=True)
+class Published:
+    """One annotation file, or one family of them, as upstream publishes it.
+
+    Args:
+        pattern: glob that the file's base name fits, without `.gz` or `.bz2`.
+        what: what the file is, in a few words.
+        url: where it can be downloaded without asking anyone.
+        sha256: of what is behind `url`, where known.
+        num_bytes: size of what is behind `url`, where known.
+        form: files of one form make a complete input; the first form that is there is read.
+        role: what the file is among the files of its form, told to `read` in `span.role`.
+        needed: the form is incomplete without such a file.
+        cut: how the file is cut into spans; None for a file that is read beside every span.
+    """
+
+    pattern: str
+    what: str
+    url: str | None = None
+    sha256: str | None = None
+    num_bytes: int | None = None
+    form: str = "main"
+    role: str = ""
+    needed: bool = True
+    cut: Callable[[UpstreamFile], Sequence[tuple[int, int | None]]] | None = as_one
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a user must know of a source before building it.
+
+    Args:
+        title: upstream's name.
+        homepage: upstream's page.
+        licence: of the annotations and of the images, in a sentence.
+        citation: authors, title, venue, year.
+        published: every file that `read` understands, preferred forms first.
+        images: where images come from and what is left of them.
+        paper_pairs: pairs in FLAVA's table of PMD.
+        paper_words: mean caption length in words in the same table.
+        by_hand: what the user has to fetch themself and where; empty when nothing.
+        upstream_rows: rows upstream publishes, where it says so.
+        shares_coco: some images are COCO's, so Karpathy's held-out images are looked for.
+    """
+
+    title: str
+    homepage: str
+    licence: str
+    citation: str
+    published: tuple[Published, ...]
+    images: str
+    paper_pairs: int
+    paper_words: float
+    by_hand: str = ""
+    upstream_rows: int | None = None
+    shares_coco: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source module with its parts named and typed."""
+
+    name: str
+    info: Info
+    read: Callable[..., Iterator[Row | BadRow]]
+
+
+def names() -> list[str]:
+    """Every source there is, by name, in alphabetical order."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def load(name: str) -> Source:
+    """The source called `name`.
+
+    Raises:
+        PmdError: there is no such source.
+    """
+    if name not in names():
+        raise PmdError(f"no source {name!r}; there are {', '.join(names())}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    return Source(name=name, info=cast(Info, module.INFO), read=module.read)
+
+
+def find_spans(source: Source, folder: str, form: str | None = None) -> list[Span]:
+    """The spans of the source's files under `folder`, in upstream order.
+
+    Takes `form`, or the first form of `INFO.published` whose needed files are all there.
+
+    Raises:
+        PmdError: no form is complete; the sentence names what is missing.
+    """
+    files = find(folder)
+    forms = list(dict.fromkeys(entry.form for entry in source.info.published))
+    if form is not None and form not in forms:
+        raise PmdError(f"{source.name} has no form {form!r}; it has {', '.join(forms)}")
+    missing: list[str] = []
+    for name in [form] if form else forms:
+        entries = [entry for entry in source.info.published if entry.form == name]
+        there = {e: [file for file in files if fits(file, e.pattern)] for e in entries}
+        lacking = [e.pattern for e in entries if e.needed and not there[e]]
+        if not lacking and any(there.values()):
+            return _spans(there)
+        missing.append(" and ".join(lacking or [e.pattern for e in entries]))
+    raise PmdError(
+        f"{folder} has no {', nor '.join(missing)}: {source.info.by_hand or 'put the file there'}"
+    )
+
+
+def _spans(there: dict[Published, list[UpstreamFile]]) -> list[Span]:
+    beside = tuple(
+        (entry.role, file) for entry, files in there.items() if not entry.cut for file in files
+    )
+    return [
+        Span(file, start, stop, entry.form, entry.role, beside)
+        for entry, files in there.items()
+        if entry.cut
+        for file in files
+        for start, stop in entry.cut(file)
+    ]
