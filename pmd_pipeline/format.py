@@ -1,0 +1,226 @@
+"""What lies on disk: names of files, words for reasons, ledgers, reports and manifests.
+
+This is all of `pmd_pipeline` that `flava_train` may import.
+"""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT = 1
+"""Version of everything below; a change makes every part stale."""
+
+DROPPED = {
+    "bad_row": "the upstream row cannot be understood",
+    "bad_box": "the region has no area inside the image",
+    "heldout": "the image is in an evaluation split (Karpathy's, or Flickr30k's val and test)",
+    "limit": "the record lies beyond --limit in key order",
+    "no_caption": "upstream has the image, but no text for it",
+    "no_image": "upstream has the text, but says nowhere what image it belongs to",
+    "no_text": "the text is empty",
+    "page_language": "the page is in another language (WIT)",
+    "repeat": "the record already has this caption on this box",
+    "rule": "upstream's own rule for PMD refuses the text (WIT)",
+    "split": "upstream's split is not one that the recipe takes",
+    "video": "the row is a video (YFCC100M)",
+}
+"""Decisions of the recipe; a filter adds its own name."""
+
+FAILED = {
+    "blocked_address": "the address is not http or https, or leads where nobody may be sent",
+    "bomb": "more pixels than the recipe decodes",
+    "caption_mismatch": "the local shard has another caption for this address",
+    "changed": "the bytes are not those whose sha256 is known",
+    "connect": "no connection, or it broke",
+    "dns": "the host has no address",
+    "empty": "the answer has no body",
+    "http_403": "forbidden",
+    "http_404": "not found",
+    "http_410": "gone",
+    "http_429": "too many requests, still after the last attempt",
+    "http_4xx": "another refusal",
+    "http_5xx": "the server is in trouble, still after the last attempt",
+    "not_an_image": "the bytes are no image that can be read",
+    "not_in_archive": "none of the local images has this name",
+    "placeholder": "the picture that hosts show in place of a removed one",
+    "redirects": "more redirects than anyone needs",
+    "svg": "a drawing, not a picture",
+    "timeout": "no whole answer in the time allowed",
+    "tls": "the certificate is wrong, or TLS failed",
+    "too_large": "more bytes than the recipe fetches",
+    "truncated": "the image ends early",
+    "wrong_size": "not the proportions that upstream states, so its boxes do not fit",
+}
+"""What the world did; a closed vocabulary."""
+
+WORKED = "success"
+"""`status` of a ledger row whose image is in the tar; img2dataset's word."""
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileDigest(_Stored):
+    """A file by its content: `name` without folder, sha256 as hex, size in bytes."""
+
+    name: str
+    sha256: str
+    num_bytes: int
+
+
+class Counts(_Stored):
+    """Pairs, by what became of them; law 1 is that they add up.
+
+    Args:
+        pairs_in: pairs that came in.
+        kept: pairs that are there.
+        dropped: pairs by the decision of the recipe that left them out.
+        failed: pairs by the fault of the world that lost them.
+    """
+
+    pairs_in: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = Field(default_factory=dict)
+    failed: dict[str, int] = Field(default_factory=dict)
+
+    def unaccounted(self) -> int:
+        """Pairs that came in and are neither kept, dropped nor failed: zero, by law 1."""
+        lost = sum(self.dropped.values()) + sum(self.failed.values())
+        return self.pairs_in - self.kept - lost
+
+
+class Timing(_Stored):
+    """When, where and how long; no digest covers it."""
+
+    started: float = 0.0
+    seconds: float = 0.0
+    host: str = ""
+
+
+class Report(_Stored):
+    """What became of one part; written last, so its presence means that the part is done.
+
+    Args:
+        dependency: digest of all that the part depends on (index part, rules, format).
+        counts: pairs of the part.
+        records: rows of the ledger.
+        images: samples in the tar.
+        words: pairs kept by their number of words.
+        fetched_bytes: bytes of all images as they came.
+        tar: the shard.
+        ledger: its ledger.
+        versions: libraries that shape bytes.
+        timing: see `Timing`.
+    """
+
+    format: int = FORMAT
+    source: str
+    part: int
+    dependency: str
+    counts: Counts
+    records: int
+    images: int
+    words: dict[int, int]
+    fetched_bytes: int
+    tar: FileDigest
+    ledger: FileDigest
+    versions: dict[str, str]
+    timing: Timing = Timing()
+
+
+class SourceEntry(_Stored):
+    """What a manifest says of one source.
+
+    Args:
+        licence: of annotations and images.
+        citation: what to cite.
+        counts: pairs from the first upstream row to the last shard.
+        images: samples in the shards.
+        unique_images: distinct images among them, by the bytes as fetched.
+        words: pairs kept by their number of words.
+        rules: the resolved recipe, as far as it shapes data.
+        rules_sha256: digest of `rules`.
+        upstream: annotation files read.
+        leakage: digest of the `dataset_coco.json` whose held-out images were left out, `none` where
+            the source shares no images with COCO, `not checked` where no such file was there.
+        limit: records asked for with `--limit`.
+    """
+
+    licence: str
+    citation: str
+    counts: Counts
+    images: int
+    unique_images: int
+    words: dict[int, int]
+    rules: dict[str, Any]
+    rules_sha256: str
+    upstream: list[FileDigest]
+    leakage: str
+    limit: int | None = None
+
+
+class ShardEntry(_Stored):
+    """One shard of a manifest; `path` is relative to the manifest, or a URL."""
+
+    source: str
+    part: int
+    path: str
+    sha256: str
+    num_bytes: int
+    ledger_sha256: str
+    records: int
+    images: int
+    pairs: int
+
+    @property
+    def ledger_path(self) -> str:
+        """Where the ledger is: beside the tar."""
+        return self.path.removesuffix(".tar") + ".parquet"
+
+
+class Manifest(_Stored):
+    """Which shards make a dataset. `digest` is the dataset's version.
+
+    Args:
+        kind: what a sample is.
+        versions: libraries that shape bytes.
+        missing: parts that are planned but not there, by source; empty in a finished dataset.
+    """
+
+    format: int = FORMAT
+    name: str
+    kind: Literal["pairs", "images", "text"] = "pairs"
+    sources: dict[str, SourceEntry]
+    shards: list[ShardEntry]
+    versions: dict[str, str]
+    missing: dict[str, list[int]] = Field(default_factory=dict)
+    digest: str = ""
+
+    def computed_digest(self) -> str:
+        """sha256 of the canonical JSON of all but `digest` and where the shards lie."""
+        content = self.model_dump(mode="json", exclude={"digest": True})
+        for shard in content["shards"]:
+            del shard["path"]
+        return digest(content)
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys, no blanks and no escapes beyond what JSON demands."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest(value: object) -> str:
+    """sha256 of the canonical JSON of `value`, as hex."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def part_name(part: int) -> str:
+    """The name that the files of a part share.
+
+    >>> part_name(7)
+    '00007'
+    """
+    return f"{part:05d}"
