@@ -151,14 +151,14 @@ def lines(span: Span) -> Iterator[bytes]:
             yield line.rstrip(b"\r\n")
 
 
-def json_items(file: UpstreamFile, prefix: str) -> Iterator[Any]:
+def json_items(file: UpstreamFile, prefix: str, *, optional: bool = False) -> Iterator[Any]:
     """The values at `prefix` of a JSON file, one by one, in bounded memory.
 
     `prefix` is ijson's: `item` for each of a top-level list, `images.item` for each of a list under
     a key. Integers stay integers; other numbers are floats.
 
     Raises:
-        PmdError: the file is no JSON, or has no list at `prefix`.
+        PmdError: the file is no JSON, or has no list at `prefix` and that is not `optional`.
     """
     empty = True
     with open_upstream(file) as raw:
@@ -168,7 +168,11 @@ def json_items(file: UpstreamFile, prefix: str) -> Iterator[Any]:
                 yield value
         except ijson.JSONError as error:
             raise PmdError(f"{file} is no whole JSON file ({error}): download it again") from error
-    if empty and not _has_list(file, prefix.removesuffix("item").removesuffix(".")):
+    if (
+        empty
+        and not optional
+        and not _has_list(file, prefix.removesuffix("item").removesuffix("."))
+    ):
         raise PmdError(
             f"{file} is JSON, but has no list at {prefix.removesuffix('.item')!r}: is it the file "
             "this source reads?"

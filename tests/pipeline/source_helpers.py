@@ -1,0 +1,30 @@
+"""What the tests of all sources share: reading a folder whole."""
+
+from pathlib import Path
+
+import pytest
+
+from pmd_pipeline.record import BadRow, Row
+from pmd_pipeline.sources import find_spans, load
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+SAMPLES = Path(__file__).parents[2].parent / "shared" / "samples"
+needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/samples here")
+
+
+def read_all(name, folder, form=None, **options):
+    source = load(name)
+    spans = find_spans(source, str(folder), form)
+    return [row for span in spans for row in source.read(span, **options)]
+
+
+def sound(rows):
+    return [row for row in rows if isinstance(row, Row)]
+
+
+def bad(rows):
+    return [row for row in rows if isinstance(row, BadRow)]
+
+
+def texts(rows):
+    return [one.text for row in sound(rows) for one in row.candidates]
