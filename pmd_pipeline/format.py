@@ -42,6 +42,7 @@ FAILED = {
     "http_429": "too many requests, still after the last attempt",
     "http_4xx": "another refusal",
     "http_5xx": "the server is in trouble, still after the last attempt",
+    "no_part": "its part is not built: run the same command again",
     "not_an_image": "the bytes are no image that can be read",
     "not_in_archive": "none of the local images has this name",
     "placeholder": "the picture that hosts show in place of a removed one",
@@ -69,6 +70,12 @@ class FileDigest(_Stored):
     name: str
     sha256: str
     num_bytes: int
+
+    @classmethod
+    def of(cls, name: str, content: bytes) -> "FileDigest":
+        """The digest of a file whose content is at hand."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        return cls(name=name, sha256=sha256, num_bytes=len(content))
 
 
 class Counts(_Stored):

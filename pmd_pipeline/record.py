@@ -76,7 +76,9 @@ def key_of(source: str, image_id: str) -> str:
     >>> key_of("coco", "391895")
     '64c23fe1967b35c0'
     """
-    return hashlib.blake2b(f"{source}\0{image_id}".encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(
+        f"{source}\0{image_id}".encode(errors="replace"), digest_size=8
+    ).hexdigest()
 
 
 def url_id(url: str) -> str:

@@ -74,6 +74,20 @@ def sizes(folder: str) -> dict[str, int]:
     }
 
 
+def folders(folder: str) -> list[str]:
+    """Names of the folders directly in `folder`, sorted; none where there is no such folder."""
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    try:
+        found = filesystem.ls(path, detail=True, refresh=True)
+    except FileNotFoundError:
+        return []
+    return sorted(
+        entry["name"].rstrip("/").rsplit("/", 1)[-1]
+        for entry in found
+        if entry["type"] == "directory"
+    )
+
+
 def remove(address: str) -> None:
     """Delete a file, or a folder with all that is in it; nothing happens where there is none."""
     filesystem, path = fsspec.core.url_to_fs(address)

@@ -1,0 +1,79 @@
+"""Which candidates of a row become pairs, and why the others do not."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pmd_pipeline.cleaning import clean
+from pmd_pipeline.filters import caption as caption_filters
+from pmd_pipeline.recipe import Captions, predicate
+from pmd_pipeline.record import Box, Candidate, Row, one_line
+
+
+class Pair(NamedTuple):
+    """One pair of a row: kept where `reason` is None.
+
+    `text` is the caption as it will be stored; of a dropped pair, the last one looked at.
+    """
+
+    text: str | None
+    field: str | None
+    box: Box | None
+    reason: str | None
+
+
+class Chooser:
+    """Turns rows into pairs by the `[captions]` of a recipe.
+
+    `fields` counts what became of each candidate that was looked at, by field and by reason
+    (`kept` for the winners): with `choose = "first"` this is more than the pairs' reasons tell.
+    """
+
+    def __init__(self, captions: Captions) -> None:
+        self.fields: Counter[tuple[str, str]] = Counter()
+        self._first = captions.choose == "first"
+        self._cleaning = captions.clean.model_dump()
+        self._cleans = any(self._cleaning.values())
+        self._filters: list[tuple[str, Callable[..., bool]]] = [
+            (name, predicate(caption_filters, name, keywords))
+            for name, keywords in captions.filters.items()
+        ]
+
+    def pairs(self, row: Row) -> list[Pair]:
+        """The row's pairs, kept and dropped; none for a row that only knows the image.
+
+        A refused row drops its pairs unseen. With `choose = "first"` a row is one pair: the first
+        candidate that passes, or else the reason of the last that has text.
+        """
+        if row.refused:
+            candidates = row.candidates[:1] if self._first else row.candidates
+            unseen = [Pair(one.text, one.field, one.box, row.refused) for one in candidates]
+            return unseen or [Pair(None, None, None, row.refused)]
+        if not self._first:
+            return [self._judged(one, filtered=row.filtered) for one in row.candidates]
+        last = Pair(None, None, None, "no_caption" if not row.candidates else "no_text")
+        for one in row.candidates:
+            pair = self._judged(one, filtered=row.filtered)
+            if pair.reason is None:
+                return [pair]
+            if pair.reason != "no_text":
+                last = pair
+        return [last]
+
+    def _judged(self, one: Candidate, *, filtered: bool) -> Pair:
+        text = one_line(one.text)
+        if self._cleans:
+            text = one_line(clean(text, **self._cleaning))
+        reason = one.refused or self._refusal(text, filtered=filtered)
+        self.fields[one.field, reason or "kept"] += 1
+        return Pair(text, one.field, one.box, reason)
+
+    def _refusal(self, text: str, *, filtered: bool) -> str | None:
+        if not text:
+            return "no_text"
+        if filtered:
+            return None
+        for name, passes in self._filters:
+            if not passes(text):
+                return name
+        return None

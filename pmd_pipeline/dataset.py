@@ -1,0 +1,229 @@
+"""A whole source, from its annotation files to its manifest, through the stages."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from pmd_pipeline import annotations, sources
+from pmd_pipeline.build import WEB, PartTask, build_part, done_report, part_dependency
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.format import Manifest, Report
+from pmd_pipeline.img2dataset import catalogue, is_img2dataset
+from pmd_pipeline.index import Index, build_index
+from pmd_pipeline.leakage import KARPATHY_FILE
+from pmd_pipeline.manifest import merged, save_manifest, source_manifest
+from pmd_pipeline.parallel import Pool, WorkerDied, open_pool
+from pmd_pipeline.progress import Show
+from pmd_pipeline.recipe import Recipe, load_recipe
+from pmd_pipeline.shelves import open_shelf, stamp
+from pmd_pipeline.storage import is_local, join, sizes
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to build and where.
+
+    Args:
+        raw: folder of the annotation files.
+        data: address under which `index/` and `shards/` lie.
+        manifest: address of the manifest to write.
+        limit: build only so many records, in key order; None builds all.
+        places: where images are looked for, in order: `web`, or paths of folders, zips and tars.
+    """
+
+    recipe: Recipe
+    raw: str
+    data: str
+    manifest: str
+    limit: int | None = None
+    places: tuple[str, ...] = (WEB,)
+
+    @property
+    def index(self) -> str:
+        """Folder of the source's index."""
+        return join(self.data, "index", self.recipe.source)
+
+    @property
+    def shards(self) -> str:
+        """Folder of the source's shards."""
+        return join(self.data, "shards", self.recipe.source)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for, of one or of many sources.
+
+    Args:
+        recipes: names or paths of recipes; one that includes others gives a manifest of them all.
+        out: address for index and shards.
+        manifests: address for manifests.
+        raw: folder of annotation files, one source's or with a folder for each; None takes
+            `out/raw/SOURCE`, where what upstream gives freely is downloaded to.
+        images: see `Order.places`.
+        changes: laid over every recipe.
+    """
+
+    recipes: tuple[str, ...]
+    out: str
+    manifests: str
+    raw: str | None = None
+    images: tuple[str, ...] = (WEB,)
+    limit: int | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    runner: str = "ray"
+    workers: int | None = None
+    ray_address: str | None = None
+
+
+@dataclass
+class Built:
+    """Manifests with their addresses, and a sentence for each part that failed."""
+
+    manifests: list[tuple[str, Manifest]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def build_all(request: Request, show: Show) -> Built:
+    """Build every source that is asked for, one after another, then the manifests of many.
+
+    Raises:
+        PmdError: nothing is asked for, a recipe is wrong, the input is missing or wrong, or
+            nothing can be written.
+    """
+    if not request.recipes:
+        raise PmdError("nothing to build: give --source NAME, --all or --recipe FILE")
+    groups = {name: load_recipe(name, request.changes) for name in request.recipes}
+    built = Built()
+    done: dict[str, str] = {}
+    with open_pool(request.runner, request.workers, request.ray_address) as pool:
+        for recipe in chain.from_iterable(groups.values()):
+            if recipe.source not in done:
+                order = _order(request, recipe, show)
+                done[recipe.source] = order.manifest
+                manifest, failures = build_source(order, pool, show)
+                built.manifests.append((order.manifest, manifest))
+                built.failures += failures
+    by_path = dict(built.manifests)
+    for name, recipes in groups.items():
+        if len(recipes) > 1:
+            path = join(request.manifests, f"{Path(name).stem}.json")
+            paths = [done[recipe.source] for recipe in recipes]
+            manifest = merged(Path(name).stem, path, [(one, by_path[one]) for one in paths])
+            save_manifest(path, manifest)
+            built.manifests.append((path, manifest))
+    return built
+
+
+def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[str]]:
+    """Index, build and list one source; what is done and still true is not done again.
+
+    Returns the manifest, and a sentence for each part that failed.
+
+    Raises:
+        PmdError: the input is missing or wrong, or nothing can be written.
+    """
+    source = order.recipe.source
+    catalogues = tuple(_catalogues(order, pool))
+    for place in order.places:
+        if place != WEB and place not in dict(catalogues):
+            open_shelf(place)  # says what is wrong with it before hours of indexing
+    with show.stage(f"{source} index", "rows") as stage:
+        index = build_index(order.recipe, order.raw, order.index, pool, stage.watch)
+        stage.finished("", {"rows": index.rows})
+    if index.leakage == "not checked":
+        show.say(
+            f"{source}: no {KARPATHY_FILE} in {order.raw} or beside it, so evaluation images were "
+            "not left out; the manifest says so"
+        )
+    tasks = list(_tasks(order, index, catalogues))
+    there = sizes(order.shards)
+    reports = {task.part.part: report for task in tasks if (report := done_report(task, there))}
+    waiting = [task for task in tasks if task.part.part not in reports]
+    failures: list[str] = []
+    num_records = sum(_records(task) for task in tasks)
+    with show.stage(f"{source} build", "records", num_records) as stage:
+        for report in reports.values():
+            stage.found(_counts(report))
+        for task, result in pool.run(build_part, waiting, stage.watch):
+            if isinstance(result, WorkerDied):
+                failures.append(str(result))
+            else:
+                reports[task.part.part] = result
+                stage.finished(str(task), _counts(result))
+    manifest = source_manifest(
+        order.recipe,
+        index,
+        [reports[part] for part in sorted(reports)],
+        order.shards,
+        order.manifest,
+        order.limit,
+        [task.part.part for task in tasks],
+    )
+    save_manifest(order.manifest, manifest)
+    return manifest, failures
+
+
+def _order(request: Request, recipe: Recipe, show: Show) -> Order:
+    """What to build of one source, its annotation files being there."""
+    source = sources.load(recipe.source)
+    if request.raw is None:
+        raw = join(request.out, "raw", recipe.source)
+        if not is_local(raw):
+            raise PmdError(f"annotation files cannot be read from {raw}: give a local --raw")
+        with show.stage(f"{recipe.source} annotations", "bytes") as stage:
+            annotations.ensure(source, raw, recipe.form, recipe.fetch.contact, stage.watch)
+    else:
+        below = Path(request.raw) / recipe.source
+        raw = str(below) if below.is_dir() else request.raw
+        if not Path(raw).is_dir():
+            raise PmdError(f"--raw {raw}: there is no such folder")
+    return Order(
+        recipe=recipe,
+        raw=raw,
+        data=request.out,
+        manifest=join(request.manifests, f"{recipe.source}.json"),
+        limit=request.limit,
+        places=request.images,
+    )
+
+
+def _tasks(
+    order: Order, index: Index, catalogues: tuple[tuple[str, str], ...]
+) -> Iterator[PartTask]:
+    """The parts to build; with a limit, the first ones, the last of them in part."""
+    stamps = [place if place == WEB else stamp(place) for place in order.places]
+    left = order.limit
+    for part in index.parts:
+        if left is not None and left <= 0:
+            return
+        limit = left if left is not None and left < part.records else None
+        yield PartTask(
+            recipe=order.recipe,
+            index=order.index,
+            part=part,
+            limit=limit,
+            shards=order.shards,
+            places=order.places,
+            catalogues=catalogues,
+            dependency=part_dependency(order.recipe, part, limit, stamps),
+        )
+        left = None if left is None else left - part.records
+
+
+def _counts(report: Report) -> dict[str, int]:
+    failed = sum(report.counts.failed.values())
+    return {"records": report.records, "images": report.images, "failed": failed}
+
+
+def _records(task: PartTask) -> int:
+    return task.part.records if task.limit is None else task.limit
+
+
+def _catalogues(order: Order, pool: Pool) -> Iterator[tuple[str, str]]:
+    for number, place in enumerate(order.places):
+        if place != WEB and is_img2dataset(place):
+            folder = join(order.index, f"img2dataset-{number}")
+            catalogue(place, folder, pool)
+            yield place, folder

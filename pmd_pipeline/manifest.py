@@ -1,0 +1,201 @@
+"""Reports become a manifest: which shards make a dataset, proved by one digest."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from pmd_pipeline import sources
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.format import (
+    WORKED,
+    Counts,
+    Manifest,
+    Report,
+    ShardEntry,
+    SourceEntry,
+    digest,
+)
+from pmd_pipeline.index import Index, total
+from pmd_pipeline.recipe import Recipe
+from pmd_pipeline.storage import is_local, join, open_read, read_bytes, write_whole
+
+
+def source_manifest(
+    recipe: Recipe,
+    index: Index,
+    reports: Sequence[Report],
+    shards: str,
+    path: str,
+    limit: int | None,
+    planned: Sequence[int],
+) -> Manifest:
+    """The manifest of one source, from its index and the reports of its parts.
+
+    Args:
+        shards: folder of the shards.
+        path: where the manifest will lie; shard paths are relative to it.
+        limit: records asked for; pairs beyond it count as dropped.
+        planned: parts that the dataset is to have.
+    """
+    info = sources.load(recipe.source).info
+    done = {report.part for report in reports}
+    missing = [part for part in planned if part not in done]
+    rules = recipe.rules()
+    entry = SourceEntry(
+        licence=info.licence,
+        citation=info.citation,
+        counts=_counts(index, reports, missing),
+        images=sum(report.images for report in reports),
+        unique_images=_unique_images(join(shards, report.ledger.name) for report in reports),
+        words=_words(report.words for report in reports),
+        rules=rules,
+        rules_sha256=digest(rules),
+        upstream=index.upstream,
+        leakage=index.leakage,
+        limit=limit,
+    )
+    return _sealed(
+        Manifest(
+            name=recipe.source,
+            sources={recipe.source: entry},
+            shards=[_shard(report, shards, path) for report in reports if report.records],
+            versions=_one_version(report.versions for report in reports),
+            missing={recipe.source: missing} if missing else {},
+        )
+    )
+
+
+def merged(name: str, path: str, manifests: Sequence[tuple[str, Manifest]]) -> Manifest:
+    """One manifest of several, each given with where it lies; `path` is where this one will lie.
+
+    Raises:
+        PmdError: two of them have one source, or hold different kinds of samples.
+    """
+    entries: dict[str, SourceEntry] = {}
+    shards: list[ShardEntry] = []
+    missing: dict[str, list[int]] = {}
+    for where, manifest in manifests:
+        if twice := sorted(entries.keys() & manifest.sources.keys()):
+            raise PmdError(f"{where}: {twice[0]} is already in another manifest; give each once")
+        if manifest.kind != manifests[0][1].kind:
+            raise PmdError(f"{where} holds {manifest.kind}, the first {manifests[0][1].kind}")
+        entries |= manifest.sources
+        missing |= manifest.missing
+        shards += [
+            shard.model_copy(update={"path": _relative(located(where, shard.path), path)})
+            for shard in manifest.shards
+        ]
+    return _sealed(
+        Manifest(
+            name=name,
+            kind=manifests[0][1].kind,
+            sources=dict(sorted(entries.items())),
+            shards=sorted(shards, key=lambda shard: (shard.source, shard.part)),
+            versions=_one_version(manifest.versions for _, manifest in manifests),
+            missing=missing,
+        )
+    )
+
+
+def load_manifest(path: str) -> Manifest:
+    """The manifest at `path`, its digest checked.
+
+    Raises:
+        PmdError: it is not there, no manifest, of another format, or was changed by hand.
+    """
+    content = read_bytes(path)
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        raise PmdError(
+            f"{path} is no manifest of this version: {error.errors()[0]['msg'].lower()}"
+        ) from error
+    if manifest.digest != manifest.computed_digest():
+        raise PmdError(f"{path} was changed: its digest is not that of its content; build it again")
+    return manifest
+
+
+def save_manifest(path: str, manifest: Manifest) -> None:
+    """Write `manifest` to `path`, for people and programs to read."""
+    write_whole(path, (manifest.model_dump_json(indent=1) + "\n").encode())
+
+
+def located(manifest_path: str, path: str) -> str:
+    """The address of a shard that a manifest at `manifest_path` calls `path`."""
+    if "://" in path or Path(path).is_absolute():
+        return path
+    return join(manifest_path.rpartition("/")[0] or ".", path)
+
+
+def _sealed(manifest: Manifest) -> Manifest:
+    return manifest.model_copy(update={"digest": manifest.computed_digest()})
+
+
+def _counts(index: Index, reports: Sequence[Report], missing: Sequence[int]) -> Counts:
+    """All pairs of the source: dropped by the index, seen by a part, or taken by no part."""
+    parts = total(report.counts for report in reports)
+    dropped = Counter(index.counts.dropped) + Counter(parts.dropped)
+    failed = Counter(parts.failed)
+    absent = {part.part: part.counts.kept for part in index.parts}
+    failed["no_part"] = sum(absent[part] for part in missing)
+    dropped["limit"] = index.counts.kept - parts.pairs_in - failed["no_part"]
+    return Counts(
+        pairs_in=index.counts.pairs_in,
+        kept=parts.kept,
+        dropped={reason: count for reason, count in sorted(dropped.items()) if count},
+        failed={reason: count for reason, count in sorted(failed.items()) if count},
+    )
+
+
+def _words(histograms: Iterable[dict[int, int]]) -> dict[int, int]:
+    words = Counter[int]()
+    for histogram in histograms:
+        words.update(histogram)
+    return dict(sorted(words.items()))
+
+
+def _unique_images(ledgers: Iterable[str]) -> int:
+    """Different images by the first 64 bits of their sha256: eight bytes an image in memory."""
+    found = [np.array([], dtype=np.uint64)]
+    for ledger in ledgers:
+        with open_read(ledger) as file:
+            table = pq.read_table(file, columns=["sha256", "status"])
+        hashes = table.filter(pc.equal(table["status"], WORKED))["sha256"].to_pylist()
+        found.append(np.unique(np.array([int(one[:16], 16) for one in hashes], dtype=np.uint64)))
+    return len(np.unique(np.concatenate(found)))
+
+
+def _shard(report: Report, shards: str, path: str) -> ShardEntry:
+    return ShardEntry(
+        source=report.source,
+        part=report.part,
+        path=_relative(join(shards, report.tar.name), path),
+        sha256=report.tar.sha256,
+        num_bytes=report.tar.num_bytes,
+        ledger_sha256=report.ledger.sha256,
+        records=report.records,
+        images=report.images,
+        pairs=report.counts.kept,
+    )
+
+
+def _relative(address: str, manifest_path: str) -> str:
+    """`address` as a manifest at `manifest_path` calls it."""
+    if not (is_local(address) and is_local(manifest_path)):
+        return address
+    return Path(os.path.relpath(address, Path(manifest_path).parent)).as_posix()
+
+
+def _one_version(given: Iterable[dict[str, str]]) -> dict[str, str]:
+    """The versions behind all parts; where parts differ, all of them, so that it shows."""
+    found: dict[str, set[str]] = {}
+    for versions in given:
+        for name, version in versions.items():
+            found.setdefault(name, set()).update(version.split(" and "))
+    return {name: " and ".join(sorted(all_)) for name, all_ in sorted(found.items())}

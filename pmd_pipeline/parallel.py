@@ -1,0 +1,321 @@
+"""Map a function over tasks: in this process, over processes, or over a Ray cluster.
+
+The only file that knows Ray. Tasks and results are small; what is large travels through files.
+While a task runs it may tick: its counts so far reach the driver as datagrams, which need no lock,
+survive any kill, and may get lost, since only reports are the record of truth.
+"""
+
+import ctypes
+import json
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from typing import Any, Protocol, Self, TypeVar
+
+from pmd_pipeline.errors import PmdError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+Tick = Callable[[Mapping[str, int]], None]
+"""Tells the driver a task's counts so far."""
+
+Watch = Callable[[str, Mapping[str, int]], None]
+"""Hears the ticks: `str` of the running task, and its counts so far."""
+
+_TRIES = 3
+"""How often a task is started before the worker's death is laid to it."""
+
+_POLL_SECONDS = 0.25
+_TICK_SECONDS = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+class WorkerDied(PmdError):
+    """A worker process died of this task each time; other tasks are not touched by it."""
+
+
+class Pool(Protocol):
+    """Somewhere to run tasks."""
+
+    workers: int
+
+    def run(
+        self,
+        function: Callable[[Task, Tick], Result],
+        tasks: Iterable[Task],
+        watch: Watch,
+    ) -> Iterator[tuple[Task, Result | WorkerDied]]:
+        """Results as they come, each with its task; a bounded number of tasks is in flight.
+
+        An exception that `function` raises is raised here and ends the run.
+        """
+        ...
+
+
+@contextmanager
+def open_pool(runner: str, workers: int | None, ray_address: str | None) -> Iterator[Pool]:
+    """A pool of `workers` (default: the machine's cores, or the cluster's).
+
+    `runner` is `local` or `ray`; one local worker is this very process. With `ray_address` the pool
+    is a running cluster (`auto` for the one of this machine), else Ray is started here.
+    """
+    if runner == "local":
+        count = workers or os.cpu_count() or 1
+        yield _Here() if count == 1 else _Processes(count)
+        return
+    pool = _Ray(workers, ray_address)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def no_watch(_name: str, _counts: Mapping[str, int]) -> None:
+    """Watch nothing."""
+
+
+class _Here:
+    workers = 1
+
+    def run(
+        self,
+        function: Callable[[Task, Tick], Result],
+        tasks: Iterable[Task],
+        watch: Watch,
+    ) -> Iterator[tuple[Task, Result | WorkerDied]]:
+        for task in tasks:
+            yield task, function(task, partial(watch, str(task)))
+
+
+class _Processes:
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    def run(
+        self,
+        function: Callable[[Task, Tick], Result],
+        tasks: Iterable[Task],
+        watch: Watch,
+    ) -> Iterator[tuple[Task, Result | WorkerDied]]:
+        head = list(islice(queue := iter(tasks), 2))
+        if len(head) < 2:
+            yield from _Here().run(function, head, watch)
+            return
+        queue = chain(head, queue)
+        suspects: list[Task] = []
+        with _Ticks("127.0.0.1", watch) as ticks:
+            while True:
+                with _executor(self.workers) as executor:
+                    yield from _until_broken(
+                        executor, self.workers * 2, function, queue, suspects, ticks
+                    )
+                if not suspects:
+                    return
+                for task in suspects:  # alone, so that the culprit takes nobody with it
+                    yield task, _alone(function, task, ticks)
+                suspects.clear()
+
+
+def _until_broken(
+    executor: ProcessPoolExecutor,
+    in_flight: int,
+    function: Callable[[Task, Tick], Result],
+    queue: Iterator[Task],
+    suspects: list[Task],
+    ticks: "_Ticks",
+) -> Iterator[tuple[Task, Result]]:
+    """Run tasks until the queue is empty, or a worker dies: then its neighbours are suspects."""
+    running: dict[Future[Result], Task] = {}
+    try:
+        while True:
+            for task in islice(queue, in_flight - len(running)):
+                running[executor.submit(function, task, ticks.ticker(task))] = task
+            if not running:
+                return
+            done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+            ticks.hear()
+            for future in done:
+                result = future.result()
+                yield running.pop(future), result
+    except BrokenProcessPool:
+        suspects += running.values()
+
+
+def _alone(
+    function: Callable[[Task, Tick], Result], task: Task, ticks: "_Ticks"
+) -> Result | WorkerDied:
+    for _ in range(_TRIES - 1):
+        with _executor(1) as executor:
+            future = executor.submit(function, task, ticks.ticker(task))
+            try:
+                while True:
+                    done, _unfinished = wait([future], timeout=_POLL_SECONDS)
+                    ticks.hear()
+                    if done:
+                        return future.result()
+            except BrokenProcessPool:
+                _log.warning("a worker died of %s", task)
+    return WorkerDied(f"a worker process died {_TRIES} times of {task}")
+
+
+@contextmanager
+def _executor(workers: int) -> Iterator[ProcessPoolExecutor]:
+    executor = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(os.getpid(),),
+    )
+    try:
+        yield executor
+    except BaseException:
+        for process in list(executor._processes.values()):  # noqa: SLF001 - 3.14 has kill_workers
+            process.kill()
+        raise
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(driver: int) -> None:
+    """Die with the driver, however it dies, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != driver:
+            os._exit(1)
+
+
+class _Ray:
+    """A cluster, joined or started when there is more than one task for it."""
+
+    def __init__(self, workers: int | None, address: str | None) -> None:
+        self.workers = workers or os.cpu_count() or 1
+        self._address = address
+        self._fixed = workers is not None
+        self._connected = False
+
+    def close(self) -> None:
+        if self._connected:
+            import ray  # noqa: PLC0415 - see _connect
+
+            ray.shutdown()
+
+    def _connect(self) -> None:
+        if self._connected:
+            return
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray  # noqa: PLC0415 - takes a second, and a run of one task does without
+
+        place = (
+            {"address": self._address}
+            if self._address
+            else {
+                "num_cpus": self.workers,
+                "include_dashboard": False,
+                "log_to_driver": False,
+            }
+        )
+        try:
+            ray.init(logging_level=logging.ERROR, **place)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = self._address or "on this machine"
+            raise PmdError(f"cannot start or join Ray {where}: {error}") from error
+        self._connected = True
+        if not self._fixed:
+            self.workers = int(ray.cluster_resources().get("CPU", 1))
+
+    def run(
+        self,
+        function: Callable[[Task, Tick], Result],
+        tasks: Iterable[Task],
+        watch: Watch,
+    ) -> Iterator[tuple[Task, Result | WorkerDied]]:
+        head = list(islice(queue := iter(tasks), 2))
+        if len(head) < 2 and not self._address:
+            yield from _Here().run(function, head, watch)
+            return
+        self._connect()
+        import ray  # noqa: PLC0415 - see _connect
+
+        remote = ray.remote(num_cpus=1, max_retries=_TRIES - 1)(function)
+        queue = chain(head, queue)
+        running: dict[Any, Task] = {}
+        with _Ticks(ray.util.get_node_ip_address(), watch) as ticks:
+            while True:
+                for task in islice(queue, self.workers * 2 - len(running)):
+                    running[remote.remote(task, ticks.ticker(task))] = task
+                if not running:
+                    return
+                done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+                ticks.hear()
+                for reference in done:
+                    task = running.pop(reference)
+                    try:
+                        result = ray.get(reference)
+                    except ray.exceptions.RayTaskError as error:
+                        raise error.cause from error
+                    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+                        yield task, WorkerDied(f"a worker process died {_TRIES} times of {task}")
+                    else:
+                        yield task, result
+
+
+class _Ticks:
+    """The driver's ear: a datagram socket, and a token so that nobody else is heard."""
+
+    def __init__(self, host: str, watch: Watch) -> None:
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind((host, 0))
+        self._socket.setblocking(False)
+        self._token = secrets.token_hex(8)
+        self._watch = watch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def ticker(self, task: object) -> "_Ticker":
+        return _Ticker(self._socket.getsockname(), self._token, str(task))
+
+    def hear(self) -> None:
+        while True:
+            try:
+                token, name, counts = json.loads(self._socket.recv(4096))
+            except BlockingIOError:
+                return
+            except ValueError:  # somebody else's datagram
+                continue
+            if token == self._token:
+                self._watch(name, counts)
+
+
+@dataclass
+class _Ticker:
+    address: tuple[str, int]
+    token: str
+    name: str
+    last: float = 0.0
+
+    def __call__(self, counts: Mapping[str, int]) -> None:
+        now = time.monotonic()
+        if now - self.last < _TICK_SECONDS:
+            return
+        self.last = now
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+            out.sendto(json.dumps([self.token, self.name, dict(counts)]).encode(), self.address)

@@ -1,0 +1,279 @@
+"""Index files: the lines of a stretch of keys become records, kept and dropped pairs, in parts."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import pairwise
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.format import Counts, FileDigest, part_name
+from pmd_pipeline.runs import KEYS
+from pmd_pipeline.storage import join, open_read, sizes, write_whole
+
+KEPT = pa.schema(
+    [
+        ("key", pa.string()),
+        ("id", pa.string()),
+        ("url", pa.string()),
+        ("file", pa.string()),
+        ("licence", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.string()),
+        ("meta", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("fields", pa.list_(pa.string())),
+        ("boxes", pa.list_(pa.list_(pa.float32()))),
+        ("spans", pa.list_(pa.uint32())),
+        ("rows", pa.list_(pa.uint32())),
+    ]
+)
+"""One row per record. `width`, `height` and `sha256` are upstream's word; `boxes` holds one box per
+caption as fractions of the image, or is null; `spans` and `rows` say where each pair stands
+upstream; `meta` is JSON."""
+
+DROPPED = pa.schema(
+    [
+        ("key", pa.string()),
+        ("id", pa.string()),
+        ("url", pa.string()),
+        ("field", pa.string()),
+        ("text", pa.string()),
+        ("reason", pa.string()),
+        ("span", pa.uint32()),
+        ("row", pa.uint32()),
+    ]
+)
+"""One row per dropped pair; the text of a bad row is what is wrong with it."""
+
+_IMAGE_COLUMNS = ["id", "url", "file", "licence", "width", "height", "sha256", "meta"]
+_LEAST_SIDE = 1.0
+"""Pixels that a box must have inside the image, both ways."""
+
+
+class IndexPart(BaseModel):
+    """One part of an index: its records, its pairs, and the files that hold them.
+
+    Args:
+        bare: images without any text upstream; each counts as one dropped pair.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    part: int
+    records: int
+    bare: int
+    counts: Counts
+    kept: FileDigest
+    dropped: FileDigest
+
+
+@dataclass(frozen=True)
+class IndexRecord:
+    """One record of the index, as the build takes it; see `KEPT`."""
+
+    key: str
+    id: str
+    url: str | None
+    file: str | None
+    licence: str | None
+    width: int | None
+    height: int | None
+    sha256: str | None
+    meta: str | None
+    captions: list[str]
+    fields: list[str]
+    boxes: list[list[float]] | None
+    spans: list[int]
+    rows: list[int]
+
+
+def part_bounds(num_parts: int) -> list[int]:
+    """The keys at which parts begin, and one past the last key."""
+    return [(KEYS * part + num_parts - 1) // num_parts for part in range(num_parts + 1)]
+
+
+def part_of(key: str, num_parts: int) -> int:
+    """The part that the record `key` belongs to.
+
+    >>> part_of("8000000000000000", 2)
+    1
+    """
+    return int(key, 16) * num_parts >> 64
+
+
+def write_parts(
+    table: pa.Table, folder: str, parts: range, num_parts: int, *, drop_repeats: bool
+) -> list[IndexPart]:
+    """Write the index files of `parts` from all the lines of their keys, in order of key.
+
+    Raises:
+        PmdError: two images share a key.
+    """
+    lines = pl.DataFrame(table)
+    records = _records(lines)
+    pairs = _judged(lines, records, drop_repeats=drop_repeats)
+    kept = _kept(pairs.filter(pl.col("reason").is_null()), records)
+    dropped = pairs.filter(pl.col("reason").is_not_null())
+    bounds = part_bounds(num_parts)
+    return [
+        _write_part(folder, part, _between(kept, low, high), _between(dropped, low, high))
+        for part, (low, high) in zip(
+            parts, pairwise(bounds[parts.start : parts.stop + 1]), strict=True
+        )
+    ]
+
+
+def read_part(folder: str, part: IndexPart, limit: int | None = None) -> Iterator[IndexRecord]:
+    """The records of a part in order of key, at most `limit`."""
+    taken = 0
+    with open_read(join(folder, part.kept.name)) as file:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                if taken == limit:
+                    return
+                taken += 1
+                yield IndexRecord(**row)
+
+
+def is_whole(folder: str, parts: Sequence[IndexPart]) -> bool:
+    """Say whether every index file is there in its full size."""
+    there = sizes(folder)
+    return all(
+        there.get(file.name) == file.num_bytes
+        for part in parts
+        for file in (part.kept, part.dropped)
+    )
+
+
+def _records(lines: pl.DataFrame) -> pl.DataFrame:
+    """One row per key; of each column, the first value in upstream order."""
+    known = [pl.col(name).drop_nulls().first() for name in _IMAGE_COLUMNS]
+    records = lines.group_by("key", maintain_order=True).agg(
+        *known,
+        pl.col("heldout").any(),
+        pl.col("id").n_unique().alias("ids"),
+        pl.col("pair").any().alias("has_pair"),
+        pl.col("span").first(),
+        pl.col("row").first(),
+    )
+    mixed = records.filter(pl.col("ids") > 1)
+    if len(mixed):
+        key = mixed["key"][0]
+        ids = lines.filter(pl.col("key") == key)["id"].unique(maintain_order=True).to_list()
+        raise PmdError(f"the images {ids[0]!r} and {ids[1]!r} have one key, {key:016x}: drop one")
+    return records
+
+
+def _judged(lines: pl.DataFrame, records: pl.DataFrame, *, drop_repeats: bool) -> pl.DataFrame:
+    """Every pair with its final reason, in order; a record without any pair counts as one."""
+    bare = records.filter(~pl.col("has_pair"))
+    bare = bare.with_columns(reason=pl.lit("no_caption"), bare=pl.lit(value=True))
+    pairs = pl.concat(
+        [
+            lines.filter(pl.col("pair")).drop(*_IMAGE_COLUMNS, "heldout", "pair"),
+            bare.select("key", "span", "row", "reason", "bare"),
+        ],
+        how="diagonal",
+    ).sort("key", "span", "row", maintain_order=True)
+    pairs = pairs.join(
+        records.drop("span", "row", "has_pair", "ids"), on="key", how="left", maintain_order="left"
+    )
+    pairs = _with_fractions(pairs)
+    pairs = pairs.with_columns(
+        reason=pl.when(pl.col("heldout"))
+        .then(pl.lit("heldout"))
+        .when(pl.col("reason").is_not_null())
+        .then(pl.col("reason"))
+        .when(pl.col("url").is_null() & pl.col("file").is_null())
+        .then(pl.lit("no_image"))
+        .when(~pl.col("sound"))
+        .then(pl.lit("bad_box"))
+    )
+    if not drop_repeats:
+        return pairs
+    again = ~pl.struct("key", "text", "reason", "box").is_first_distinct()
+    return pairs.with_columns(
+        reason=pl.when(again & pl.col("reason").is_null())
+        .then(pl.lit("repeat"))
+        .otherwise(pl.col("reason"))
+    )
+
+
+def _with_fractions(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Adds `box`, clamped fractions of the image or null, and `sound`: it has an area there."""
+    across = [pl.col(side).clip(0, pl.col("width")).alias(side) for side in ("x0", "x1")]
+    down = [pl.col(side).clip(0, pl.col("height")).alias(side) for side in ("y0", "y1")]
+    has_box = pl.col("x0").is_not_null()
+    sides = ((pl.col("x1") - pl.col("x0")), (pl.col("y1") - pl.col("y0")))
+    fractions = [
+        (pl.col("x0") / pl.col("width")),
+        (pl.col("y0") / pl.col("height")),
+        (pl.col("x1") / pl.col("width")),
+        (pl.col("y1") / pl.col("height")),
+    ]
+    finite = pl.all_horizontal(pl.col(side).is_finite() for side in ("x0", "y0", "x1", "y1"))
+    known = pl.col("width").is_not_null() & pl.col("height").is_not_null() & finite
+    wide = (sides[0] >= _LEAST_SIDE) & (sides[1] >= _LEAST_SIDE)
+    return (
+        pairs.with_columns(has_box=has_box, finite=known.fill_null(False))
+        .with_columns(*across, *down)
+        .with_columns(
+            sound=~pl.col("has_box") | (pl.col("finite") & wide.fill_null(False)),
+            box=pl.when(pl.col("has_box")).then(
+                pl.concat_list([one.cast(pl.Float32) for one in fractions])
+            ),
+        )
+    )
+
+
+def _kept(pairs: pl.DataFrame, records: pl.DataFrame) -> pl.DataFrame:
+    grouped = pairs.group_by("key", maintain_order=True).agg(
+        captions=pl.col("text"),
+        fields=pl.col("field"),
+        boxes=pl.col("box"),
+        has_boxes=pl.col("has_box").any(),
+        spans=pl.col("span"),
+        rows=pl.col("row"),
+    )
+    return grouped.with_columns(boxes=pl.when("has_boxes").then(pl.col("boxes"))).join(
+        records.select("key", *_IMAGE_COLUMNS), on="key", how="left", maintain_order="left"
+    )
+
+
+def _between(frame: pl.DataFrame, low: int, high: int) -> pl.DataFrame:
+    keys = frame["key"].to_numpy()
+    start = int(np.searchsorted(keys, np.uint64(low)))
+    stop = int(np.searchsorted(keys, np.uint64(high - 1), side="right"))
+    return frame.slice(start, stop - start)
+
+
+def _write_part(folder: str, part: int, kept: pl.DataFrame, dropped: pl.DataFrame) -> IndexPart:
+    pairs_kept = int(kept["captions"].list.len().sum())
+    reasons = dict(sorted(dropped["reason"].value_counts().iter_rows()))
+    return IndexPart(
+        part=part,
+        records=len(kept),
+        bare=int(dropped["bare"].sum()),
+        counts=Counts(pairs_in=pairs_kept + len(dropped), kept=pairs_kept, dropped=reasons),
+        kept=_write(folder, f"kept-{part_name(part)}.parquet", kept, KEPT),
+        dropped=_write(folder, f"dropped-{part_name(part)}.parquet", dropped, DROPPED),
+    )
+
+
+def _write(folder: str, name: str, frame: pl.DataFrame, schema: pa.Schema) -> FileDigest:
+    named = frame.with_columns(
+        key=pl.Series([f"{key:016x}" for key in frame["key"].to_list()], dtype=pl.String)
+    )
+    table = named.select(schema.names).to_arrow().cast(schema)
+    out = BytesIO()
+    pq.write_table(table, out, compression="zstd")
+    content = out.getvalue()
+    write_whole(join(folder, name), content)
+    return FileDigest.of(name, content)

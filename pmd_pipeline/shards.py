@@ -1,0 +1,108 @@
+"""Shards: a tar that has the same bytes whenever its samples have, and its ledger."""
+
+import hashlib
+import tarfile
+from collections.abc import Mapping
+from io import BytesIO
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+LEDGER = pa.schema(
+    [
+        ("key", pa.string()),
+        ("id", pa.string()),
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        ("num_pairs", pa.int32()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("error_message", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("original_height", pa.int32()),
+        ("sha256", pa.string()),
+        ("final_url", pa.string()),
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
+        ("json_offset", pa.int64()),
+        ("json_size", pa.int64()),
+    ]
+)
+"""One row per record of the part, kept or not. img2dataset's names where it has them; `status` is
+`success`, `failed_to_download`, `failed_to_resize` or `dropped`; `caption` is the first of
+`num_pairs`; offsets are those of the content inside the tar."""
+
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class Place(NamedTuple):
+    """Where a member's content lies in the tar, in bytes."""
+
+    offset: int
+    size: int
+
+
+class DigestingFile:
+    """A file to write to that knows the sha256 and the size of what went through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, content: bytes) -> int:
+        """Write all of `content`."""
+        self._sha256.update(content)
+        self.num_bytes += len(content)
+        return self._file.write(content)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.num_bytes
+
+    def hexdigest(self) -> str:
+        """sha256 of everything written so far."""
+        return self._sha256.hexdigest()
+
+
+class ShardWriter:
+    """Writes samples to a tar: USTAR, no times, no owners, members sorted within a sample.
+
+    Samples must come in order of their keys.
+    """
+
+    def __init__(self, file: DigestingFile) -> None:
+        self._tar = tarfile.open(  # noqa: SIM115 - closed by `close`, within the caller's file
+            fileobj=cast("Any", file), mode="w", format=tarfile.USTAR_FORMAT
+        )
+        self._last = ""
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> dict[str, Place]:
+        """Add one sample; `members` by extension. Tells where each lies."""
+        assert self._last < key, "samples come in order of their keys"
+        self._last = key
+        return {
+            extension: self._add(key, extension, members[extension])
+            for extension in sorted(members)
+        }
+
+    def close(self) -> None:
+        """Write the end of the tar."""
+        self._tar.close()
+
+    def _add(self, key: str, extension: str, content: bytes) -> Place:
+        member = tarfile.TarInfo(f"{key}.{extension}")
+        member.size = len(content)
+        place = Place(self._tar.offset + _BLOCK, len(content))
+        self._tar.addfile(member, BytesIO(content))
+        return place
+
+
+def ledger_bytes(rows: list[dict[str, Any]]) -> bytes:
+    """The ledger of one part, as Parquet."""
+    out = BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=LEDGER), out, compression="zstd")
+    return out.getvalue()

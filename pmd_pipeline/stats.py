@@ -1,0 +1,232 @@
+"""Text lengths and counts of a manifest, beside the paper's."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from pmd_pipeline import sources
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.format import Manifest
+
+PERCENTILES = (5, 50, 95)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """One dataset's row: pairs by fate, images, and the lengths of kept captions in words.
+
+    `paper_*` are the columns of FLAVA's table of PMD, None where it has none; `difference` is
+    `words_mean` minus the paper's.
+    """
+
+    dataset: str
+    pairs: int
+    paper_pairs: int | None
+    images: int
+    unique_images: int
+    words_mean: float | None
+    paper_words: float | None
+    difference: float | None
+    words_p5: int | None
+    words_p50: int | None
+    words_p95: int | None
+    words_max: int | None
+    dropped: int
+    failed: int
+
+
+def lengths(manifest: Manifest) -> list[Lengths]:
+    """A row per source, in the order of the paper's table, and their sum if there are several."""
+    order = sorted(manifest.sources, key=lambda name: (_paper(name)[0] or 0, name))
+    rows = [_row(name, manifest, [name], *_paper(name)) for name in order]
+    if len(rows) > 1:
+        papers = [_paper(name)[0] for name in order]
+        rows.append(_row("total", manifest, order, sum(one or 0 for one in papers) or None, None))
+    return rows
+
+
+def percentile(histogram: Mapping[int, int], share: float) -> int | None:
+    """The least number of words that at least `share` per cent of captions do not exceed.
+
+    >>> percentile({3: 1, 5: 2, 9: 1}, 50)
+    5
+    """
+    total = sum(histogram.values())
+    seen = 0
+    for words, count in sorted(histogram.items()):
+        seen += count
+        if seen * 100 >= share * total:
+            return words
+    return None
+
+
+def as_table(rows: Sequence[Lengths], manifest: Manifest) -> list[Table]:
+    """Tables for a terminal: lengths, and what became of the pairs that are not kept."""
+    main = _table(f"{manifest.name}, digest {manifest.digest[:16]}")
+    names = ("dataset", "pairs", "paper", "images", "words", "paper", "diff")
+    for name in (*names, *(f"p{share}" for share in PERCENTILES), "max", "dropped", "failed"):
+        main.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=True)
+    for number, row in enumerate(rows):
+        main.add_row(
+            row.dataset,
+            f"{row.pairs:,}",
+            _short(row.paper_pairs),
+            f"{row.images:,}",
+            _decimal(row.words_mean),
+            _decimal(row.paper_words),
+            _signed(row.difference),
+            *(_whole(value) for value in (row.words_p5, row.words_p50, row.words_p95)),
+            _whole(row.words_max),
+            f"{row.dropped:,}",
+            f"{row.failed:,}",
+            end_section=number == len(rows) - 2,
+        )
+    reasons = _table("pairs not kept, by reason")
+    reasons.add_column("dataset", no_wrap=True)
+    reasons.add_column("dropped by the recipe")
+    reasons.add_column("failed in the world")
+    for row in rows:
+        if row.dataset in manifest.sources:
+            counts = manifest.sources[row.dataset].counts
+            reasons.add_row(row.dataset, _listed(counts.dropped), _listed(counts.failed))
+    return [main, reasons]
+
+
+def as_json(rows: Sequence[Lengths], manifest: Manifest) -> str:
+    """The rows with their reasons, for programs."""
+    found = []
+    for row in rows:
+        entry = manifest.sources.get(row.dataset)
+        reasons = (
+            {"dropped_by": entry.counts.dropped, "failed_by": entry.counts.failed} if entry else {}
+        )
+        found.append({**asdict(row), **reasons})
+    return json.dumps(
+        {"manifest": manifest.name, "digest": manifest.digest, "datasets": found}, indent=1
+    )
+
+
+def as_csv(rows: Sequence[Lengths]) -> str:
+    """The rows as CSV with a header."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [field.name for field in fields(Lengths)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return out.getvalue().rstrip("\n")
+
+
+def as_markdown(rows: Sequence[Lengths]) -> str:
+    """The rows as a Markdown table."""
+    names = [field.name for field in fields(Lengths)]
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for row in rows:
+        cells = ["" if value is None else str(value) for value in asdict(row).values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Lengths], manifest: Manifest, path: str) -> None:
+    """Write histograms of caption lengths, one panel per source, the paper's mean marked, as PNG.
+
+    Raises:
+        PmdError: matplotlib is not installed, or `path` cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError as error:
+        raise PmdError('--plot needs matplotlib: pip install "pmd-flava[plot]"') from error
+    shown = [row for row in rows if row.dataset in manifest.sources]
+    columns = min(3, len(shown))
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.6 * lines), layout="constrained")
+    for number, row in enumerate(shown):
+        axes = figure.add_subplot(lines, columns, number + 1)
+        histogram = manifest.sources[row.dataset].words
+        most = max(2 * (row.words_p95 or 1), 10)
+        inside = {words: count for words, count in histogram.items() if words <= most}
+        axes.bar(list(inside), list(inside.values()), width=0.9, color="#4878a8")
+        if row.words_mean is not None:
+            axes.axvline(row.words_mean, color="#1b2b3a", label=f"mean {row.words_mean:.1f}")
+        if row.paper_words is not None:
+            axes.axvline(
+                row.paper_words, color="#c44e52", linestyle="--", label=f"paper {row.paper_words}"
+            )
+        axes.set_title(f"{row.dataset} ({row.pairs:,} pairs)", fontsize=10)
+        axes.set_xlabel("words in a caption", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.legend(fontsize=8, frameon=False)
+    try:
+        figure.savefig(Path(path), format="png", dpi=120)
+    except OSError as error:
+        raise PmdError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _paper(name: str) -> tuple[int | None, float | None]:
+    if name not in sources.names():
+        return None, None
+    info = sources.load(name).info
+    return info.paper_pairs, info.paper_words
+
+
+def _row(
+    dataset: str,
+    manifest: Manifest,
+    names: Sequence[str],
+    paper_pairs: int | None,
+    paper_words: float | None,
+) -> Lengths:
+    entries = [manifest.sources[name] for name in names]
+    words: dict[int, int] = {}
+    for entry in entries:
+        for length, count in entry.words.items():
+            words[length] = words.get(length, 0) + count
+    pairs = sum(words.values())
+    mean = sum(length * count for length, count in words.items()) / pairs if pairs else None
+    low, middle, high = (percentile(words, share) for share in PERCENTILES)
+    return Lengths(
+        dataset=dataset,
+        pairs=pairs,
+        paper_pairs=paper_pairs,
+        images=sum(entry.images for entry in entries),
+        unique_images=sum(entry.unique_images for entry in entries),
+        words_mean=None if mean is None else round(mean, 3),
+        paper_words=paper_words,
+        difference=None if mean is None or paper_words is None else round(mean - paper_words, 3),
+        words_p5=low,
+        words_p50=middle,
+        words_p95=high,
+        words_max=max(words, default=None),
+        dropped=sum(sum(entry.counts.dropped.values()) for entry in entries),
+        failed=sum(sum(entry.counts.failed.values()) for entry in entries),
+    )
+
+
+def _listed(reasons: Mapping[str, int]) -> str:
+    ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{reason} {count:,}" for reason, count in ordered)
+
+
+def _short(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f}M"
+
+
+def _decimal(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.1f}"
+
+
+def _whole(value: int | None) -> str:
+    return "" if value is None else str(value)
