@@ -1,0 +1,134 @@
+"""The sample world as a whole: written to a folder, loaded again, and sure of its own truth."""
+
+import json
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.format import Counts
+from pmd_pipeline.sample.answers import picture
+from pmd_pipeline.sample.documents import coco, localized_narratives, redcaps, visual_genome
+from pmd_pipeline.sample.plan import OnWeb, Plan
+from pmd_pipeline.sample.scenes import Scene
+from pmd_pipeline.sample.tables import cc3m, cc12m, sbu, wit, yfcc100m
+from pmd_pipeline.storage import write_whole
+
+LEAST_SCENES = 20
+"""Below, COCO would have no held-out images for the other sources to share."""
+
+_WRITERS = (coco, sbu, localized_narratives, cc3m, visual_genome, wit, cc12m, redcaps, yfcc100m)
+_NOTE = "world.json"
+
+
+@dataclass(frozen=True)
+class World:
+    """A small stand-in for upstream and for the web, in which everything is known.
+
+    Args:
+        folder: with `raw/<source>/` and `images/<source>/` in it.
+        scenes: pictures of each source.
+        seed: of all that is drawn and said; another one gives other scenes.
+        planted: what a build with the default recipes must report, by source.
+        images: archives with the images that upstream does not serve one by one, by source: more
+            places for a build to look in, beside the web.
+        archived: what each image in the archives shows, by its path there.
+        web: what is at each address (host and path).
+    """
+
+    folder: Path
+    scenes: int
+    seed: int
+    planted: dict[str, Counts]
+    images: dict[str, tuple[Path, ...]]
+    archived: dict[str, Scene]
+    web: dict[str, OnWeb]
+
+
+def write_world(folder: Path, *, scenes: int = 240, seed: int = 0) -> World:
+    """Write the annotation files and archives of a world to `folder`; the same bytes each time.
+
+    Raises:
+        PmdError: too few scenes for all that a world needs, or the folder cannot be written.
+    """
+    if scenes < LEAST_SCENES:
+        raise PmdError(f"a sample world needs {LEAST_SCENES} scenes a source, not {scenes}")
+    plans = _plans(scenes, seed)
+    for plan in plans:
+        for name, content in plan.files.items():
+            write_whole(str(folder / "raw" / plan.source / name), content)
+        for name, drawn in _archives(plan).items():
+            packed = _zipped(drawn) if name.endswith(".zip") else _tarred(drawn)
+            write_whole(str(folder / "images" / plan.source / name), packed)
+    write_whole(str(folder / _NOTE), json.dumps({"scenes": scenes, "seed": seed}).encode())
+    return _world(folder, scenes, seed, plans)
+
+
+def load_world(folder: Path) -> World:
+    """The world that `write_world` wrote to `folder`.
+
+    Raises:
+        PmdError: there is none.
+    """
+    try:
+        note = json.loads((folder / _NOTE).read_bytes())
+        scenes, seed = int(note["scenes"]), int(note["seed"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PmdError(f"{folder} holds no sample world: write one there first") from error
+    return _world(folder, scenes, seed, _plans(scenes, seed))
+
+
+def _plans(scenes: int, seed: int) -> list[Plan]:
+    plans = []
+    for write in _WRITERS:
+        plan = Plan(write.__name__, seed, scenes)
+        write(plan)
+        plans.append(plan)
+    return plans
+
+
+def _world(folder: Path, scenes: int, seed: int, plans: list[Plan]) -> World:
+    return World(
+        folder=folder,
+        scenes=scenes,
+        seed=seed,
+        planted={plan.source: plan.counts() for plan in plans},
+        images={
+            plan.source: tuple(folder / "images" / plan.source / name for name in _archives(plan))
+            for plan in plans
+            if plan.images
+        },
+        archived={path: scene for plan in plans for path, scene in plan.images.items()},
+        web={address: there for plan in plans for address, there in plan.web.items()},
+    )
+
+
+def _archives(plan: Plan) -> dict[str, dict[str, Scene]]:
+    """Scenes by path inside each archive, by the name under which upstream hands it out."""
+    names = {"ADEChallengeData2016": ".zip", "flickr30k-images": ".tar"}
+    found: dict[str, dict[str, Scene]] = {}
+    for path, scene in plan.images.items():
+        folder = path.split("/")[0]
+        found.setdefault(folder + names[folder], {})[path] = scene
+    return found
+
+
+def _zipped(drawn: dict[str, Scene]) -> bytes:
+    out = BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for path in sorted(drawn):
+            archive.writestr(zipfile.ZipInfo(path), picture("jpeg", drawn[path])[0])
+    return out.getvalue()
+
+
+def _tarred(drawn: dict[str, Scene]) -> bytes:
+    out = BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for path in sorted(drawn):
+            member = tarfile.TarInfo(path)
+            body = picture("jpeg", drawn[path])[0]
+            member.size = len(body)
+            archive.addfile(member, BytesIO(body))
+    return out.getvalue()

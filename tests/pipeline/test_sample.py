@@ -1,0 +1,440 @@
+"""The sample world: same seed same bytes, true captions, and a web that misbehaves as planted."""
+
+import http.client
+import io
+import json
+import re
+import statistics
+from collections import Counter
+from contextlib import closing, nullcontext
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from pmd_pipeline import sources
+from pmd_pipeline.choose import Chooser
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.filters.caption import identify
+from pmd_pipeline.format import DROPPED, FAILED
+from pmd_pipeline.recipe import load_recipe
+from pmd_pipeline.record import BadRow, one_line
+from pmd_pipeline.sample import load_world, serve, write_world
+from pmd_pipeline.sample.answers import (
+    FAILURE,
+    FIRST_STATUSES,
+    REMOVED,
+    STATUSES,
+    UNAVAILABLE,
+    picture,
+)
+from pmd_pipeline.sample.captions import foreign, region_phrases
+from pmd_pipeline.sample.languages import LANGUAGES
+from pmd_pipeline.sample.plan import address_of
+from pmd_pipeline.sample.scenes import COLOURS, GROUNDS, PATTERNS, SHAPES, SIZES, draw, make_scene
+
+SOURCES = sources.names()
+
+WHERE = {
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+    "middle": "in the middle",
+}
+GROUP = re.compile(
+    rf"\b(an?|two|three) (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+    rf"((?:e?s)?)\b(?: ({'|'.join(WHERE.values())}))?",
+    re.IGNORECASE,
+)
+GROUND = re.compile(rf"\b({'|'.join(PATTERNS)}) (\w+) background")
+NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def rows(world):
+    """Every row of a source, read by its own module."""
+
+    def read(name):
+        source = sources.load(name)
+        spans = sources.find_spans(source, str(world.folder / "raw" / name))
+        return [row for span in spans for row in source.read(span)]
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def told(world, rows):
+    """Every text of a source with the scene it is about."""
+
+    def tell(name):
+        found = [row for row in rows(name) if not isinstance(row, BadRow)]
+        shown = {row.id: scene for row in found if (scene := scene_of(world, row))}
+        return [(shown[row.id], one) for row in found if row.id in shown for one in row.candidates]
+
+    return tell
+
+
+@pytest.fixture(scope="module")
+def origin(world):
+    with serve(world) as address:
+        yield address
+
+
+def scene_of(world, row):
+    if row.url:
+        there = world.web.get(address_of(row.url))
+        return there.scene if there else None
+    path = next((path for path in world.archived if row.file and path.endswith(row.file)), None)
+    return world.archived.get(path)
+
+
+def addresses(world, kind):
+    return [address for address, there in world.web.items() if there.answer == kind]
+
+
+def ask(origin, address, connection=None):
+    host, _, path = address.partition("/")
+    with closing(connect(origin)) if connection is None else nullcontext(connection) as asked:
+        asked.request("GET", f"/{path}", headers={"Host": host})
+        response = asked.getresponse()
+        return response.status, response.read(), response.headers
+
+
+def connect(origin):
+    return http.client.HTTPConnection(urlsplit(origin).netloc, timeout=10)
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def groups_said(caption):
+    return [
+        (NUMBERS[count.lower()], size.lower(), colour.lower(), shape, plural, place)
+        for count, size, colour, shape, plural, place in GROUP.findall(caption)
+    ]
+
+
+def test_one_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        write_world(tmp_path / name, scenes=40, seed=seed)
+
+    first, again, other = (files(tmp_path / name) for name in "abc")
+
+    assert first == again
+    assert first.keys() == other.keys()
+    changed = " ".join(name for name in first if first[name] != other[name])
+    assert [name for name in SOURCES if f"raw/{name}/" not in changed] == []
+
+
+def test_a_loaded_world_is_the_one_that_was_written(tmp_path):
+    written = write_world(tmp_path, scenes=20, seed=5)
+
+    assert load_world(tmp_path) == written
+
+
+def test_a_folder_without_a_world_is_named(tmp_path):
+    with pytest.raises(PmdError, match="holds no sample world"):
+        load_world(tmp_path)
+
+
+def test_a_world_too_small_for_what_it_must_hold_is_refused(tmp_path):
+    with pytest.raises(PmdError, match="needs 20 scenes"):
+        write_world(tmp_path, scenes=19)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_is_planted_adds_up_in_known_words(world, name):
+    counts = world.planted[name]
+
+    assert counts.unaccounted() == 0
+    assert counts.dropped["bad_row"] > 0
+    assert set(counts.dropped) <= {*DROPPED, "has_words", "is_language"}
+    assert set(counts.failed) <= set(FAILED)
+
+
+def test_about_a_tenth_of_the_pairs_is_dropped_or_fails(world):
+    pairs_in = sum(counts.pairs_in for counts in world.planted.values())
+    kept = sum(counts.kept for counts in world.planted.values())
+
+    assert 0.85 < kept / pairs_in < 0.95
+
+
+def test_every_kind_of_answer_is_planted(world):
+    planted = {there.answer for there in world.web.values()}
+
+    assert planted == set(FAILURE) - {"absent"}
+    assert world.planted["localized_narratives"].failed["not_in_archive"] > 0
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_rows_read_by_the_source_are_dropped_as_planted(world, rows, name):
+    split = json.loads((world.folder / "raw" / "coco" / "dataset_coco.json").read_bytes())
+    heldout = {one["cocoid"] for one in split["images"] if one["split"] in {"val", "test"}}
+    [recipe] = load_recipe(name)
+    chooser = Chooser(recipe.captions)
+    found = rows(name)
+    good = [row for row in found if not isinstance(row, BadRow)]
+    leaked = {row.id for row in good if row.meta.get("coco_id") in heldout}
+    placed = {row.id: row for row in good if row.url or row.file or row.refused}
+    reasons = Counter("bad_row" for row in found if isinstance(row, BadRow))
+
+    pairs = [(row.id, pair) for row in good for pair in chooser.pairs(row)]
+    bare = {row.id for row in good} - {image for image, _ in pairs}
+    for image, pair in pairs:
+        unplaced = None if image in placed else "no_image"
+        reason = "heldout" if image in leaked else pair.reason or unplaced
+        if not reason and pair.box:
+            image_row = placed[image]
+            inside = pair.box[0] < image_row.width and pair.box[1] < image_row.height
+            reason = None if inside else "bad_box"
+        reasons[reason] += 1
+    reasons.update("heldout" if image in leaked else "no_caption" for image in bare)
+
+    planted = world.planted[name]
+    assert reasons.total() == planted.pairs_in
+    assert {word: count for word, count in reasons.items() if word} == planted.dropped
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_captions_are_true(told, name):
+    found = told(name)
+
+    said = 0
+    for scene, candidate in found:
+        if candidate.box:
+            continue
+        groups = groups_said(candidate.text)
+        said += bool(groups)
+        for count, size, colour, shape, plural, place in groups:
+            assert bool(plural) == (count > 1), candidate.text
+            fits = [
+                group
+                for group in scene.groups
+                if (group.count, group.colour, group.shape) == (count, colour, shape)
+                and size in {"", group.size}
+                and place in {"", WHERE[group.place]}
+            ]
+            assert fits, (candidate.text, scene.groups)
+        for pattern, colour in GROUND.findall(candidate.text):
+            assert (pattern, colour) == (scene.ground.pattern, scene.ground.colour), candidate.text
+    assert said > 0.5 * sum(candidate.box is None for _, candidate in found)
+
+
+def test_a_region_holds_exactly_the_shape_it_speaks_of(told):
+    exact = 0
+    for scene, candidate in told("visual_genome"):
+        text = one_line(candidate.text)
+        here = [shape for shape in scene.shapes if text in region_phrases(shape.group)]
+        exact += any(candidate.box == shape.box for shape in here)
+        assert here or not text
+
+    assert exact > 0.95 * len(told("visual_genome"))
+
+
+def test_shapes_lie_inside_the_image_in_the_place_that_is_said():
+    for number in range(300):
+        scene = make_scene(f"test/{number}")
+        width, height = scene.frame
+
+        for group, (x0, y0, x1, y1) in scene.shapes:
+            assert 0 <= x0 < x1 <= width
+            assert 0 <= y0 < y1 <= height
+            across, down = (x0 + x1) / 2 / width, (y0 + y1) / 2 / height
+            assert {
+                "left": across < 1 / 3,
+                "right": across > 2 / 3,
+                "top": down < 1 / 3,
+                "bottom": down > 2 / 3,
+                "middle": 1 / 3 < across < 2 / 3 or 1 / 3 < down < 2 / 3,
+            }[group.place]
+
+
+def test_shapes_are_drawn_in_their_colour_on_their_ground():
+    for number in range(100):
+        scene = make_scene(f"test/{number}")
+        image = draw(scene)
+
+        for group, (x0, y0, x1, y1) in scene.shapes:
+            assert image.getpixel(((x0 + x1) // 2, (y0 + y1) // 2)) == COLOURS[group.colour]
+        colours = {colour: count for count, colour in image.getcolors(image.width * image.height)}
+        assert colours[GROUNDS[scene.ground.colour]] > image.width * image.height / 5
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_captions_are_about_as_long_as_in_the_paper(told, name):
+    texts = [one_line(candidate.text) for _, candidate in told(name) if not candidate.refused]
+    english = [len(text.split()) for text in texts if groups_said(text) or "the " in text]
+
+    assert statistics.mean(english) == pytest.approx(sources.load(name).info.paper_words, rel=0.3)
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "visual_genome"])
+def test_english_is_known_for_english_and_nothing_else_is(told, name):
+    for _, candidate in told(name):
+        text = one_line(candidate.text)
+        if len(text.split()) > 2:
+            language, score = identify(text)
+            assert (language == "en") == bool(groups_said(text) or "background" in text), text
+            assert score > 0.25, text
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_other_languages_are_known_for_sure(language):
+    for number in range(200):
+        text = foreign(make_scene(f"test/{number}"), language)
+
+        found, score = identify(text)
+        assert found == language, text
+        assert score > 0.8, text
+        assert len(text.split()) > 2
+
+
+def test_sources_show_scenes_of_their_own(told):
+    seen = {name: {scene for scene, _ in told(name)} for name in SOURCES}
+    shares_coco = {"localized_narratives", "visual_genome"}
+
+    for name in SOURCES:
+        for other in SOURCES:
+            if name != other and {name, other} & shares_coco == set():
+                assert not seen[name] & seen[other]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, reason in FAILURE.items() if reason is None])
+def test_a_good_picture_decodes_to_its_scene(kind):
+    scene = make_scene("test/good")
+
+    body, content_type = picture(kind, scene)
+    with Image.open(io.BytesIO(body)) as image:
+        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=float)
+
+    assert content_type.startswith("image/")
+    assert np.abs(pixels - np.asarray(draw(scene), dtype=float)).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["page", "drawing", "empty"])
+def test_what_is_no_picture_does_not_open(kind):
+    body, _ = picture(kind, make_scene("test/bad"))
+
+    with pytest.raises(OSError, match="cannot identify"):
+        Image.open(io.BytesIO(body))
+
+
+def test_a_picture_that_is_cut_opens_and_then_ends_early():
+    body, _ = picture("cut", make_scene("test/bad"))
+
+    with Image.open(io.BytesIO(body)) as image, pytest.raises(OSError, match="truncated"):
+        image.load()
+
+
+def test_a_bomb_is_small_and_states_more_pixels_than_anyone_decodes(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    body, _ = picture("bomb", make_scene("test/bad"))
+
+    with Image.open(io.BytesIO(body)) as image:
+        assert image.width * image.height > 128_000_000
+        assert len(body) < 200_000
+
+
+def test_a_cropped_picture_has_other_proportions():
+    scene = make_scene("test/bad")
+
+    with Image.open(io.BytesIO(picture("cropped", scene)[0])) as image:
+        assert image.width / image.height > 1.5 * scene.frame[0] / scene.frame[1]
+
+
+@pytest.mark.parametrize("kind", STATUSES)
+def test_an_address_without_picture_says_so_each_time(world, origin, kind):
+    address = addresses(world, kind)[0]
+
+    statuses = [ask(origin, address)[0] for _ in range(3)]
+
+    assert statuses == [STATUSES[kind]] * 3
+
+
+@pytest.mark.parametrize("kind", FIRST_STATUSES)
+def test_a_busy_host_serves_the_second_attempt(world, origin, kind):
+    address = addresses(world, kind)[0]
+
+    first, second = ask(origin, address), ask(origin, address)
+
+    assert first[0] == FIRST_STATUSES[kind]
+    assert first[2]["Retry-After"] in {"0", "1"}
+    assert second[0] == 200
+    assert second[1] == picture("jpeg", world.web[address].scene)[0]
+
+
+def test_connections_are_reset_once_or_always(world, origin):
+    reset, hiccup = addresses(world, "reset")[0], addresses(world, "hiccup")[0]
+    for address in (reset, reset, hiccup):
+        with pytest.raises(ConnectionResetError) as caught:
+            ask(origin, address)
+        assert caught.type is ConnectionResetError  # not only closed
+
+    assert ask(origin, hiccup)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [("removed", REMOVED), ("unavailable", UNAVAILABLE), ("moved", None)]
+)
+def test_redirects_lead_to_a_picture(world, origin, kind, target):
+    address = addresses(world, kind)[0]
+
+    status, _, headers = ask(origin, address)
+    leads_to = headers["Location"].removeprefix("https://")
+    body = ask(origin, leads_to)[1]
+
+    assert status == 302
+    assert target is None or leads_to == target
+    assert (body == picture("jpeg", world.web[address].scene)[0]) == (target is None)
+
+
+def test_a_loop_leads_to_itself(world, origin):
+    address = addresses(world, "loop")[0]
+
+    assert ask(origin, address)[2]["Location"] == f"https://{address}"
+
+
+def test_pictures_of_one_host_come_over_one_connection(world, origin):
+    address, other = addresses(world, "jpeg")[:2]
+    with closing(connect(origin)) as connection:
+        connection.connect()
+        socket = connection.sock
+        bodies = [ask(origin, one, connection)[1] for one in (address, other, address)]
+        assert connection.sock is socket
+
+    assert bodies[0] == bodies[2] == picture("jpeg", world.web[address].scene)[0]
+    assert bodies[1] == picture("jpeg", world.web[other].scene)[0]
+
+
+def test_nobody_knows_an_address_outside_the_world(origin):
+    assert ask(origin, "images.cocodataset.org/train2014/nothing.jpg")[0] == 404
+    assert ask(origin, "elsewhere.example/")[0] == 404
+
+
+def test_closing_does_not_wait_for_clients_that_stay(world):
+    with serve(world) as address:
+        connection = connect(address)
+        ask(address, addresses(world, "jpeg")[0], connection)
+
+    connection.close()
+    with pytest.raises(ConnectionError):
+        ask(address, addresses(world, "jpeg")[0])
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_row_asks_for_an_address_outside_the_world(world, rows, name):
+    for row in rows(name):
+        if not isinstance(row, BadRow) and not row.refused and row.url:
+            assert address_of(row.url) in world.web
