@@ -1,0 +1,381 @@
+"""FLAVA: an image, a text and a multimodal encoder, and the heads of its losses.
+
+Section 1 of the paper (arXiv:2112.04482); `docs/model.md` says what the paper leaves open and
+how it was settled. One block serves all three encoders. Encoders return their states before
+the final normalisation, since that is what the multimodal encoder reads; `encoder.norm` is
+applied to those positions alone that a head looks at.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # its name in all of PyTorch's documentation
+from torch import Tensor, nn
+
+from flava_train.shapes import Bool, Float, Int, Shaped
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+SCALE_RANGE = (0.0, math.log(100))
+"""Of `logit_scale`: a temperature between 1 and 0.01, as in CLIP."""
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """One encoder: blocks, width, attention heads, and width inside the feed-forward layer."""
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    hidden: int = 3072
+
+
+@dataclass(frozen=True)
+class FlavaConfig:
+    """The whole model; the defaults are those of the paper and of the released weights.
+
+    Args:
+        image: ViT-B/16.
+        text: the same, for tokens.
+        multimodal: half as deep.
+        image_size: pixels along each side in pretraining; other sizes get interpolated positions.
+        patch_size: pixels along each side of a patch.
+        image_vocab: codes of the image tokenizer.
+        text_vocab: tokens of the tokenizer.
+        text_positions: longest text.
+        projection_dim: of the contrastive embeddings. The paper says 512, the released weights
+            and both public ports have 768.
+        mm_pad_mask: hide padding from the multimodal encoder. The released weights were trained
+            without; then every text must be padded to one length.
+        norm_eps: of every layer normalisation.
+        logit_scale: initial logarithm of the inverse temperature.
+        logit_bias: initial bias of the logits, for SigLIP's loss; none for the others.
+    """
+
+    image: TowerConfig = TowerConfig()
+    text: TowerConfig = TowerConfig()
+    multimodal: TowerConfig = TowerConfig(layers=6)
+    image_size: int = 224
+    patch_size: int = 16
+    image_vocab: int = 8192
+    text_vocab: int = 30_522
+    text_positions: int = 512
+    projection_dim: int = 768
+    mm_pad_mask: bool = True
+    norm_eps: float = 1e-12
+    logit_scale: float = 2.6592
+    logit_bias: float | None = None
+
+    @property
+    def grid(self) -> int:
+        """Patches along each side in pretraining."""
+        return self.image_size // self.patch_size
+
+
+class LayerNorm(nn.LayerNorm):
+    """Computes in float32 or wider, and returns what it was given (section 3.3 of the paper)."""
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """Normalise the last axis."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.layer_norm(
+            x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps
+        )
+        return normed.to(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward layer."""
+
+    def __init__(self, tower: TowerConfig, eps: float) -> None:
+        super().__init__()
+        self.heads = tower.heads
+        self.norm1 = LayerNorm(tower.width, eps)
+        self.qkv = nn.Linear(tower.width, 3 * tower.width)
+        self.proj = nn.Linear(tower.width, tower.width)
+        self.norm2 = LayerNorm(tower.width, eps)
+        self.fc1 = nn.Linear(tower.width, tower.hidden)
+        self.fc2 = nn.Linear(tower.hidden, tower.width)
+
+    def forward(
+        self, x: Float[Tensor, "b s d"], mask: Float[Tensor, "b 1 1 s"] | None
+    ) -> Float[Tensor, "b s d"]:
+        """Transform the states; `mask` is added to the attention logits."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # b s 3 h e
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # b h s e
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        fed: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + fed
+
+
+class Encoder(nn.Module):
+    """Blocks, and the normalisation that follows the last."""
+
+    def __init__(self, tower: TowerConfig, eps: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(tower, eps) for _ in range(tower.layers))
+        self.norm = LayerNorm(tower.width, eps)
+
+    def run(
+        self, x: Float[Tensor, "b s d"], keep: Bool[Tensor, "b s"] | None
+    ) -> Float[Tensor, "b s d"]:
+        """States after the last block, before `norm`; nobody attends to what `keep` leaves out."""
+        if torch.is_autocast_enabled(x.device.type):  # else float32 parameters would widen all sums
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        mask = None if keep is None else _attention_mask(keep, x.dtype)
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+class ImageEncoder(Encoder):
+    """`[CLS]`, then patches row by row."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: FlavaConfig) -> None:
+        super().__init__(config.image, config.norm_eps)
+        width = config.image.width
+        self.patch_size = config.patch_size
+        self.grid = config.grid
+        self.patches = nn.Linear(3 * config.patch_size**2, width)
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.zeros(1, 1 + config.grid**2, width))
+        self.register_buffer("mean", _per_channel(CLIP_MEAN).float() * 255, persistent=False)
+        self.register_buffer("std", _per_channel(CLIP_STD).float() * 255, persistent=False)
+
+    def forward(
+        self,
+        pixels: Shaped[Tensor, "b 3 height width"],
+        masked: Bool[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b s d"]:
+        """States of an image whose `masked` patches are hidden.
+
+        Pixels are uint8, or floats that are normalised already; height and width are multiples
+        of the patch size.
+        """
+        if not pixels.is_floating_point():
+            pixels = (pixels - self.mean) / self.std
+        size = self.patch_size
+        high, wide = pixels.shape[2] // size, pixels.shape[3] // size
+        squares = pixels.unflatten(3, (wide, size)).unflatten(2, (high, size))  # b 3 high p wide p
+        x = self.patches(squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))  # b n d
+        if masked is not None:
+            x = torch.where(masked[..., None], self.mask.to(x.dtype), x)
+        x = torch.cat([self.cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        return self.run(x + self._positions(high, wide), None)
+
+    def _positions(self, high: int, wide: int) -> Float[Tensor, "1 1+{high}*{wide} d"]:
+        if high == wide == self.grid:
+            return self.positions
+        square = self.positions[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        resized = F.interpolate(square, (high, wide), mode="bicubic", align_corners=False)
+        return torch.cat([self.positions[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+class TextEncoder(Encoder):
+    """WordPiece tokens, `[CLS]` first."""
+
+    def __init__(self, config: FlavaConfig) -> None:
+        super().__init__(config.text, config.norm_eps)
+        width = config.text.width
+        self.words = nn.Embedding(config.text_vocab, width, padding_idx=0)
+        self.positions = nn.Embedding(config.text_positions, width)
+        self.types = nn.Embedding(2, width)  # the second is never used, but published
+        self.embedding_norm = LayerNorm(width, config.norm_eps)
+
+    def forward(
+        self, tokens: Int[Tensor, "b l"], lengths: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b l d"]:
+        """States of the tokens; those past a row's length hide from the others."""
+        length = tokens.shape[1]
+        x = self.words(tokens) + self.positions.weight[:length] + self.types.weight[0]
+        return self.run(self.embedding_norm(x), _within(lengths, length))
+
+
+class MultimodalEncoder(Encoder):
+    """`[CLS_M]`, then all states of the image, then all states of the text."""
+
+    def __init__(self, config: FlavaConfig) -> None:
+        super().__init__(config.multimodal, config.norm_eps)
+        width = config.multimodal.width
+        self.pad_mask = config.mm_pad_mask
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+        self.from_image = nn.Linear(config.image.width, width)
+        self.from_text = nn.Linear(config.text.width, width)
+
+    def forward(
+        self,
+        image: Float[Tensor, "b i d"],
+        text: Float[Tensor, "b l e"],
+        lengths: Int[Tensor, " b"],
+    ) -> Float[Tensor, "b 1+i+l f"]:
+        """States of the pair, from the states of both sides before their final normalisation."""
+        image, text = self.from_image(image), self.from_text(text)
+        cls = self.cls.expand(len(image), -1, -1).to(image.dtype)
+        x = torch.cat([cls, image, text], dim=1)
+        before = 1 + image.shape[1]
+        return self.run(x, _within(before + lengths, x.shape[1]) if self.pad_mask else None)
+
+
+class MaskedHead(nn.Module):
+    """What stood at a masked position: logits over codes or tokens."""
+
+    def __init__(self, width: int, vocab: int, eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = LayerNorm(width, eps)
+        self.decoder = nn.Linear(width, vocab)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b vocab"]:
+        """Logits for states after the encoder's final normalisation."""
+        logits: Tensor = self.decoder(self.norm(F.gelu(self.dense(x))))
+        return logits
+
+
+class MatchHead(nn.Module):
+    """Whether image and text belong together: logits for no and yes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.classifier = nn.Linear(width, 2)
+
+    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b 2"]:
+        """Logits for states of `[CLS_M]` after the final normalisation."""
+        logits: Tensor = self.classifier(torch.tanh(self.dense(x)))
+        return logits
+
+
+class Flava(nn.Module):
+    """Three encoders, two projections, five heads; poolers, which no loss reaches, are left out."""
+
+    def __init__(self, config: FlavaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image = ImageEncoder(config)
+        self.text = TextEncoder(config)
+        self.multimodal = MultimodalEncoder(config)
+        self.image_projection = nn.Linear(config.image.width, config.projection_dim)
+        self.text_projection = nn.Linear(config.text.width, config.projection_dim)
+        # one axis: what shards parameters along their first has nothing to hold at a scalar
+        self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale))
+        bias = config.logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
+        eps, fused = config.norm_eps, config.multimodal.width
+        self.mim_head = MaskedHead(config.image.width, config.image_vocab, eps)
+        self.mlm_head = MaskedHead(config.text.width, config.text_vocab, eps)
+        self.mmm_image_head = MaskedHead(fused, config.image_vocab, eps)
+        self.mmm_text_head = MaskedHead(fused, config.text_vocab, eps)
+        self.itm_head = MatchHead(fused)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw all weights anew, from torch's generator.
+
+        As published, except that `[CLS]`, the mask token and the positions of the image encoder
+        start as in ViT and BEiT: both ports start them at zero, which suits them only because
+        DINO's weights replace them.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+            if isinstance(module, LayerNorm):
+                module.reset_parameters()
+        self.text.words.weight[0] = 0
+        for token in (self.image.cls, self.image.mask, self.image.positions):
+            nn.init.normal_(token, std=0.02)
+        nn.init.zeros_(self.multimodal.cls)
+
+    def embed_images(
+        self, pixels: Shaped[Tensor, "b 3 height width"]
+    ) -> Float[Tensor, "b projection"]:
+        """Unit vectors in float32 or wider, to be compared with those of texts."""
+        return _unit(self.image_projection(self.image.norm(self.image(pixels)[:, 0])))
+
+    def embed_texts(
+        self, tokens: Int[Tensor, "b l"], lengths: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b projection"]:
+        """Unit vectors in float32 or wider, to be compared with those of images."""
+        return _unit(self.text_projection(self.text.norm(self.text(tokens, lengths)[:, 0])))
+
+    def compile_regions(self, *, backend: str = "inductor", most_shapes: int = 64) -> None:
+        """Compile the blocks and heads, in place, each shape for itself.
+
+        The blocks of a tower share their code, so a shape costs one compilation however deep
+        the tower is.
+
+        Args:
+            backend: of `torch.compile`.
+            most_shapes: compiled forms after which torch gives up: towers and heads, times
+                widths, with and without gradient.
+        """
+        limits = torch._dynamo.config  # noqa: SLF001  # the documented place of this limit
+        limits.recompile_limit = max(limits.recompile_limit, most_shapes)
+        for module in self.modules():
+            if isinstance(module, Block | MaskedHead | MatchHead):
+                module.compile(fullgraph=True, dynamic=False, backend=backend)
+
+
+@torch.no_grad()
+def load_dino(encoder: ImageEncoder, state: Mapping[str, Tensor]) -> None:
+    """Put DINO's ViT-B/16 (`dino_vitbase16_pretrain.pth`) into an image encoder of its shape.
+
+    DINO's pixels are normalised by ImageNet's mean and deviation, ours by CLIP's; the patch
+    layer takes up the difference, so the encoder computes what DINO does (but for the epsilon
+    of DINO's normalisations, 1e-6). The mask token, which DINO lacks, stays as it is.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of another shape.
+    """
+    renamed = {_dino_name(name): tensor for name, tensor in state.items()}
+    ours = {name: tensor for name, tensor in encoder.state_dict().items() if name != "mask"}
+    wrong = sorted(renamed.keys() ^ ours.keys())
+    if wrong:
+        raise ValueError(f"these are not the weights of a DINO ViT of this depth: {wrong[:5]}")
+    kernel = renamed["patches.weight"]
+    renamed["patches.weight"] = kernel.flatten(1)
+    for name, tensor in renamed.items():
+        if tensor.shape != ours[name].shape:
+            raise ValueError(f"{name}: {tuple(tensor.shape)} is not {tuple(ours[name].shape)}")
+    deviation = _per_channel(IMAGENET_STD)
+    shift = (_per_channel(CLIP_MEAN) - _per_channel(IMAGENET_MEAN)) / deviation
+    stretch = _per_channel(CLIP_STD) / deviation
+    renamed["patches.bias"] = renamed["patches.bias"] + (kernel * shift).sum((1, 2, 3))
+    renamed["patches.weight"] = (kernel * stretch).flatten(1)
+    encoder.load_state_dict(renamed, strict=False)
+
+
+def _dino_name(name: str) -> str:
+    changed = {"cls_token": "cls", "pos_embed": "positions"}
+    plain = name.replace("attn.", "").replace("mlp.", "").replace("patch_embed.proj", "patches")
+    return changed.get(name, plain)
+
+
+def _per_channel(values: tuple[float, float, float]) -> Float[Tensor, "3 1 1"]:
+    return torch.tensor(values, dtype=torch.float64)[:, None, None]
+
+
+def _within(lengths: Int[Tensor, " b"], width: int) -> Bool[Tensor, "b {width}"]:
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def _attention_mask(keep: Bool[Tensor, "b s"], dtype: torch.dtype) -> Float[Tensor, "b 1 1 s"]:
+    # added, not boolean: the fused kernels are faster with it; finite, so that no row is all NaN
+    blank = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
+    return blank.masked_fill(~keep, torch.finfo(dtype).min)[:, None, None]
+
+
+def _unit(x: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

@@ -1,0 +1,118 @@
+import subprocess
+import sys
+from shutil import which
+
+import pytest
+
+SCRIPT = """
+import sys
+
+sys.path.insert(0, {here!r})
+import torch
+from tiny import farthest, flava, gradients, images, pairs, texts
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from flava_train.batches import fit, take
+from flava_train.losses import (
+    Objective, contrastive_sum, masked_image_sum, masked_pair_sums, masked_text_sum
+)
+from flava_train.model import Flava
+from flava_train.step import train_step
+from dataclasses import replace
+torch.set_num_threads(1)
+{body}
+"""
+
+WHOLE = """
+model, objective = flava(), Objective()
+
+def embed(pairs):
+    image = model.embed_images(pairs.images.pixels)
+    text = model.embed_texts(pairs.texts.tokens, pairs.texts.lengths)
+    return contrastive_sum(image, text, pairs.matched, model.logit_scale.exp())
+
+for function, batch in (
+    (embed, pairs(4)),
+    (lambda batch: sum(masked_pair_sums(model, batch, objective).values()), pairs(4)),
+    (lambda batch: masked_image_sum(model, batch), images(4)),
+    (lambda batch: masked_text_sum(model, batch), texts(4)),
+):
+    plain = function(batch)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(batch)
+    assert torch.allclose(plain, compiled, rtol=0, atol=1e-10), (plain, compiled)
+    torch._dynamo.reset()
+
+model.float()
+single = torch.float32
+for function, batch in (
+    (embed, pairs(4, dtype=single)),
+    (lambda batch: sum(masked_pair_sums(model, batch, objective).values()), pairs(4, dtype=single)),
+):
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(function, fullgraph=True, backend="eager")(batch)
+"""
+
+REGIONS = """
+counter = CompileCounterWithBackend("aot_eager")
+plain, model = flava(), flava()
+model.compile_regions(backend=counter)
+batch = pairs(8)
+widths = (16, 18, 20)
+counts = []
+for turn in range(2):
+    for width in widths:
+        wide = replace(batch, texts=fit(batch.texts, width))
+        cut = [take(wide, rows) for rows in torch.arange(8).split(4)]
+        for other in (images(4), texts(4)):
+            train_step(model, [other, other], Objective())
+        losses = train_step(model, cut, Objective())
+        expected = train_step(plain, cut, Objective())
+        assert farthest(losses, expected) < 1e-10
+        assert farthest(gradients(model), gradients(plain)) < 1e-10
+    counts.append(counter.frame_count)
+first, second = counts
+with_gradient = 1 + 2 * len(widths)  # image; text and both sides for each width
+without = 1 + len(widths)
+heads = 1 + 2 + 1  # patches, two numbers of masked tokens, match
+assert first == second == with_gradient + without + heads, counts
+"""
+
+
+def run(body, pytestconfig):
+    """In a process of its own: type-checked functions would not be compiled as users have them."""
+    here = str(pytestconfig.rootpath / "tests" / "train")
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(here=here, body=body)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=pytestconfig.rootpath,
+    )
+
+
+def test_every_branch_is_one_graph(pytestconfig):
+    done = run(WHOLE, pytestconfig)
+
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_regions_compile_once_for_each_width_and_change_nothing(pytestconfig):
+    done = run(REGIONS, pytestconfig)
+
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(which("g++") is None, reason="the default compiler writes C++")
+def test_the_default_compiler_changes_nothing(pytestconfig):
+    body = REGIONS.replace('counter = CompileCounterWithBackend("aot_eager")', "").replace(
+        "backend=counter", ""
+    )
+    body = body.replace("counts.append(counter.frame_count)", "counts.append(1)")
+    body = body.replace("(16, 18, 20)", "(16,)").replace("range(2)", "range(1)")
+    body = body.replace("first, second = counts", "sys.exit()")
+
+    done = run(body, pytestconfig)
+
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,45 @@
+import subprocess
+import sys
+
+SCRIPT = """
+import sys
+
+class Only:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ImportError(f"{{name}} is not installed here")
+
+sys.meta_path.insert(0, Only())
+sys.path.insert(0, {here!r})
+import torch
+from tiny import flava, images, pairs, texts
+from flava_train import batches, losses, masking, model, step
+
+for batch in (pairs(2), images(2), texts(2)):
+    print(*step.train_step(flava(), [batch], losses.Objective()))
+"""
+BLOCKED = {
+    "beartype",
+    "jaxtyping",
+    "pmd_pipeline",
+    "pydantic",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+}
+
+
+def test_a_step_needs_torch_and_numpy_alone(pytestconfig):
+    here = str(pytestconfig.rootpath / "tests" / "train")
+    script = SCRIPT.format(blocked=BLOCKED, here=here)
+
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=pytestconfig.rootpath,
+    )
+
+    assert done.stderr == ""
+    assert done.stdout.split() == ["contrastive", "mmm_image", "mmm_text", "itm", "mim", "mlm"]

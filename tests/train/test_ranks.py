@@ -1,0 +1,80 @@
+"""Two ranks on this machine, over gloo."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import TINY, farthest, flava, gradients, images, pairs, texts
+
+from flava_train import step
+from flava_train.batches import take
+from flava_train.losses import Objective
+from flava_train.model import FlavaConfig
+from flava_train.step import train_step
+
+SIGLIP = FlavaConfig(**{**TINY.__dict__, "logit_bias": -10.0})
+CASES = {
+    "flava": (Objective(), pairs(10, mismatched=(1, 2, 8))),
+    "siglip": (Objective(contrast="siglip"), pairs(10, mismatched=(1, 2, 8))),
+    "local": (Objective(contrast="local"), pairs(10, mismatched=(1, 2, 8))),
+    "one side without positives": (Objective(), pairs(10, mismatched=range(5))),
+    "mim": (Objective(), images(10)),
+    "mlm": (Objective(), texts(10)),
+}
+CUTS = {"whole": ([5], [5]), "uneven": ([2, 3], [4, 1]), "cached on one": ([5], [1, 2, 2])}
+
+
+def rank(number, folder):
+    """Each case, cut in each way; the second rank's rows are the second half."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    step.BUCKET = 1000  # many buckets
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=number, world_size=2)
+    found = {}
+    for case, (objective, batch) in CASES.items():
+        own = take(batch, torch.arange(5) + 5 * number)
+        for name, cuts in CUTS.items():
+            model = flava(SIGLIP)
+            pieces = [take(own, rows) for rows in torch.arange(5).split(cuts[number])]
+            losses = train_step(model, pieces, objective)
+            found[case, name] = losses, gradients(model)
+    torch.save(found, f"{folder}/{number}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(rank, (str(folder),), nprocs=2)
+    return [torch.load(Path(folder) / f"{number}.pt") for number in range(2)]
+
+
+def one_rank(case):
+    objective, batch = CASES[case]
+    model = flava(SIGLIP)
+    return train_step(model, [batch], objective), gradients(model)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "local"])
+def test_two_ranks_find_the_gradient_of_one(found, case, cut):
+    losses, expected = one_rank(case)
+
+    (ours, first), (theirs, second) = (held[case, cut] for held in found)
+
+    assert farthest(expected, first) < 1e-10
+    assert farthest(first, second) == 0
+    assert farthest(losses, {name: ours[name] + theirs[name] for name in ours}) < 1e-10
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_local_contrast_has_the_same_loss_but_another_gradient(found, cut):
+    losses, expected = one_rank("local")  # on one rank, local is global
+
+    (ours, first), (theirs, _) = (held["local", cut] for held in found)
+
+    assert farthest(losses, {name: ours[name] + theirs[name] for name in ours}) < 1e-10
+    assert farthest(expected, first) > 1e-3
+    assert farthest(found[0]["local", "whole"][1], first) < 1e-10

@@ -1,0 +1,300 @@
+import math
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY, farthest, flava, gradients, images, pairs, texts
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeCopyMode,
+    FakeTensorMode,
+)
+
+from flava_train.batches import Images, Texts, micro_batches, take
+from flava_train.losses import Objective
+from flava_train.masking import IGNORE, chance
+from flava_train.model import Flava
+from flava_train.step import train_step, with_negatives
+
+SIGLIP = replace(TINY, logit_bias=-10.0)
+FULL = Objective()
+
+
+def cut(batch, *sizes):
+    """Uneven micro-batches, in order."""
+    return [take(batch, rows) for rows in torch.arange(len(batch)).split(list(sizes))]
+
+
+@pytest.mark.parametrize(
+    ("objective", "config"),
+    [
+        (FULL, TINY),
+        (Objective(contrast="local"), TINY),
+        (Objective(contrast="siglip"), SIGLIP),
+        (Objective(contrastive=0.5, mmm_image=2.0, mmm_text=0.0, itm=3.0), TINY),
+        (Objective(mmm_image=0.0, mmm_text=0.0, itm=0.0), TINY),
+    ],
+    ids=["flava", "local", "siglip", "weights", "contrast alone"],
+)
+def test_micro_batches_give_the_gradient_of_the_whole_batch(objective, config):
+    model = flava(config)
+    batch = pairs(9, mismatched=(0, 5))
+
+    losses = train_step(model, [batch], objective)
+    whole = gradients(model)
+    cached_losses = train_step(model, cut(batch, 4, 2, 3), objective)
+
+    assert farthest(losses, cached_losses) < 1e-10
+    assert farthest(whole, gradients(model)) < 1e-10
+
+
+@pytest.mark.parametrize("make", [images, texts])
+def test_one_side_alone_may_be_cut_as_well(make):
+    model, batch = flava(), make(9)
+
+    losses = train_step(model, [batch], FULL)
+    whole = gradients(model)
+    more = train_step(model, cut(batch, 1, 5, 3), FULL)
+
+    assert farthest(losses, more) < 1e-12
+    assert farthest(whole, gradients(model)) < 1e-12
+
+
+def test_sorting_by_length_changes_nothing():
+    model, batch = flava(), pairs(10)
+    one = slice(0, 1)  # as few masked tokens as fit the narrowest width
+    texts = replace(
+        batch.texts, masked_at=batch.texts.masked_at[:, one], labels=batch.texts.labels[:, one]
+    )
+    batch = replace(batch, texts=texts)
+
+    losses = train_step(model, [batch], FULL)
+    whole = gradients(model)
+    pieces = micro_batches(batch, 3, widths=(6, 8, 12, 16))
+    more = train_step(model, pieces, FULL)
+
+    assert len({piece.texts.tokens.shape for piece in pieces}) > 1
+    assert farthest(losses, more) < 1e-10
+    assert farthest(whole, gradients(model)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["batch", "hard"])
+def test_drawn_negatives_give_the_gradient_of_the_whole_batch(kind):
+    objective = Objective(itm_negatives=kind, itm_rate=0.5)
+    model, batch = flava(), pairs(10)
+    pieces = cut(batch, 4, 6)
+
+    losses = train_step(model, pieces, objective)
+    cached = gradients(model)
+    swapped = joined([with_negatives(piece, likeness(model, piece), objective) for piece in pieces])
+    contrast = train_step(model, [batch], Objective(mmm_image=0.0, mmm_text=0.0, itm=0.0))
+    expected = gradients(model)
+    masked = train_step(model, [swapped], Objective(contrastive=0.0))
+    for name, gradient in gradients(model).items():
+        expected[name] = expected.get(name, 0) + gradient
+
+    assert 0 < swapped.matched.sum() < 10
+    assert farthest(losses, contrast | masked) < 1e-10
+    assert farthest(cached, expected) < 1e-10
+
+
+def likeness(model, piece):
+    image = model.embed_images(piece.images.pixels)
+    text = model.embed_texts(piece.texts.tokens, piece.texts.lengths)
+    return (model.logit_scale.exp() * image @ text.T).detach()
+
+
+def joined(pieces):
+    def cat(rows):
+        if isinstance(rows[0], torch.Tensor):
+            return torch.cat(rows)
+        names = rows[0].__dataclass_fields__
+        return type(rows[0])(*(cat([getattr(row, name) for row in rows]) for name in names))
+
+    return cat(pieces)
+
+
+def test_drawn_negatives_are_other_captions_of_other_images():
+    batch = pairs(64)
+    twice = replace(batch, image_ids=torch.arange(64) // 2)  # two captions for each image
+    tokens = batch.texts.tokens.clone()
+    tokens[7] = tokens[20]  # two images with one caption
+    twice = replace(twice, texts=replace(batch.texts, tokens=tokens))
+    objective = Objective(itm_negatives="batch", itm_rate=1.0)
+    sources = [set() for _ in range(64)]
+
+    for number in range(200):
+        drawn = replace(twice, chance=torch.from_numpy(chance(number, np.arange(64))))
+        swapped = with_negatives(drawn, None, objective)
+        assert not swapped.matched.any()
+        for row in range(64):
+            same = (batch.texts.masked_tokens == swapped.texts.masked_tokens[row]).all(1)
+            sources[row].add(same.nonzero()[0].item())
+
+    for row in range(64):
+        assert not sources[row] & {row, row ^ 1}
+        assert len(sources[row]) > 50  # of 62, in 200 draws
+    assert 20 not in sources[7]
+    assert 7 not in sources[20]
+
+
+def test_hard_negatives_look_alike():
+    batch = pairs(3)
+    alike = torch.tensor([[9.0, 5.0, -5.0], [5.0, 9.0, -5.0], [0.0, 50.0, 60.0]])
+    objective = Objective(itm_negatives="hard", itm_rate=1.0)
+
+    swapped = with_negatives(batch, alike, objective)
+
+    source = [1, 0, 1]
+    assert torch.equal(swapped.texts.masked_tokens, batch.texts.masked_tokens[source])
+    assert torch.equal(swapped.texts.lengths, batch.texts.lengths[source])
+    assert torch.equal(swapped.texts.tokens, batch.texts.tokens)
+
+
+def test_as_many_pairs_are_mismatched_as_asked_for():
+    batch = pairs(4096)
+    batch = replace(batch, chance=torch.from_numpy(chance(0, np.arange(4096))))
+
+    swapped = with_negatives(batch, None, Objective(itm_negatives="batch"))
+
+    assert (~swapped.matched).float().mean().item() == pytest.approx(0.1, abs=0.015)
+
+
+@pytest.mark.parametrize("kind", ["batch", "hard"])
+def test_a_pair_without_another_caption_stays(kind):
+    batch = replace(pairs(3), image_ids=torch.zeros(3, dtype=torch.int64))
+
+    swapped = with_negatives(batch, torch.zeros(3, 3), Objective(itm_negatives=kind, itm_rate=1.0))
+
+    assert swapped.matched.all()
+    assert torch.equal(swapped.texts.masked_tokens, batch.texts.masked_tokens)
+
+
+def unmasked(batch):
+    if isinstance(batch, Images):
+        return replace(batch, codes=torch.full_like(batch.codes, IGNORE))
+    if isinstance(batch, Texts):
+        return replace(batch, labels=torch.full_like(batch.labels, IGNORE))
+    return replace(batch, images=unmasked(batch.images), texts=unmasked(batch.texts))
+
+
+@pytest.mark.parametrize("negatives", ["dataset", "batch", "hard"])
+@pytest.mark.parametrize("contrast", ["global", "local", "siglip"])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pairs(4, mismatched=range(4)),
+        unmasked(pairs(4)),
+        pairs(1),
+        pairs(1, mismatched=[0]),
+        pairs(2, lengths=[1, 1]),
+    ],
+    ids=["no positives", "nothing masked", "one pair", "one mismatched pair", "one token"],
+)
+def test_a_poor_batch_of_pairs_has_finite_gradients(batch, contrast, negatives):
+    model = flava(SIGLIP)
+    objective = Objective(contrast=contrast, itm_negatives=negatives)
+
+    losses = train_step(model, [batch], objective)
+
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("batch", [unmasked(images(3)), unmasked(texts(3))], ids=["mim", "mlm"])
+def test_a_batch_with_nothing_masked_has_no_loss(batch):
+    model = flava()
+
+    losses = train_step(model, [batch], FULL)
+
+    assert [loss.item() for loss in losses.values()] == [0]
+    assert all((gradient == 0).all() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("sizes", [[6], [4, 2]])
+def test_the_loss_scale_scales_every_gradient_and_no_loss(sizes):
+    model, batch = flava(), pairs(6)
+
+    losses = train_step(model, cut(batch, *sizes), FULL)
+    plain = gradients(model)
+    same = train_step(model, cut(batch, *sizes), FULL, loss_scale=torch.tensor(1024.0))
+
+    assert farthest(losses, same) == 0
+    scaled = {name: gradient / 1024 for name, gradient in gradients(model).items()}
+    assert farthest(plain, scaled) < 1e-12
+
+
+def test_half_precision_finds_about_the_same_gradient():
+    model, batch = flava(dtype=torch.float32), pairs(8, dtype=torch.float32)
+
+    train_step(model, [batch], FULL)
+    full = gradients(model)
+    train_step(model, cut(batch, 5, 3), FULL, autocast=torch.bfloat16)
+    half = gradients(model)
+
+    assert {gradient.dtype for gradient in half.values()} == {torch.float32}
+    ours, theirs = (torch.cat([grads[name].flatten() for name in full]) for grads in (half, full))
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("negatives", ["dataset", "batch", "hard"])
+@pytest.mark.parametrize("make", [pairs, images, texts])
+def test_a_step_never_waits_for_the_device(make, negatives):
+    """Fake tensors have no values, so whatever asks for one fails."""
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        model, batch = deepcopy((flava(), make(6)))
+
+    with mode:
+        losses = train_step(model, cut(batch, 4, 2), Objective(itm_negatives=negatives))
+
+    assert losses
+    with pytest.raises(DataDependentOutputException):
+        losses.popitem()[1].item()
+
+
+def test_the_temperature_stays_in_its_range():
+    model = flava()
+
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    train_step(model, [pairs(2)], FULL)
+
+    assert model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_old_gradients_are_forgotten():
+    model, batch = flava(), pairs(3)
+
+    train_step(model, [batch], FULL)
+    once = gradients(model)
+    train_step(model, [images(3)], FULL)
+    train_step(model, [batch], FULL)
+
+    assert farthest(once, gradients(model)) == 0
+
+
+def test_a_batch_of_two_kinds_is_an_error():
+    with pytest.raises(TypeError, match="begins with Images"):
+        train_step(flava(), [images(2), texts(2)], FULL)
+
+
+def test_64_pairs_are_learnt_by_heart():
+    torch.manual_seed(0)
+    model = Flava(TINY)
+    batch = pairs(64, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    for _ in range(60):
+        losses = train_step(model, [batch], FULL)
+        optimizer.step()
+
+    with torch.no_grad():
+        image = model.embed_images(batch.images.pixels)
+        text = model.embed_texts(batch.texts.tokens, batch.texts.lengths)
+    own = torch.arange(64)
+    assert ((image @ text.T).argmax(1) == own).all()
+    assert ((text @ image.T).argmax(1) == own).all()
+    assert losses["contrastive"] < 0.05

@@ -1,0 +1,93 @@
+"""A FLAVA that fits on a page, and batches for it."""
+
+import numpy as np
+import torch
+
+from flava_train.batches import Images, Pairs, Texts
+from flava_train.masking import IGNORE
+from flava_train.model import Flava, FlavaConfig, TowerConfig
+
+PATCHES = 16
+TINY = FlavaConfig(
+    image=TowerConfig(layers=3, width=32, heads=4, hidden=48),
+    text=TowerConfig(layers=2, width=32, heads=4, hidden=48),
+    multimodal=TowerConfig(layers=1, width=32, heads=2, hidden=40),
+    image_size=32,
+    patch_size=8,
+    image_vocab=67,
+    text_vocab=101,
+    text_positions=20,
+    projection_dim=24,
+)
+
+
+def flava(config=TINY, *, dtype=torch.float64, seed=0):
+    """Every parameter at random: at their initial zeros and ones, half of them hide mistakes."""
+    torch.manual_seed(seed)
+    model = Flava(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.normal_(around, 0.06)
+        model.logit_scale.fill_(1.5)
+    return model.to(dtype)
+
+
+def images(count, *, seed=0, dtype=torch.float64, width=6, config=TINY):
+    rng = np.random.default_rng((1, seed))
+    side = config.image_size
+    at, codes = _masked(rng, np.full(count, config.grid**2), width, config.image_vocab)
+    return Images(torch.from_numpy(rng.normal(size=(count, 3, side, side))).to(dtype), at, codes)
+
+
+def texts(count, *, seed=0, width=3, longest=16, config=TINY, lengths=None):
+    rng = np.random.default_rng((2, seed))
+    lengths = rng.integers(3, longest + 1, count) if lengths is None else np.array(lengths)
+    tokens = rng.integers(1, config.text_vocab, (count, longest))
+    tokens[np.arange(longest) >= lengths[:, None]] = 0
+    at, labels = _masked(rng, lengths, width, config.text_vocab)
+    masked = tokens.copy()
+    for row in range(count):
+        for position, label in zip(at[row], labels[row], strict=True):
+            if label != IGNORE:
+                masked[row, position] = 5
+    return Texts(
+        torch.from_numpy(tokens), torch.from_numpy(masked), torch.from_numpy(lengths), at, labels
+    )
+
+
+def pairs(count, *, seed=0, dtype=torch.float64, mismatched=(), config=TINY, lengths=None):
+    rng = np.random.default_rng((3, seed))
+    matched = torch.ones(count, dtype=torch.bool)
+    matched[list(mismatched)] = False
+    return Pairs(
+        images(count, seed=seed, dtype=dtype, config=config),
+        texts(count, seed=seed, config=config, lengths=lengths),
+        matched,
+        torch.arange(count),
+        torch.from_numpy(rng.random((count, 2)).astype(np.float32)),
+    )
+
+
+def gradients(model):
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def farthest(one, other):
+    """Greatest difference between two sets of tensors of the same names."""
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def _masked(rng, lengths, width, vocab):
+    at = np.zeros((len(lengths), width), np.int64)
+    labels = np.full((len(lengths), width), IGNORE, np.int64)
+    for row, length in enumerate(lengths):
+        count = rng.integers(1, min(width, length) + 1)
+        at[row, :count] = np.sort(rng.choice(length, count, replace=False))
+        labels[row, :count] = rng.integers(1, vocab, count)
+    return torch.from_numpy(at), torch.from_numpy(labels)
