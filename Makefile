@@ -2,15 +2,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml Makefile | cksum | tr -d ' ')
+# What the environment depends on; a change of any installs anew, and installs what is missing only.
+INPUTS := $(shell cat requirements.lock pyproject.toml | cat - Makefile | cksum | tr -d ' ')
+HERE := $(shell printf %s "$(CURDIR)" | cksum | tr -d ' ')
+STAMP := $(VENV)/.installed-$(INPUTS)-$(HERE)
 
-.PHONY: quickstart test check format docs lock clean
+.PHONY: quickstart test unit slow check format bare bench lock clean
 
 quickstart: $(STAMP)
 	$(BIN)/pmd quickstart
 
-test: $(STAMP)
+test: unit slow
+
+unit: $(STAMP)
 	$(BIN)/pytest -m "not slow" -n 2
+
+slow: $(STAMP)
 	$(BIN)/pytest -m slow
 
 check: $(STAMP)
@@ -23,20 +30,34 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# A download node: no extras, no torch. Builds the sample world with what `pip install .` brings.
+bare:
+	test -x $(VENV)-bare/bin/python || $(PYTHON) -m venv $(VENV)-bare
+	$(VENV)-bare/bin/pip install --quiet -c requirements.lock .
+	! $(VENV)-bare/bin/python -c "import torch"
+	$(VENV)-bare/bin/pmd quickstart --out $(VENV)-bare/quickstart --scenes 40 --quiet
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/index.py
+	$(BIN)/python benchmarks/pools.py
+
 # Versions that CI and `make` install; `make lock` takes the newest that pyproject.toml allows.
 # torch is left to its range: on a machine without a GPU, pip then takes the CPU build it offers.
 lock:
-	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
-	.lock-venv/bin/pip install --quiet "torch>=2.11,<2.14" && .lock-venv/bin/pip install --quiet ".[dev]"
-	.lock-venv/bin/pip freeze --exclude pmd-flava | grep -v '^torch==\|^nvidia-\|^triton==\|^cuda-' > requirements.lock
+	rm -rf .lock-venv
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/pip install --quiet "torch>=2.11,<2.14"
+	.lock-venv/bin/pip install --quiet ".[dev]"
+	.lock-venv/bin/pip freeze --exclude pmd-flava \
+	  | grep -v '^torch==\|^nvidia-\|^triton==\|^cuda-' > requirements.lock
 	rm -rf .lock-venv
 
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "torch>=2.11,<2.14" -c requirements.lock
+	$(BIN)/pip install --quiet -c requirements.lock "torch>=2.11,<2.14"
 	$(BIN)/pip install --quiet -c requirements.lock -e ".[dev]"
 	rm -f $(VENV)/.installed-*
 	touch $@
 
 clean:
-	rm -rf $(VENV) quickstart .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-bare quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,17 +16,20 @@ from rich.console import Console
 from pmd_pipeline.errors import PmdError
 
 if TYPE_CHECKING:
+    from pmd_pipeline.dataset import Built
     from pmd_pipeline.progress import Show
 
 app = typer.Typer(
-    help="Rebuild the Public Multimodal Datasets: nine sources to shards, manifest and statistics.",
+    help="Rebuild the Public Multimodal Datasets: nine sources to shards, manifest, statistics.\n\n"
+    "Example: pmd quickstart",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_out = Console(width=None if sys.stdout.isatty() else 160)
-_err = Console(stderr=True)
+_out = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
+_err = Console(stderr=True, emoji=False)
 
 
 class Runner(StrEnum):
@@ -45,12 +48,17 @@ class Form(StrEnum):
     md = "md"
 
 
-Out = Annotated[str, typer.Option("--out", help="Folder or fsspec address for index and shards.")]
-Manifests = Annotated[str, typer.Option(help="Folder for manifests.")]
+Out = Annotated[
+    str, typer.Option("--out", metavar="DIR", help="Folder or fsspec address for index and shards.")
+]
+Manifests = Annotated[str, typer.Option(metavar="DIR", help="Folder for manifests.")]
 RunnerOption = Annotated[Runner, typer.Option(help="Run tasks on Ray, or on local processes.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Tasks at a time; default: all cores.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Tasks at a time; default: all cores.")
+]
 RayAddress = Annotated[
-    str | None, typer.Option(help="Join this Ray cluster (auto: the one of this machine).")
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Join this Ray cluster (auto: the one of this machine)."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
@@ -58,7 +66,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 @app.command()
 def sources(
     name: Annotated[
-        str | None, typer.Argument(help="Only this source, with all it publishes.")
+        str | None,
+        typer.Argument(metavar="[NAME]", help="Only this source, with all it publishes."),
     ] = None,
 ) -> None:
     """List the nine sources: pairs, licence, where files come from, what to get by hand.
@@ -67,46 +76,61 @@ def sources(
     """
     from pmd_pipeline import listing
 
-    for block in listing.one_source(name) if name else listing.all_sources():
-        typer.echo(block + "\n")
+    for paragraph in (
+        [listing.one_source(name, _out.width)] if name else listing.all_sources(_out.width)
+    ):
+        typer.echo(paragraph + "\n")
 
 
 @app.command()
 def build(
     source: Annotated[
-        list[str] | None, typer.Option("--source", "-s", help="A source; may be repeated.")
+        list[str] | None,
+        typer.Option("--source", "-s", metavar="NAME", help="A source; may be repeated."),
     ] = None,
     all_: Annotated[
         bool, typer.Option("--all", help="All nine, as recipes/pmd.toml says.")
     ] = False,
     recipe: Annotated[
-        list[str] | None, typer.Option(help="A recipe file of your own; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="FILE", help="A recipe file of your own; may be repeated."),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Only so many records of each source, an unbiased sample."),
+        typer.Option(
+            min=1, metavar="N", help="Only so many records of each source, an unbiased sample."
+        ),
     ] = None,
     out: Out = "data",
     manifests: Manifests = "manifests",
     raw: Annotated[
         str | None,
-        typer.Option(help="Folder of annotation files you have [default: OUT/raw/SOURCE]."),
+        typer.Option(
+            metavar="DIR", help="Folder of annotation files you have [default: OUT/raw/SOURCE]."
+        ),
     ] = None,
     images: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="PLACE",
             help="Where images are: web, a folder, a zip, a tar, or img2dataset's output folder; "
-            "may be repeated, in order of preference [default: web]."
+            "may be repeated, in order of preference [default: web].",
         ),
     ] = None,
     runner: RunnerOption = Runner.ray,
     workers: Workers = None,
     ray_address: RayAddress = None,
     contact: Annotated[
-        str, typer.Option(help="Mail or web address told to every host in the User-Agent.")
+        str,
+        typer.Option(
+            metavar="TEXT", help="Mail or web address told to every host in the User-Agent."
+        ),
     ] = "",
     lid_model: Annotated[
-        Path | None, typer.Option(help="lid.176.bin or lid.176.ftz [default: the packaged .ftz].")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="lid.176.bin or lid.176.ftz [default: the packaged .ftz]."
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -115,10 +139,11 @@ def build(
     Example: pmd build --source yfcc100m --limit 10000
     """
     from pmd_pipeline.dataset import Request, build_all
-    from pmd_pipeline.filters.caption import LID_MODEL_VARIABLE
+    from pmd_pipeline.filters import caption
 
     if lid_model:
-        os.environ[LID_MODEL_VARIABLE] = str(lid_model.resolve())
+        os.environ[caption.LID_MODEL_VARIABLE] = str(lid_model.resolve())
+        caption.lid_model()  # says what is wrong with it before anything is done
     request = Request(
         recipes=(*(source or ()), *(recipe or ()), *(("pmd",) if all_ else ())),
         out=out,
@@ -134,19 +159,19 @@ def build(
     with _interruptible():
         built = build_all(request, _show(quiet=quiet))
     for path, manifest in built.manifests:
-        _out.print(f"{path}  {manifest.digest}", markup=False, highlight=False)
-    for failure in built.failures:
-        _err.print(f"failed: {failure}; run the same command again", markup=False)
-    if built.failures:
-        raise typer.Exit(1)
+        typer.echo(f"{path}  {manifest.digest}")
+    _fail_if_parts_failed(built)
 
 
 @app.command()
 def stats(
-    manifest: Annotated[str, typer.Argument(help="A manifest.")] = "manifests/pmd.json",
+    manifest: Annotated[
+        str, typer.Argument(metavar="[MANIFEST]", help="A manifest.")
+    ] = "manifests/pmd.json",
     form: Annotated[Form, typer.Option("--format", help="How to print.")] = Form.table,
     plot: Annotated[
-        str | None, typer.Option(help="Also write histograms of text lengths to this PNG.")
+        str | None,
+        typer.Option(metavar="FILE", help="Also write histograms of text lengths to this PNG."),
     ] = None,
 ) -> None:
     """Show text lengths and counts per dataset, beside the paper's.
@@ -160,7 +185,9 @@ def stats(
     rows = statistics.lengths(loaded)
     if plot:
         statistics.plot(rows, loaded, plot)
-        _err.print(f"wrote {plot}", markup=False)
+        _say(f"wrote {plot}")
+    for remark in statistics.remarks(loaded):
+        _say(remark)
     if form is Form.table:
         for table in statistics.as_table(rows, loaded):
             _out.print(table)
@@ -174,9 +201,11 @@ def stats(
 
 @app.command()
 def merge(
-    manifests: Annotated[list[str], typer.Argument(help="Manifests of different sources.")],
+    manifests: Annotated[
+        list[str], typer.Argument(metavar="MANIFEST", help="Manifests of different sources.")
+    ],
     out: Annotated[
-        str, typer.Option("--out", help="The manifest to write.")
+        str, typer.Option("--out", metavar="FILE", help="The manifest to write.")
     ] = "manifests/pmd.json",
 ) -> None:
     """Make one manifest of several.
@@ -187,14 +216,18 @@ def merge(
 
     found = merged(Path(out).stem, out, [(path, load_manifest(path)) for path in manifests])
     save_manifest(out, found)
-    _out.print(f"{out}  {found.digest}", markup=False, highlight=False)
+    typer.echo(f"{out}  {found.digest}")
 
 
 @app.command()
 def show(
-    key_or_shard: Annotated[str, typer.Argument(help="A sample's key, or the path of a shard.")],
+    key_or_shard: Annotated[
+        str, typer.Argument(metavar="KEY|SHARD", help="A sample's key, or the path of a shard.")
+    ],
     out: Out = "data",
-    image: Annotated[Path | None, typer.Option(help="Write the stored JPEG here.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the stored JPEG here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell the whole story of a sample, from the upstream row to the bytes; or what a shard holds.
@@ -202,29 +235,32 @@ def show(
     Example: pmd show 64c23fe1967b35c0
     """
     from pmd_pipeline import story
+    from pmd_pipeline.storage import write_whole
 
     if key_or_shard.endswith(".tar"):
         chapters = story.shard_story(key_or_shard)
     else:
         chapters = story.sample_story(out, key_or_shard)
     if image:
-        image.write_bytes(story.sample_image(chapters, out))
-        _err.print(f"wrote {image}", markup=False)
+        write_whole(str(image), story.sample_image(chapters))
+        _say(f"wrote {image}")
     if as_json:
         typer.echo(
             json.dumps([{"title": c.title, **c.facts} for c in chapters], ensure_ascii=False)
         )
         return
     for chapter in chapters:
-        _out.print(chapter.title, style="bold", markup=False, highlight=False)
+        typer.secho(chapter.title, bold=True)
         for name, value in chapter.facts.items():
-            _out.print(f"  {name}: {_plain(value)}", markup=False, highlight=False)
+            typer.echo(f"  {name}: {_plain(value)}")
 
 
 @app.command()
 def quickstart(
-    out: Annotated[str, typer.Option("--out", help="Folder for everything.")] = "quickstart",
-    scenes: Annotated[int, typer.Option(min=40, help="Scenes per source.")] = 240,
+    out: Annotated[
+        str, typer.Option("--out", metavar="DIR", help="Folder for everything.")
+    ] = "quickstart",
+    scenes: Annotated[int, typer.Option(min=40, metavar="N", help="Scenes per source.")] = 240,
     runner: RunnerOption = Runner.ray,
     workers: Workers = None,
     quiet: Quiet = False,
@@ -241,7 +277,8 @@ def quickstart(
     path, manifest = built.manifests[-1]
     for table in statistics.as_table(statistics.lengths(manifest), manifest):
         _out.print(table)
-    _out.print(f"{path}  {manifest.digest}", markup=False, highlight=False)
+    typer.echo(f"{path}  {manifest.digest}")
+    _fail_if_parts_failed(built)
 
 
 def main() -> None:
@@ -252,7 +289,7 @@ def main() -> None:
     try:
         app()
     except PmdError as error:
-        _err.print(f"pmd: {error}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"pmd: {error}")
         sys.exit(2)
 
 
@@ -261,8 +298,19 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _err.print("stopped; the same command goes on from here", markup=False)
+        _say("stopped; the same command goes on from here")
         raise typer.Exit(130) from None
+
+
+def _fail_if_parts_failed(built: "Built") -> None:
+    for failure in built.failures:
+        _say(f"failed: {failure}; run the same command again")
+    if built.failures:
+        raise typer.Exit(1)
+
+
+def _say(words: str) -> None:
+    _err.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(*, quiet: bool) -> "Show":
@@ -273,3 +321,7 @@ def _show(*, quiet: bool) -> "Show":
 
 def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+if __name__ == "__main__":
+    main()

@@ -216,12 +216,15 @@ class Manifest(_Stored):
 
 def canonical_json(value: object) -> str:
     """JSON with sorted keys, no blanks and no escapes beyond what JSON demands."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _CANONICAL.encode(value)
 
 
 def digest(value: object) -> str:
     """sha256 of the canonical JSON of `value`, as hex."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def part_name(part: int) -> str:

@@ -73,11 +73,12 @@ def open_pool(runner: str, workers: int | None, ray_address: str | None) -> Iter
     `runner` is `local` or `ray`; one local worker is this very process. With `ray_address` the pool
     is a running cluster (`auto` for the one of this machine), else Ray is started here.
     """
-    if runner == "local":
-        count = workers or os.cpu_count() or 1
-        yield _Here() if count == 1 else _Processes(count)
-        return
-    pool = _Ray(workers, ray_address)
+    count = workers or os.cpu_count() or 1
+    pool: _Here | _Processes | _Ray
+    if runner == "ray":
+        pool = _Ray(workers, ray_address)
+    else:
+        pool = _Here() if count == 1 else _Processes(count)
     try:
         yield pool
     finally:
@@ -91,6 +92,9 @@ def no_watch(_name: str, _counts: Mapping[str, int]) -> None:
 class _Here:
     workers = 1
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def run(
         self,
         function: Callable[[Task, Tick], Result],
@@ -102,8 +106,16 @@ class _Here:
 
 
 class _Processes:
+    """Processes of this machine, started when there is more than one task for them."""
+
     def __init__(self, workers: int) -> None:
         self.workers = workers
+        self._executor: ProcessPoolExecutor | None = None
+
+    def close(self) -> None:
+        if self._executor:
+            _end(self._executor)
+            self._executor = None
 
     def run(
         self,
@@ -119,12 +131,13 @@ class _Processes:
         suspects: list[Task] = []
         with _Ticks("127.0.0.1", watch) as ticks:
             while True:
-                with _executor(self.workers) as executor:
-                    yield from _until_broken(
-                        executor, self.workers * 2, function, queue, suspects, ticks
-                    )
+                self._executor = self._executor or _start(self.workers)
+                yield from _until_broken(
+                    self._executor, 2 * self.workers, function, queue, suspects, ticks
+                )
                 if not suspects:
                     return
+                self.close()
                 for task in suspects:  # alone, so that the culprit takes nobody with it
                     yield task, _alone(function, task, ticks)
                 suspects.clear()
@@ -140,10 +153,13 @@ def _until_broken(
 ) -> Iterator[tuple[Task, Result]]:
     """Run tasks until the queue is empty, or a worker dies: then its neighbours are suspects."""
     running: dict[Future[Result], Task] = {}
+    waiting: list[Task] = []  # the task that a broken pool refuses must not be lost
     try:
         while True:
             for task in islice(queue, in_flight - len(running)):
+                waiting.append(task)
                 running[executor.submit(function, task, ticks.ticker(task))] = task
+                waiting.pop()
             if not running:
                 return
             done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -152,42 +168,41 @@ def _until_broken(
                 result = future.result()
                 yield running.pop(future), result
     except BrokenProcessPool:
-        suspects += running.values()
+        suspects += [*running.values(), *waiting]
 
 
 def _alone(
     function: Callable[[Task, Tick], Result], task: Task, ticks: "_Ticks"
 ) -> Result | WorkerDied:
     for _ in range(_TRIES - 1):
-        with _executor(1) as executor:
+        executor = _start(1)
+        try:
             future = executor.submit(function, task, ticks.ticker(task))
-            try:
-                while True:
-                    done, _unfinished = wait([future], timeout=_POLL_SECONDS)
-                    ticks.hear()
-                    if done:
-                        return future.result()
-            except BrokenProcessPool:
-                _log.warning("a worker died of %s", task)
+            while not wait([future], timeout=_POLL_SECONDS).done:
+                ticks.hear()
+            return future.result()
+        except BrokenProcessPool:
+            _log.warning("a worker died of %s", task)
+        finally:
+            _end(executor)
     return WorkerDied(f"a worker process died {_TRIES} times of {task}")
 
 
-@contextmanager
-def _executor(workers: int) -> Iterator[ProcessPoolExecutor]:
-    executor = ProcessPoolExecutor(
+def _start(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(os.getpid(),),
     )
-    try:
-        yield executor
-    except BaseException:
-        for process in list(executor._processes.values()):  # noqa: SLF001 - 3.14 has kill_workers
-            process.kill()
-        raise
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _end(executor: ProcessPoolExecutor) -> None:
+    """End the worker processes at once: what is done is on disk, what is not is nobody's."""
+    processes = list((executor._processes or {}).values())  # noqa: SLF001 - public since 3.14
+    for process in processes:
+        process.kill()
+    executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(driver: int) -> None:
@@ -230,8 +245,11 @@ class _Ray:
             }
         )
         try:
+            if self._address and ":" in self._address.removeprefix("ray://"):
+                host, _, port = self._address.removeprefix("ray://").rpartition(":")
+                socket.create_connection((host, int(port)), 10.0).close()  # Ray waits for minutes
             ray.init(logging_level=logging.ERROR, **place)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             where = self._address or "on this machine"
             raise PmdError(f"cannot start or join Ray {where}: {error}") from error
         self._connected = True

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pmd_pipeline.build import WEB
 from pmd_pipeline.dataset import Built, Request, build_all
 from pmd_pipeline.progress import Show
 from pmd_pipeline.sample import serve, write_world
@@ -20,6 +21,7 @@ def run(folder: Path, scenes: int, runner: str, workers: int | None, show: Show)
             out=str(folder / "data"),
             manifests=str(folder / "manifests"),
             raw=str(folder / "world" / "raw"),
+            images=(WEB, *(str(path) for paths in world.images.values() for path in paths)),
             changes={"fetch": {"connect_to": {"*": origin}}, "part_records": 100},
             runner=runner,
             workers=workers,

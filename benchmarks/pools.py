@@ -1,0 +1,93 @@
+"""What Ray costs beside local processes, for parts of ten seconds and more.
+
+The same parts, built from pictures in a folder by both pools, in turn; prints the ratio of their
+times, start-up included and left out. Every part is the same work, so the times of tasks compare.
+
+    python benchmarks/pools.py --parts 4 --records 2000 --repeats 2
+"""
+
+import argparse
+import os
+import platform
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from pmd_pipeline.dataset import Order, build_source
+from pmd_pipeline.parallel import no_watch, open_pool
+from pmd_pipeline.progress import Show
+from pmd_pipeline.recipe import load_recipe
+
+
+def write_input(folder: Path, records: int) -> None:
+    """Rows of `records` addresses, and a picture of 1024 x 768 behind each."""
+    (folder / "raw").mkdir()
+    lines = [f"a picture of number {n}\thttp://a.test/{n}.jpg\n" for n in range(records)]
+    (folder / "raw" / "GCC-training.tsv").write_text("".join(lines))
+    (folder / "pictures").mkdir()
+    dice = np.random.default_rng(0)
+    for number in range(20):
+        coarse = dice.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((1024, 768), Image.Resampling.BICUBIC)
+        picture.save(folder / "pictures" / f"{number}.jpg", quality=90)
+    for number in range(20, records):
+        os.link(folder / "pictures" / f"{number % 20}.jpg", folder / "pictures" / f"{number}.jpg")
+
+
+def touch(task: int, _tick: object) -> int:
+    """A task that only makes the pool start its workers."""
+    return task
+
+
+def timed(folder: Path, runner: str, workers: int, parts: int, records: int) -> tuple[float, float]:
+    """Seconds of the build, and of starting the pool before it."""
+    shutil.rmtree(folder / "data", ignore_errors=True)
+    recipe = load_recipe("cc3m", {"part_records": records // parts})[0]
+    order = Order(
+        recipe=recipe,
+        raw=str(folder / "raw"),
+        data=str(folder / "data"),
+        manifest=str(folder / "data" / "cc3m.json"),
+        places=(str(folder / "pictures"),),
+    )
+    quiet = Show(Console(quiet=True), quiet=True)
+    started = time.monotonic()
+    with open_pool(runner, workers, None) as pool:
+        list(pool.run(touch, range(4 * workers), no_watch))
+        ready = time.monotonic()
+        build_source(order, pool, quiet)
+        return time.monotonic() - ready, ready - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", type=int, default=4)
+    parser.add_argument("--records", type=int, default=8000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    seconds: dict[str, list[float]] = {"local": [], "ray": []}
+    starts: dict[str, list[float]] = {"local": [], "ray": []}
+    with tempfile.TemporaryDirectory() as folder:
+        write_input(Path(folder), given.records)
+        for _ in range(given.repeats):
+            for runner in random.sample(["local", "ray"], 2):
+                took, start = timed(Path(folder), runner, given.workers, given.parts, given.records)
+                seconds[runner].append(took)
+                starts[runner].append(start)
+                print(f"  {runner:5}: {took:6.2f} s, after {start:.1f} s of starting")
+    local, ray = (statistics.median(seconds[runner]) for runner in ("local", "ray"))
+    each = local * given.workers / given.parts
+    print(f"a part takes {each:.1f} s; Ray / local = {ray / local:.3f} without start-up")
+
+
+if __name__ == "__main__":
+    main()

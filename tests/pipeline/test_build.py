@@ -1,0 +1,271 @@
+"""Laws of shards: conservation, determinism, idempotence, and a ledger that finds every byte."""
+
+import hashlib
+import json
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+
+from pmd_pipeline import dataset
+from pmd_pipeline.format import Report
+from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.recipe import load_recipe
+
+KINDS = ("good", "missing", "html", "empty", "truncated", "tiny")
+
+
+def write_kinds(folder: Path, kinds: list[str]) -> Path:
+    """A picture, or what stands in its place, for each kind."""
+    write_pictures(folder, [f"{n}.jpg" for n in range(len(kinds))], side=64)
+    for number, kind in enumerate(kinds):
+        path = folder / f"{number}.jpg"
+        if kind == "missing":
+            path.unlink()
+        elif kind == "html":
+            path.write_bytes(b"<html>gone</html>")
+        elif kind == "empty":
+            path.write_bytes(b"")
+        elif kind == "truncated":
+            path.write_bytes(path.read_bytes()[:-200])
+        elif kind == "tiny":
+            Image.new("RGB", (4, 4)).save(path, "JPEG")
+    return folder
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Thirty pictures in five parts, two of them missing."""
+    write_rows(tmp_path / "raw", toy_rows(30))
+    pictures = write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(28)])
+    return toy_order(tmp_path, toy_recipe(part_records=6), pictures=pictures)
+
+
+def files(order):
+    return {path.name: path for path in Path(order.shards).iterdir()}
+
+
+def digests(order):
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in files(order).items()
+        if not name.endswith(".json")
+    }
+
+
+@settings(max_examples=15)
+@given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=12))
+def test_every_pair_is_kept_dropped_or_failed(tmp_path_factory, kinds):
+    folder = tmp_path_factory.mktemp("build")
+    write_rows(folder / "raw", toy_rows(len(kinds)))
+    pictures = write_kinds(folder / "pictures", kinds)
+    recipe = toy_recipe(images={"filters": {"is_large": {"least": 8}}}, part_records=5)
+
+    manifest = toy_build(toy_order(folder, recipe, pictures=pictures))
+
+    counts = manifest.sources["cc3m"].counts
+    assert counts.unaccounted() == 0
+    assert counts.pairs_in == len(toy_rows(len(kinds)))
+    pairs = [1 + (number % 3 == 0) for number in range(len(kinds))]
+    by_kind = {
+        kind: sum(p for p, k in zip(pairs, kinds, strict=True) if k == kind) for kind in KINDS
+    }
+    assert counts.kept == by_kind["good"]
+    assert counts.dropped.get("is_large", 0) == by_kind["tiny"]
+    assert counts.failed.get("not_in_archive", 0) == by_kind["missing"]
+    assert sum(counts.failed.values()) == sum(
+        by_kind[kind] for kind in ("missing", "html", "empty", "truncated")
+    )
+
+
+def test_a_second_run_does_nothing_and_says_the_same(toy, monkeypatch):
+    first = toy_build(toy)
+    before = {name: path.stat().st_mtime_ns for name, path in files(toy).items()}
+
+    monkeypatch.setattr(dataset, "build_part", None)  # would fail if it were called
+
+    assert toy_build(toy) == first
+    assert {name: path.stat().st_mtime_ns for name, path in files(toy).items()} == before
+
+
+@pytest.mark.parametrize("ending", [".tar", ".parquet", ".json"])
+def test_a_part_that_lost_a_file_is_built_again_and_no_other(toy, ending):
+    first = toy_build(toy)
+    content = digests(toy)
+    before = {name: path.stat().st_mtime_ns for name, path in files(toy).items()}
+    files(toy)[f"00001{ending}"].unlink()
+
+    assert toy_build(toy) == first
+
+    assert digests(toy) == content
+    after = {name: path.stat().st_mtime_ns for name, path in files(toy).items()}
+    touched = {name for name in after if after[name] != before[name]}
+    assert touched == {"00001.tar", "00001.parquet", "00001.json"}
+
+
+def test_a_part_cut_short_is_built_again(toy):
+    first = toy_build(toy)
+    tar = files(toy)["00002.tar"]
+    tar.write_bytes(tar.read_bytes()[:-1])
+
+    assert toy_build(toy) == first
+
+
+def test_a_report_is_not_believed_when_its_rules_have_changed(toy):
+    first = toy_build(toy)
+    smaller = toy_order(
+        Path(toy.data).parent,
+        toy_recipe(part_records=6, images={"size": 20}),
+        pictures=Path(toy.places[0]),
+    )
+
+    second = toy_build(smaller)
+
+    assert second.digest != first.digest
+    ledger = pl.read_parquet(files(toy)["00000.parquet"])
+    assert set(ledger["height"].drop_nulls()) == {20}
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_bytes_do_not_depend_on_how_many_threads_fetch(toy, tmp_path, concurrency):
+    toy_build(toy)
+    recipe = toy_recipe(part_records=6, fetch={"concurrency": concurrency})
+    write_rows(tmp_path / "other" / "raw", toy_rows(30))
+    other = toy_order(tmp_path / "other", recipe, pictures=Path(toy.places[0]))
+
+    toy_build(other)
+
+    assert digests(other) == digests(toy)
+
+
+def test_two_builds_of_one_part_do_not_meet(toy):
+    first = toy_build(toy)
+    content = digests(toy)
+    for name in ("00000.json", "00003.json"):
+        files(toy)[name].unlink()
+
+    with open_pool("local", 2, None) as pool:
+        assert toy_build(toy, pool) == first
+
+    assert digests(toy) == content
+    assert not [name for name in files(toy) if name.endswith(".tmp")]
+
+
+def test_a_limit_takes_the_first_records_in_key_order(toy, tmp_path):
+    whole = toy_build(toy)
+    keys = pl.concat(
+        [
+            pl.read_parquet(path)
+            for name, path in sorted(files(toy).items())
+            if name.endswith("parquet")
+        ]
+    )["key"].to_list()
+    write_rows(tmp_path / "few" / "raw", toy_rows(30))
+    order = toy_order(
+        tmp_path / "few", toy_recipe(part_records=6), pictures=Path(toy.places[0]), limit=10
+    )
+
+    few = toy_build(order)
+
+    built = pl.concat(
+        [
+            pl.read_parquet(path)
+            for name, path in sorted(files(order).items())
+            if name.endswith("parquet")
+        ]
+    )["key"].to_list()
+    assert built == keys[:10]
+    counts = few.sources["cc3m"].counts
+    assert counts.unaccounted() == 0
+    assert counts.dropped["limit"] == counts.pairs_in - counts.kept - sum(counts.failed.values())
+    assert few.sources["cc3m"].limit == 10
+    assert whole.sources["cc3m"].counts.pairs_in == counts.pairs_in
+
+
+def test_raising_the_limit_builds_only_what_is_missing(toy):
+    order = toy_order(Path(toy.data).parent, toy.recipe, pictures=Path(toy.places[0]), limit=12)
+    toy_build(order)
+    before = {name: path.stat().st_mtime_ns for name, path in files(toy).items()}
+
+    toy_build(toy)
+
+    whole_parts = sorted(name for name in before if name.endswith(".tar"))[:-1]
+    for name in whole_parts:
+        assert files(toy)[name].stat().st_mtime_ns == before[name]
+
+
+def test_the_ledger_finds_every_byte_of_the_tar(toy):
+    toy_build(toy)
+
+    for name, path in files(toy).items():
+        if not name.endswith(".parquet"):
+            continue
+        content = path.with_suffix(".tar").read_bytes()
+        with tarfile.open(fileobj=BytesIO(content)) as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar}
+        rows = pl.read_parquet(path).filter(pl.col("status") == "success")
+        assert len(members) == 3 * len(rows)
+        for row in rows.iter_rows(named=True):
+            image = content[row["image_offset"] :][: row["image_size"]]
+            described = content[row["json_offset"] :][: row["json_size"]]
+            assert image == members[f"{row['key']}.jpg"]
+            assert described == members[f"{row['key']}.json"]
+            assert json.loads(described)["captions"][0] == row["caption"]
+            assert members[f"{row['key']}.txt"].decode() == row["caption"]
+
+
+def test_the_tar_tells_nothing_of_when_where_or_by_whom_it_was_made(toy):
+    toy_build(toy)
+
+    with tarfile.open(files(toy)["00000.tar"]) as tar:
+        members = tar.getmembers()
+
+    assert [member.name for member in members] == sorted(member.name for member in members)
+    assert all(member.name.count(".") == 1 for member in members)
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {
+        (0, 0, 0, "", "", 0o644)
+    }
+    assert files(toy)["00000.tar"].read_bytes()[257:265] == b"ustar\x0000"
+
+
+def test_the_report_holds_the_digests_of_its_files(toy):
+    toy_build(toy)
+
+    for name, path in files(toy).items():
+        if name.endswith(".json"):
+            report = Report.model_validate_json(path.read_bytes())
+            for file in (report.tar, report.ledger):
+                content = path.with_name(file.name).read_bytes()
+                assert file.sha256 == hashlib.sha256(content).hexdigest()
+                assert file.num_bytes == len(content)
+
+
+def test_images_of_other_proportions_than_upstreams_do_not_get_its_boxes(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    images = [
+        {"image_id": n, "url": f"https://a.test/VG_100K/{n}.jpg", "width": 480, "height": 400,
+         "coco_id": None, "flickr_id": None}
+        for n in (1, 2)
+    ]  # fmt: skip
+    region = {"x": 40, "y": 50, "width": 120, "height": 100, "phrase": "a red dog"}
+    regions = [{"id": n, "regions": [{**region, "image_id": n, "region_id": n}]} for n in (1, 2)]
+    (raw / "image_data.json").write_text(json.dumps(images))
+    (raw / "region_descriptions.json").write_text(json.dumps(regions))
+    pictures = write_pictures(tmp_path / "pictures", ["1.jpg"], side=40)  # 48 x 40: fits
+    Image.new("RGB", (40, 48)).save(pictures / "2.jpg", "JPEG")
+    order = toy_order(tmp_path, load_recipe("visual_genome")[0], pictures=pictures)
+
+    manifest = toy_build(order)
+
+    counts = manifest.sources["visual_genome"].counts
+    assert (counts.kept, counts.failed) == (1, {"wrong_size": 1})
+    with tarfile.open(Path(order.shards) / "00000.tar") as tar:
+        sample = json.load(tar.extractfile(next(m for m in tar if m.name.endswith("json"))))
+    assert sample["boxes"] == [pytest.approx([1 / 12, 1 / 8, 1 / 3, 3 / 8])]

@@ -1,0 +1,142 @@
+"""Promises of the pools: every result once, and deaths that stay with the culprit."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pmd_pipeline.errors import PmdError, RecordError
+from pmd_pipeline.parallel import WorkerDied, _Ticks, no_watch, open_pool
+
+
+def double(task, tick):
+    tick({"done": task})
+    return 2 * task
+
+
+def kill_itself_on_seven(task, _tick):
+    if task == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task
+
+
+def refuse(task, _tick):
+    raise RecordError("kind", f"detail of {task}")
+
+
+def linger(task, tick):
+    for _ in range(8):
+        tick({"done": task})
+        time.sleep(0.1)
+    return task
+
+
+POOLS = [
+    pytest.param("local", 1, id="here"),
+    pytest.param("local", 2, id="processes"),
+    pytest.param("ray", 2, id="ray", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(autouse=True)
+def _workers_find_this_module(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.mark.parametrize(("runner", "workers"), POOLS)
+def test_every_task_gives_its_result_once(runner, workers):
+    with open_pool(runner, workers, None) as pool:
+        results = dict(pool.run(double, range(25), no_watch))
+
+    assert results == {task: 2 * task for task in range(25)}
+
+
+@pytest.mark.parametrize(("runner", "workers"), POOLS)
+def test_an_error_of_a_task_arrives_as_itself(runner, workers):
+    with open_pool(runner, workers, None) as pool, pytest.raises(RecordError) as caught:
+        list(pool.run(refuse, range(3), no_watch))
+
+    assert caught.value.kind == "kind"
+    assert caught.value.detail.startswith("detail of")
+
+
+@pytest.mark.parametrize(("runner", "workers"), POOLS[1:])
+def test_a_task_that_kills_its_worker_takes_nobody_with_it(runner, workers):
+    with open_pool(runner, workers, None) as pool:
+        results = dict(pool.run(kill_itself_on_seven, range(12), no_watch))
+
+    assert isinstance(results.pop(7), WorkerDied)
+    assert results == {task: task for task in range(12) if task != 7}
+
+
+@pytest.mark.parametrize(("runner", "workers"), POOLS[1:])
+def test_ticks_reach_the_driver_under_the_name_of_their_task(runner, workers):
+    heard = {}
+    with open_pool(runner, workers, None) as pool:
+        list(pool.run(linger, [3, 4], lambda name, counts: heard.update({name: dict(counts)})))
+
+    assert heard == {"3": {"done": 3}, "4": {"done": 4}}
+
+
+def test_a_tick_is_refused_from_a_stranger():
+    heard = []
+    with _Ticks("127.0.0.1", lambda *tick: heard.append(tick)) as ticks:
+        ticker = ticks.ticker("mine")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+            out.sendto(json.dumps(["wrong", "theirs", {}]).encode(), ticker.address)
+            out.sendto(b"\xff\x00", ticker.address)
+            out.sendto(b"[1]", ticker.address)
+        ticker({"rows": 1})
+        time.sleep(0.05)
+        ticks.hear()
+
+    assert heard == [("mine", {"rows": 1})]
+
+
+def test_a_lone_task_needs_no_ray():
+    with open_pool("ray", 2, None) as pool:
+        assert dict(pool.run(double, [5], no_watch)) == {5: 10}
+
+    assert "ray" not in sys.modules or not __import__("ray").is_initialized()
+
+
+def test_an_unreachable_cluster_is_one_sentence():
+    with (
+        pytest.raises(PmdError, match="cannot start or join Ray"),
+        open_pool("ray", 2, "127.0.0.1:1") as pool,
+    ):
+        list(pool.run(double, [1, 2], no_watch))
+
+
+@pytest.mark.slow
+def test_workers_die_with_a_driver_that_is_killed(tmp_path):
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "from pmd_pipeline.parallel import no_watch, open_pool\n"
+        "def work(task, tick):\n"
+        f"    Path({str(tmp_path)!r}, f'{{os.getpid()}}.pid').touch()\n"
+        "    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    with open_pool('local', 2, None) as pool:\n"
+        "        list(pool.run(work, range(4), no_watch))\n"
+    )
+    driver = subprocess.Popen([sys.executable, str(script)])
+    while len(pids := [int(path.stem) for path in tmp_path.glob("*.pid")]) < 2:
+        time.sleep(0.1)
+
+    driver.kill()
+    driver.wait()
+
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            break
+        time.sleep(0.1)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]

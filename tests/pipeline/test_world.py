@@ -1,0 +1,223 @@
+"""The whole pipeline on the sample world: what was planted is what is counted, whatever happens."""
+
+import gc
+import json
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import polars as pl
+import pytest
+import webdataset
+from datasets import load_dataset
+from PIL import Image
+from toy import QUIET
+
+from pmd_pipeline.build import WEB
+from pmd_pipeline.dataset import Request, build_all
+from pmd_pipeline.manifest import load_manifest
+from pmd_pipeline.sample import World, serve, write_world
+from pmd_pipeline.story import sample_story
+
+pytestmark = pytest.mark.slow
+
+SOURCES = (
+    "cc12m",
+    "cc3m",
+    "coco",
+    "localized_narratives",
+    "redcaps",
+    "sbu",
+    "visual_genome",
+    "wit",
+    "yfcc100m",
+)
+
+
+def build(world: World, origin: str, out: Path, runner: str, workers: int):
+    request = Request(
+        recipes=("pmd",),
+        out=str(out / "data"),
+        manifests=str(out / "manifests"),
+        raw=str(world.folder / "raw"),
+        images=(WEB, *(str(path) for paths in world.images.values() for path in paths)),
+        changes={"fetch": {"connect_to": {"*": origin}}, "part_records": 25},
+        runner=runner,
+        workers=workers,
+    )
+    built = build_all(request, QUIET)
+    assert built.failures == []
+    return built.manifests[-1][1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"), scenes=80)
+
+
+@pytest.fixture(scope="module")
+def origin(world):
+    with serve(world) as origin:
+        yield origin
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("built")
+
+
+@pytest.fixture(scope="module")
+def manifest(world, origin, out):
+    return build(world, origin, out, "local", 1)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_was_planted_is_what_is_counted(manifest, world, source):
+    assert manifest.sources[source].counts == world.planted[source]
+    assert manifest.sources[source].counts.unaccounted() == 0
+
+
+@pytest.mark.parametrize(("runner", "workers"), [("local", 2), ("ray", 1), ("ray", 2)])
+def test_the_digest_is_the_same_for_any_runner_and_number_of_workers(
+    manifest, world, origin, tmp_path, runner, workers
+):
+    assert build(world, origin, tmp_path, runner, workers).digest == manifest.digest
+
+
+def test_evaluation_images_are_nowhere_in_the_shards(manifest, world, out):
+    text = (world.folder / "raw" / "coco" / "dataset_coco.json").read_text()
+    heldout = {i["cocoid"] for i in json.loads(text)["images"] if i["split"] in {"val", "test"}}
+
+    found = [
+        sample["meta"]["coco_id"]
+        for source in ("coco", "localized_narratives", "visual_genome")
+        for sample in samples(manifest, out, source)
+        if sample["meta"].get("coco_id")
+    ]
+
+    assert len(heldout) > 3
+    assert len(found) > 50
+    assert heldout.isdisjoint(found)
+    assert all(entry.leakage != "not checked" for entry in manifest.sources.values())
+
+
+@pytest.mark.parametrize("kills", [5])
+def test_a_build_killed_at_random_moments_ends_with_the_same_digest(
+    manifest, world, origin, tmp_path, kills
+):
+    recipe = tmp_path / "pmd.toml"
+    names = json.dumps(list(SOURCES))
+    recipe.write_text(
+        f'include = {names}\npart_records = 25\n[fetch.connect_to]\n"*" = "{origin}"\n'
+    )
+    images = [word for paths in world.images.values() for p in paths for word in ("--images", p)]
+    command = [
+        *(sys.executable, "-m", "pmd_pipeline.cli", "build", "--recipe", recipe),
+        *("--raw", world.folder / "raw", "--out", tmp_path / "data"),
+        *("--manifests", tmp_path / "manifests", "--images", "web", *images),
+        *("--runner", "local", "--workers", "2", "--quiet"),
+    ]
+    dice = random.Random(7)
+    killed = 0
+    for _ in range(kills):
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=dice.uniform(1.5, 6.0))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+
+    assert killed >= 2
+    assert load_manifest(str(tmp_path / "manifests" / "pmd.json")).digest == manifest.digest
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_shards_open_with_webdataset(manifest, out):
+    for source in SOURCES:
+        urls = [str(path) for path in tars(manifest, out, source)]
+        dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+        count = 0
+        for sample in dataset:
+            described = json.loads(sample["json"])
+            image = Image.open(BytesIO(sample["jpg"]))
+            assert image.size == (described["width"], described["height"])
+            assert sample["txt"].decode() == described["captions"][0]
+            count += 1
+        assert count == manifest.sources[source].images
+    del dataset
+    gc.collect()  # webdataset leaves its files to the collector, whose warnings are not ours
+
+
+def test_shards_open_with_datasets(manifest, out, tmp_path):
+    files = [str(path) for path in tars(manifest, out, "coco")]
+
+    rows = load_dataset(
+        "webdataset", data_files={"train": files}, split="train", cache_dir=str(tmp_path)
+    )
+
+    assert len(rows) == manifest.sources["coco"].images
+    assert rows[0]["json"]["captions"][0] == rows[0]["txt"]
+    assert rows[0]["jpg"].size == (rows[0]["json"]["width"], rows[0]["json"]["height"])
+
+
+def test_ledgers_open_with_polars(manifest, out):
+    ledgers = pl.scan_parquet(out / "data" / "shards" / "*" / "*.parquet").collect()
+
+    kept = ledgers.filter(pl.col("status") == "success")
+    assert len(kept) == sum(entry.images for entry in manifest.sources.values())
+    assert kept["num_pairs"].sum() == sum(entry.counts.kept for entry in manifest.sources.values())
+    assert ledgers["key"].n_unique() == len(ledgers)
+
+
+def test_regions_of_visual_genome_keep_their_boxes(manifest, out):
+    for sample in samples(manifest, out, "visual_genome"):
+        assert len(sample["boxes"]) == len(sample["captions"])
+        for x0, y0, x1, y1 in sample["boxes"]:
+            assert 0 <= x0 < x1 <= 1
+            assert 0 <= y0 < y1 <= 1
+
+
+def test_no_user_name_enters_a_shard(manifest, world, out):
+    author = json.loads(next((world.folder / "raw" / "redcaps").rglob("*_20*.json")).read_text())
+    names = {post["author"] for post in author["annotations"] if post.get("author")}
+
+    content = b"".join(path.read_bytes() for path in tars(manifest, out, "redcaps"))
+
+    assert not [name for name in names if name.encode() in content]
+
+
+@pytest.mark.parametrize("status", ["success", "failed_to_download", "failed_to_resize"])
+def test_every_record_of_a_ledger_has_its_whole_story(manifest, out, status):
+    rows = pl.scan_parquet(out / "data" / "shards" / "*" / "*.parquet").collect()
+    key = rows.filter(pl.col("status") == status)["key"][0]
+
+    titles = [chapter.title for chapter in sample_story(str(out / "data"), key)]
+
+    assert titles[0].startswith("row ")
+    assert any(title.startswith("record in part ") for title in titles)
+    assert any(title.startswith("row of the ledger ") for title in titles)
+    assert any(title.startswith("sample in ") for title in titles) == (status == "success")
+
+
+def tars(manifest, out, source):
+    return [out / "manifests" / shard.path for shard in manifest.shards if shard.source == source]
+
+
+def samples(manifest, out, source):
+    for path in tars(manifest, out, source):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    yield json.load(tar.extractfile(member))
+
+
+def test_nothing_of_a_build_is_left_in_temporary_files(manifest, out):
+    assert manifest.missing == {}
+    assert not list(out.rglob("*.tmp"))
+    assert not list(out.rglob("runs"))

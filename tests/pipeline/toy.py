@@ -1,0 +1,73 @@
+"""A toy source for tests of the stages: Conceptual Captions rows, and pictures in a folder."""
+
+import random
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+
+from pmd_pipeline.dataset import Order, build_source
+from pmd_pipeline.format import Manifest
+from pmd_pipeline.parallel import Pool, open_pool
+from pmd_pipeline.progress import Show
+from pmd_pipeline.recipe import Recipe, load_recipe
+
+QUIET = Show(Console(quiet=True), quiet=True)
+
+
+def toy_recipe(**changes: object) -> Recipe:
+    """The recipe of cc3m with `changes` laid over it."""
+    return load_recipe("cc3m", changes)[0]
+
+
+def write_rows(
+    folder: Path, rows: Sequence[tuple[str, str]], name: str = "GCC-training.tsv"
+) -> Path:
+    """Write (caption, address) rows as upstream does; the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{caption}\t{address}\n" for caption, address in rows)
+    (folder / name).write_text(text, encoding="utf-8", newline="")
+    return folder
+
+
+def write_pictures(folder: Path, names: Sequence[str], side: int = 40) -> Path:
+    """Write a small JPEG of its own colours under each name; the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        dice = random.Random(name)
+        image = Image.new("RGB", (side + 8, side), tuple(dice.randrange(256) for _ in range(3)))
+        out = BytesIO()
+        image.save(out, "JPEG")
+        (folder / name).write_bytes(out.getvalue())
+    return folder
+
+
+def toy_rows(count: int) -> list[tuple[str, str]]:
+    """Rows of `count` pictures, every third of which comes back later with another caption."""
+    rows = [(f"a caption of picture {n}", f"http://a.test/{n}.jpg") for n in range(count)]
+    again = [(f"picture {n} once more", f"http://a.test/{n}.jpg") for n in range(0, count, 3)]
+    return rows + again
+
+
+def toy_order(folder: Path, recipe: Recipe, *, pictures: Path, limit: int | None = None) -> Order:
+    """What to build of the rows in `folder/raw`."""
+    return Order(
+        recipe=recipe,
+        raw=str(folder / "raw"),
+        data=str(folder / "data"),
+        manifest=str(folder / "manifests" / "cc3m.json"),
+        limit=limit,
+        places=(str(pictures),),
+    )
+
+
+def toy_build(order: Order, pool: Pool | None = None) -> Manifest:
+    """The manifest of a build without failed parts."""
+    if pool is None:
+        with open_pool("local", 1, None) as here:
+            return toy_build(order, here)
+    manifest, failures = build_source(order, pool, QUIET)
+    assert failures == []
+    return manifest

@@ -1,0 +1,102 @@
+"""Imports point downward only; this table is the architecture, and the test holds it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+LAYERS = [
+    {"errors"},
+    {"record", "storage", "format", "filters"},
+    {"upstream", "cleaning", "progress", "parallel", "connections"},
+    {"sources", "sample"},
+    {"recipe"},
+    {"choose", "leakage", "images", "shards"},
+    {"runs"},
+    {"records", "fetch"},
+    {"shelves", "annotations"},
+    {"img2dataset"},
+    {"index", "build"},
+    {"manifest"},
+    {"stats", "story", "listing", "dataset"},
+    {"quickstart"},
+    {"cli"},
+]
+"""Rooms of `pmd_pipeline`, lowest first. A room may import from lower ones, and from its own row
+only itself."""
+
+MAY_KNOW = {
+    "ray": {"parallel"},
+    "torch": {"codes", "tokenizers"},
+    "urllib3": {"fetch", "annotations", "connections"},
+    "typer": {"cli"},
+    "PIL": {"images", "build", "sample"},
+    "fsspec": {"storage"},
+    "ijson": {"upstream"},
+}
+"""Libraries that only these rooms may import."""
+
+
+def modules(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def room(path, package):
+    relative = path.relative_to(ROOT / package)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def level(name):
+    return next((number for number, rooms in enumerate(LAYERS) if name in rooms), None)
+
+
+@pytest.mark.parametrize("path", modules("pmd_pipeline"), ids=lambda p: p.stem)
+def test_imports_of_the_pipeline_point_downward(path):
+    here = room(path, "pmd_pipeline")
+    if here == "__init__":
+        return
+    assert level(here) is not None, f"{here} has no place in the table above"
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "pmd_pipeline" and len(parts) > 1 and level(parts[1]) is not None:
+            assert parts[1] == here or level(parts[1]) < level(here), f"{path.name}: {name}"
+        assert here in MAY_KNOW.get(parts[0], {here}), f"{path.name} may not know {parts[0]}"
+        assert parts[0] != "flava_train"
+
+
+@pytest.mark.parametrize("path", modules("flava_train"), ids=lambda p: p.stem)
+def test_the_trainer_knows_only_the_format_of_the_pipeline(path):
+    for name in imported(path):
+        if name.split(".")[0] == "pmd_pipeline":
+            assert name.startswith("pmd_pipeline.format")
+
+
+def test_every_room_of_the_table_is_there():
+    rooms = {room(path, "pmd_pipeline") for path in modules("pmd_pipeline")} - {
+        "__init__",
+        "__pycache__",
+    }
+
+    assert rooms == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("module", ["pmd_pipeline.cli", "pmd_pipeline.format"])
+def test_the_command_and_the_format_load_neither_torch_nor_ray(module):
+    code = f"import sys, {module}; print({{'torch', 'ray', 'polars'}} & set(sys.modules))"
+
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+    assert found.stdout.strip() == "set()"
