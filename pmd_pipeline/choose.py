@@ -42,23 +42,23 @@ class Chooser:
     def pairs(self, row: Row) -> list[Pair]:
         """The row's pairs, kept and dropped; none for a row that only knows the image.
 
-        A refused row drops its pairs unseen. With `choose = "first"` a row is one pair: the first
-        candidate that passes, or else the reason of the last that has text.
+        A refused row drops its pairs unseen, and at least one. With `choose = "first"` a row is one
+        pair: the first candidate that passes, or else the reason of the last that has text.
         """
         if row.refused:
             candidates = row.candidates[:1] if self._first else row.candidates
             unseen = [Pair(one.text, one.field, one.box, row.refused) for one in candidates]
             return unseen or [Pair(None, None, None, row.refused)]
+        judged = (self._judged(one, filtered=row.filtered) for one in row.candidates)
         if not self._first:
-            return [self._judged(one, filtered=row.filtered) for one in row.candidates]
-        last = Pair(None, None, None, "no_caption" if not row.candidates else "no_text")
-        for one in row.candidates:
-            pair = self._judged(one, filtered=row.filtered)
+            return list(judged)
+        pairs: list[Pair] = []
+        for pair in judged:
             if pair.reason is None:
                 return [pair]
-            if pair.reason != "no_text":
-                last = pair
-        return [last]
+            if not pairs or pair.reason != "no_text":
+                pairs = [pair]
+        return pairs
 
     def _judged(self, one: Candidate, *, filtered: bool) -> Pair:
         text = one_line(one.text)

@@ -287,7 +287,7 @@ def main() -> None:
         level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s"
     )
     try:
-        app()
+        app(prog_name="pmd")
     except PmdError as error:
         _say(f"pmd: {error}")
         sys.exit(2)

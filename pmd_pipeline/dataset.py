@@ -95,16 +95,19 @@ def build_all(request: Request, show: Show) -> Built:
     if not request.recipes:
         raise PmdError("nothing to build: give --source NAME, --all or --recipe FILE")
     groups = {name: load_recipe(name, request.changes) for name in request.recipes}
+    chosen: dict[str, Recipe] = {}
+    for recipe in chain.from_iterable(groups.values()):
+        if chosen.setdefault(recipe.source, recipe) != recipe:
+            raise PmdError(f"two recipes for {recipe.source} are asked for; give one of them")
     built = Built()
     done: dict[str, str] = {}
     with open_pool(request.runner, request.workers, request.ray_address) as pool:
-        for recipe in chain.from_iterable(groups.values()):
-            if recipe.source not in done:
-                order = _order(request, recipe, show)
-                done[recipe.source] = order.manifest
-                manifest, failures = build_source(order, pool, show)
-                built.manifests.append((order.manifest, manifest))
-                built.failures += failures
+        for recipe in chosen.values():
+            order = _order(request, recipe, show)
+            done[recipe.source] = order.manifest
+            manifest, failures = build_source(order, pool, show)
+            built.manifests.append((order.manifest, manifest))
+            built.failures += failures
     by_path = dict(built.manifests)
     for name, recipes in groups.items():
         if len(recipes) > 1:
@@ -131,7 +134,7 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
             open_shelf(place)  # says what is wrong with it before hours of indexing
     with show.stage(f"{source} index", "rows") as stage:
         index = build_index(order.recipe, order.raw, order.index, pool, stage.watch)
-        stage.finished("", {"rows": index.rows})
+        stage.settled({"rows": index.rows})
     if index.leakage == "not checked":
         show.say(
             f"{source}: no {KARPATHY_FILE} in {order.raw} or beside it, so evaluation images were "
@@ -173,7 +176,9 @@ def _order(request: Request, recipe: Recipe, show: Show) -> Order:
         if not is_local(raw):
             raise PmdError(f"annotation files cannot be read from {raw}: give a local --raw")
         with show.stage(f"{recipe.source} annotations", "bytes") as stage:
-            annotations.ensure(source, raw, recipe.form, recipe.fetch.contact, stage.watch)
+            contact = recipe.fetch.contact
+            for sentence in annotations.ensure(source, raw, recipe.form, contact, stage.watch):
+                show.say(sentence)
     else:
         below = Path(request.raw) / recipe.source
         raw = str(below) if below.is_dir() else request.raw

@@ -1,43 +1,69 @@
 """What `pmd sources` prints: what each source is, and what a user has to do for it."""
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 
 from pmd_pipeline import sources
-from pmd_pipeline.sources import Source
+from pmd_pipeline.sources import Published, Source
+
+Fact = tuple[str, str]
+"""What is known, and its name."""
 
 
-def all_sources() -> Iterator[str]:
-    """A paragraph per source, in alphabetical order."""
+def all_sources(width: int) -> Iterator[str]:
+    """A paragraph per source, in alphabetical order, in lines of at most `width` characters."""
     for name in sources.names():
-        yield "\n".join(_summary(sources.load(name)))
+        source = sources.load(name)
+        yield _paragraph(source, _summary(source), width)
 
 
-def one_source(name: str) -> Iterator[str]:
-    """All that is known of one source.
+def one_source(name: str, width: int) -> str:
+    """All that is known of one source, in lines of at most `width` characters.
 
     Raises:
         PmdError: there is no such source.
     """
     source = sources.load(name)
     info = source.info
-    yield "\n".join(_summary(source))
-    yield f"  homepage   {info.homepage}\n  citation   {info.citation}"
-    for entry in info.published:
-        facts = [f"  file       {entry.pattern} ({entry.form}): {entry.what}"]
-        if not entry.needed:
-            facts.append("             not needed")
-        if entry.url:
-            facts.append(f"             {entry.url}")
-        if entry.sha256:
-            facts.append(f"             sha256 {entry.sha256}, {entry.num_bytes or 0:,} bytes")
-        yield "\n".join(facts)
+    facts = [*_summary(source), ("homepage", info.homepage), ("citation", info.citation)]
+    files = (fact for entry in info.published for fact in _file(source, entry))
+    return _paragraph(source, [*facts, *files], width)
 
 
-def _summary(source: Source) -> Iterator[str]:
+def _summary(source: Source) -> Iterator[Fact]:
     info = source.info
-    rows = f", {info.upstream_rows:,} rows upstream" if info.upstream_rows else ""
-    yield f"{source.name}: {info.title}"
-    yield f"  pairs      {info.paper_pairs:,} of {info.paper_words} words in the paper{rows}"
-    yield f"  licence    {info.licence}"
-    yield f"  images     {info.images}"
-    yield f"  by hand    {info.by_hand or 'nothing: pmd build downloads the annotation files'}"
+    rows = f"; {info.upstream_rows:,} rows upstream" if info.upstream_rows else ""
+    yield "paper", f"{info.paper_pairs:,} pairs of {info.paper_words} words{rows}"
+    yield "licence", info.licence
+    yield "images", info.images
+    if source.downloadable():
+        yield "files", "pmd build downloads the annotation files"
+    if info.by_hand:
+        yield "by hand", info.by_hand
+
+
+def _file(source: Source, entry: Published) -> Iterator[Fact]:
+    traits = [f"form {entry.form}"] if len(source.forms()) > 1 else []
+    traits += [] if entry.needed else ["not needed"]
+    yield "file", f"{entry.pattern}: {entry.what}" + (f" ({', '.join(traits)})" if traits else "")
+    if entry.url:
+        yield "", entry.url
+    if entry.sha256:
+        size = f", {entry.num_bytes:,} bytes" if entry.num_bytes else ""
+        yield "", f"sha256 {entry.sha256}{size}"
+
+
+def _paragraph(source: Source, facts: Iterable[Fact], width: int) -> str:
+    lines = [f"{source.name}, {source.info.title}"]
+    lines += [
+        textwrap.fill(
+            text,
+            width,
+            initial_indent=f"  {name:<9} ",
+            subsequent_indent=" " * 12,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, text in facts
+    ]
+    return "\n".join(lines)

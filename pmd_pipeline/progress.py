@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -26,15 +26,17 @@ class Stage:
         self._name = name
         self._unit = unit
         self._total = total
-        self._started = time.monotonic()
+        self._started = show.clock()
         self._before = Counter[str]()
         self._done = Counter[str]()
         self._running: dict[str, Mapping[str, int]] = {}
+        self._ended = set[str]()
 
     def watch(self, task: str, counts: Mapping[str, int]) -> None:
-        """Hear a running task's counts so far."""
-        self._running[task] = counts
-        self._show.refresh(self)
+        """Hear a running task's counts so far; what comes after its end is late and ignored."""
+        if task not in self._ended:
+            self._running[task] = counts
+            self._show.refresh(self)
 
     def found(self, counts: Mapping[str, int]) -> None:
         """Count what an earlier run has done: it is progress, but no speed."""
@@ -43,8 +45,16 @@ class Stage:
 
     def finished(self, task: str, counts: Mapping[str, int]) -> None:
         """Count what a task has done in all."""
+        self._ended.add(task)
         self._running.pop(task, None)
         self._done.update(counts)
+        self._show.refresh(self)
+
+    def settled(self, counts: Mapping[str, int]) -> None:
+        """Count what the stage has done in all, in place of what its tasks have told."""
+        self._ended.update(self._running)
+        self._running.clear()
+        self._done = Counter(counts)
         self._show.refresh(self)
 
     @property
@@ -53,15 +63,18 @@ class Stage:
         return self._sum()[self._unit] + self._before[self._unit]
 
     def line(self) -> str:
-        """The state in words, such as `120 of 240 records, 31 images/s, 4 failed, 4 s left`."""
+        """The state in words: `120 of 240 records, 31 images/s, 4 pairs failed, 4 s left`."""
         now = self._sum()
         both = now + self._before
-        seconds = time.monotonic() - self._started
+        seconds = self._show.clock() - self._started
         of = f" of {self._total:,}" if self._total is not None else ""
         words = [f"{both[self._unit]:,}{of} {self._unit}"]
-        if seconds > _SETTLED_SECONDS:
+        if self._unit == "bytes":
+            words = [f"{both[self._unit] / 1e6:,.1f} MB"]
+        if seconds > _SETTLED_SECONDS and self._unit in now:
             what = "images" if "images" in now else self._unit
-            words.append(f"{now[what] / seconds:,.0f} {what}/s")
+            rate = now[what] / seconds
+            words.append(f"{rate / 1e6:,.1f} MB/s" if what == "bytes" else f"{rate:,.0f} {what}/s")
         if both["failed"]:
             words.append(f"{both['failed']:,} pairs failed")
         if seconds > _SETTLED_SECONDS and self._total and now[self._unit]:
@@ -87,9 +100,20 @@ class Stage:
 
 
 class Show:
-    """Where stages are shown: `console`, which should be that of stderr."""
+    """Where stages are shown: `console`, which should be that of stderr.
 
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+    Args:
+        clock: seconds from some start; tests put their own here.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock = clock
         self._console = console
         self._quiet = quiet
         self._bars: Progress | None = None
@@ -98,28 +122,24 @@ class Show:
 
     @contextmanager
     def stage(self, name: str, unit: str, total: int | None = None) -> Iterator[Stage]:
-        """Show one stage while the block runs."""
+        """Show one stage while the block runs; at its end, say what it did if it did anything."""
         stage = Stage(self, name, unit, total)
-        if self._quiet:
-            yield stage
-        elif self._console.is_terminal:
+        if self._console.is_terminal and not self._quiet:
             with self._with_bar(stage):
                 yield stage
-            self.say(f"{name}: {stage.line()}")
         else:
-            self._next_line = time.monotonic() + _LINE_SECONDS
+            self._next_line = self.clock() + _LINE_SECONDS
             yield stage
+        if stage.done or total is not None:
             self.say(f"{name}: {stage.line()}")
 
     def refresh(self, stage: Stage) -> None:
         """Show the state of `stage`, not more often than somebody can read."""
         if self._bars is not None and self._bar is not None:
             self._bars.update(self._bar, completed=stage.done, line=stage.line())
-        elif not self._quiet and not self._console.is_terminal:
-            now = time.monotonic()
-            if now >= self._next_line:
-                self._next_line = now + _LINE_SECONDS
-                self.say(f"{stage.name}: {stage.line()}")
+        elif not self._console.is_terminal and self.clock() >= self._next_line:
+            self._next_line = self.clock() + _LINE_SECONDS
+            self.say(f"{stage.name}: {stage.line()}")
 
     def say(self, words: str) -> None:
         """Print a line, as it is."""

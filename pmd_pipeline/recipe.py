@@ -4,7 +4,9 @@ import difflib
 import inspect
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_type_hints
@@ -20,12 +22,16 @@ Keywords = dict[str, Any]
 """Keyword arguments of a filter or of a source's `read`, checked against its signature."""
 
 
+_STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+"""A value of another type is a mistake: nothing is guessed from `"256"` or `95.0`."""
+
+
 class RecipeError(PmdError):
     """A recipe says something that cannot be done; the sentence says where and what is possible."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _STRICT
 
 
 class Clean(_Section):
@@ -138,7 +144,7 @@ def load_recipe(name_or_path: str, changes: Mapping[str, Any] | None = None) -> 
     """The recipes that a name (`yfcc100m`, `pmd`) or a TOML file stands for, checked.
 
     A file with `include = [...]` stands for the recipes it names, each changed by the file's other
-    sections. `changes` are laid over each recipe last.
+    sections; paths in it are relative to the file. `changes` are laid over each recipe last.
 
     Raises:
         RecipeError: no such recipe, no TOML, an unknown key, a value out of range, an unknown
@@ -149,12 +155,18 @@ def load_recipe(name_or_path: str, changes: Mapping[str, Any] | None = None) -> 
     if "include" not in content:
         return [_checked(path, _merged(content, changes or {}))]
     included, rest = content["include"], {k: v for k, v in content.items() if k != "include"}
-    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+    if not (included and isinstance(included, list) and all(isinstance(n, str) for n in included)):
         raise RecipeError(f"{path}: include must be a list of recipe names")
-    return [
-        _checked(path, _merged(_merged(_read(_find(name)), rest), changes or {}))
-        for name in included
+    if "source" in rest:
+        raise RecipeError(f"{path}: include and source exclude each other; the included have one")
+    paths = [_find(name, path.parent) for name in included]
+    recipes = [
+        _checked(one if not rest else path, _merged(_merged(_read(one), rest), changes or {}))
+        for one in paths
     ]
+    if twice := [name for name, count in Counter(r.source for r in recipes).items() if count > 1]:
+        raise RecipeError(f"{path}: include gives two recipes for {twice[0]}; leave one out")
+    return recipes
 
 
 def recipe_names() -> list[str]:
@@ -177,16 +189,13 @@ def predicate(module: ModuleType, name: str, keywords: Mapping[str, Any]) -> Cal
     found = {
         known: function
         for known, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__ == module.__name__ and not known.startswith("_")
+        if function.__module__ == module.__name__
+        and not known.startswith("_")
+        and get_type_hints(function)["return"] is bool
     }
     if name not in found:
         raise RecipeError(f"no filter {name!r} in {module.__name__}; {_near(name, found)}")
-    checked = keywords_of(found[name], keywords, where=f"filter {name}")
-
-    def bound(value: object) -> bool:
-        return bool(found[name](value, **checked))
-
-    return bound
+    return partial(found[name], **keywords_of(found[name], keywords, where=f"filter {name}"))
 
 
 def keywords_of(
@@ -203,7 +212,7 @@ def keywords_of(
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-    model = create_model(where, __config__=ConfigDict(extra="forbid"), **fields)
+    model = create_model(where, __config__=_STRICT, **fields)
     try:
         checked: Keywords = model(**given).model_dump(mode="json")
     except ValidationError as error:
@@ -211,16 +220,17 @@ def keywords_of(
     return checked
 
 
-def _find(name_or_path: str) -> Path:
-    path = Path(name_or_path)
-    if path.suffix == ".toml":
+def _find(name_or_path: str, folder: Path = Path()) -> Path:
+    if name_or_path.endswith(".toml"):
+        path = folder / name_or_path
         if not path.is_file():
             raise RecipeError(f"{path}: there is no such recipe file")
         return path
-    known = recipe_folder() / f"{name_or_path}.toml"
-    if not known.is_file():
-        raise RecipeError(f"no recipe {name_or_path!r}; {_near(name_or_path, recipe_names())}")
-    return known
+    if name_or_path not in recipe_names():
+        raise RecipeError(
+            f"there is no source or recipe {name_or_path!r}; {_near(name_or_path, recipe_names())}"
+        )
+    return recipe_folder() / f"{name_or_path}.toml"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -228,6 +238,8 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: this is no TOML: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,13 +259,22 @@ def _checked(path: Path, content: Mapping[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(_sentence(str(path), error, _known_keys(error))) from error
+    if recipe.source not in sources.names():
+        near = _near(recipe.source, sources.names())
+        raise RecipeError(f"{path}: there is no source {recipe.source!r}; {near}")
     source = sources.load(recipe.source)
+    if recipe.form is not None and recipe.form not in source.forms():
+        near = _near(recipe.form, source.forms())
+        raise RecipeError(f"{path}: {source.name} has no form {recipe.form!r}; {near}")
     for module, filters in (
         (caption_filters, recipe.captions.filters),
         (image_filters, recipe.images.filters),
     ):
         for name, keywords in filters.items():
-            predicate(module, name, keywords)
+            try:
+                predicate(module, name, keywords)
+            except RecipeError as error:
+                raise RecipeError(f"{path}: {error}") from error
     options = keywords_of(source.read, recipe.options, where=f"{path} [options]")
     return recipe.model_copy(update={"options": options})
 
@@ -274,9 +295,14 @@ def _sentence(where: str, error: ValidationError, known: Sequence[str]) -> str:
     key = ".".join(str(step) for step in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r}; {_near(str(first['loc'][-1]), known)}"
-    return f"{where}: {key} = {json.dumps(first['input'], default=str)}: {first['msg'].lower()}"
+    if first["type"] == "missing":
+        return f"{where}: {key} is missing"
+    value, rule = json.dumps(first["input"], default=str), first["msg"]
+    return f"{where}: {key} = {value}: {rule[:1].lower()}{rule[1:]}"
 
 
 def _near(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"there are {', '.join(sorted(known))}" if known else "there are none"

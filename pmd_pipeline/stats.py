@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
@@ -13,8 +13,29 @@ from rich.table import Table
 from pmd_pipeline import sources
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Manifest
+from pmd_pipeline.leakage import KARPATHY_FILE
+from pmd_pipeline.storage import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PERCENTILES = (5, 50, 95)
+
+PAPER_ORDER = (
+    "coco",
+    "sbu",
+    "localized_narratives",
+    "cc3m",
+    "visual_genome",
+    "wit",
+    "cc12m",
+    "redcaps",
+    "yfcc100m",
+)
+"""The sources as FLAVA's table of PMD lists them; others come behind, by name."""
+
+PAPER_WORDS = 12.1
+"""Mean caption length of all nine in the same table, which is not the mean of its rows: 12.2."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +64,13 @@ class Lengths:
 
 def lengths(manifest: Manifest) -> list[Lengths]:
     """A row per source, in the order of the paper's table, and their sum if there are several."""
-    order = sorted(manifest.sources, key=lambda name: (_paper(name)[0] or 0, name))
+    listed = [name for name in PAPER_ORDER if name in manifest.sources]
+    order = [*listed, *sorted(manifest.sources.keys() - set(listed))]
     rows = [_row(name, manifest, [name], *_paper(name)) for name in order]
     if len(rows) > 1:
-        papers = [_paper(name)[0] for name in order]
-        rows.append(_row("total", manifest, order, sum(one or 0 for one in papers) or None, None))
+        pairs = sum(row.paper_pairs or 0 for row in rows) or None
+        words = PAPER_WORDS if len(listed) == len(PAPER_ORDER) == len(order) else None
+        rows.append(_row("total", manifest, order, pairs, words))
     return rows
 
 
@@ -66,36 +89,56 @@ def percentile(histogram: Mapping[int, int], share: float) -> int | None:
     return None
 
 
+def remarks(manifest: Manifest) -> list[str]:
+    """What a reader of the numbers must know: parts missing, limits, leakage not checked."""
+    found = []
+    for name, entry in sorted(manifest.sources.items()):
+        if entry.limit is not None:
+            found.append(f"{name} was built with --limit {entry.limit:,}")
+        if missing := manifest.missing.get(name):
+            found.append(f"{name} lacks {len(missing)} parts: run its build again")
+        if entry.leakage == "not checked":
+            found.append(f"{name} may hold evaluation images: there was no {KARPATHY_FILE}")
+    return found
+
+
 def as_table(rows: Sequence[Lengths], manifest: Manifest) -> list[Table]:
-    """Tables for a terminal: lengths, and what became of the pairs that are not kept."""
-    main = _table(f"{manifest.name}, digest {manifest.digest[:16]}")
-    names = ("dataset", "pairs", "paper", "images", "words", "paper", "diff")
-    for name in (*names, *(f"p{share}" for share in PERCENTILES), "max", "dropped", "failed"):
-        main.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=True)
+    """Tables for a terminal, from 80 columns on: lengths, fates of the pairs, and reasons."""
+    lengths_table = _table(f"{manifest.name}: words in a caption, digest {manifest.digest[:16]}")
+    names = ("dataset", "pairs", "paper", "words", "paper", "diff")
+    for name in (*names, *(f"p{share}" for share in PERCENTILES), "max"):
+        _add_column(lengths_table, name)
+    fates = _table("what became of the pairs")
+    for name in ("dataset", "images", "kept", "dropped", "failed"):
+        _add_column(fates, name)
+    reasons = _table("pairs not kept, by reason")
+    _add_column(reasons, "dataset")
+    reasons.add_column("decided by the recipe, then the world's fault")
     for number, row in enumerate(rows):
-        main.add_row(
+        ends = number == len(rows) - 2  # the line above the total
+        lengths_table.add_row(
             row.dataset,
             f"{row.pairs:,}",
             _short(row.paper_pairs),
-            f"{row.images:,}",
             _decimal(row.words_mean),
             _decimal(row.paper_words),
             _signed(row.difference),
             *(_whole(value) for value in (row.words_p5, row.words_p50, row.words_p95)),
             _whole(row.words_max),
+            end_section=ends,
+        )
+        fates.add_row(
+            row.dataset,
+            f"{row.images:,}",
+            f"{row.pairs:,}",
             f"{row.dropped:,}",
             f"{row.failed:,}",
-            end_section=number == len(rows) - 2,
+            end_section=ends,
         )
-    reasons = _table("pairs not kept, by reason")
-    reasons.add_column("dataset", no_wrap=True)
-    reasons.add_column("dropped by the recipe")
-    reasons.add_column("failed in the world")
-    for row in rows:
-        if row.dataset in manifest.sources:
-            counts = manifest.sources[row.dataset].counts
-            reasons.add_row(row.dataset, _listed(counts.dropped), _listed(counts.failed))
-    return [main, reasons]
+        if entry := manifest.sources.get(row.dataset):
+            both = (_listed(entry.counts.dropped), _listed(entry.counts.failed))
+            reasons.add_row(row.dataset, "; ".join(one for one in both if one))
+    return [lengths_table, fates, reasons]
 
 
 def as_json(rows: Sequence[Lengths], manifest: Manifest) -> str:
@@ -135,40 +178,53 @@ def plot(rows: Sequence[Lengths], manifest: Manifest, path: str) -> None:
     """Write histograms of caption lengths, one panel per source, the paper's mean marked, as PNG.
 
     Raises:
-        PmdError: matplotlib is not installed, or `path` cannot be written.
+        PmdError: matplotlib is not installed, there is nothing to plot, or `path` cannot be
+            written.
     """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, and slow to import
     except ImportError as error:
         raise PmdError('--plot needs matplotlib: pip install "pmd-flava[plot]"') from error
-    shown = [row for row in rows if row.dataset in manifest.sources]
+    shown = [row for row in rows if row.dataset in manifest.sources and row.pairs]
+    if not shown:
+        raise PmdError(f"{manifest.name} has no pairs to plot: build it first")
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.6 * lines), layout="constrained")
     for number, row in enumerate(shown):
         axes = figure.add_subplot(lines, columns, number + 1)
-        histogram = manifest.sources[row.dataset].words
-        most = max(2 * (row.words_p95 or 1), 10)
-        inside = {words: count for words, count in histogram.items() if words <= most}
-        axes.bar(list(inside), list(inside.values()), width=0.9, color="#4878a8")
-        if row.words_mean is not None:
-            axes.axvline(row.words_mean, color="#1b2b3a", label=f"mean {row.words_mean:.1f}")
-        if row.paper_words is not None:
-            axes.axvline(
-                row.paper_words, color="#c44e52", linestyle="--", label=f"paper {row.paper_words}"
-            )
-        axes.set_title(f"{row.dataset} ({row.pairs:,} pairs)", fontsize=10)
-        axes.set_xlabel("words in a caption", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.legend(fontsize=8, frameon=False)
-    try:
-        figure.savefig(Path(path), format="png", dpi=120)
-    except OSError as error:
-        raise PmdError(f"cannot write {path}: {error.strerror}") from error
+        _histogram(axes, row, manifest.sources[row.dataset].words)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+
+
+def _histogram(axes: "Axes", row: Lengths, words: Mapping[int, int]) -> None:
+    most = max(2 * (row.words_p95 or 0), 10)
+    inside = {length: 100 * count / row.pairs for length, count in words.items() if length <= most}
+    axes.bar(list(inside), list(inside.values()), width=1.0, color="#8fb3d9")
+    if row.words_mean is not None:
+        axes.axvline(row.words_mean, color="#1b2b3a", label=f"mean {row.words_mean:.1f}")
+    if row.paper_words is not None:
+        axes.axvline(
+            row.paper_words, color="#c44e52", linestyle="--", label=f"paper {row.paper_words}"
+        )
+    axes.set_xlim(0, most + 1)
+    axes.set_title(f"{row.dataset}, {row.pairs:,} pairs", fontsize=10)
+    axes.set_xlabel("words in a caption", fontsize=8)
+    axes.set_ylabel("% of captions", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0)
+    )
+
+
+def _add_column(table: Table, name: str) -> None:
+    table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=True)
 
 
 def _paper(name: str) -> tuple[int | None, float | None]:

@@ -1,18 +1,22 @@
 """Files that appear whole or not at all, in a folder or under any fsspec address."""
 
 import hashlib
+import io
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pmd_pipeline.errors import PmdError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _CHUNK = 1 << 20
 
@@ -26,12 +30,30 @@ def whole_file(address: str) -> Iterator[BinaryIO]:
     than in a folder, the file is written here and then put in its place in one request.
 
     Raises:
-        PmdError: nothing can be written there (full disk, no permission).
+        PmdError: nothing can be written there (full disk, no permission). What the block raises of
+            its own flies as it is.
     """
-    with _whole_path(address) as path, path.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    filesystem, target = _place(address)
+    here = Path(target) if isinstance(filesystem, LocalFileSystem) else None
+    folder = here.parent if here else Path(tempfile.gettempdir())
+    tmp = folder / f".{target.rsplit('/', 1)[-1]}.{uuid4().hex}.tmp"
+    with _writing(address):
+        folder.mkdir(parents=True, exist_ok=True)
+        raw = _Target(tmp, address)
+    try:
+        with io.BufferedWriter(raw, _CHUNK) as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            with _writing(address):
+                os.fsync(file.fileno())
+        with _writing(address):
+            if here:
+                tmp.replace(here)
+                _sync_folder(folder)
+            else:
+                filesystem.put_file(str(tmp), target)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def write_whole(address: str, content: bytes) -> None:
@@ -47,11 +69,11 @@ def open_read(address: str) -> Iterator[BinaryIO]:
     Raises:
         PmdError: there is no such file, or it may not be read.
     """
-    try:
-        with fsspec.open(address, "rb") as file:
-            yield file
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise PmdError(f"cannot read {address}: {error.strerror or 'it is not there'}") from error
+    filesystem, path = _place(address)
+    with _reading(address):
+        opened = filesystem.open(path, "rb")
+    with opened as file:
+        yield file
 
 
 def read_bytes(address: str) -> bytes:
@@ -62,37 +84,23 @@ def read_bytes(address: str) -> bytes:
 
 def sizes(folder: str) -> dict[str, int]:
     """Bytes of every file directly in `folder`, by name; nothing where there is no such folder."""
-    filesystem, path = fsspec.core.url_to_fs(folder)
-    try:
-        found = filesystem.ls(path, detail=True, refresh=True)
-    except FileNotFoundError:
-        return {}
-    return {
-        entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"] or 0)
-        for entry in found
-        if entry["type"] == "file"
-    }
+    return {name: size for name, kind, size in _listed(folder) if kind == "file"}
 
 
 def folders(folder: str) -> list[str]:
     """Names of the folders directly in `folder`, sorted; none where there is no such folder."""
-    filesystem, path = fsspec.core.url_to_fs(folder)
-    try:
-        found = filesystem.ls(path, detail=True, refresh=True)
-    except FileNotFoundError:
-        return []
-    return sorted(
-        entry["name"].rstrip("/").rsplit("/", 1)[-1]
-        for entry in found
-        if entry["type"] == "directory"
-    )
+    return sorted(name for name, kind, _ in _listed(folder) if kind == "directory")
 
 
 def remove(address: str) -> None:
     """Delete a file, or a folder with all that is in it; nothing happens where there is none."""
-    filesystem, path = fsspec.core.url_to_fs(address)
-    if filesystem.exists(path):
+    filesystem, path = _place(address)
+    try:
         filesystem.rm(path, recursive=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise PmdError(f"cannot delete {address}: {_reason(error)}") from error
 
 
 def sha256_of(address: str) -> str:
@@ -106,38 +114,81 @@ def sha256_of(address: str) -> str:
 
 def is_local(address: str) -> bool:
     """Say whether `address` is on this machine's file system."""
-    return isinstance(fsspec.core.url_to_fs(address)[0], LocalFileSystem)
+    return isinstance(_place(address)[0], LocalFileSystem)
 
 
 def join(folder: str, *names: str) -> str:
-    """The address of `names` below `folder`."""
-    return "/".join((folder.rstrip("/") or "", *names))
+    """The address of `names` below `folder`.
+
+    >>> join("memory://", "shards", "coco"), join("data/", "index")
+    ('memory://shards/coco', 'data/index')
+    """
+    gap = "" if not folder or folder.endswith("/") else "/"
+    return folder + gap + "/".join(names)
+
+
+class _Target(io.FileIO):
+    """The temporary file; what goes wrong in writing is told of the address it is for."""
+
+    def __init__(self, path: Path, address: str) -> None:
+        super().__init__(path, "wb")
+        self._address = address
+
+    def write(self, content: "Buffer", /) -> int:
+        with _writing(self._address):
+            return super().write(content)
+
+
+def _place(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(address)
+    except (ValueError, ImportError) as error:  # an unknown protocol, or one without its package
+        raise PmdError(f"cannot use the address {address}: {error}") from error
+    return filesystem, str(path)
+
+
+def _listed(folder: str) -> Iterator[tuple[str, str, int]]:
+    """Name, kind and size of all that is directly in `folder`."""
+    filesystem, path = _place(folder)
+    try:
+        with _reading(folder):
+            found = filesystem.ls(path, detail=True, refresh=True)
+    except _Absent:
+        return
+    for entry in found:
+        name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
+        yield name, entry["type"], int(entry["size"] or 0)
+
+
+class _Absent(PmdError):
+    """There is nothing at the address."""
 
 
 @contextmanager
-def _whole_path(address: str) -> Iterator[Path]:
-    filesystem, target = fsspec.core.url_to_fs(address)
-    here = Path(target) if isinstance(filesystem, LocalFileSystem) else None
-    folder = here.parent if here else Path(tempfile.gettempdir())
-    name = here.name if here else address.rsplit("/", 1)[-1]
-    tmp = folder / f".{name}.{uuid4().hex}.tmp"
+def _reading(address: str) -> Iterator[None]:
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            yield tmp
-            if here:
-                tmp.replace(here)
-                _sync_folder(folder)
-            else:
-                filesystem.put_file(str(tmp), target)
-        finally:
-            tmp.unlink(missing_ok=True)
+        yield
+    except FileNotFoundError as error:
+        raise _Absent(f"cannot read {address}: there is no such file") from error
     except OSError as error:
-        reason = error.strerror or str(error)
+        raise PmdError(f"cannot read {address}: {_reason(error)}") from error
+
+
+@contextmanager
+def _writing(address: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
         raise PmdError(
-            f"cannot write {address}: {reason}; free or choose another place and run again, "
-            "what is finished stays finished"
+            f"cannot write {address}: {_reason(error)}; make room there or choose another place, "
+            "and run again"
         ) from error
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return "a file is where a folder should be"
+    return error.strerror or str(error)
 
 
 def _sync_folder(folder: Path) -> None:

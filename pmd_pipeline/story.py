@@ -3,20 +3,24 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any
 
-import polars as pl
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from pmd_pipeline import sources
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import DROPPED, FAILED, Report, part_name
+from pmd_pipeline.format import DROPPED, FAILED, WORKED, Report, part_name
 from pmd_pipeline.index import Index, load_index
-from pmd_pipeline.record import BadRow, Row
+from pmd_pipeline.record import BadRow, Row, key_of
 from pmd_pipeline.records import part_of
 from pmd_pipeline.storage import folders, join, open_read, read_bytes, sizes
+from pmd_pipeline.upstream import Span
+
+_FIRST_SAMPLES = 5
+_CHANGED = {"note": "the file has changed: it has no such row any more"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def sample_story(data: str, key: str) -> list[Chapter]:
         kept = _rows(join(folder, part.kept.name), key)
         dropped = _rows(join(folder, part.dropped.name), key)
         if kept or dropped:
-            return list(_chapters(data, index, part.part, kept, dropped))
+            return list(_chapters(data, index, key, kept, dropped))
     raise PmdError(f"no index under {data} has the key {key}; is --out right, and the index built?")
 
 
@@ -55,27 +59,46 @@ def shard_story(tar: str) -> list[Chapter]:
         PmdError: there is no shard with a report and a ledger at `tar`.
     """
     base = tar.removesuffix(".tar")
-    report = Report.model_validate_json(read_bytes(f"{base}.json"))
+    try:
+        report = Report.model_validate_json(read_bytes(f"{base}.json"))
+    except ValidationError as error:
+        raise PmdError(
+            f"{base}.json is no report of this version: build the shard again"
+        ) from error
     with open_read(f"{base}.parquet") as file:
-        ledger = pl.DataFrame(pq.read_table(file))
-    first = ledger.filter(pl.col("status") == "success").head(5)
+        kept = pq.read_table(file, filters=[("status", "=", WORKED)]).slice(0, _FIRST_SAMPLES)
     return [
         Chapter(f"shard {tar}", report.model_dump(mode="json", exclude={"words"})),
         *(
             Chapter(f"sample {row['key']}", {"caption": row["caption"], "url": row["url"]})
-            for row in first.iter_rows(named=True)
+            for row in kept.to_pylist()
         ),
     ]
+
+
+def sample_image(chapters: Sequence[Chapter]) -> bytes:
+    """The stored JPEG of the sample that `chapters` tell of.
+
+    Raises:
+        PmdError: the sample has no image.
+    """
+    for chapter in chapters:
+        if "image_offset" in chapter.facts:
+            with open_read(chapter.facts["shard"]) as file:
+                file.seek(chapter.facts["image_offset"])
+                return file.read(chapter.facts["image_size"])
+    raise PmdError("there is no stored image to write: the story without --image says why")
 
 
 def _chapters(
     data: str,
     index: Index,
-    part: int,
+    key: str,
     kept: Sequence[dict[str, Any]],
     dropped: Sequence[dict[str, Any]],
 ) -> Iterator[Chapter]:
-    yield from _upstream(index, kept, dropped)
+    part = part_of(key, len(index.parts))
+    yield from _upstream(index, kept, dropped, key)
     for row in dropped:
         reason = row["reason"]
         known = DROPPED.get(reason, "the filter of this name refuses the text")
@@ -84,24 +107,40 @@ def _chapters(
     for row in kept:
         facts = {name: value for name, value in row.items() if name not in {"spans", "rows"}}
         yield Chapter(f"record in part {part_name(part)} of the index", _without_none(facts))
-        yield from _built(data, index.source, part, str(row["key"]))
+        yield from _built(data, index.source, part, key)
 
 
 def _upstream(
-    index: Index, kept: Sequence[dict[str, Any]], dropped: Sequence[dict[str, Any]]
+    index: Index, kept: Sequence[dict[str, Any]], dropped: Sequence[dict[str, Any]], key: str
 ) -> Iterator[Chapter]:
     """The rows as their source reads them again, where the files are still there."""
     places = {(row["span"], row["row"]) for row in dropped}
     places |= {place for row in kept for place in zip(row["spans"], row["rows"], strict=True)}
-    for number, row in sorted(places):
+    for number, wanted in groupby(sorted(places), key=itemgetter(0)):
         span = index.spans[number].span()
-        title = f"row {row} of {span.file} from {span.start}"
-        if not Path(span.file.path).is_file():
-            yield Chapter(title, {"note": "the file is not here any more"})
-            continue
-        read = sources.load(index.source).read
-        found = next(islice(read(span, **index.rules["options"]), row, None), None)
-        yield Chapter(title, _as_facts(found))
+        rows = [row for _, row in wanted]
+        try:
+            found = _reread(index, span, rows, key)
+        except PmdError as error:  # the file is gone or changed; the rest of the story stands
+            found = {row: {"note": str(error)} for row in rows}
+        for row in rows:
+            yield Chapter(f"row {row} of {_place(span)}", found.get(row, _CHANGED))
+
+
+def _reread(index: Index, span: Span, rows: list[int], key: str) -> dict[int, dict[str, Any]]:
+    """What the rows of these numbers say of `key`; the span is read up to the last of them."""
+    read = sources.load(index.source).read(span, **index.rules["options"])
+    wanted = set(rows)
+    return {
+        number: _as_facts(row)
+        for number, row in enumerate(islice(read, rows[-1] + 1))
+        if number in wanted and (isinstance(row, BadRow) or key_of(index.source, row.id) == key)
+    }
+
+
+def _place(span: Span) -> str:
+    until = "its end" if span.stop is None else f"{span.stop:,}"
+    return f"{span.file}" + (f" from {span.start:,} to {until}" if span.start or span.stop else "")
 
 
 def _built(data: str, source: str, part: int, key: str) -> Iterator[Chapter]:
@@ -109,8 +148,12 @@ def _built(data: str, source: str, part: int, key: str) -> Iterator[Chapter]:
     if f"{part_name(part)}.json" not in sizes(join(data, "shards", source)):
         yield Chapter("not built yet", {"part": part_name(part)})
         return
-    for row in _rows(f"{base}.parquet", key):
-        facts = _without_none(row)
+    rows = _rows(f"{base}.parquet", key)
+    if not rows:
+        meaning = DROPPED["limit"] + ", or the shard is older than the index"
+        yield Chapter(f"not in the ledger {base}.parquet", {"reason": "limit", "meaning": meaning})
+    for row in rows:
+        facts = _without_none({"shard": f"{base}.tar", **row})
         if reason := row["reason"]:
             facts["meaning"] = FAILED.get(reason, "the image filter of this name refuses it")
         yield Chapter(f"row of the ledger {base}.parquet", facts)
@@ -121,30 +164,13 @@ def _built(data: str, source: str, part: int, key: str) -> Iterator[Chapter]:
             yield Chapter(f"sample in {base}.tar", described)
 
 
-def sample_image(chapters: Sequence[Chapter], data: str) -> bytes:
-    """The stored JPEG of the sample that `chapters` tell of.
-
-    Raises:
-        PmdError: the sample has no image.
-    """
-    for chapter in chapters:
-        if "image_offset" in chapter.facts:
-            tar = chapter.title.removeprefix("row of the ledger ").replace(".parquet", ".tar")
-            with open_read(tar) as file:
-                file.seek(chapter.facts["image_offset"])
-                return file.read(chapter.facts["image_size"])
-    raise PmdError(f"this sample has no image under {data}: see its reason")
-
-
 def _rows(address: str, key: str) -> list[dict[str, Any]]:
     with open_read(address) as file:
         table = pq.read_table(file, filters=[("key", "=", key)])
     return list(table.to_pylist())
 
 
-def _as_facts(row: Row | BadRow | None) -> dict[str, Any]:
-    if row is None:
-        return {"note": "the file has changed: it has no such row any more"}
+def _as_facts(row: Row | BadRow) -> dict[str, Any]:
     if isinstance(row, BadRow):
         return {"reason": row.reason, "detail": row.detail}
     facts = {name: getattr(row, name) for name in Row.__dataclass_fields__ if name != "candidates"}

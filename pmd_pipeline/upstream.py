@@ -3,6 +3,7 @@
 import bz2
 import fnmatch
 import gzip
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import ijson
 
@@ -18,6 +19,9 @@ from pmd_pipeline.errors import PmdError
 
 SPAN_BYTES = 64 << 20
 """Size of the spans that a plain file of lines is cut into."""
+
+_LONGEST_LINE = 64 << 20
+"""Bytes after which a line is none: the file is of another kind, and would fill the memory."""
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2")
 
@@ -72,6 +76,7 @@ def find(folder: str) -> list[UpstreamFile]:
     """Every file under `folder`, members of zips and tars included, sorted by path.
 
     Of a file that is there twice under one name (plain and packed), the first by path is taken.
+    What is hidden, or lies in a hidden folder, is nobody's: macOS's doubles, unfinished downloads.
 
     Raises:
         PmdError: an archive is broken.
@@ -79,7 +84,7 @@ def find(folder: str) -> list[UpstreamFile]:
     found: dict[str, UpstreamFile] = {}
     root = Path(folder)
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        if path.name.startswith("."):
+        if _is_hidden(path.relative_to(root).as_posix()):
             continue
         packed = path.name.endswith(_ARCHIVES)
         for file in _members(path) if packed else [UpstreamFile(str(path))]:
@@ -126,8 +131,10 @@ def open_upstream(file: UpstreamFile) -> Iterator[BinaryIO]:
                 yield raw
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise PmdError(f"cannot read {file}: {error.strerror}") from error
-    except (EOFError, OSError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
-        raise PmdError(f"{file} is cut short or damaged ({error}): download it again") from error
+    except (*_DAMAGE, OSError) as error:
+        raise PmdError(
+            f"{file} is cut short or damaged ({_brief(error)}): download it again"
+        ) from error
 
 
 def lines(span: Span) -> Iterator[bytes]:
@@ -137,18 +144,24 @@ def lines(span: Span) -> Iterator[bytes]:
     line exactly once.
 
     Raises:
-        PmdError: the file is cut short or damaged.
+        PmdError: the file is cut short or damaged, or has a line that no file of lines has.
     """
     with open_upstream(span.file) as file:
         position = 0
         if span.start:
             file.seek(span.start - 1)
-            position = span.start - 1 + len(file.readline())
-        for line in file:
-            if span.stop is not None and position >= span.stop:
+            position = span.start - 1 + len(file.readline(_LONGEST_LINE))
+        while span.stop is None or position < span.stop:
+            line = file.readline(_LONGEST_LINE)
+            if not line:
                 return
+            if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+                raise PmdError(
+                    f"{span.file} has a line of more than {_LONGEST_LINE:,} bytes at byte "
+                    f"{position:,}: is it another source's file?"
+                )
             position += len(line)
-            yield line.rstrip(b"\r\n")
+            yield line.removesuffix(b"\n").removesuffix(b"\r")
 
 
 def json_items(file: UpstreamFile, prefix: str, *, optional: bool = False) -> Iterator[Any]:
@@ -167,22 +180,22 @@ def json_items(file: UpstreamFile, prefix: str, *, optional: bool = False) -> It
                 empty = False
                 yield value
         except ijson.JSONError as error:
-            raise PmdError(f"{file} is no whole JSON file ({error}): download it again") from error
-    if (
-        empty
-        and not optional
-        and not _has_list(file, prefix.removesuffix("item").removesuffix("."))
-    ):
-        raise PmdError(
-            f"{file} is JSON, but has no list at {prefix.removesuffix('.item')!r}: is it the file "
-            "this source reads?"
+            raise PmdError(
+                f"{file} is no whole JSON file ({_brief(error)}): download it again"
+            ) from error
+    if empty and not optional and not _has(file, prefix.removesuffix("item").removesuffix(".")):
+        what = (
+            f"has no list at {prefix.removesuffix('.item')!r}"
+            if "." in prefix
+            else "has no list at its top"
         )
+        raise PmdError(f"{file} is JSON, but {what}: is it the file that this source reads?")
 
 
-def _has_list(file: UpstreamFile, prefix: str) -> bool:
+def _has(file: UpstreamFile, list_prefix: str) -> bool:
     with open_upstream(file) as raw:
         return any(
-            event == "start_array" and where == prefix for where, event, _ in ijson.parse(raw)
+            event == "start_array" and where == list_prefix for where, event, _ in ijson.parse(raw)
         )
 
 
@@ -192,7 +205,7 @@ def _opened(file: UpstreamFile) -> Iterator[BinaryIO]:
         with Path(file.path).open("rb") as plain:
             yield plain
     elif file.path.endswith(".zip"):
-        with zipfile.ZipFile(file.path) as archive, archive.open(file.member) as member:
+        with zipfile.ZipFile(file.path) as archive, _unzipped(archive, file) as member:
             yield cast(BinaryIO, member)
     else:
         with tarfile.open(file.path) as tar:
@@ -203,6 +216,15 @@ def _opened(file: UpstreamFile) -> Iterator[BinaryIO]:
                 yield cast(BinaryIO, inside)
 
 
+def _unzipped(archive: zipfile.ZipFile, file: UpstreamFile) -> IO[bytes]:
+    try:
+        return archive.open(file.inner)
+    except RuntimeError as error:  # a password, or a way of packing that Python does not know
+        raise PmdError(
+            f"{file} cannot be unpacked here ({_brief(error)}): unpack it first"
+        ) from error
+
+
 def _members(path: Path) -> list[UpstreamFile]:
     try:
         if path.suffix == ".zip":
@@ -211,6 +233,22 @@ def _members(path: Path) -> list[UpstreamFile]:
         else:
             with tarfile.open(path) as tar:
                 names = [member.name for member in tar if member.isfile()]
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise PmdError(f"{path} is no whole archive ({error}): download it again") from error
-    return [UpstreamFile(str(path), name) for name in sorted(names)]
+    except (*_DAMAGE, OSError) as error:
+        raise PmdError(
+            f"{path} is no whole archive ({_brief(error)}): download it again"
+        ) from error
+    return [UpstreamFile(str(path), name) for name in sorted(names) if not _is_hidden(name)]
+
+
+def _is_hidden(path: str) -> bool:
+    return any(step.startswith(".") for step in path.removeprefix("./").split("/"))
+
+
+def _brief(error: Exception) -> str:
+    """What the error says, without the pictures that yajl and tarfile draw below it."""
+    said = str(error).removeprefix("b'").replace("\\n", "\n")  # yajl may say it in bytes
+    return said.partition("\n")[0].rstrip(":.")
+
+
+_DAMAGE = (EOFError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+"""What the standard library raises, besides `OSError`, over files that are not whole."""

@@ -5,9 +5,16 @@ import os
 from functools import lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from pmd_pipeline.errors import PmdError
+
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Code = Annotated[str, Field(pattern="^[a-z]{2,3}$")]
+"""A language as lid.176 names it: ISO 639-1, or ISO 639-3 where that has none."""
 
 LID_MODELS = {
     "8f3472cfe8738a7b6099e8e999c3cbfae0dcd15696aac7d7738a8039db603e83": "lid.176.ftz",
@@ -19,7 +26,7 @@ LID_MODEL_VARIABLE = "PMD_LID_MODEL"
 """Environment variable with the path of the model, so that every worker process finds it."""
 
 
-def has_words(caption: str, *, least: int = 1, most: int = 10_000) -> bool:
+def has_words(caption: str, *, least: Count = 1, most: Count = 10_000) -> bool:
     """Keep captions of `least` to `most` words, both included.
 
     A word is what `str.split` gives, so a script without spaces counts as one word.
@@ -30,7 +37,7 @@ def has_words(caption: str, *, least: int = 1, most: int = 10_000) -> bool:
     return least <= len(caption.split()) <= most
 
 
-def is_language(caption: str, *, language: str = "en", threshold: float = 0.0) -> bool:
+def is_language(caption: str, *, language: Code = "en", threshold: Share = 0.0) -> bool:
     """Keep captions that fastText's lid.176 takes for `language` with at least `threshold`.
 
     With the default threshold the most probable language decides. 0.5 loses a third of
@@ -42,7 +49,8 @@ def is_language(caption: str, *, language: str = "en", threshold: float = 0.0) -
 
 def identify(caption: str) -> tuple[str, float]:
     """The most probable language of `caption` as a lid.176 code, and its probability."""
-    found = _predict()(caption + "\n", 1, 0.0, "strict")
+    line = caption.encode(errors="replace").decode() + "\n"  # a lone surrogate, which JSON can hold
+    found = _predict()(line, 1, 0.0, "strict")
     return (found[0][1].removeprefix("__label__"), found[0][0]) if found else ("", 0.0)
 
 

@@ -1,10 +1,14 @@
 """Predicates on the size of an image; the paper uses none of them."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 Size = tuple[int, int]
 """Width and height in pixels as fetched, after EXIF orientation."""
 
 
-def is_large(size: Size, *, least: int) -> bool:
+def is_large(size: Size, *, least: Annotated[int, Field(ge=0)]) -> bool:
     """Keep images whose shorter side is at least `least` pixels.
 
     >>> is_large((640, 200), least=200)
@@ -13,7 +17,7 @@ def is_large(size: Size, *, least: int) -> bool:
     return min(size) >= least
 
 
-def is_compact(size: Size, *, most: float) -> bool:
+def is_compact(size: Size, *, most: Annotated[float, Field(ge=1)]) -> bool:
     """Keep images whose longer side is at most `most` times the shorter.
 
     >>> is_compact((900, 200), most=3.0)

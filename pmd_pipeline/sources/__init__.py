@@ -82,6 +82,25 @@ class Source:
     info: Info
     read: Callable[..., Iterator[Row | BadRow]]
 
+    def forms(self) -> list[str]:
+        """The forms that the source's files may have, the preferred one first."""
+        return list(dict.fromkeys(entry.form for entry in self.info.published))
+
+    def published(self, form: str) -> list[Published]:
+        """The files of `form`."""
+        return [entry for entry in self.info.published if entry.form == form]
+
+    def downloadable(self, form: str | None = None) -> list[Published]:
+        """The files with an address of `form`, or of the first form that can be downloaded.
+
+        A form can be downloaded when all files that it needs have an address.
+        """
+        for name in [form] if form else self.forms():
+            entries = self.published(name)
+            if all(entry.url for entry in entries if entry.needed):
+                return [entry for entry in entries if entry.url]
+        return []
+
 
 def names() -> list[str]:
     """Every source there is, by name, in alphabetical order."""
@@ -106,23 +125,31 @@ def find_spans(source: Source, folder: str, form: str | None = None) -> list[Spa
     Takes `form`, or the first form of `INFO.published` whose needed files are all there.
 
     Raises:
-        PmdError: no form is complete; the sentence names what is missing.
+        PmdError: no form is complete; the sentence says what is missing and how to get it.
     """
     files = find(folder)
-    forms = list(dict.fromkeys(entry.form for entry in source.info.published))
-    if form is not None and form not in forms:
-        raise PmdError(f"{source.name} has no form {form!r}; it has {', '.join(forms)}")
+    if form is not None and form not in source.forms():
+        raise PmdError(f"{source.name} has no form {form!r}; it has {', '.join(source.forms())}")
     missing: list[str] = []
-    for name in [form] if form else forms:
-        entries = [entry for entry in source.info.published if entry.form == name]
+    for name in [form] if form else source.forms():
+        entries = source.published(name)
         there = {e: [file for file in files if fits(file, e.pattern)] for e in entries}
         lacking = [e.pattern for e in entries if e.needed and not there[e]]
         if not lacking and any(there.values()):
             return _spans(there)
-        missing.append(" and ".join(lacking or [e.pattern for e in entries]))
-    raise PmdError(
-        f"{folder} has no {', nor '.join(missing)}: {source.info.by_hand or 'put the file there'}"
-    )
+        missing.append(_named(lacking or [e.pattern for e in entries]))
+    how = [f"see `pmd sources {source.name}`"]
+    if source.downloadable(form):
+        how.insert(0, "build without --raw and they are downloaded")
+    if source.info.by_hand:
+        how.append(source.info.by_hand)
+    raise PmdError(f"{folder} has no {', nor '.join(missing)}: {'; '.join(how)}")
+
+
+def _named(patterns: Sequence[str]) -> str:
+    """The patterns, or the first three of many."""
+    more = f" and {len(patterns) - 3} more" if len(patterns) > 3 else ""
+    return ", ".join(patterns[:3]) + more
 
 
 def _spans(there: dict[Published, list[UpstreamFile]]) -> list[Span]:

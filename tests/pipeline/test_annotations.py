@@ -1,0 +1,424 @@
+import hashlib
+import io
+import random
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from pmd_pipeline import sources
+from pmd_pipeline.annotations import download_all, ensure
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.record import BadRow
+from pmd_pipeline.sources import Info, Published, Source
+
+CONTENT = random.Random(0).randbytes(3_000_000)
+
+
+class Upstream:
+    """A server on loopback that gives `files` by path, and notes what it was asked.
+
+    Args:
+        ranges: it knows them.
+        breaks: the connection breaks after so many bytes, once for each number.
+        statuses: answered first, one each.
+    """
+
+    def __init__(self):
+        self.files = {}
+        self.ranges = True
+        self.breaks = []
+        self.statuses = []
+        self.asked = []
+
+    def answer(self, request):
+        self.asked.append((request.path, request.headers.get("Range")))
+        self.agent = request.headers["User-Agent"]
+        if self.statuses:
+            request.send_error(self.statuses.pop(0))
+        elif (content := self.files.get(request.path)) is None:
+            request.send_error(404)
+        else:
+            self.give(request, content)
+
+    def give(self, request, content):
+        stated = request.headers.get("Range") if self.ranges else None
+        start = int(stated.removeprefix("bytes=").removesuffix("-")) if stated else 0
+        if start >= len(content):
+            request.send_response(416)
+            request.send_header("Content-Range", f"bytes */{len(content)}")
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        request.send_response(206 if stated else 200)
+        if stated:
+            last = len(content) - 1
+            request.send_header("Content-Range", f"bytes {start}-{last}/{len(content)}")
+        request.send_header("Content-Length", str(len(content) - start))
+        request.end_headers()
+        until = start + self.breaks.pop(0) if self.breaks else len(content)
+        request.wfile.write(content[start:until])
+
+
+@pytest.fixture
+def upstream():
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            served.answer(self)
+
+        def log_message(self, *_):
+            pass
+
+    served = Upstream()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.origin = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=partial(server.serve_forever, 0.01))
+    thread.start()
+    yield served
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def no_watch(_url, _counts):
+    pass
+
+
+def download(upstream, folder, name="rows.tsv", waited=None, **known):
+    entry = Published(name, "", url=f"{upstream.origin}/{name}?x=1", **known)
+    download_all(
+        [entry],
+        str(folder),
+        "me@a.test",
+        no_watch,
+        wait=(waited if waited is not None else []).append,
+    )
+
+
+def test_a_file_is_downloaded_whole_by_someone_who_says_who_they_are(upstream, tmp_path):
+    upstream.files["/rows.tsv?x=1"] = CONTENT
+    heard = []
+    entry = Published("rows.tsv", "", url=f"{upstream.origin}/rows.tsv?x=1")
+
+    download_all([entry], str(tmp_path / "raw"), "me@a.test", lambda *all_: heard.append(all_))
+
+    assert (tmp_path / "raw" / "rows.tsv").read_bytes() == CONTENT
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == ["rows.tsv"]
+    assert upstream.asked == [("/rows.tsv?x=1", None)]
+    assert upstream.agent.startswith("pmd-flava/")
+    assert "me@a.test" in upstream.agent
+    assert heard[-1] == (entry.url, {"bytes": len(CONTENT)})
+
+
+def test_a_broken_connection_is_gone_on_with_where_it_broke(upstream, tmp_path):
+    upstream.files["/rows.tsv?x=1"] = CONTENT
+    upstream.breaks = [1_000_000] * 2 + [0]
+    waited = []
+
+    download(upstream, tmp_path, waited=waited, sha256=hashlib.sha256(CONTENT).hexdigest())
+
+    assert (tmp_path / "rows.tsv").read_bytes() == CONTENT
+    assert [stated for _, stated in upstream.asked] == [
+        None,
+        "bytes=1000000-",
+        "bytes=2000000-",
+        "bytes=2000000-",
+    ]
+    assert waited == [1.0, 1.0, 2.0]
+    assert "me@a.test" in upstream.agent
+
+
+def test_a_connection_that_breaks_often_but_gets_on_is_not_given_up(upstream, tmp_path):
+    upstream.files["/rows.tsv?x=1"] = CONTENT
+    upstream.breaks = [100_000] * 20
+
+    download(upstream, tmp_path)
+
+    assert (tmp_path / "rows.tsv").read_bytes() == CONTENT
+
+
+def test_a_server_without_ranges_begins_anew(upstream, tmp_path):
+    upstream.files["/rows.tsv?x=1"] = CONTENT
+    upstream.ranges = False
+    upstream.breaks = [1_500_000]
+
+    download(upstream, tmp_path)
+
+    assert (tmp_path / "rows.tsv").read_bytes() == CONTENT
+
+
+_KILLED = """
+import os, signal, sys
+from pmd_pipeline.annotations import download_all
+from pmd_pipeline.sources import Published
+def die(url, counts):
+    if counts["bytes"] > 1_000_000:
+        os.kill(os.getpid(), signal.SIGKILL)
+download_all([Published("rows.tsv", "", url=sys.argv[1])], sys.argv[2], "", die)
+"""
+
+
+def test_a_killed_download_is_gone_on_with(upstream, tmp_path):
+    upstream.files["/rows.tsv?x=1"] = CONTENT
+    arguments = [sys.executable, "-c", _KILLED, f"{upstream.origin}/rows.tsv?x=1", str(tmp_path)]
+    ended = subprocess.run(arguments, check=False)
+    there = (tmp_path / ".rows.tsv.part").stat().st_size
+
+    download(upstream, tmp_path)
+
+    assert ended.returncode == -signal.SIGKILL
+    assert there > 0
+    assert upstream.asked[1:] == [("/rows.tsv?x=1", f"bytes={there}-")]
+    assert (tmp_path / "rows.tsv").read_bytes() == CONTENT
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("there", [CONTENT, CONTENT + b"of an older file"])
+def test_a_part_as_long_as_the_file_or_longer_ends_as_the_file(there, upstream, tmp_path):
+    upstream.files["/rows.tsv?x=1"] = CONTENT
+    (tmp_path / ".rows.tsv.part").write_bytes(there)
+
+    download(upstream, tmp_path)
+
+    assert (tmp_path / "rows.tsv").read_bytes() == CONTENT
+    assert len(upstream.asked) == 1 + (there != CONTENT)
+
+
+def test_another_file_than_the_known_one_is_refused_and_leaves_nothing(upstream, tmp_path):
+    upstream.files["/rows.tsv?x=1"] = CONTENT
+
+    with pytest.raises(PmdError) as caught:
+        download(upstream, tmp_path, sha256="0" * 64)
+
+    assert str(caught.value) == (
+        f"{upstream.origin}/rows.tsv?x=1 has sha256 {hashlib.sha256(CONTENT).hexdigest()} instead "
+        f"of {'0' * 64}: upstream has changed it; if you trust it, put it into {tmp_path} yourself"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_is_one_sentence_at_once(upstream, tmp_path):
+    with pytest.raises(PmdError) as caught:
+        download(upstream, tmp_path)
+
+    assert str(caught.value) == (
+        f"{upstream.origin}/rows.tsv?x=1 answers HTTP 404: get it by hand and put it into "
+        f"{tmp_path}"
+    )
+    assert len(upstream.asked) == 1
+
+
+def test_a_server_in_trouble_is_asked_again_with_growing_pauses_and_then_left_alone(
+    upstream, tmp_path
+):
+    upstream.files["/rows.tsv?x=1"] = CONTENT
+    upstream.statuses = [503, 429, 500]
+    waited = []
+    download(upstream, tmp_path / "a", waited=waited)
+    upstream.statuses = [503] * 4
+
+    with pytest.raises(PmdError) as caught:
+        download(upstream, tmp_path / "b")
+
+    assert waited == [1.0, 2.0, 4.0]
+    assert (tmp_path / "a" / "rows.tsv").read_bytes() == CONTENT
+    assert str(caught.value).startswith(
+        f"cannot download {upstream.origin}/rows.tsv?x=1 (HTTP 503): run the same command again"
+    )
+
+
+def test_nobody_there_is_one_sentence(tmp_path):
+    entry = Published("a", "", url="http://127.0.0.1:1/a")
+
+    with pytest.raises(PmdError, match=r"cannot download http://127\.0\.0\.1:1/a \(NewConn"):
+        download_all([entry], str(tmp_path), "", no_watch, wait=lambda _: None)
+
+
+@pytest.mark.parametrize("url", ["ftp://a.test/a", "file:///etc/passwd", "s3://a/b"])
+def test_only_http_is_asked(url, tmp_path):
+    with pytest.raises(PmdError, match=f"{url} is no http address"):
+        download_all([Published("a", "", url=url)], str(tmp_path), "", no_watch)
+
+
+def test_a_folder_that_cannot_be_is_one_sentence(upstream, tmp_path):
+    (tmp_path / "raw").write_bytes(b"")
+
+    with pytest.raises(PmdError, match=r"cannot write .*/raw/\.rows\.tsv\.part: "):
+        download(upstream, tmp_path / "raw")
+
+
+@contextmanager
+def held_by_another_process(path):
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'ab'); fcntl.flock(file, fcntl.LOCK_EX);"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        yield
+        other.stdin.close()
+
+
+def test_two_processes_do_not_write_one_download(upstream, tmp_path):
+    with (
+        held_by_another_process(tmp_path / ".rows.tsv.part"),
+        pytest.raises(PmdError, match=r"\.rows\.tsv\.part is being written by another process"),
+    ):
+        download(upstream, tmp_path)
+
+    assert upstream.asked == []
+
+
+def toy(*published, shares_coco=False):
+    info = Info("Toy", "", "", "", published, "", 1, 1.0, "ask a.test", shares_coco=shares_coco)
+    return Source("toy", info, lambda _: iter([BadRow("")]))
+
+
+def zipped(**files):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name.replace("__", "."), content)
+    return out.getvalue()
+
+
+def test_the_first_form_that_can_be_had_is_downloaded(upstream, tmp_path):
+    upstream.files = {"/b.tsv": b"b", "/extra.tsv": b"extra", "/c.tsv": b"c"}
+    at = upstream.origin
+    source = toy(
+        Published("a1.tsv", "", form="a", url=f"{at}/a1.tsv"),
+        Published("a2.tsv", "", form="a"),
+        Published("b.tsv", "", form="b", url=f"{at}/b.tsv"),
+        Published("extra.tsv", "", form="b", url=f"{at}/extra.tsv", needed=False),
+        Published("more.tsv", "", form="b", needed=False),
+        Published("c.tsv", "", form="c", url=f"{at}/c.tsv"),
+    )
+
+    assert ensure(source, str(tmp_path / "b"), None, "", no_watch) == []
+    assert ensure(source, str(tmp_path / "c"), "c", "", no_watch) == []
+    assert ensure(source, str(tmp_path / "a"), "a", "", no_watch) == []  # find_spans says it
+
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["b.tsv", "extra.tsv"]
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["c.tsv"]
+    assert not (tmp_path / "a").exists()
+
+
+def test_nothing_is_asked_where_a_form_is_complete(upstream, tmp_path):
+    source = toy(
+        Published("a.tsv", "", url=f"{upstream.origin}/a.tsv"), Published("b.tsv", "", form="b")
+    )
+    (tmp_path / "b.tsv").write_bytes(b"")
+
+    assert ensure(source, str(tmp_path), None, "", no_watch) == []
+
+    assert upstream.asked == []
+
+
+def test_what_the_user_put_there_is_not_asked_for(upstream, tmp_path):
+    upstream.files = {"/b.tsv": b"b"}
+    at = upstream.origin
+    source = toy(
+        Published("a*.tsv", "", url=f"{at}/a.zip"), Published("b.tsv", "", url=f"{at}/b.tsv")
+    )
+    (tmp_path / "a1.tsv").write_bytes(b"")
+
+    ensure(source, str(tmp_path), None, "", no_watch)
+
+    assert upstream.asked == [("/b.tsv", None)]
+
+
+def test_files_of_a_form_appear_together_or_not_at_all(upstream, tmp_path):
+    upstream.files = {"/a.tsv": b"a"}
+    at = upstream.origin
+    source = toy(
+        Published("a.tsv", "", form="ab", url=f"{at}/a.tsv", needed=False),
+        Published("b.tsv", "", form="ab", url=f"{at}/b.tsv"),
+        Published("a.tsv", "", form="a"),
+    )
+    with pytest.raises(PmdError, match=r"HTTP 404: ask a\.test"):
+        ensure(source, str(tmp_path), None, "", no_watch)
+    with pytest.raises(PmdError, match=r"has no b.tsv, nor a.tsv"):
+        sources.find_spans(source, str(tmp_path))
+    upstream.files["/b.tsv"] = b"b"
+
+    ensure(source, str(tmp_path), None, "", no_watch)
+
+    assert [span.form for span in sources.find_spans(source, str(tmp_path))] == ["ab", "ab"]
+    assert [path for path, _ in upstream.asked].count("/a.tsv") == 1
+
+
+@pytest.fixture
+def karpathy(upstream, monkeypatch):
+    """COCO's files of Karpathy's form, given by `upstream`."""
+    coco = sources.load("coco")
+    entries = coco.published("karpathy")
+    moved = [
+        Published(
+            entry.pattern,
+            entry.what,
+            f"{upstream.origin}/{Path(entry.url).name}",
+            form=entry.form,
+            role=entry.role,
+            needed=entry.needed,
+        )
+        for entry in entries
+    ]
+    info = toy(*moved, shares_coco=True).info
+    monkeypatch.setattr(sys.modules["pmd_pipeline.sources.coco"], "INFO", info)
+    upstream.files = {
+        "/annotations_trainval2014.zip": zipped(captions_train2014__json=b"{}"),
+        "/caption_datasets.zip": zipped(dataset_coco__json=b"{}", dataset_flickr8k__json=b"{}"),
+    }
+    return upstream
+
+
+def test_a_source_that_shares_cocos_images_gets_karpathys_split_beside_it(karpathy, tmp_path):
+    source = toy(Published("regions.json", ""), shares_coco=True)
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "regions.json").write_bytes(b"")
+
+    first = ensure(source, str(tmp_path / "toy"), None, "", no_watch)
+    asked = len(karpathy.asked)
+    again = ensure(source, str(tmp_path / "toy"), None, "", no_watch)
+
+    assert first == again == []
+    assert len(karpathy.asked) == asked == 2
+    forms = {span.form for span in sources.find_spans(sources.load("coco"), str(tmp_path / "coco"))}
+    assert forms == {"karpathy"}
+
+
+@pytest.mark.parametrize("place", ["toy", "coco"])
+def test_karpathys_split_is_not_asked_for_where_it_is(place, karpathy, tmp_path):
+    source = toy(Published("regions.json", ""), shares_coco=True)
+    for path in ("toy/regions.json", f"{place}/dataset_coco.json"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(b"")
+
+    assert ensure(source, str(tmp_path / "toy"), None, "", no_watch) == []
+
+    assert karpathy.asked == []
+
+
+def test_without_karpathys_split_the_build_can_go_on_and_the_user_hears_why(karpathy, tmp_path):
+    source = toy(Published("regions.json", ""), shares_coco=True)
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "regions.json").write_bytes(b"")
+    del karpathy.files["/caption_datasets.zip"]
+
+    [sentence] = ensure(source, str(tmp_path / "toy"), None, "", no_watch)
+
+    assert sentence.startswith(
+        f"toy goes on without dataset_coco.json: {karpathy.origin}/caption_datasets.zip answers "
+        "HTTP 404"
+    )

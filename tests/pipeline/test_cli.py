@@ -1,0 +1,378 @@
+import http.server
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from functools import partial
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from toy import toy_rows, write_pictures, write_rows
+
+from pmd_pipeline import cli, listing, sources
+from pmd_pipeline.filters.caption import LID_MODEL_VARIABLE
+from pmd_pipeline.record import key_of
+
+COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
+PMD = [sys.executable, "-c", "from pmd_pipeline.cli import main; main()"]
+
+
+@pytest.fixture
+def pmd(monkeypatch, capsys, tmp_path):
+    """Runs `pmd` in an empty folder; its exit code, and what it printed on stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pmd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        printed = capsys.readouterr()
+        return left.value.code, printed.out, printed.err
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv(LID_MODEL_VARIABLE, "")  # so that what a command sets is undone
+    return run
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Arguments that build twelve pictures, two of them absent, from files on this machine."""
+    write_rows(tmp_path / "raw", [*toy_rows(12), ("no address here", "nowhere")])
+    write_pictures(tmp_path / "pictures", [f"{number}.jpg" for number in range(10)])
+    where = ["--raw", tmp_path / "raw", "--images", tmp_path / "pictures", "--runner", "local"]
+    return ["build", "--source", "cc3m", *where, "--workers", 1]
+
+
+def is_refused(outcome, *words):
+    """Whether a command has ended as a user's mistake does; the one line that says it."""
+    code, out, err = outcome
+    assert code == 2
+    assert out == ""
+    assert err.startswith("pmd: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    for word in words:
+        assert word in err
+    assert list(Path().iterdir()) == []
+    return True
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_one_sentence_and_one_example(command, pmd):
+    code, out, err = pmd(*command.split(), "--help")
+
+    assert (code, err) == (0, "")
+    usage, told, example, *_ = (" ".join(block.split()) for block in out.split("\n\n"))
+    assert usage.startswith("Usage: pmd")
+    assert re.fullmatch(r"[A-Z][^.]*\.", told)
+    assert example.startswith("Example: pmd ")
+    assert (command or "quickstart") in example
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["sources"]])
+def test_help_and_sources_load_neither_torch_nor_ray(arguments):
+    code = (
+        "import sys; from pmd_pipeline import cli; sys.argv[0] = 'pmd'\n"
+        "try: cli.main()\n"
+        "except SystemExit as left: assert left.code == 0, left\n"
+        "heavy = {'torch', 'ray', 'polars', 'pyarrow', 'fasttext', 'matplotlib'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+
+    assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["nothing to build", "--source NAME"]),
+        (["--source", "coca"], ["'coca'", "did you mean 'coco'?"]),
+        (["--recipe", "none.toml"], ["none.toml", "there is no such recipe file"]),
+        (["--source", "cc3m", "--raw", "none"], ["--raw none", "there is no such folder"]),
+        (["--source", "cc3m", "--lid-model", "none"], ["/none", "there is no such language model"]),
+    ],
+)
+def test_a_build_that_cannot_be_is_one_line_and_writes_nothing(arguments, words, pmd):
+    assert is_refused(pmd("build", *arguments, "--runner", "local", "--workers", 1), *words)
+
+
+def test_an_unknown_recipe_key_is_one_line_that_names_file_and_near_miss(pmd, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('source = "cc3m"\n[image]\nsize = 5')
+
+    assert is_refused(
+        pmd("build", "--recipe", recipe), f"{recipe}: unknown key 'image'; did you mean 'images'?"
+    )
+
+
+def test_two_recipes_for_one_source_are_one_line(pmd, tmp_path):
+    (tmp_path / "mine.toml").write_text('source = "cc3m"\n[images]\nsize = 64')
+
+    assert is_refused(
+        pmd("build", "--source", "cc3m", "--recipe", tmp_path / "mine.toml"),
+        "two recipes for cc3m are asked for",
+    )
+
+
+def test_what_is_missing_in_raw_is_one_line_that_says_how_to_get_it(pmd, tmp_path):
+    assert is_refused(
+        pmd("build", "--source", "yfcc100m", "--raw", tmp_path / "here", "--runner", "local"),
+        "has no yfcc100m_dataset",
+        "put yfcc100m_dataset (Webscope)",
+    )
+
+
+def test_images_that_are_not_there_are_one_line(pmd, toy, tmp_path):
+    arguments = [*toy, "--images", tmp_path / "none.zip"]
+
+    assert is_refused(
+        pmd(*arguments), f"--images {tmp_path}/none.zip", "no such folder, zip or tar"
+    )
+
+
+def test_an_out_that_is_a_file_is_one_line(pmd, toy, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+
+    assert is_refused(
+        pmd(*toy, "--out", tmp_path / "file"), f"{tmp_path}/file/index/cc3m", "a file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["stats"], ["manifests/pmd.json", "there is no such file"]),
+        (["stats", "none.json"], ["none.json", "there is no such file"]),
+        (["merge", "none.json"], ["none.json", "there is no such file"]),
+        (["show", "coco"], ["'coco' is no key", "16 hex digits"]),
+        (["show", "0" * 16], ["no index under data has the key", "--out"]),
+        (["show", "none.tar"], ["none.json", "there is no such file"]),
+        (["sources", "coca"], ["'coca'", "coco"]),
+    ],
+)
+def test_a_question_that_has_no_answer_is_one_line(arguments, words, pmd):
+    assert is_refused(pmd(*arguments), *words)
+
+
+def test_what_is_no_manifest_is_one_line(pmd, tmp_path):
+    for content in ("", "[]", '{"format": 1}', "<html>"):
+        (tmp_path / "a.json").write_text(content)
+
+        assert is_refused(pmd("stats", tmp_path / "a.json"), "a.json is no manifest")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["build", "--limit", "0"], ["build", "--source"], ["stats", "--format", "pdf"], ["bild"], []],
+)
+def test_a_wrong_use_of_the_command_exits_with_two(arguments, pmd):
+    code, _, _ = pmd(*arguments)
+
+    assert code == 2
+
+
+def test_a_build_prints_manifests_on_stdout_and_its_talk_on_stderr(pmd, toy):
+    code, out, err = pmd(*toy)
+
+    manifest = json.loads(Path("manifests/cc3m.json").read_text())
+    assert (code, out) == (0, f"manifests/cc3m.json  {manifest['digest']}\n")
+    assert err.splitlines() == [
+        "cc3m index: 17 rows",
+        "cc3m build: 12 of 12 records, 2 pairs failed",
+    ]
+    assert pmd(*toy, "--quiet") == (0, out, "")
+
+
+def test_statistics_are_alone_on_stdout(pmd, toy):
+    pmd(*toy, "--limit", 5)
+
+    code, out, err = pmd("stats", "manifests/cc3m.json", "--format", "json", "--plot", "a/b.png")
+
+    [row] = json.loads(out)["datasets"]
+    assert (code, row["dataset"], row["dropped_by"]["limit"] > 0) == (0, "cc3m", True)
+    assert err.splitlines() == ["wrote a/b.png", "cc3m was built with --limit 5"]
+    with Image.open("a/b.png") as image:
+        assert image.format == "PNG"
+    for form, start in (("table", "cc3m: words"), ("csv", "dataset,"), ("md", "| dataset")):
+        assert pmd("stats", "manifests/cc3m.json", "--format", form)[1].startswith(start)
+
+
+def test_manifests_are_merged_and_none_twice(pmd, toy):
+    pmd(*toy)
+
+    code, out, _ = pmd("merge", "manifests/cc3m.json", "--out", "manifests/one.json")
+    again, _, err = pmd("merge", "manifests/cc3m.json", "manifests/cc3m.json")
+
+    assert (code, out[:20]) == (0, "manifests/one.json  ")
+    assert (again, err.count("\n")) == (2, 1)
+    assert "cc3m is already in another manifest" in err
+
+
+def test_show_tells_of_kept_dropped_and_failed_records(pmd, toy):
+    pmd(*toy)
+    kept, failed = (key_of("cc3m", f"http://a.test/{number}.jpg") for number in (0, 11))
+    bad = key_of("cc3m", "GCC-training.tsv:0:16")
+
+    stories = [pmd("show", key)[1] for key in (kept, failed, bad)]
+
+    for part in ("row 0 of", "row 12 of", "record in part 00000", "status: success", "sample in"):
+        assert part in stories[0]
+    assert '"a caption of picture 0"' in stories[0]
+    assert "reason: not_in_archive" in stories[1]
+    assert "meaning: none of the local images has this name" in stories[1]
+    assert "sample in" not in stories[1]
+    assert "reason: bad_row" in stories[2]
+    assert "meaning: the upstream row cannot be understood" in stories[2]
+    assert "column 2 is no http address: 'nowhere'" in stories[2]
+    assert "the file has changed" not in "".join(stories)
+
+
+def test_show_says_what_it_cannot_find_any_more(pmd, toy, tmp_path):
+    pmd(*toy, "--limit", 1)
+    keys = sorted(key_of("cc3m", f"http://a.test/{number}.jpg") for number in range(12))
+    raw = tmp_path / "raw" / "GCC-training.tsv"
+
+    beyond = pmd("show", keys[1])[1]
+    raw.write_text("other\thttp://b.test/1.jpg\n" * 20)
+    changed = pmd("show", keys[0])[1]
+    raw.unlink()
+    gone = pmd("show", keys[0])[1]
+
+    assert "not in the ledger" in beyond
+    assert "beyond --limit" in beyond
+    assert "the file has changed: it has no such row any more" in changed
+    assert "cannot read" in gone
+    assert "record in part 00000" in gone
+
+
+def test_show_prints_json_and_writes_the_image(pmd, toy):
+    pmd(*toy)
+    kept, failed = (key_of("cc3m", f"http://a.test/{number}.jpg") for number in (0, 11))
+
+    code, out, err = pmd("show", kept, "--json", "--image", "a/0.jpg")
+    refused, _, why = pmd("show", failed, "--image", "a/11.jpg")
+
+    assert code == 0
+    assert json.loads(out)[-1]["captions"] == ["a caption of picture 0", "picture 0 once more"]
+    assert err == "wrote a/0.jpg\n"
+    with Image.open("a/0.jpg") as image:
+        assert image.size == (48, 40)
+    assert (refused, why.count("\n")) == (2, 1)
+    assert "there is no stored image" in why
+
+
+def test_show_tells_what_a_shard_holds(pmd, toy):
+    pmd(*toy)
+
+    code, out, _ = pmd("show", "data/shards/cc3m/00000.tar")
+
+    assert code == 0
+    assert out.startswith("shard data/shards/cc3m/00000.tar\n")
+    assert "records: 12" in out
+    assert out.count("sample ") == 5
+    Path("data/shards/cc3m/00000.json").write_text("{}")
+    assert pmd("show", "data/shards/cc3m/00000.tar")[0] == 2
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_sources_are_listed_within_the_width_of_the_screen(width):
+    paragraphs = list(listing.all_sources(width))
+
+    assert [text.split(",")[0] for text in paragraphs] == sources.names()
+    for line in "\n".join(paragraphs).splitlines():
+        assert len(line) <= width or "http" in line
+    for name in sources.names():
+        info = sources.load(name).info
+        told = " ".join(listing.one_source(name, width).split())
+        for fact in (info.licence, info.citation, info.homepage, info.by_hand):
+            assert " ".join(fact.split()) in told
+        assert all(entry.pattern in told for entry in info.published)
+
+
+class _Slow(http.server.BaseHTTPRequestHandler):
+    """Never answers, and tells that it was asked."""
+
+    def __init__(self, asked, *arguments):
+        self.asked = asked
+        super().__init__(*arguments)
+
+    def do_GET(self):
+        self.asked.set()
+        self.rfile.read(1)  # until the other side hangs up
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def slow_host():
+    """`address:port` of a host that never answers, and an event: it was asked."""
+    asked = threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Slow, asked))
+    server.daemon_threads = True
+    server.block_on_close = False
+    thread = threading.Thread(target=partial(server.serve_forever, 0.01))
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def marked_processes(mark):
+    """Commands of the processes that have `mark` in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ")[:100])
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+@pytest.mark.parametrize("runner", ["local", "ray"])
+def test_ctrl_c_ends_a_build_with_all_its_processes(runner, slow_host, tmp_path):
+    address, asked = slow_host
+    write_rows(tmp_path / "raw", toy_rows(40))
+    recipe = tmp_path / "slow.toml"
+    recipe.write_text(
+        f'source = "cc3m"\npart_records = 10\n[fetch.connect_to]\n"*" = "{address}"\n'
+    )
+    mark = f"PMD_TEST_{uuid.uuid4().hex}"
+    arguments = ["build", "--recipe", recipe, "--raw", tmp_path / "raw", "--runner", runner]
+
+    with subprocess.Popen(
+        [*PMD, *map(str, arguments), "--workers", "2"],
+        cwd=tmp_path,
+        env={**os.environ, mark: "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as build:
+        assert asked.wait(60)
+        os.killpg(build.pid, signal.SIGINT)  # as a terminal does: to all in the foreground
+        out, err = build.communicate(timeout=30)
+
+    deadline = time.monotonic() + 20
+    while (left := marked_processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+    assert build.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert "Traceback" not in err
+    assert list(tmp_path.rglob("*.tar")) == []
