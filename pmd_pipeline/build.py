@@ -36,7 +36,7 @@ from pmd_pipeline.recipe import Recipe, predicate
 from pmd_pipeline.records import IndexPart, IndexRecord, read_part
 from pmd_pipeline.shards import DigestingFile, Place, ShardWriter, ledger_bytes
 from pmd_pipeline.shelves import Shelf, open_shelf
-from pmd_pipeline.storage import join, read_bytes, remove, whole_file, write_whole
+from pmd_pipeline.storage import join, load_model, remove, whole_file, write_whole
 
 WEB = "web"
 """The place of images that stands for HTTP."""
@@ -146,12 +146,9 @@ def done_report(task: PartTask, there: dict[str, int]) -> Report | None:
     `there` are the sizes of the files in the folder of shards, by name.
     """
     name = part_name(task.part.part)
-    if f"{name}.json" not in there:
+    report = load_model(Report, task.shards, f"{name}.json") if f"{name}.json" in there else None
+    if report is None:
         return None
-    try:
-        report = Report.model_validate_json(read_bytes(join(task.shards, f"{name}.json")))
-    except ValueError:
-        return None  # of another format: made again
     whole = all(there.get(file.name) == file.num_bytes for file in (report.tar, report.ledger))
     return report if whole and report.dependency == task.dependency else None
 

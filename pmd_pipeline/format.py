@@ -5,6 +5,8 @@ This is all of `pmd_pipeline` that `flava_train` may import.
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -97,6 +99,23 @@ class Counts(_Stored):
         """Pairs that came in and are neither kept, dropped nor failed: zero, by law 1."""
         lost = sum(self.dropped.values()) + sum(self.failed.values())
         return self.pairs_in - self.kept - lost
+
+    @classmethod
+    def total(cls, counts: Iterable["Counts"]) -> "Counts":
+        """The sum of counts, reason by reason."""
+        pairs_in = kept = 0
+        dropped, failed = Counter[str](), Counter[str]()
+        for one in counts:
+            pairs_in += one.pairs_in
+            kept += one.kept
+            dropped.update(one.dropped)
+            failed.update(one.failed)
+        return cls(
+            pairs_in=pairs_in,
+            kept=kept,
+            dropped=dict(sorted(dropped.items())),
+            failed=dict(sorted(failed.items())),
+        )
 
 
 class Timing(_Stored):

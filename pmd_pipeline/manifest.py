@@ -21,7 +21,7 @@ from pmd_pipeline.format import (
     SourceEntry,
     digest,
 )
-from pmd_pipeline.index import Index, total
+from pmd_pipeline.index import Index
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.storage import is_local, join, open_read, read_bytes, write_whole
 
@@ -139,7 +139,7 @@ def _sealed(manifest: Manifest) -> Manifest:
 
 def _counts(index: Index, reports: Sequence[Report], missing: Sequence[int]) -> Counts:
     """All pairs of the source: dropped by the index, seen by a part, or taken by no part."""
-    parts = total(report.counts for report in reports)
+    parts = Counts.total(report.counts for report in reports)
     dropped = Counter(index.counts.dropped) + Counter(parts.dropped)
     failed = Counter(parts.failed)
     absent = {part.part: part.counts.kept for part in index.parts}

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -87,6 +87,22 @@ def open_pool(runner: str, workers: int | None, ray_address: str | None) -> Iter
 
 def no_watch(_name: str, _counts: Mapping[str, int]) -> None:
     """Watch nothing."""
+
+
+def in_order(
+    pool: Pool, function: Callable[[Task, Tick], Result], tasks: Sequence[Task], watch: Watch
+) -> list[Result]:
+    """The results of all tasks, in the order of the tasks.
+
+    Raises:
+        WorkerDied: a worker died of a task.
+    """
+    results: dict[int, Result] = {}
+    for task, result in pool.run(function, tasks, watch):
+        if isinstance(result, WorkerDied):
+            raise result
+        results[id(task)] = result
+    return [results[id(task)] for task in tasks]
 
 
 class _Here:

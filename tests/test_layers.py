@@ -20,6 +20,7 @@ LAYERS = [
     {"records", "fetch"},
     {"shelves", "annotations"},
     {"img2dataset"},
+    {"scatter", "inputs"},
     {"index", "build"},
     {"manifest"},
     {"stats", "story", "listing", "dataset"},

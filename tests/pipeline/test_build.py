@@ -14,7 +14,9 @@ from PIL import Image
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline import dataset
+from pmd_pipeline.dataset import Order
 from pmd_pipeline.format import Report
+from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.recipe import load_recipe
 
@@ -269,3 +271,21 @@ def test_images_of_other_proportions_than_upstreams_do_not_get_its_boxes(tmp_pat
     with tarfile.open(Path(order.shards) / "00000.tar") as tar:
         sample = json.load(tar.extractfile(next(m for m in tar if m.name.endswith("json"))))
     assert sample["boxes"] == [pytest.approx([1 / 12, 1 / 8, 1 / 3, 3 / 8])]
+
+
+def test_index_and_shards_may_lie_under_any_fsspec_address(toy, tmp_path):
+    here = toy_build(toy)
+    away = Order(
+        recipe=toy.recipe,
+        raw=toy.raw,
+        data="memory://toy",
+        manifest="memory://toy/manifests/cc3m.json",
+        places=toy.places,
+    )
+
+    first, second = toy_build(away), toy_build(away)
+
+    assert first == second
+    assert first.digest == here.digest
+    assert load_manifest(away.manifest) == first
+    assert first.shards[0].path == "memory://toy/shards/cc3m/00000.tar"

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from toy import toy_recipe, toy_rows, write_rows
 
 from pmd_pipeline import index as index_module
-from pmd_pipeline import runs, upstream
+from pmd_pipeline import runs, scatter, upstream
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.index import Index, build_index, estimated_records, load_index
+from pmd_pipeline.index import Index, build_index, load_index
 from pmd_pipeline.parallel import no_watch, open_pool
 from pmd_pipeline.recipe import load_recipe
 from pmd_pipeline.record import key_of
 from pmd_pipeline.records import part_of, read_part
+from pmd_pipeline.scatter import estimated_records
 
 words = st.sampled_from(["a dog", "two cats", "", "ein Hund", "\u2028", "x" * 50, "  blank  "])
 addresses = st.sampled_from(
@@ -189,7 +190,7 @@ def test_repeats_within_a_record_are_kept_unless_the_recipe_drops_them(tmp_path)
 
 
 def test_two_images_with_one_key_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "key_of", lambda source, image: "00000000000000aa")
+    monkeypatch.setattr(scatter, "key_of", lambda source, image: "00000000000000aa")
     raw = write_rows(tmp_path / "raw", toy_rows(2))
 
     with pytest.raises(PmdError, match="have one key, 00000000000000aa"):
@@ -205,7 +206,7 @@ def test_few_keys_are_counted_exactly_however_they_are_split(keys, num_tasks):
 
 def test_many_keys_are_estimated_to_five_per_cent():
     dice = random.Random(0)
-    sketch = index_module._Smallest()
+    sketch = scatter._Smallest()
     for _ in range(200_000):
         sketch.add(dice.getrandbits(64))
 
@@ -222,7 +223,7 @@ def test_a_killed_index_goes_on_from_the_runs_it_has(tmp_path, monkeypatch):
         build(tmp_path / "index", raw)
     left = {path.name for path in (tmp_path / "index" / "runs").iterdir()}
     monkeypatch.setattr(index_module, "gather", gather)
-    monkeypatch.setattr(index_module, "_usable", None)  # reading again would fail
+    monkeypatch.setattr(scatter, "_usable", None)  # reading again would fail
 
     resumed = build(tmp_path / "index", raw)
 
