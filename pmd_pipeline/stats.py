@@ -281,7 +281,7 @@ def _decimal(value: float | None) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+.1f}"
+    return "" if value is None else f"{round(value, 1) + 0.0:+.1f}"  # no -0.0
 
 
 def _whole(value: int | None) -> str:

@@ -135,6 +135,13 @@ def test_the_tables_of_nine_sources_are_readable(width):
     assert "has_words 20, is_language 3; http_404 1" in text
 
 
+def test_a_difference_that_rounds_to_nothing_has_no_minus():
+    made = manifest(coco=entry({12: 61, 13: 39}))
+
+    assert lengths(made)[0].difference == -0.01
+    assert " +0.0 " in text_of(as_table(lengths(made), made), 80)
+
+
 def test_json_is_for_programs():
     made = manifest(coco=entry({10: 3}), sbu=entry({2: 1}))
 
