@@ -7,16 +7,19 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
 from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from pydantic import BaseModel, ValidationError
 
 from pmd_pipeline.errors import PmdError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+Model = TypeVar("Model", bound=BaseModel)
 
 _CHUNK = 1 << 20
 
@@ -80,6 +83,19 @@ def read_bytes(address: str) -> bytes:
     """The whole content of `address`."""
     with open_read(address) as file:
         return file.read()
+
+
+def load_model(kind: type[Model], folder: str, name: str) -> Model | None:
+    """The model that the JSON file `name` holds; None where there is none that fits.
+
+    A file of an older format does not fit, and is made again.
+    """
+    if name not in sizes(folder):
+        return None
+    try:
+        return kind.model_validate_json(read_bytes(join(folder, name)))
+    except ValidationError:
+        return None
 
 
 def sizes(folder: str) -> dict[str, int]:
