@@ -18,7 +18,7 @@ from pmd_pipeline.parallel import Pool, WorkerDied, open_pool
 from pmd_pipeline.progress import Show
 from pmd_pipeline.recipe import Recipe, load_recipe
 from pmd_pipeline.shelves import open_shelf, stamp
-from pmd_pipeline.storage import is_local, join, sizes
+from pmd_pipeline.storage import is_local, join, sizes, sweep
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,15 @@ def build_all(request: Request, show: Show) -> Built:
     for recipe in chain.from_iterable(groups.values()):
         if chosen.setdefault(recipe.source, recipe) != recipe:
             raise PmdError(f"two recipes for {recipe.source} are asked for; give one of them")
+    orders = [_order(request, recipe) for recipe in chosen.values()]
+    if request.raw is None:
+        for order in orders:
+            _download(order, show)
     built = Built()
     done: dict[str, str] = {}
     with open_pool(request.runner, request.workers, request.ray_address) as pool:
-        for recipe in chosen.values():
-            order = _order(request, recipe, show)
-            done[recipe.source] = order.manifest
+        for order in orders:
+            done[order.recipe.source] = order.manifest
             manifest, failures = build_source(order, pool, show)
             built.manifests.append((order.manifest, manifest))
             built.failures += failures
@@ -128,6 +131,8 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
         PmdError: the input is missing or wrong, or nothing can be written.
     """
     source = order.recipe.source
+    sweep(order.index)
+    sweep(order.shards)
     catalogues = tuple(_catalogues(order, pool))
     for place in order.places:
         if place != WEB and place not in dict(catalogues):
@@ -168,22 +173,20 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
     return manifest, failures
 
 
-def _order(request: Request, recipe: Recipe, show: Show) -> Order:
-    """What to build of one source, its annotation files being there."""
+def _order(request: Request, recipe: Recipe) -> Order:
+    """What to build of one source, whose annotation files are there or can be downloaded."""
     source = sources.load(recipe.source)
     if request.raw is None:
         raw = join(request.out, "raw", recipe.source)
         if not is_local(raw):
             raise PmdError(f"annotation files cannot be read from {raw}: give a local --raw")
-        with show.stage(f"{recipe.source} annotations", "bytes") as stage:
-            contact = recipe.fetch.contact
-            for sentence in annotations.ensure(source, raw, recipe.form, contact, stage.watch):
-                show.say(sentence)
     else:
         below = Path(request.raw) / recipe.source
         raw = str(below) if below.is_dir() else request.raw
         if not Path(raw).is_dir():
             raise PmdError(f"--raw {raw}: there is no such folder")
+    if request.raw is not None or not source.downloadable(recipe.form):
+        sources.find_spans(source, raw, recipe.form)  # says now what a later source lacks
     return Order(
         recipe=recipe,
         raw=raw,
@@ -192,6 +195,14 @@ def _order(request: Request, recipe: Recipe, show: Show) -> Order:
         limit=request.limit,
         places=request.images,
     )
+
+
+def _download(order: Order, show: Show) -> None:
+    recipe, source = order.recipe, sources.load(order.recipe.source)
+    with show.stage(f"{recipe.source} annotations", "bytes") as stage:
+        contact = recipe.fetch.contact
+        for sentence in annotations.ensure(source, order.raw, recipe.form, contact, stage.watch):
+            show.say(sentence)
 
 
 def _tasks(

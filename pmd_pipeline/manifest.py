@@ -23,7 +23,7 @@ from pmd_pipeline.format import (
 )
 from pmd_pipeline.index import Index
 from pmd_pipeline.recipe import Recipe
-from pmd_pipeline.storage import is_local, join, open_read, read_bytes, write_whole
+from pmd_pipeline.storage import join, local_path, open_read, read_bytes, write_whole
 
 
 def source_manifest(
@@ -187,9 +187,10 @@ def _shard(report: Report, shards: str, path: str) -> ShardEntry:
 
 def _relative(address: str, manifest_path: str) -> str:
     """`address` as a manifest at `manifest_path` calls it."""
-    if not (is_local(address) and is_local(manifest_path)):
+    here, there = local_path(address), local_path(manifest_path)
+    if here is None or there is None:
         return address
-    return Path(os.path.relpath(address, Path(manifest_path).parent)).as_posix()
+    return Path(os.path.relpath(here, there.parent)).as_posix()
 
 
 def _one_version(given: Iterable[dict[str, str]]) -> dict[str, str]:

@@ -260,11 +260,17 @@ class _Ray:
                 "log_to_driver": False,
             }
         )
+        # what the driver was told by its environment, workers on other machines must hear too
+        told = {name: value for name, value in os.environ.items() if name.startswith("PMD_")}
         try:
             if self._address and ":" in self._address.removeprefix("ray://"):
                 host, _, port = self._address.removeprefix("ray://").rpartition(":")
                 socket.create_connection((host, int(port)), 10.0).close()  # Ray waits for minutes
-            ray.init(logging_level=logging.ERROR, **place)
+            ray.init(
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": told} if told else None,
+                **place,
+            )
         except (OSError, ValueError, RuntimeError) as error:
             where = self._address or "on this machine"
             raise PmdError(f"cannot start or join Ray {where}: {error}") from error

@@ -4,8 +4,9 @@ import hashlib
 import io
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
 from uuid import uuid4
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=BaseModel)
 
 _CHUNK = 1 << 20
+_STALE_SECONDS = 24 * 3600.0
 
 
 @contextmanager
@@ -128,9 +130,24 @@ def sha256_of(address: str) -> str:
     return digest.hexdigest()
 
 
+def local_path(address: str) -> Path | None:
+    """The path of `address` on this machine's file system; None where it is elsewhere."""
+    filesystem, path = _place(address)
+    return Path(path) if isinstance(filesystem, LocalFileSystem) else None
+
+
 def is_local(address: str) -> bool:
     """Say whether `address` is on this machine's file system."""
-    return isinstance(_place(address)[0], LocalFileSystem)
+    return local_path(address) is not None
+
+
+def sweep(folder: str) -> None:
+    """Delete what killed writers left in a folder of this machine more than a day ago."""
+    here = local_path(folder)
+    for left in here.glob(".*.tmp") if here else ():
+        with suppress(FileNotFoundError):  # another sweep was faster
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink()
 
 
 def join(folder: str, *names: str) -> str:

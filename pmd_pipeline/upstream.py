@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -87,7 +88,9 @@ def find(folder: str) -> list[UpstreamFile]:
         if _is_hidden(path.relative_to(root).as_posix()):
             continue
         packed = path.name.endswith(_ARCHIVES)
-        for file in _members(path) if packed else [UpstreamFile(str(path))]:
+        for file in (
+            _members(path, path.stat().st_mtime_ns) if packed else [UpstreamFile(str(path))]
+        ):
             found.setdefault(file.name, file)
     return list(found.values())
 
@@ -225,7 +228,8 @@ def _unzipped(archive: zipfile.ZipFile, file: UpstreamFile) -> IO[bytes]:
         ) from error
 
 
-def _members(path: Path) -> list[UpstreamFile]:
+@lru_cache(maxsize=64)
+def _members(path: Path, _changed: int) -> list[UpstreamFile]:
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
