@@ -7,8 +7,8 @@ fetched; the sha256 it states is that of the bytes as fetched, and is passed on 
 
 import hashlib
 import json
-import tarfile
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 
 from pmd_pipeline.errors import PmdError, RecordError
 from pmd_pipeline.fetch import Fetched
-from pmd_pipeline.format import part_name
+from pmd_pipeline.format import WORKED, part_name
 from pmd_pipeline.parallel import Pool, Tick, WorkerDied, no_watch
 from pmd_pipeline.record import one_line, url_id
 from pmd_pipeline.records import IndexRecord
-from pmd_pipeline.shelves import Shelf
-from pmd_pipeline.storage import join, whole_file
+from pmd_pipeline.shelves import Extent, Shelf, tar_body, tar_extents
+from pmd_pipeline.storage import join, remove, whole_file
 
 _CATALOG = pa.schema(
     [
@@ -38,7 +38,9 @@ _CATALOG = pa.schema(
         ("json_size", pa.int64()),
     ]
 )
+_COLUMNS = ["url", "key", "status", "sha256"]
 _IMAGES = ("jpg", "png", "webp")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,15 @@ def is_img2dataset(place: str) -> bool:
 
 
 def catalogue(place: str, folder: str, pool: Pool) -> None:
-    """Catalogue all shards of `place` in `folder`.
+    """Catalogue all shards of `place` in `folder`, in place of what was there.
 
     Raises:
-        PmdError: a shard has no Parquet file, or either is broken.
+        PmdError: a shard has no Parquet file, or either is broken, or it was made without sha256.
     """
+    remove(folder)
     tasks = [
         CatalogTask(str(tar), join(folder, f"{part_name(number)}.parquet"))
-        for number, tar in enumerate(sorted(Path(place).glob("*.tar")))
+        for number, tar in enumerate(sorted(Path(place).resolve().glob("*.tar")))
     ]
     for _, result in pool.run(write_catalogue, tasks, no_watch):
         if isinstance(result, WorkerDied):
@@ -74,16 +77,8 @@ def catalogue(place: str, folder: str, pool: Pool) -> None:
 
 def write_catalogue(task: CatalogTask, _tick: Tick) -> None:
     """Write where each row of one shard lies in its tar."""
-    table = Path(task.tar).with_suffix(".parquet")
-    try:
-        rows = pq.read_table(table).to_pylist()
-        with tarfile.open(task.tar, "r:") as tar:
-            members = {member.name: (member.offset_data, member.size) for member in tar}
-    except (OSError, pa.ArrowInvalid, tarfile.TarError) as error:
-        raise PmdError(
-            f"{table} or its tar cannot be read ({error}): is the shard whole?"
-        ) from error
-    lines = [line for row in rows if (line := _line(task.tar, row, members))]
+    members = tar_extents(Path(task.tar))
+    lines = [line for row in _rows(task.tar) if (line := _line(task.tar, row, members))]
     lines.sort(key=lambda line: int(line["address"]))
     with whole_file(task.address) as file:
         pq.write_table(pa.Table.from_pylist(lines, schema=_CATALOG), file)
@@ -99,7 +94,7 @@ def open_img2dataset(folder: str, records: Iterable[IndexRecord]) -> Shelf:
     )
     by_address: dict[int, dict[str, Any]] = {}
     for row in found.iter_rows(named=True):
-        if by_address.get(row["address"], {}).get("status") != "success":
+        if by_address.get(row["address"], {}).get("status") != WORKED:
             by_address[row["address"]] = row
 
     def find(record: IndexRecord) -> Fetched | None:
@@ -119,46 +114,75 @@ def _bare(url: str) -> str:
     return url_id(url).split("://", 1)[-1]
 
 
-def _line(
-    tar: str, row: dict[str, Any], members: dict[str, tuple[int, int]]
-) -> dict[str, Any] | None:
-    url, key = row.get("url"), row.get("key")
+def _rows(tar: str) -> list[dict[str, Any]]:
+    table = Path(tar).with_suffix(".parquet")
+    try:
+        with pq.ParquetFile(table) as file:
+            missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
+            rows: list[dict[str, Any]] = [] if missing else file.read(_COLUMNS).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise PmdError(f"{table} cannot be read ({error}): is the shard of {tar} whole?") from error
+    if missing:
+        raise PmdError(
+            f"{table} has no column {missing[0]!r}: run img2dataset with its default columns and "
+            "compute_hash='sha256'"
+        )
+    return rows
+
+
+def _line(tar: str, row: Mapping[str, Any], members: Mapping[str, Extent]) -> dict[str, Any] | None:
+    url, key = row["url"], row["key"]
     if not isinstance(url, str):
         return None
     image = next((members[n] for e in _IMAGES if (n := f"{key}.{e}") in members), None)
     described = members.get(f"{key}.json")
-    status = row.get("status") or "failed"
-    if status == "success" and not (image and described):
+    status = row["status"]
+    if status == WORKED and not (image and described):
         status = "not in its tar"
     return {
         "address": _address(url),
         "status": status,
-        "sha256": row.get("sha256"),
+        "sha256": row["sha256"],
         "tar": tar,
         **dict(zip(("image_offset", "image_size"), image or (None, None), strict=True)),
         **dict(zip(("json_offset", "json_size"), described or (None, None), strict=True)),
     }
 
 
-def _checked(record: IndexRecord, row: dict[str, Any]) -> Fetched:
-    if row["status"] != "success":
+def _checked(record: IndexRecord, row: Mapping[str, Any]) -> Fetched:
+    """The image of a catalogued row, if the shard says of it what the index says."""
+    if row["status"] != WORKED:
         raise RecordError("not_in_archive", f"img2dataset: {row['status']}")
-    with Path(row["tar"]).open("rb") as file:
-        file.seek(row["json_offset"])
-        described = file.read(row["json_size"])
-        file.seek(row["image_offset"])
-        body = file.read(row["image_size"])
-    try:
-        sample = json.loads(described)
-    except ValueError as error:
-        raise RecordError("truncated", "the shard's json is damaged") from error
-    if not isinstance(sample, dict) or _bare(str(sample.get("url"))) != _bare(record.url or ""):
+    tar = Path(row["tar"])
+    sample = _sample(tar_body(tar, (row["json_offset"], row["json_size"])))
+    if _bare(str(sample.get("url"))) != _bare(record.url or ""):
         raise RecordError("caption_mismatch", "the shard's json is about another address")
     caption = sample.get("caption")
     if caption is not None and one_line(str(caption)) not in record.captions:
         raise RecordError("caption_mismatch", "the shard has another caption")
-    if sample.get("sha256") != row["sha256"]:
+    sha256 = row["sha256"]
+    if sample.get("sha256") != sha256:
         raise RecordError("changed", "the shard's json and parquet state different sha256")
+    if not _SHA256.fullmatch(str(sha256)):
+        raise RecordError("changed", "the shard states no sha256")
+    if record.sha256 and record.sha256 != sha256:
+        raise RecordError("changed", "not the bytes whose sha256 upstream states")
+    body = tar_body(tar, (row["image_offset"], row["image_size"]))
+    return Fetched(body, sha256=sha256, original_size=_original_size(sample))
+
+
+def _sample(described: bytes) -> dict[str, Any]:
+    try:
+        sample = json.loads(described)
+    except (ValueError, RecursionError) as error:
+        raise RecordError("truncated", "the shard's json is damaged") from error
+    if not isinstance(sample, dict):
+        raise RecordError("truncated", "the shard's json is damaged")
+    return sample
+
+
+def _original_size(sample: Mapping[str, Any]) -> tuple[int, int] | None:
     width, height = sample.get("original_width"), sample.get("original_height")
-    size = (width, height) if isinstance(width, int) and isinstance(height, int) else None
-    return Fetched(body, sha256=row["sha256"], original_size=size)
+    if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
+        return width, height
+    return None
