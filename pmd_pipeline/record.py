@@ -90,6 +90,8 @@ def url_id(url: str) -> str:
 
     >>> url_id("HTTP://Example.org:80/A b.jpg#top")
     'http://example.org/A%20b.jpg'
+    >>> url_id("http://[2001:DB8::1]:8080/a.jpg")
+    'http://[2001:db8::1]:8080/a.jpg'
     """
     try:
         parts = urlsplit(url.strip())
@@ -97,6 +99,8 @@ def url_id(url: str) -> str:
         port = parts.port
     except ValueError:
         return url
+    if ":" in host:
+        host = f"[{host}]"  # an IPv6 address
     if port is not None and (parts.scheme, port) not in {("http", 80), ("https", 443)}:
         host = f"{host}:{port}"
     path = quote(parts.path or "/", safe=_KEPT)
