@@ -120,6 +120,8 @@ def read_config(theirs: Mapping[str, Any]) -> FlavaConfig:
             if parts[part].get(key, value) != value:
                 raise FlavaError(f"{part}.{key} is {parts[part][key]!r}; we have only {value!r}")
     image, text, multimodal = parts.values()
+    if not isinstance(image["image_size"], int) or not isinstance(image["patch_size"], int):
+        raise FlavaError(f"images of {image['image_size']} pixels are not square")
     eps = {part["layer_norm_eps"] for part in parts.values()}
     if len(eps) > 1:
         raise FlavaError(f"layer_norm_eps differs between the encoders: {sorted(eps)}")

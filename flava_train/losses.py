@@ -2,7 +2,7 @@
 
 Every function returns a sum over what it was given; the caller divides by a count over the whole
 global batch. So neither micro-batches nor ranks change a loss, and a batch with nothing to
-predict gives zero instead of NaN. Section 2 of the paper; `docs/model.md` has what it leaves open.
+predict gives zero instead of NaN. `docs/model.md` has what the paper leaves open.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from flava_train.shapes import Bool, Float, Int
 
 @dataclass(frozen=True)
 class Streams:
-    """Probability that a step takes pairs, images or texts; they add up to 1 (section 3.2)."""
+    """Probability that a step takes pairs, images or texts; they add up to 1."""
 
     pairs: float = 0.70
     images: float = 0.15
@@ -80,19 +80,19 @@ ABLATIONS = {
     "flava_without_init": Objective(unimodal_init=False),
     "flava": Objective(),
 }
-"""Rows of the paper's table 4 (section 6.1 of our extraction), in its order."""
+"""Rows of the paper's ablation, in its order."""
 
 
 def masked_image_sum(model: Flava, images: Images) -> Float[Tensor, ""]:
     """MIM: cross-entropy of the codes of masked patches, from the image alone, in nats."""
     hidden = masked_patches(images, model.config.grid**2)
-    states = _gather(model.image(images.pixels, hidden), 1 + images.masked_at)
+    states = model.image(images.pixels, hidden, at=1 + images.masked_at)
     return _cross_entropy_sum(model.mim_head(model.image.norm(states)), images.codes)
 
 
 def masked_text_sum(model: Flava, texts: Texts) -> Float[Tensor, ""]:
     """MLM: cross-entropy of masked tokens, from the text alone, in nats."""
-    states = _gather(model.text(texts.masked_tokens, texts.lengths), texts.masked_at)
+    states = model.text(texts.masked_tokens, texts.lengths, at=texts.masked_at)
     return _cross_entropy_sum(model.mlm_head(model.text.norm(states)), texts.labels)
 
 
@@ -107,18 +107,23 @@ def masked_pair_sums(
     hidden = masked_patches(images, model.config.grid**2)
     image = model.image(images.pixels, hidden)
     text = model.text(texts.masked_tokens, texts.lengths)
-    states, norm = model.multimodal(image, text, texts.lengths), model.multimodal.norm
+    cls = torch.zeros_like(images.masked_at[:, :1])
+    patches = 2 + images.masked_at  # after [CLS_M] and [CLS_I]
+    words = 1 + image.shape[1] + texts.masked_at
+    at = torch.cat([cls, patches, words], dim=1)
+    states = model.multimodal(image, text, texts.lengths, at)
+    parts = states.split([1, patches.shape[1], words.shape[1]], dim=1)
+    # after the cut, so that heads get whole tensors, of one layout whatever the width
+    of_cls, of_patches, of_words = map(model.multimodal.norm, parts)
     sums = {}
     if objective.mmm_image:
-        patches = norm(_gather(states, 2 + images.masked_at))  # after [CLS_M] and [CLS_I]
         codes = only_matched(images.codes, pairs.matched)
-        sums["mmm_image"] = _cross_entropy_sum(model.mmm_image_head(patches), codes)
+        sums["mmm_image"] = _cross_entropy_sum(model.mmm_image_head(of_patches), codes)
     if objective.mmm_text:
-        words = norm(_gather(states, 1 + image.shape[1] + texts.masked_at))
         labels = only_matched(texts.labels, pairs.matched)
-        sums["mmm_text"] = _cross_entropy_sum(model.mmm_text_head(words), labels)
+        sums["mmm_text"] = _cross_entropy_sum(model.mmm_text_head(of_words), labels)
     if objective.itm:
-        logits = model.itm_head(norm(states[:, 0]))
+        logits = model.itm_head(of_cls[:, 0])
         sums["itm"] = _cross_entropy_sum(logits, pairs.matched.long())
     return sums
 
@@ -240,10 +245,6 @@ def _gathered(rows: Float[Tensor, "n d"]) -> Float[Tensor, "all d"]:
 
 def _rank() -> int:
     return dist.get_rank() if is_distributed() else 0
-
-
-def _gather(states: Float[Tensor, "b s d"], at: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
-    return states.gather(1, at[..., None].expand(-1, -1, states.shape[2]))
 
 
 def _cross_entropy_sum(

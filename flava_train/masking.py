@@ -16,7 +16,7 @@ IGNORE = -100
 """Label of padding: no loss."""
 
 TOKEN_SHARE = 0.15
-"""BERT, and section 3.2 of the FLAVA paper."""
+"""Of the tokens of a text, as in BERT."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """FLAVA: an image, a text and a multimodal encoder, and the heads of its losses.
 
-Section 1 of the paper (arXiv:2112.04482); `docs/model.md` says what the paper leaves open and
-how it was settled. One block serves all three encoders. Encoders return their states before
-the final normalisation, since that is what the multimodal encoder reads; `encoder.norm` is
-applied to those positions alone that a head looks at.
+The paper is arXiv:2112.04482; `docs/model.md` says what it leaves open and how that was settled.
+One block serves all three encoders. Encoders return their states before the final
+normalisation, since that is what the multimodal encoder reads; `encoder.norm` is applied to
+those positions alone that a head looks at.
 """
 
 import math
@@ -33,6 +33,10 @@ class TowerConfig:
     width: int = 768
     heads: int = 12
     hidden: int = 3072
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"a width of {self.width} cannot be split among {self.heads} heads")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,13 @@ class FlavaConfig:
     logit_scale: float = 2.6592
     logit_bias: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"an image of {self.image_size} pixels cannot be cut into patches of "
+                f"{self.patch_size}"
+            )
+
     @property
     def grid(self) -> int:
         """Patches along each side in pretraining."""
@@ -78,7 +89,7 @@ class FlavaConfig:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computes in float32 or wider, and returns what it was given (section 3.3 of the paper)."""
+    """Computes in float32 or wider, as in the paper, and returns the kind that it was given."""
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """Normalise the last axis."""
@@ -103,11 +114,24 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(tower.hidden, tower.width)
 
     def forward(
-        self, x: Float[Tensor, "b s d"], mask: Float[Tensor, "b 1 1 s"] | None
-    ) -> Float[Tensor, "b s d"]:
-        """Transform the states; `mask` is added to the attention logits."""
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # b s 3 h e
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # b h s e
+        self,
+        x: Float[Tensor, "b s d"],
+        mask: Float[Tensor, "b 1 1 s"] | None,
+        at: Int[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b out d"]:
+        """Transform all states, or those `at` some positions; `mask` is added to the logits."""
+        normed = self.norm1(x)
+        if at is None:
+            query, key, value = self.qkv(normed).chunk(3, dim=-1)
+        else:
+            width = x.shape[2]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            query = F.linear(gather(normed, at), weight[:width], bias[:width])
+            key, value = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=-1)
+            x = gather(x, at)
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)
+        )  # b h s e
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         fed: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
@@ -123,14 +147,22 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(tower.width, eps)
 
     def run(
-        self, x: Float[Tensor, "b s d"], keep: Bool[Tensor, "b s"] | None
-    ) -> Float[Tensor, "b s d"]:
-        """States after the last block, before `norm`; nobody attends to what `keep` leaves out."""
+        self,
+        x: Float[Tensor, "b s d"],
+        keep: Bool[Tensor, "b s"] | None,
+        at: Int[Tensor, "b m"] | None,
+    ) -> Float[Tensor, "b out d"]:
+        """States after the last block, before `norm`; nobody attends to what `keep` leaves out.
+
+        Where only some positions are wanted, `at` names them, and the last block computes no
+        others.
+        """
         if torch.is_autocast_enabled(x.device.type):  # else float32 parameters would widen all sums
             x = x.to(torch.get_autocast_dtype(x.device.type))
         mask = None if keep is None else _attention_mask(keep, x.dtype)
-        for block in self.blocks:
-            x = block(x, mask)
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            x = block(x, mask, at if number == last else None)
         return x
 
 
@@ -156,8 +188,9 @@ class ImageEncoder(Encoder):
         self,
         pixels: Shaped[Tensor, "b 3 height width"],
         masked: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b s d"]:
-        """States of an image whose `masked` patches are hidden.
+        at: Int[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b out d"]:
+        """States, all or those `at` some positions, of an image whose `masked` patches are hidden.
 
         Pixels are uint8, or floats that are normalised already; height and width are multiples
         of the patch size.
@@ -171,7 +204,7 @@ class ImageEncoder(Encoder):
         if masked is not None:
             x = torch.where(masked[..., None], self.mask.to(x.dtype), x)
         x = torch.cat([self.cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-        return self.run(x + self._positions(high, wide), None)
+        return self.run(x + self._positions(high, wide), None, at)
 
     def _positions(self, high: int, wide: int) -> Float[Tensor, "1 1+{high}*{wide} d"]:
         if high == wide == self.grid:
@@ -193,12 +226,15 @@ class TextEncoder(Encoder):
         self.embedding_norm = LayerNorm(width, config.norm_eps)
 
     def forward(
-        self, tokens: Int[Tensor, "b l"], lengths: Int[Tensor, " b"]
-    ) -> Float[Tensor, "b l d"]:
-        """States of the tokens; those past a row's length hide from the others."""
+        self,
+        tokens: Int[Tensor, "b l"],
+        lengths: Int[Tensor, " b"],
+        at: Int[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b out d"]:
+        """States, all or those `at` some positions; nobody attends past a row's length."""
         length = tokens.shape[1]
         x = self.words(tokens) + self.positions.weight[:length] + self.types.weight[0]
-        return self.run(self.embedding_norm(x), _within(lengths, length))
+        return self.run(self.embedding_norm(x), _within(lengths, length), at)
 
 
 class MultimodalEncoder(Encoder):
@@ -217,13 +253,18 @@ class MultimodalEncoder(Encoder):
         image: Float[Tensor, "b i d"],
         text: Float[Tensor, "b l e"],
         lengths: Int[Tensor, " b"],
-    ) -> Float[Tensor, "b 1+i+l f"]:
-        """States of the pair, from the states of both sides before their final normalisation."""
+        at: Int[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b out f"]:
+        """States of the pair, all or those `at` some positions.
+
+        They come from all states of both sides, before their final normalisation.
+        """
         image, text = self.from_image(image), self.from_text(text)
         cls = self.cls.expand(len(image), -1, -1).to(image.dtype)
         x = torch.cat([cls, image, text], dim=1)
         before = 1 + image.shape[1]
-        return self.run(x, _within(before + lengths, x.shape[1]) if self.pad_mask else None)
+        keep = _within(before + lengths, x.shape[1]) if self.pad_mask else None
+        return self.run(x, keep, at)
 
 
 class MaskedHead(nn.Module):
@@ -302,15 +343,17 @@ class Flava(nn.Module):
         self, pixels: Shaped[Tensor, "b 3 height width"]
     ) -> Float[Tensor, "b projection"]:
         """Unit vectors in float32 or wider, to be compared with those of texts."""
-        return _unit(self.image_projection(self.image.norm(self.image(pixels)[:, 0])))
+        states = self.image(pixels, at=_first(pixels))[:, 0]
+        return _unit(self.image_projection(self.image.norm(states)))
 
     def embed_texts(
         self, tokens: Int[Tensor, "b l"], lengths: Int[Tensor, " b"]
     ) -> Float[Tensor, "b projection"]:
         """Unit vectors in float32 or wider, to be compared with those of images."""
-        return _unit(self.text_projection(self.text.norm(self.text(tokens, lengths)[:, 0])))
+        states = self.text(tokens, lengths, at=_first(tokens))[:, 0]
+        return _unit(self.text_projection(self.text.norm(states)))
 
-    def compile_regions(self, *, backend: str = "inductor", most_shapes: int = 64) -> None:
+    def compile_regions(self, *, backend: str = "inductor", most_shapes: int = 128) -> None:
         """Compile the blocks and heads, in place, each shape for itself.
 
         The blocks of a tower share their code, so a shape costs one compilation however deep
@@ -319,7 +362,7 @@ class Flava(nn.Module):
         Args:
             backend: of `torch.compile`.
             most_shapes: compiled forms after which torch gives up: towers and heads, times
-                widths, with and without gradient.
+                widths, with and without gradient, for all positions or some.
         """
         limits = torch._dynamo.config  # noqa: SLF001  # the documented place of this limit
         limits.recompile_limit = max(limits.recompile_limit, most_shapes)
@@ -355,6 +398,15 @@ def load_dino(encoder: ImageEncoder, state: Mapping[str, Tensor]) -> None:
     renamed["patches.bias"] = renamed["patches.bias"] + (kernel * shift).sum((1, 2, 3))
     renamed["patches.weight"] = (kernel * stretch).flatten(1)
     encoder.load_state_dict(renamed, strict=False)
+
+
+def gather(states: Float[Tensor, "b s d"], at: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
+    """The states at some positions of each row."""
+    return states.gather(1, at[..., None].expand(-1, -1, states.shape[2]))
+
+
+def _first(rows: Shaped[Tensor, "b ..."]) -> Int[Tensor, "b 1"]:
+    return torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
 
 
 def _dino_name(name: str) -> str:

@@ -71,10 +71,11 @@ for turn in range(2):
         assert farthest(gradients(model), gradients(plain)) < 1e-10
     counts.append(counter.frame_count)
 first, second = counts
-with_gradient = 1 + 2 * len(widths)  # image; text and both sides for each width
-without = 1 + len(widths)
+image = 2 * 2 + 1  # with and without gradient, all positions and [CLS] alone; masked patches
+text = 2 * 2 * len(widths) + 1  # the same for each width; masked tokens
+both = len(widths)  # one block
 heads = 1 + 2 + 1  # patches, two numbers of masked tokens, match
-assert first == second == with_gradient + without + heads, counts
+assert first == second == image + text + both + heads, counts
 """
 
 

@@ -128,6 +128,10 @@ def changed(tmp_path, change):
             lambda _, config: config["image_config"].update(layer_norm_eps=1e-6),
             "layer_norm_eps differs",
         ),
+        (
+            lambda _, config: config["image_config"].update(image_size=[32, 64]),
+            r"images of \[32, 64\] pixels are not square",
+        ),
     ],
 )
 def test_what_is_not_flava_is_refused_with_a_reason(tmp_path, change, message):

@@ -15,6 +15,8 @@ from flava_train.model import (
     Flava,
     FlavaConfig,
     LayerNorm,
+    TowerConfig,
+    gather,
     load_dino,
 )
 from flava_train.step import train_step
@@ -29,6 +31,13 @@ def test_the_default_is_as_large_as_the_published_model():
     # 357.65 M in transformers' FlavaForPreTraining(FlavaConfig()), less 53.79 M of image
     # tokenizer and 3 x 0.59 M of poolers
     assert count / 1e6 == pytest.approx(357.65 - 53.79 - 3 * (768 * 769) / 1e6, abs=0.01)
+
+
+def test_a_model_that_cannot_be_built_says_why():
+    with pytest.raises(ValueError, match="a width of 30 cannot be split among 4 heads"):
+        TowerConfig(width=30, heads=4)
+    with pytest.raises(ValueError, match="480 pixels cannot be cut into patches of 14"):
+        FlavaConfig(image_size=480, patch_size=14)
 
 
 def test_a_fresh_model_guesses():
@@ -95,6 +104,21 @@ def test_whole_images_are_normalised_as_for_clip():
     normalised = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
 
     assert torch.allclose(model.image(pixels), model.image(normalised), atol=1e-5)
+
+
+def test_some_positions_are_computed_as_among_all():
+    model, batch = flava(), pairs(3)
+    at = torch.tensor([[0, 5, 2], [7, 7, 0], [1, 2, 3]])
+
+    image = model.image(batch.images.pixels)
+    text = model.text(batch.texts.tokens, batch.texts.lengths)
+    both = model.multimodal(image, text, batch.texts.lengths)
+    some_image = model.image(batch.images.pixels, at=at)
+    some_text = model.text(batch.texts.tokens, batch.texts.lengths, at)
+    some_of_both = model.multimodal(image, text, batch.texts.lengths, at)
+
+    for some, states in ((some_image, image), (some_text, text), (some_of_both, both)):
+        assert torch.allclose(some, gather(states, at), rtol=0, atol=1e-12)
 
 
 def test_a_masked_patch_is_not_seen():

@@ -50,6 +50,19 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(objective, config):
     assert farthest(whole, gradients(model)) < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("make", "sizes", "passes"), [(pairs, [6], 2), (pairs, [4, 2], 6), (images, [6], 1)]
+)
+def test_nothing_is_computed_twice_but_for_caching(make, sizes, passes):
+    model = flava()
+    seen = []
+    model.image.register_forward_hook(lambda *_: seen.append(1))
+
+    train_step(model, cut(make(6), *sizes), FULL)
+
+    assert len(seen) == passes
+
+
 @pytest.mark.parametrize("make", [images, texts])
 def test_one_side_alone_may_be_cut_as_well(make):
     model, batch = flava(), make(9)
@@ -226,12 +239,14 @@ def test_the_loss_scale_scales_every_gradient_and_no_loss(sizes):
     assert farthest(plain, scaled) < 1e-12
 
 
-def test_half_precision_finds_about_the_same_gradient():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_finds_about_the_same_gradient(dtype):
     model, batch = flava(dtype=torch.float32), pairs(8, dtype=torch.float32)
 
     train_step(model, [batch], FULL)
     full = gradients(model)
-    train_step(model, cut(batch, 5, 3), FULL, autocast=torch.bfloat16)
+    scale = torch.tensor(1024.0)
+    train_step(model, cut(batch, 5, 3), FULL, autocast=dtype, loss_scale=scale)
     half = gradients(model)
 
     assert {gradient.dtype for gradient in half.values()} == {torch.float32}

@@ -1,0 +1,395 @@
+"""Time a training step of ours and of transformers' `FlavaForPreTraining`, in one run.
+
+    python benchmarks/train_step.py
+
+On a CUDA GPU: FLAVA at its full size in bfloat16, compiled: pairs per second and the share of
+the card's dense peak that the model's own operations are (they are counted by torch, and what
+gradient caching computes twice counts once). On a CPU: a small FLAVA, uncompiled, and no such
+share. Ours needs torch and numpy alone; without transformers the comparison is left out.
+Captions have 12 words, about 17 tokens, as in PMD; images and weights are random.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
+
+from flava_train.batches import Images, Pairs, Texts, micro_batches, on_device, take
+from flava_train.losses import Objective
+from flava_train.masking import (
+    IGNORE,
+    PatchMasking,
+    TokenMasking,
+    chance,
+    fixed_width,
+    mask_patches,
+    mask_tokens,
+    token_mask_width,
+)
+from flava_train.model import Flava, FlavaConfig, TowerConfig
+from flava_train.step import train_step
+
+GOAL = 2.5
+"""Times as many pairs per second as transformers, on a CPU."""
+
+LONGEST = 77
+"""Tokens to which the published recipe pads every caption."""
+
+PEAKS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+}
+"""Dense bfloat16 TFLOP/s by the makers' data sheets; the first name that fits counts."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch in the forms that both models want."""
+
+    pairs: Pairs
+    token_mask: np.ndarray
+    patch_mask: np.ndarray
+    codes: np.ndarray
+
+
+def main() -> None:
+    """Print what was measured, on what, and what was not."""
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    words.add_argument("--pairs", type=int, help="in one step; 2048 on a GPU, 16 on a CPU")
+    words.add_argument("--micro-batch", type=int, default=256, help="pairs at once, on a GPU")
+    words.add_argument("--rounds", type=int, default=4)
+    words.add_argument("--peak", type=float, help="dense bfloat16 TFLOP/s of the card")
+    options = words.parse_args()
+    print(_machine(options.device))
+    _time_masking()
+    if options.device == "cpu":
+        _compare_on_cpu(options.pairs or 16, options.rounds)
+        print("no CUDA GPU used: nothing is said about its speed or utilisation")
+    else:
+        peak = options.peak or _peak(torch.cuda.get_device_name(options.device))
+        _measure_on_gpu(
+            options.device, options.pairs or 2048, options.micro_batch, options.rounds, peak
+        )
+
+
+def draw(count: int, config: FlavaConfig) -> Drawn:
+    """Random pairs with captions of 12 words: about 15 WordPieces and two specials."""
+    rng = np.random.default_rng(0)
+    numbers = np.arange(count)
+    lengths = rng.poisson(15.3, count).clip(3, LONGEST - 2) + 2
+    tokens = rng.integers(1000, config.text_vocab, (count, 80))
+    tokens[:, 0], tokens[numbers, lengths - 1] = 101, 102
+    tokens[np.arange(80) >= lengths[:, None]] = 0
+    seen, token_mask = mask_tokens(0, numbers, tokens, TokenMasking())
+    texts = fixed_width(token_mask, tokens, token_mask_width(80))
+    patch_mask = mask_patches(0, numbers, PatchMasking(grid=config.grid))
+    codes = rng.integers(0, config.image_vocab, patch_mask.shape)
+    images = fixed_width(patch_mask, codes, 75)
+    side = config.image_size
+    pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
+    of = torch.from_numpy
+    pairs = Pairs(
+        Images(pixels, of(images[0]), of(images[1])),
+        Texts(of(tokens), of(seen), of(lengths), of(texts[0]), of(texts[1])),
+        torch.ones(count, dtype=torch.bool),
+        of(numbers),
+        of(chance(0, numbers)),
+    )
+    return Drawn(pairs, token_mask, patch_mask, codes)
+
+
+def _compare_on_cpu(count: int, rounds: int) -> None:
+    tower = TowerConfig(layers=4, width=256, heads=4, hidden=1024)
+    config = FlavaConfig(
+        image=tower, text=tower, multimodal=replace(tower, layers=2), projection_dim=256
+    )
+    drawn = draw(count, config)
+    longest = int(drawn.pairs.texts.lengths.max())
+    print(
+        f"{count} pairs in one micro-batch, image 224, captions of "
+        f"{drawn.pairs.texts.lengths.float().mean():.1f} tokens (longest {longest}); "
+        f"encoders of 4/4/2 layers, width 256; step = forward, backward, AdamW; "
+        f"best of {rounds} rounds, in turns"
+    )
+    steps = _steps_of_ours(Flava(config), drawn)
+    if find_spec("transformers"):
+        steps |= _steps_of_theirs(_their_model(config), drawn, longest)
+    work = {name: _counted(step) / count / 1e9 for name, step in steps.items()}
+    seconds = _in_turns(steps, rounds)
+    for name, taken in seconds.items():
+        print(f"  {name:<48} {count / taken:7.2f} per second, {work[name]:6.2f} GFLOP each")
+    if not find_spec("transformers"):
+        print("transformers is not installed: no comparison")
+        return
+    for name, theirs in seconds.items():
+        if name.startswith("transformers"):
+            _, kind, precision, padding = name.split(maxsplit=3)
+            ratio = theirs / seconds[f"ours {kind} {precision}"]
+            goal = f" (goal {GOAL})" if kind == "pairs" else ""
+            print(f"{kind}, {precision}, transformers {padding}: ours x {ratio:.2f}{goal}")
+
+
+def _steps_of_ours(model: Flava, drawn: Drawn) -> dict[str, Callable[[], object]]:
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    batches: dict[str, Sequence[Pairs | Images | Texts]] = {
+        "pairs": micro_batches(drawn.pairs, len(drawn.pairs)),
+        "images": [drawn.pairs.images],
+        "texts": [micro_batches(drawn.pairs, len(drawn.pairs))[0].texts],
+    }
+
+    def step(kind: str, autocast: torch.dtype | None) -> None:
+        train_step(model, batches[kind], Objective(), autocast=autocast)
+        optimizer.step()
+
+    return {f"ours {kind} float32": partial(step, kind, None) for kind in batches} | {
+        "ours pairs bfloat16": partial(step, "pairs", torch.bfloat16)
+    }
+
+
+def _their_model(config: FlavaConfig) -> nn.Module:
+    from transformers import FlavaConfig as Theirs  # noqa: PLC0415  # only to compare with
+    from transformers import FlavaForPreTraining  # noqa: PLC0415  # the same
+
+    def tower(ours: TowerConfig) -> dict[str, int]:
+        return {
+            "num_hidden_layers": ours.layers,
+            "hidden_size": ours.width,
+            "num_attention_heads": ours.heads,
+            "intermediate_size": ours.hidden,
+        }
+
+    model: nn.Module = FlavaForPreTraining(
+        Theirs(
+            image_config=tower(config.image),
+            text_config=tower(config.text),
+            multimodal_config=tower(config.multimodal),
+            hidden_size=config.multimodal.width,
+            projection_dim=config.projection_dim,
+            init_codebook=False,
+        )
+    )
+    return model.train()
+
+
+def _steps_of_theirs(
+    model: nn.Module, drawn: Drawn, longest: int, device: str = "cpu"
+) -> dict[str, Callable[[], object]]:
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    kind_of_device = torch.device(device).type
+    pairs = on_device(drawn.pairs, device)
+    pixels = (pairs.images.pixels.float() / 255 - 0.45) / 0.27  # as its processor hands them over
+    patch_mask = torch.from_numpy(drawn.patch_mask).to(device)
+    codes = torch.from_numpy(np.where(drawn.patch_mask, drawn.codes, IGNORE)).to(device)
+    token_mask = torch.from_numpy(drawn.token_mask).to(device)
+
+    def step(kind: str, width: int, autocast: torch.dtype | None) -> None:
+        texts: dict[str, Tensor] = {
+            "input_ids": pairs.texts.tokens[:, :width],
+            "input_ids_masked": pairs.texts.masked_tokens[:, :width],
+            "attention_mask": (pairs.texts.tokens[:, :width] != 0).long(),
+            "mlm_labels": torch.where(token_mask, pairs.texts.tokens, IGNORE)[:, :width],
+        }
+        images = {
+            "pixel_values": pixels,
+            "bool_masked_pos": patch_mask,
+            "mim_labels": codes.clone(),  # it writes into them
+        }
+        inputs = (texts if kind != "images" else {}) | (images if kind != "texts" else {})
+        if kind == "pairs":
+            inputs["itm_labels"] = pairs.matched.long()
+        optimizer.zero_grad()
+        with torch.autocast(kind_of_device, autocast or torch.bfloat16, enabled=bool(autocast)):
+            loss = model(**inputs, return_loss=True).loss
+        loss.backward()
+        optimizer.step()
+
+    pair_steps = {
+        f"transformers pairs {precision} padded to {width}": partial(step, "pairs", width, dtype)
+        for width in (LONGEST, longest)
+        for precision, dtype in (("float32", None), ("bfloat16", torch.bfloat16))
+    }
+    return pair_steps | {
+        f"transformers {kind} float32 padded to {longest}": partial(step, kind, longest, None)
+        for kind in ("images", "texts")
+    }
+
+
+def _measure_on_gpu(device: str, count: int, size: int, rounds: int, peak: float | None) -> None:
+    torch.manual_seed(0)
+    config = FlavaConfig()
+    drawn = draw(count, config)
+    batch = [on_device(piece, device) for piece in micro_batches(drawn.pairs, size)]
+    model = Flava(config).to(device)
+    flops = [_flops(model, piece) for piece in batch]  # before compilation hides them
+    print(
+        f"{count} pairs in {len(batch)} micro-batches of widths "
+        f"{[piece.texts.tokens.shape[1] for piece in batch]}; ViT-B/16, bfloat16, compiled, "
+        f"AdamW; {sum(flops) / count / 1e9:.1f} GFLOP a pair, counted; median of {rounds} steps"
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    model.compile_regions()
+
+    def step(pieces: Sequence[Pairs]) -> None:
+        train_step(model, pieces, Objective(), autocast=torch.bfloat16)
+        optimizer.step()
+
+    def report(name: str, pieces: Sequence[Pairs], work: float) -> float:
+        torch.cuda.reset_peak_memory_stats()
+        seconds = _median_seconds(lambda: step(pieces), rounds)
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        pace = sum(map(len, pieces)) / seconds
+        share = f"{work / seconds / peak / 1e12:.1%} of {peak:.0f}" if peak else "unknown share of"
+        print(
+            f"  {name}: {pace:.0f} pairs/s, {work / seconds / 1e12:.0f} TFLOP/s, "
+            f"{share} peak, {memory:.1f} GiB"
+        )
+        return pace
+
+    start = time.perf_counter()
+    step(batch)
+    step(batch[:1])
+    torch.cuda.synchronize()
+    print(f"  compilation, with the first steps: {time.perf_counter() - start:.0f} s")
+    print(f"  waits for the device in a step: {_waits(lambda: step(batch))}")
+    report("whole batch, cached gradients", batch, sum(flops))
+    pace = report("one micro-batch", batch[:1], flops[0])
+    if peak is None:
+        print("  this card's peak is not in the table: give it with --peak")
+    if find_spec("transformers"):
+        del optimizer, model
+        _compare_on_gpu(device, config, pace, rounds)
+
+
+def _compare_on_gpu(device: str, config: FlavaConfig, pace: float, rounds: int) -> None:
+    count = 64  # its attention keeps every weight, so fewer pairs fit
+    drawn = draw(count, config)
+    longest = int(drawn.pairs.texts.lengths.max())
+    steps = _steps_of_theirs(_their_model(config).to(device), drawn, longest, device)
+    for width in (LONGEST, longest):
+        theirs = steps[f"transformers pairs bfloat16 padded to {width}"]
+        theirs()
+        their_pace = count / _median_seconds(theirs, rounds)
+        print(
+            f"  transformers, padded to {width}, {count} pairs: {their_pace:.0f} pairs/s, "
+            f"ours x {pace / their_pace:.2f}"
+        )
+
+
+def _flops(model: Flava, piece: Pairs) -> float:
+    """Operations of one micro-batch's own step, without what caching computes again."""
+    some = take(piece, torch.arange(min(8, len(piece)), device=piece.matched.device))
+    each = _counted(lambda: train_step(model, [some], Objective(), autocast=torch.bfloat16))
+    return each * len(piece) / len(some)
+
+
+def _counted(step: Callable[[], object]) -> float:
+    # the plain attention: fused ones are counted with what they compute again, or not at all
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return float(counter.get_total_flops())
+
+
+def _waits(step: Callable[[], object]) -> int:
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in seen)
+
+
+def _median_seconds(step: Callable[[], object], rounds: int) -> float:
+    taken = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def _in_turns(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Least seconds of each step; in turns, so that a busy spell of the machine meets them all."""
+    best = dict.fromkeys(steps, float("inf"))
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if number:  # the first makes buffers and moments
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def _time_masking() -> None:
+    """Microseconds of one core for each sample, at the batch sizes of a loader."""
+    numbers = np.arange(256)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1000, 30_000, (256, 80))
+    tokens[:, 18:] = 0
+    texts = rng.integers(1000, 30_000, (256, 512))
+    starts = rng.random(30_522) < 0.8
+    rule = TokenMasking()
+    jobs = {
+        "patches": lambda: mask_patches(0, numbers, PatchMasking()),
+        "caption, whole words": lambda: mask_tokens(0, numbers, tokens, rule, starts=starts),
+        "512 tokens": lambda: mask_tokens(0, numbers, texts, rule),
+    }
+    seconds = _in_turns(jobs, 10)
+    each = ", ".join(f"{name} {taken / 256 * 1e6:.1f}" for name, taken in seconds.items())
+    print(f"masking, microseconds a sample in batches of 256: {each}")
+
+
+def _machine(device: str) -> str:
+    names = ("torch", "numpy", "transformers")
+    versions = ", ".join(f"{name} {_version(name)}" for name in names)
+    where = f"{_processor()}, {torch.get_num_threads()} threads"
+    if device != "cpu":
+        where += f", {torch.cuda.get_device_name(device)}"
+    return f"{where}; Python {platform.python_version()}, {versions}"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _processor() -> str:
+    cpus = Path("/proc/cpuinfo")
+    lines: Iterable[str] = cpus.read_text().splitlines() if cpus.is_file() else ()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _peak(card: str) -> float | None:
+    return next((float(peak) for name, peak in PEAKS.items() if name in card), None)
+
+
+if __name__ == "__main__":
+    main()
