@@ -1,0 +1,92 @@
+"""A full disk and a folder that cannot be written: one sentence, nothing half-written, and on."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+
+from pmd_pipeline.format import Report
+from pmd_pipeline.manifest import load_manifest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with room for a part or two; growing it is the mending."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder],
+        check=False,
+        capture_output=True,
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def command(folder: Path, out: Path, runner: str) -> list[str]:
+    recipe = folder / "toy.toml"
+    recipe.write_text('source = "cc3m"\npart_records = 25\n')
+    return [
+        *(sys.executable, "-m", "pmd_pipeline.cli", "build", "--recipe", str(recipe)),
+        *("--raw", str(folder / "raw"), "--images", str(folder / "pictures")),
+        *("--out", str(out), "--manifests", str(folder / "manifests")),
+        *("--runner", runner, "--workers", "2", "--quiet"),
+    ]
+
+
+def is_whole(path: Path) -> bool:
+    report = Report.model_validate_json(path.read_bytes())
+    tar = path.with_suffix(".tar").read_bytes()
+    return hashlib.sha256(tar).hexdigest() == report.tar.sha256
+
+
+@pytest.mark.parametrize("runner", ["local", "ray"])
+def test_a_full_disk_ends_a_build_in_one_sentence_and_mended_it_goes_on(
+    small_disk, tmp_path, runner
+):
+    write_rows(tmp_path / "raw", toy_rows(200))
+    pictures = write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(200)], side=200)
+    there = toy_order(tmp_path / "other", toy_recipe(part_records=25), pictures=pictures)
+    write_rows(tmp_path / "other" / "raw", toy_rows(200))
+    undisturbed = toy_build(there)
+
+    full = subprocess.run(
+        command(tmp_path, small_disk, runner), check=False, capture_output=True, text=True
+    )
+    reports = list(small_disk.rglob("0*.json"))
+    whole = [is_whole(path) for path in reports]
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    mended = subprocess.run(
+        command(tmp_path, small_disk, runner), check=False, capture_output=True, text=True
+    )
+
+    assert full.returncode == 2
+    assert full.stderr.count("\n") == 1
+    assert "cannot write" in full.stderr
+    assert "No space left on device" in full.stderr
+    assert all(whole)
+    assert mended.returncode == 0, mended.stderr
+    manifest = load_manifest(str(tmp_path / "manifests" / "cc3m.json"))
+    assert manifest.digest == undisturbed.digest
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    write_rows(tmp_path / "raw", toy_rows(60))
+    write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(60)])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "index").write_text("a file where a folder is expected")
+
+    refused = subprocess.run(
+        command(tmp_path, tmp_path / "out", "local"), check=False, capture_output=True, text=True
+    )
+
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert str(tmp_path / "out" / "index") in refused.stderr
