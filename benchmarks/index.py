@@ -9,6 +9,7 @@ rows a second and the largest memory of all processes together; memory must not 
 import argparse
 import os
 import platform
+import resource
 import tempfile
 import threading
 import time
@@ -51,6 +52,12 @@ class Memory:
             self.peak = max(self.peak, held)
 
 
+def cpu_seconds() -> float:
+    """Processor time of this process and of all its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[500_000, 2_000_000])
@@ -65,16 +72,17 @@ def main() -> None:
             write_rows(raw / "yfcc100m_dataset", rows, seed=0)
             size = (raw / "yfcc100m_dataset").stat().st_size
             with Memory() as memory, open_pool(given.runner, given.workers, None) as pool:
-                started = time.monotonic()
+                started, before = time.monotonic(), cpu_seconds()
                 recipe = load_recipe("yfcc100m")[0]
                 index = build_index(recipe, str(raw), f"{folder}/index", pool, no_watch)
                 seconds = time.monotonic() - started
+        busy = cpu_seconds() - before
         assert index.rows == rows
         kept = index.counts.kept / index.counts.pairs_in
         print(
             f"{rows:>11,} rows ({size >> 20:,} MiB) in {seconds:6.1f} s: {rows / seconds:>9,.0f} "
-            f"rows/s, peak {memory.peak / 2**30:.2f} GiB, {kept:.0%} kept, "
-            f"{len(index.parts)} parts, {given.runner} with {given.workers} workers"
+            f"rows/s ({rows / busy:,.0f} a CPU-second), peak {memory.peak / 2**30:.2f} GiB, "
+            f"{kept:.0%} kept, {len(index.parts)} parts, {given.runner} with {given.workers} workers"
         )
 
 
