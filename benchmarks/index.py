@@ -82,7 +82,8 @@ def main() -> None:
         print(
             f"{rows:>11,} rows ({size >> 20:,} MiB) in {seconds:6.1f} s: {rows / seconds:>9,.0f} "
             f"rows/s ({rows / busy:,.0f} a CPU-second), peak {memory.peak / 2**30:.2f} GiB, "
-            f"{kept:.0%} kept, {len(index.parts)} parts, {given.runner} with {given.workers} workers"
+            f"{kept:.0%} kept, {len(index.parts)} parts, "
+            f"{given.runner} with {given.workers} workers"
         )
 
 
