@@ -461,7 +461,7 @@ def photographs(kind):
     if kind == "as they are":
         return [path.read_bytes() for path in PHOTOGRAPHS]
     if kind == "a little larger":
-        return [enlarged(path, 1.6) for path in PHOTOGRAPHS[:6]]
+        return [enlarged(path, 768 / min(size_of(path))) for path in PHOTOGRAPHS[:6]]
     if kind == "large":
         return [enlarged(path, 1800 / min(size_of(path))) for path in PHOTOGRAPHS[:4]]
     return [wall(PHOTOGRAPHS)]
