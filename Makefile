@@ -7,7 +7,7 @@ INPUTS := $(shell cat requirements.lock pyproject.toml | cat - Makefile | cksum 
 HERE := $(shell printf %s "$(CURDIR)" | cksum | tr -d ' ')
 STAMP := $(VENV)/.installed-$(INPUTS)-$(HERE)
 
-.PHONY: quickstart test unit slow check format bare bench lock clean
+.PHONY: quickstart test unit slow check format bare bench bench-env lock clean
 
 quickstart: $(STAMP)
 	$(BIN)/pmd quickstart
@@ -40,6 +40,12 @@ bare:
 bench: $(STAMP)
 	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/pools.py
+	$(BIN)/python benchmarks/pixels.py
+
+# img2dataset, which pins what we cannot live beside, in an environment of its own.
+bench-env:
+	test -x .bench-venv/bin/python || $(PYTHON) -m venv .bench-venv
+	.bench-venv/bin/pip install --quiet "img2dataset==1.47.0"
 
 # Versions that CI and `make` install; `make lock` takes the newest that pyproject.toml allows.
 # torch is left to its range: on a machine without a GPU, pip then takes the CPU build it offers.
@@ -60,4 +66,4 @@ $(STAMP):
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-bare quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bare .bench-venv quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis

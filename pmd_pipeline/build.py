@@ -9,8 +9,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, TypeVar
 
+import cv2
 import PIL
 import pyarrow as pa
 from PIL import features
@@ -173,6 +175,8 @@ def versions() -> dict[str, str]:
     return {
         "pillow": PIL.__version__,
         "libjpeg_turbo": features.version("libjpeg_turbo") or "none",
+        "simplejpeg": version("simplejpeg"),
+        "opencv": cv2.__version__,
         "pyarrow": pa.__version__,
     }
 

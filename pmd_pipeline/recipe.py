@@ -75,6 +75,8 @@ class Images(_Section):
             other way round.
         mode: `shorter` or `longer` side, or `none` to leave the size alone.
         quality: of the JPEG, 1 to 100.
+        fast: decode larger JPEGs more coarsely; saves up to a third where it saves anything, for
+            up to about 1 dB.
         max_bytes: larger bodies are not fetched (`too_large`).
         max_pixels: larger images are not decoded (`bomb`).
         filters: predicates of `filters/image.py` by name with their keyword arguments, in order.
@@ -83,6 +85,7 @@ class Images(_Section):
     size: Annotated[int, Field(ge=16, le=8192)] = 256
     mode: Literal["shorter", "longer", "none"] = "shorter"
     quality: Annotated[int, Field(ge=1, le=100)] = 95
+    fast: bool = False
     max_bytes: Annotated[int, Field(ge=1)] = 64 << 20
     max_pixels: Annotated[int, Field(ge=1)] = 128_000_000
     filters: dict[str, Keywords] = Field(default_factory=dict)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
     {"record", "storage", "format", "filters"},
-    {"upstream", "cleaning", "progress", "parallel", "connections"},
+    {"upstream", "cleaning", "progress", "parallel", "connections", "pixels"},
     {"sources", "sample"},
     {"recipe"},
     {"choose", "leakage", "images", "shards"},
@@ -36,6 +36,8 @@ MAY_KNOW = {
     "urllib3": {"fetch", "annotations", "connections"},
     "typer": {"cli"},
     "PIL": {"images", "build", "sample"},
+    "cv2": {"pixels", "build"},
+    "simplejpeg": {"pixels"},
     "fsspec": {"storage"},
     "ijson": {"upstream"},
 }
