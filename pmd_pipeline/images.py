@@ -43,7 +43,7 @@ _TURNS = {
 _SIDEWAYS = {Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90}
 
 _MARGIN = 1.75
-"""How many times the target's pixels a coarse decode keeps; with fewer it looks worse than img2dataset's."""
+"""How many times the target's pixels a coarse decode keeps; fewer fall behind img2dataset."""
 
 _FAST_MARGIN = 1.2
 _PATIENT_MARGIN = 4
