@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,8 +141,7 @@ def build(
     from pmd_pipeline.filters import caption
 
     if lid_model:
-        os.environ[caption.LID_MODEL_VARIABLE] = str(lid_model.resolve())
-        caption.lid_model()  # says what is wrong with it before anything is done
+        caption.use_lid_model(lid_model)  # says what is wrong with it before anything is done
     request = Request(
         recipes=(*(source or ()), *(recipe or ()), *(("pmd",) if all_ else ())),
         out=out,

@@ -54,6 +54,18 @@ def identify(caption: str) -> tuple[str, float]:
     return (found[0][1].removeprefix("__label__"), found[0][0]) if found else ("", 0.0)
 
 
+def use_lid_model(path: Path) -> None:
+    """Identify languages with the model at `path` from now on, here and in worker processes.
+
+    Raises:
+        PmdError: the file is not there, or is none of `LID_MODELS`.
+    """
+    os.environ[LID_MODEL_VARIABLE] = str(path.resolve())
+    lid_model.cache_clear()
+    _predict.cache_clear()
+    lid_model()
+
+
 @lru_cache(maxsize=1)
 def lid_model() -> tuple[Path, str]:
     """The path of the language identifier in use and its sha256.
