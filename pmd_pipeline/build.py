@@ -214,7 +214,8 @@ def _in_order(
 
 def _fetcher(task: PartTask, records: Sequence[IndexRecord]) -> Callable[[IndexRecord], Fetched]:
     catalogues = dict(task.catalogues)
-    web = Web(task.recipe.fetch, task.recipe.images.max_bytes)
+    images = task.recipe.images
+    web = Web(task.recipe.fetch, images.max_bytes, images.respect)
 
     def ask(record: IndexRecord) -> Fetched | None:
         return web.get(record.url) if record.url else None

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
     {"record", "storage", "format", "filters"},
-    {"upstream", "cleaning", "progress", "parallel", "connections"},
+    {"upstream", "cleaning", "progress", "parallel", "connections", "consent"},
     {"sources", "sample"},
     {"recipe"},
     {"choose", "leakage", "images", "shards"},

@@ -1,0 +1,284 @@
+"""Who is connected to, by which way, and for how long."""
+
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import pytest
+from hosts import BODY, Host, answer, drip, kind_of, redirect, web
+
+from pmd_pipeline.connections import is_public
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.fetch import Web
+from pmd_pipeline.recipe import Fetch
+
+
+@pytest.fixture(autouse=True)
+def no_proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "127.0.0.1",
+        "2130706433",
+        "0x7f000001",
+        "0177.0.0.1",
+        "127.1",
+        "0",
+        "0.0.0.0",  # noqa: S104 - asked, not bound
+        "①②⑦.0.0.1",
+        "localhost",
+        "LOCALHOST.",
+        "[::1]",
+        "[::]",
+        "[::ffff:127.0.0.1]",
+        "[::ffff:7f00:1]",
+        "[::127.0.0.1]",
+        "[64:ff9b::7f00:1]",
+        "[2002:7f00:1::]",
+    ],
+)
+def test_this_machine_is_never_asked(place):
+    with Host(answer()) as host:
+        client = Web(Fetch(), 1000, (), wait=[].append)
+
+        kind = kind_of(client, f"http://{place}:{host.port}/1.jpg")
+
+    assert kind in {"blocked_address", "dns"}
+    assert host.connections == 0
+
+
+def test_a_name_that_leads_to_a_private_place_is_never_asked(monkeypatch):
+    with Host(answer()) as host:
+        leading_to(monkeypatch, "127.0.0.1")
+
+        assert (
+            kind_of(Web(Fetch(), 1000, ()), f"http://a.example:{host.port}/") == "blocked_address"
+        )
+
+    assert host.connections == 0
+
+
+def test_a_redirect_to_a_private_place_is_never_asked():
+    with Host(answer()) as inside:
+        with Host(redirect(f"http://127.0.0.1:{inside.port}/")) as outside:
+            client = web(outside, connect_to={"*.example": outside.origin})
+
+            assert kind_of(client) == "blocked_address"
+            assert len(outside.requests) == 1
+        assert inside.connections == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("64:ff9b::808:808", True),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.0.1", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("64:ff9b::a00:1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("ff02::1", False),
+        ("::ffff:192.168.0.1", False),
+        ("::10.0.0.1", False),
+        ("2002:c0a8:1::", False),
+    ],
+)
+def test_only_the_public_internet_is_public(address, public):
+    assert is_public(address) is public
+
+
+def test_an_unknown_name_is_asked_once_and_a_silent_name_server_again(monkeypatch):
+    asked = []
+
+    def fail(host, *_args, **_keywords):
+        asked.append(host)
+        raise socket.gaierror(errors[host], "in the words of this system")
+
+    errors = {"gone.example": socket.EAI_NONAME, "later.example": socket.EAI_AGAIN}
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    client = Web(Fetch(retries=2), 1000, (), wait=[].append)
+
+    assert kind_of(client, "http://gone.example/") == "dns"
+    assert kind_of(client, "http://later.example/") == "dns"
+    assert asked == ["gone.example"] + ["later.example"] * 3
+
+
+def test_the_second_address_of_a_host_is_tried(monkeypatch):
+    with Host(answer()) as gone:
+        pass
+    with Host(answer()) as host:
+        leading_to(monkeypatch, ("127.0.0.1", gone.port), ("127.0.0.1", host.port))
+
+        assert web(host).get("http://a.example/1.jpg").body == BODY
+
+
+def test_a_place_without_a_scheme_is_asked_by_that_of_the_address(tls_host):
+    client = web(tls_host, connect_to={"*": f"127.0.0.1:{tls_host.port}"})
+
+    assert client.get("https://a.example/1.jpg").body == BODY
+    assert kind_of(client, "http://a.example/1.jpg") == "connect"
+
+
+@pytest.mark.parametrize("place", ["", "nowhere", "ftp://a:1", "http://", "a:x", "a:1/b", "[::1"])
+def test_a_place_that_is_none_is_a_mistake_of_the_recipe(place):
+    with pytest.raises(PmdError, match=r"fetch\.connect_to"):
+        Web(Fetch(connect_to={"*": place}), 1000)
+
+
+def test_a_certificate_for_another_host_is_refused(tls_host):
+    assert web(tls_host).get("https://a.example/1.jpg").body == BODY
+    assert kind_of(web(tls_host), "https://b.example/1.jpg") == "tls"
+
+
+def test_a_host_that_speaks_no_tls_is_refused():
+    def talk():
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(answer(400))
+            connection.recv(1 << 16)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        pool.submit(talk)
+        origin = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        client = Web(Fetch(connect_to={"*": origin}), 1000, (), wait=[].append)
+
+        assert kind_of(client) == "tls"
+
+
+def test_a_dripping_host_behind_tls_costs_no_more_than_the_time_allowed(certificate):
+    with Host(drip(answer(body=b"", Content_Length=1000)), tls=certificate) as host:
+        client = web(host, timeout=0.5)
+        started = time.monotonic()
+
+        assert kind_of(client) == "timeout"
+
+        assert time.monotonic() - started < 1.5
+
+
+def test_a_silent_handshake_costs_no_more_than_the_time_allowed():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        origin = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        client = Web(Fetch(connect_to={"*": origin}, timeout=0.3), 1000, (), wait=[].append)
+        started = time.monotonic()
+
+        assert kind_of(client) in {"timeout", "connect"}
+
+        assert time.monotonic() - started < 1.3
+
+
+def test_a_proxy_of_the_environment_is_asked(monkeypatch):
+    with Host(answer()) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://me:my%20secret@127.0.0.1:{proxy.port}")
+
+        fetched = Web(Fetch(), 1000, ()).get("http://a.example/1.jpg")
+
+    assert fetched.body == BODY
+    assert proxy.paths == ["http://a.example/1.jpg"]
+    assert "proxy-authorization: Basic bWU6bXkgc2VjcmV0\r\n" in proxy.requests[0]
+
+
+def test_a_proxy_is_asked_to_let_tls_through(monkeypatch, tls_host):
+    with Host(lambda _head: lambda connection: tunnel(connection, tls_host.port)) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"127.0.0.1:{proxy.port}")
+
+        fetched = Web(Fetch(), 1000, ()).get("https://a.example/1.jpg")
+
+    assert fetched.body == BODY
+    assert proxy.paths == ["a.example:443"]
+
+
+@pytest.mark.parametrize("place", ["127.0.0.1", "2130706433", "[::1]", "localhost", "a.localhost"])
+def test_a_proxy_is_not_asked_for_this_machine(monkeypatch, place):
+    with Host(answer()) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
+
+        assert kind_of(Web(Fetch(), 1000, ()), f"http://{place}/1.jpg") == "blocked_address"
+
+    assert proxy.connections == 0
+
+
+def test_the_recipe_comes_before_the_proxy(monkeypatch):
+    with Host(answer()) as proxy, Host(answer()) as host:
+        monkeypatch.setenv("http_proxy", proxy.origin)
+
+        web(host).get("http://a.example/1.jpg")
+
+        assert proxy.connections == 0
+
+
+def test_a_proxy_that_speaks_no_http_is_a_mistake_of_the_environment(monkeypatch):
+    monkeypatch.setenv("all_proxy", "socks5://me:secret@127.0.0.1:1080")
+
+    with pytest.raises(PmdError, match="socks5") as caught:
+        Web(Fetch(), 1000, ())
+
+    assert "secret" not in str(caught.value)
+
+
+def leading_to(monkeypatch, *places):
+    """Make every name lead to `places`."""
+
+    def lead(_host, port, **_keywords):
+        pairs = [place if isinstance(place, tuple) else (place, port) for place in places]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", pair) for pair in pairs]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lead)
+
+
+def tunnel(connection, port):
+    connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+    with socket.create_connection(("127.0.0.1", port)) as there, ThreadPoolExecutor(1) as pool:
+        pool.submit(pump, there, connection)
+        pump(connection, there)
+        there.shutdown(socket.SHUT_RDWR)
+
+
+def pump(one, other):
+    with suppress(OSError):
+        while content := one.recv(1 << 16):
+            other.sendall(content)
+
+
+@pytest.fixture(scope="module")
+def certificate_files(tmp_path_factory):
+    openssl = shutil.which("openssl")
+    if not openssl:
+        pytest.skip("no openssl here to make a certificate with")
+    folder = tmp_path_factory.mktemp("tls")
+    names = "subjectAltName=DNS:a.example"
+    request = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    about = ["-days", "2", "-subj", "/CN=a.example", "-addext", names]
+    where = ["-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
+    subprocess.run([openssl, *request, *about, *where], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def certificate(certificate_files, monkeypatch):
+    """A host's side of TLS, with a certificate for a.example that clients made here trust."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate_files / "cert.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate_files / "cert.pem", certificate_files / "key.pem")
+    return context
+
+
+@pytest.fixture
+def tls_host(certificate):
+    with Host(answer(), tls=certificate) as host:
+        yield host

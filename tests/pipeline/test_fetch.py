@@ -1,0 +1,594 @@
+"""Real sockets on loopback; `connect_to` plays the internet, and `wait` is a list."""
+
+import gzip
+import hashlib
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hosts import BODY, Host, answer, by_path, detail_of, drip, in_turn, kind_of, redirect, web
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmd_pipeline import fetch
+from pmd_pipeline.errors import PmdError, RecordError
+from pmd_pipeline.fetch import Web
+from pmd_pipeline.format import FAILED
+from pmd_pipeline.recipe import Fetch
+
+
+@pytest.fixture(autouse=True)
+def no_proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_a_body_comes_with_the_address_it_came_from():
+    with Host(answer()) as host:
+        fetched = web(host).get("http://a.example/1.jpg")
+
+    assert fetched.body == BODY
+    assert fetched.final_url == "http://a.example/1.jpg"
+    assert "Host: a.example\r\n" in host.requests[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "http_4xx"),
+        (401, "http_4xx"),
+        (403, "http_403"),
+        (404, "http_404"),
+        (410, "http_410"),
+        (451, "http_4xx"),
+        (304, "http_4xx"),
+        (206, "http_4xx"),
+        (999, "http_4xx"),
+    ],
+)
+def test_a_final_answer_is_not_asked_again(status, kind):
+    body = b"" if status == 304 else BODY
+    with Host(answer(status, body)) as host:
+        assert kind_of(web(host)) == kind
+
+    assert len(host.requests) == 1
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 429])
+def test_trouble_that_passes_is_asked_again(status):
+    waits = []
+    with Host(in_turn(answer(status), answer(status), answer())) as host:
+        assert web(host, waits).get("http://a.example/1.jpg").body == BODY
+
+    assert len(host.requests) == 3
+    assert 0.5 <= waits[0] <= 1 <= waits[1] <= 2
+
+
+@pytest.mark.parametrize(("status", "kind"), [(503, "http_5xx"), (429, "http_429")])
+def test_trouble_that_stays_is_given_up_after_the_last_attempt(status, kind):
+    with Host(answer(status)) as host:
+        assert kind_of(web(host, retries=3)) == kind
+
+    assert len(host.requests) == 4
+
+
+def test_what_the_server_asks_to_wait_is_waited():
+    waits = []
+    with Host(
+        in_turn(answer(429, Retry_After="7"), answer(503, Retry_After="0"), answer())
+    ) as host:
+        web(host, waits).get("http://a.example/1.jpg")
+
+    assert waits == [7, 0]
+
+
+def test_a_wait_may_be_stated_as_a_date():
+    waits = []
+    past = answer(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT")
+    future = answer(429, Retry_After="Wed, 21 Oct 2115 07:28:00 GMT")
+    with Host(in_turn(past, future)) as host:
+        assert kind_of(web(host, waits)) == "http_429"
+
+    assert waits == [0]
+
+
+def test_a_longer_wait_than_we_have_is_not_begun():
+    waits = []
+    with Host(answer(429, Retry_After="3600")) as host:
+        assert kind_of(web(host, waits)) == "http_429"
+
+    assert waits == []
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "²", "9" * 5000, "1e9", "Wed, 99 Foo"])
+def test_a_wait_that_is_no_number_is_ours_to_choose(value):
+    waits = []
+    with Host(in_turn(answer(503, Retry_After=value), answer())) as host:
+        web(host, waits).get("http://a.example/1.jpg")
+
+    assert 0.5 <= waits[0] <= 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_followed(status):
+    pages = {"/1.jpg": redirect("https://b.example:8443/2.jpg?x=1#y", status)}
+    pages["/2.jpg?x=1"] = answer()
+    with Host(by_path(pages)) as host:
+        fetched = web(host).get("http://a.example/1.jpg")
+
+    assert fetched.final_url == "https://b.example:8443/2.jpg?x=1"
+    assert "Host: b.example:8443\r\n" in host.requests[1]
+
+
+@pytest.mark.parametrize(
+    ("location", "asked"),
+    [
+        ("/x/2.jpg", "/x/2.jpg"),
+        ("2.jpg", "/a/2.jpg"),
+        ("../2.jpg", "/2.jpg"),
+        ("?n=2", "/a/1.jpg?n=2"),
+        ("//b.example/3.jpg", "/3.jpg"),
+        ("/a b.jpg", "/a%20b.jpg"),
+        ("/é.jpg", "/%C3%A9.jpg"),
+        ("/é.jpg".encode().decode("latin-1"), "/%C3%A9.jpg"),
+        ("/%C3%A9.jpg", "/%C3%A9.jpg"),
+    ],
+)
+def test_a_redirect_may_be_relative_and_badly_spelled(location, asked):
+    pages = {"/a/1.jpg": redirect(location), asked: answer()}
+    with Host(by_path(pages)) as host:
+        web(host).get("http://a.example/a/1.jpg")
+
+    assert host.paths == ["/a/1.jpg", asked]
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "file:///etc/passwd",
+        "ftp://b.example/1.jpg",
+        "data:image/png;base64,AAAA",
+        "javascript:alert(1)",
+        "http://[::1",
+        "http://b.example:99999/",
+        "https://someone@b.example/1.jpg",
+    ],
+)
+def test_a_redirect_to_what_is_no_web_address_is_refused(location):
+    with Host(redirect(location)) as host:
+        assert kind_of(web(host)) == "blocked_address"
+
+    assert len(host.requests) == 1
+
+
+def test_a_redirect_cannot_add_a_header():
+    with Host(in_turn(redirect("http://b.example/2.jpg\rX-Evil: 1"), answer())) as host:
+        web(host).get("http://a.example/1.jpg")
+
+    assert all("\r\nX-Evil" not in request for request in host.requests)
+
+
+def test_a_redirect_without_a_place_is_an_answer():
+    with Host(answer(302)) as host:
+        assert kind_of(web(host)) == "http_4xx"
+
+
+def test_redirects_in_a_circle_end():
+    with Host(by_path({"/1.jpg": redirect("/2.jpg"), "/2.jpg": redirect("/1.jpg")})) as host:
+        assert kind_of(web(host)) == "redirects"
+
+    assert len(host.requests) == 6
+
+
+@pytest.mark.parametrize(
+    "removed",
+    [
+        "https://i.imgur.com/removed.png",
+        "https://s.yimg.com/pw/images/en-us/photo_unavailable.png",
+        "https://s.yimg.com/pw/images/photo_unavailable_l.png?x=1",
+    ],
+)
+def test_the_address_of_a_removed_picture_is_known(removed):
+    with Host(redirect(removed)) as host:
+        assert kind_of(web(host)) == "placeholder"
+
+    assert len(host.requests) == 1
+
+
+def test_the_bytes_of_a_removed_picture_are_known(monkeypatch):
+    removed = hashlib.md5(BODY, usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(fetch, "PLACEHOLDER_MD5", {removed})
+    with Host(answer()) as host:
+        assert kind_of(web(host)) == "placeholder"
+
+
+def test_a_body_that_says_it_is_too_large_is_not_read():
+    sent = []
+
+    def send(connection):
+        connection.sendall(answer(body=b"", Content_Length=1 << 40))
+        sent.append(connection.recv(1))  # returns when the client has hung up
+
+    with Host(lambda _head: send) as host:
+        assert kind_of(web(host)) == "too_large"
+
+    assert sent == [b""]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_without_an_end_is_read_no_further_than_the_limit(chunked):
+    sent = []
+
+    def send(connection):
+        how = {"Transfer_Encoding": "chunked"} if chunked else {}
+        connection.sendall(answer(body=b"", Content_Length="", **how))
+        block = b"10000\r\n" + bytes(1 << 16) + b"\r\n" if chunked else bytes(1 << 16)
+        for _ in range(1000):
+            connection.sendall(block)
+            sent.append(len(block))
+
+    with Host(lambda _head: send) as host:
+        assert kind_of(web(host)) == "too_large"
+
+    assert sum(sent) < 16 << 20  # what the buffers of two sockets may hold
+
+
+def test_a_body_of_just_the_limit_is_taken():
+    with Host(in_turn(answer(body=bytes(1000)), answer(body=bytes(1001)))) as host:
+        client = web(host)
+
+        assert len(client.get("http://a.example/1.jpg").body) == 1000
+        assert kind_of(client) == "too_large"
+
+
+@pytest.mark.parametrize("status", [200, 204])
+def test_an_answer_without_a_body_is_empty(status):
+    with Host(answer(status, b"")) as host:
+        assert kind_of(web(host)) == "empty"
+
+
+def test_a_chunked_body_is_put_together():
+    chunked = answer(body=b"", Content_Length="", Transfer_Encoding="chunked")
+    with Host(chunked + b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nTrailer: 1\r\n\r\n") as host:
+        client = web(host)
+
+        assert [client.get("http://a.example/1.jpg").body for _ in range(2)] == [b"abcde"] * 2
+
+    assert host.connections == 1
+
+
+@pytest.mark.parametrize("size", [b"-5", b"zz", b"", b"5" * 100])
+def test_a_chunk_of_a_false_size_breaks_only_itself(size):
+    chunked = answer(body=b"", Content_Length="", Transfer_Encoding="chunked")
+
+    def send(connection):
+        connection.sendall(chunked + size + b"\r\n" + bytes(1 << 16))
+
+    with Host(lambda _head: send) as host:
+        assert kind_of(web(host, retries=0)) in {"connect", "too_large"}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        answer(Content_Length=len(BODY) + 1),
+        answer(body=b"5\r\nab", Content_Length="", Transfer_Encoding="chunked"),
+        b"HTTP/1.1 2x0 OK\r\n\r\n",
+        b"\x16\x03\x01\x00",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 200 + b"\r\n",
+        b"",
+    ],
+)
+def test_a_connection_that_breaks_is_tried_again(broken):
+    with Host(lambda _head: lambda connection: connection.sendall(broken)) as host:
+        assert kind_of(web(host)) == "connect"
+
+    assert len(host.requests) == 3
+
+
+def test_a_reset_is_a_broken_connection():
+    def reset(connection):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+    with Host(lambda _head: reset) as host:
+        assert kind_of(web(host)) == "connect"
+
+    assert len(host.requests) == 3
+
+
+def test_a_host_that_does_not_listen_is_a_broken_connection():
+    with Host(answer()) as host:
+        client = web(host)
+
+    assert kind_of(client) == "connect"
+    assert host.connections == 0
+
+
+def test_a_connection_that_the_host_has_closed_is_replaced():
+    with Host(lambda _head: lambda connection: connection.sendall(answer())) as host:
+        client = web(host, retries=0)
+
+        for _ in range(3):
+            assert client.get("http://a.example/1.jpg").body == BODY
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        answer(body=b"", Content_Length=1000),
+        b"HTTP/1.1 200 OK\r\nX-Slow: ",
+        b"HTT",
+        answer(302, b"", Location="/2.jpg", Content_Length=1000),
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+    ],
+    ids=["body", "header", "status", "redirect", "continue"],
+)
+def test_a_dripping_host_costs_no_more_than_the_time_allowed(head):
+    waits = []
+    with Host(drip(head)) as host:
+        client = web(host, waits, timeout=0.5, retries=3)
+        started = time.monotonic()
+
+        assert kind_of(client) in {"timeout", "connect"}
+
+        assert time.monotonic() - started < 1.5
+    assert waits == []
+
+
+def test_a_silent_host_costs_no_more_than_the_time_allowed():
+    with Host(lambda _head: lambda connection: connection.recv(1)) as host:
+        client = web(host, timeout=0.3)
+        started = time.monotonic()
+
+        assert kind_of(client) == "timeout"
+
+        assert time.monotonic() - started < 1
+
+
+def test_waiting_for_a_turn_takes_nothing_from_the_time_allowed():
+    pause = threading.Event()
+
+    def slow(_head):
+        pause.wait(0.2)
+        return answer()
+
+    with Host(slow) as host, ThreadPoolExecutor(5) as pool:
+        client = web(host, per_host=1, timeout=0.5)
+        bodies = list(pool.map(client.get, ["http://a.example/1.jpg"] * 5))
+
+    assert [fetched.body for fetched in bodies] == [BODY] * 5
+
+
+def test_we_say_who_we_are():
+    with Host(answer()) as host:
+        web(host, contact="mailto:us@lab.example").get("http://a.example/1.jpg")
+
+    agent = next(one for one in host.requests[0].split("\r\n") if one.startswith("User-Agent: "))
+    assert agent.startswith("User-Agent: pmd-flava/")
+    assert "mailto:us@lab.example" in agent
+    assert "Mozilla" not in agent
+
+
+@pytest.mark.parametrize("contact", ["us\r\nX-Evil: 1", "jörg@lab.example"])
+def test_a_contact_that_is_no_header_is_a_mistake_of_the_recipe(contact):
+    with pytest.raises(PmdError, match=r"fetch\.contact"):
+        Web(Fetch(contact=contact), 1000)
+
+
+def test_connections_are_used_again():
+    pages = {
+        "/1.jpg": answer(),
+        "/gone.jpg": answer(404, b"x" * 5000),
+        "/moved.jpg": redirect("/1.jpg", body=b"x" * 5000),
+    }
+    with Host(by_path(pages)) as host:
+        client = web(host)
+        for _ in range(3):
+            assert client.get("http://a.example/1.jpg").body == BODY
+            assert client.get("http://a.example/moved.jpg").body == BODY
+            assert kind_of(client, "http://a.example/gone.jpg") == "http_404"
+
+    assert len(host.requests) == 12
+    assert host.connections == 1
+
+
+def test_a_redirect_with_a_body_nobody_reads_spoils_no_later_answer():
+    pages = {"/1.jpg": redirect("/2.jpg", body=answer(body=b"evil") * 5000), "/2.jpg": answer()}
+    with Host(by_path(pages)) as host:
+        client = web(host)
+
+        assert [client.get("http://a.example/1.jpg").body for _ in range(3)] == [BODY] * 3
+
+
+def test_bytes_beyond_the_stated_length_belong_to_nobody():
+    with Host(answer() + answer(body=b"evil")) as host:
+        client = web(host, retries=0)
+
+        for _ in range(3):
+            assert client.get("http://a.example/1.jpg").body == BODY
+
+
+def test_a_host_gets_no_more_requests_at_once_than_it_is_due():
+    lock, pause = threading.Lock(), threading.Event()
+    now, most = [], []
+
+    def busy(head):
+        with lock:
+            now.append(head)
+            most.append(len(now))
+        pause.wait(0.01)
+        with lock:
+            now.remove(head)
+        return answer()
+
+    urls = [f"http{'s' * (n % 2)}://a.example:{n % 3 + 80}/{n}.jpg" for n in range(60)]
+    with Host(busy) as host, ThreadPoolExecutor(16) as pool:
+        client = web(host, per_host=3)
+        list(pool.map(client.get, urls))
+
+    assert max(most) == 3
+    assert len(host.requests) == 60
+
+
+def test_many_threads_get_each_their_own_bytes():
+    def own(head):
+        return answer(body=head.split(" ")[1].encode())
+
+    urls = [f"http://{n % 7}.example/{n}.jpg" for n in range(300)]
+    with Host(own) as host, ThreadPoolExecutor(16) as pool:
+        client = web(host)
+        fetched = list(pool.map(client.get, urls))
+
+    assert [one.body.decode() for one in fetched] == [f"/{n}.jpg" for n in range(300)]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "1.jpg",
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "ftp://a.example/1.jpg",
+        "http://",
+        "http://someone@127.0.0.1/",
+        "http://someone:secret@a.example/",
+        "http://[::1",
+        "http://a.example:99999/",
+        "http://a.example:x/",
+    ],
+)
+def test_what_is_no_web_address_is_refused(url):
+    with Host(answer()) as host:
+        assert kind_of(web(host), url) == "blocked_address"
+
+    assert host.connections == 0
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a..b/", "http://.a/", "http://a b/", f"http://{'a' * 64}/"]
+)
+def test_a_name_that_no_host_can_have_has_no_address(url):
+    with Host(answer()) as host:
+        assert kind_of(web(host), url) == "dns"
+
+    assert host.connections == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("http://a.example/é b.jpg?q=ü x#f", "/%C3%A9%20b.jpg?q=%C3%BC%20x"),
+        ("  HTTP://A.Example:80/x%20y%2Fz.jpg ", "/x%20y%2Fz.jpg"),
+        ("http://a.example", "/"),
+        ("http://a.example/日本/画像.jpg", "/%E6%97%A5%E6%9C%AC/%E7%94%BB%E5%83%8F.jpg"),
+        ("http://bücher.example/1.jpg", "/1.jpg"),
+        ("http://a_b.example./1.jpg", "/1.jpg"),
+        ("http://[2606:4700::1111]/1.jpg", "/1.jpg"),
+    ],
+)
+def test_addresses_are_asked_however_they_are_spelled(url, asked):
+    with Host(answer()) as host:
+        fetched = web(host).get(url)
+
+    assert host.paths == [asked]
+    assert fetched.final_url.isascii()
+
+
+@pytest.fixture(scope="module")
+def any_host():
+    with Host(answer()) as host:
+        yield web(host)
+
+
+@settings(max_examples=150, deadline=None)
+@given(url=st.text(max_size=40) | st.from_regex(r"https?://[^/]{1,20}(/.{0,20})?"))
+def test_no_address_is_too_strange(any_host, url):
+    try:
+        assert any_host.get(url).body == BODY
+    except RecordError as error:
+        assert error.kind in {"blocked_address", "dns"}  # noqa: PT017 - one of two ways
+
+
+@pytest.fixture(scope="module")
+def strange_host():
+    contents = []
+    with Host(lambda _head: lambda connection: connection.sendall(contents[-1])) as host:
+        yield web(host, retries=0), contents
+
+
+headers = st.sampled_from(
+    [b"Content-Length", b"Transfer-Encoding", b"Content-Encoding", b"Location", b"Retry-After"]
+)
+values = st.sampled_from([b"chunked", b"gzip", b"deflate", b"-1", b"\xb2"]) | st.binary(max_size=20)
+answers = st.builds(
+    b"HTTP/1.1 %d OK\r\n%b: %b\r\n\r\n%b".__mod__,
+    st.tuples(st.sampled_from([200, 302, 404, 503]), headers, values, st.binary(max_size=60)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=answers | st.binary(max_size=60))
+def test_no_answer_is_too_strange(strange_host, content):
+    client, contents = strange_host
+    contents.append(content)
+
+    try:
+        client.get("http://a.example/1.jpg")
+    except RecordError as error:
+        assert error.kind in FAILED  # noqa: PT017 - one of two ways
+
+
+def test_a_body_packed_by_the_host_is_unpacked():
+    with Host(answer(body=gzip.compress(BODY), Content_Encoding="gzip")) as host:
+        assert web(host).get("http://a.example/1.jpg").body == BODY
+
+    assert "Accept-Encoding: identity\r\n" in host.requests[0]
+
+
+def test_a_body_that_only_says_it_is_packed_stays_as_it_is():
+    with Host(answer(Content_Encoding="gzip")) as host:
+        assert web(host).get("http://a.example/1.jpg").body == BODY
+
+
+def test_a_body_that_unpacks_to_more_than_the_limit_is_too_large():
+    bomb = gzip.compress(bytes(10 << 20))
+    with Host(answer(body=bomb, Content_Encoding="gzip")) as host:
+        assert kind_of(web(host, max_bytes=len(bomb))) == "too_large"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        answer(503),
+        answer(Content_Length=len(BODY) + 9, Connection="close"),
+        answer(body=bytes(1001)),
+        answer(body=b""),
+        redirect("file:///etc/passwd"),
+        redirect("/again"),
+    ],
+)
+def test_what_went_wrong_reads_the_same_on_every_run(broken):
+    details = set()
+    for _ in range(2):
+        with Host(broken) as host:
+            details.add(detail_of(web(host)))
+
+    detail = details.pop()
+    assert not details
+    assert not any(word in detail for word in (str(host.port), "127.0.0.1", "0x", " at "))
+
+
+def test_no_connection_reads_the_same_on_every_run():
+    details = set()
+    for _ in range(2):
+        with Host(answer()) as host:
+            client = web(host)
+        details.add(detail_of(client))
+
+    assert details == {"no connection to a.example"}
