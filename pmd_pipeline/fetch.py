@@ -26,7 +26,15 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import urllib3
 
-from pmd_pipeline.connections import LONGEST_CONNECT, Origin, Refused, is_public, pools, proxies
+from pmd_pipeline.connections import (
+    LONGEST_CONNECT,
+    Origin,
+    Refused,
+    Unreached,
+    is_public,
+    pools,
+    proxies,
+)
 from pmd_pipeline.consent import (
     PRODUCT,
     ROBOTS_BYTES,
@@ -36,6 +44,7 @@ from pmd_pipeline.consent import (
     refusal_in_tags,
 )
 from pmd_pipeline.errors import PmdError, RecordError
+from pmd_pipeline.hosts import Clock, Ending, GivenUp, Hosts, Turn, Turns
 from pmd_pipeline.recipe import SIGNALS, Fetch, Signal
 from pmd_pipeline.record import url_id
 
@@ -46,7 +55,6 @@ PLACEHOLDER_MD5 = frozenset({"d835884373f4d6c8f24742ceabe74946"})
 """md5 of Imgur's `removed.png`, which some mirrors answer under the picture's own address."""
 
 _MOST_REDIRECTS = 5
-_LONGEST_WAIT = 60.0
 _LONGEST_ROBOTS = 10.0
 _LONGEST_POLICY = 300
 _CHUNK = 1 << 16
@@ -82,8 +90,8 @@ class Web:
     """An HTTP client for images.
 
     The time allowed for an address is spent by asking, redirects and further attempts included,
-    and not by waiting for a turn at its host or between attempts. A name server that does not
-    answer may hold a thread longer, by its resolver's own limit.
+    and not by waiting for a turn at its host, between attempts, or for a cut network. A name server
+    that does not answer may hold a thread longer, by its resolver's own limit.
 
     `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` are respected. What a name behind a
     proxy leads to is then the proxy's to check; addresses in numbers are checked here all the same.
@@ -92,7 +100,8 @@ class Web:
         manners: how often and how long to ask.
         max_bytes: bodies above this are given up.
         respect: signals of those who publish an image that are obeyed.
-        wait: sleeps between attempts; tests put a clock here.
+        clock: what attempts, hosts and a cut network are waited for with; the time allowed for an
+            address is not measured by it.
 
     Raises:
         PmdError: `contact` cannot be sent, or `connect_to` or a proxy is no address.
@@ -103,14 +112,14 @@ class Web:
         manners: Fetch,
         max_bytes: int,
         respect: Collection[Signal] = SIGNALS,
-        wait: Callable[[float], None] = time.sleep,
+        clock: Clock | None = None,
     ) -> None:
         self._manners = manners
         self._max_bytes = max_bytes
         self._respect = respect
-        self._wait = wait
+        self._clock = clock or Clock()
         self._lock = threading.Lock()
-        self._turns: dict[str, threading.Semaphore] = {}
+        self._turns = Turns(Hosts(manners.per_host, self._delay), self._clock)
         self._robots = RobotsCache[Refused]()
         self._asking: dict[str, threading.Lock] = {}
         self._diverted = {
@@ -132,14 +141,18 @@ class Web:
         while True:
             try:
                 return self._followed(url, allowance, self._admit, self._image)
+            except GivenUp as given_up:
+                detail = "the host is in trouble and left alone for now"
+                raise RecordError(given_up.kind, detail) from given_up
             except Refused as refusal:
-                pause = 2.0**attempt * random.uniform(0.5, 1.0)
-                if refusal.retry_after is not None:
-                    pause = refusal.retry_after
+                if isinstance(refusal, Unreached) and self._turns.is_cut():
+                    allowance = _Allowance(self._manners.timeout)
+                    continue  # it says nothing of this address, and the next turn waits
                 last = attempt == self._manners.retries or allowance.seconds <= 0
-                if last or not refusal.may_pass or pause > _LONGEST_WAIT:
+                if last or not refusal.may_pass:
                     raise RecordError(refusal.kind, refusal.detail) from refusal
-            self._wait(pause)
+                if refusal.retry_after is None:  # else the next turn waits
+                    self._clock.sleep(2.0**attempt * random.uniform(0.5, 1.0))
             attempt += 1
 
     def _followed(
@@ -182,7 +195,7 @@ class Web:
         with self._lock:
             self._asking.pop(target.origin, None)
         if isinstance(reading, Refused):
-            raise Refused(
+            raise type(reading)(
                 reading.kind, reading.detail, reading.retry_after, may_pass=reading.may_pass
             )
         return reading
@@ -208,7 +221,12 @@ class Web:
     ) -> Iterator[urllib3.BaseHTTPResponse]:
         """The answer's head, its body still to be read; what is left unread ends the connection."""
         way, address = self._way(target)
-        with self._turn(target.host), allowance.spent() as seconds, _as_refusals(target.host):
+        with (
+            self._turns.turn(target.host) as turn,
+            allowance.spent() as seconds,
+            _noted(turn),
+            _as_refusals(target.host),
+        ):
             response = way.request(
                 "GET",
                 address,
@@ -219,6 +237,10 @@ class Web:
                 decode_content=False,
             )
             try:
+                turn.ending = Ending.ANSWERED
+                if response.status in {429, 503}:
+                    turn.ending, turn.kind = Ending.BUSY, _kind_of(response.status)
+                    turn.retry_after = _retry_after(response)
                 yield response
             finally:
                 response.close()
@@ -243,9 +265,11 @@ class Web:
                 return origin
         return None
 
-    def _turn(self, host: str) -> threading.Semaphore:
-        with self._lock:
-            return self._turns.setdefault(host, threading.Semaphore(self._manners.per_host))
+    def _delay(self, host: str) -> float:
+        if self._origin(host):
+            return 0.0  # who stands in for the host is the user's own
+        delays = self._manners.delay.items()
+        return max((d for pattern, d in delays if fnmatch.fnmatchcase(host, pattern)), default=0.0)
 
     def _image(self, target: "_Target", response: urllib3.BaseHTTPResponse) -> Fetched:
         _check_status(response)
@@ -435,6 +459,18 @@ def _unpacked(body: bytes, encoding: str, most: int) -> bytes:
         return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(body, most + 1) or body
     except zlib.error:
         return body
+
+
+@contextmanager
+def _noted(turn: Turn) -> Iterator[None]:
+    """Note in the turn what went wrong with its request, if it is the host's trouble."""
+    try:
+        yield
+    except Refused as refusal:
+        if refusal.kind in {"connect", "dns", "timeout"}:
+            turn.kind = refusal.kind
+            turn.ending = Ending.SILENT if isinstance(refusal, Unreached) else Ending.BROKEN
+        raise
 
 
 @contextmanager

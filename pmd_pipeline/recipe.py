@@ -106,7 +106,9 @@ class Fetch(_Section):
     Args:
         contact: mail or web address for the User-Agent, so that a host can reach whoever asks.
         concurrency: requests in flight in each task.
-        per_host: requests in flight to one host in each task.
+        per_host: most requests in flight to one host in each task; fewer while it is busy.
+        delay: host (`*.example` for all below it) to the least seconds between requests to it, in
+            each task; not for a host in `connect_to`.
         timeout: seconds for one address, all attempts' bodies included.
         retries: further attempts after a failure that may pass by itself.
         connect_to: host (`*.example` for all below it) to `address:port` that is asked instead, as
@@ -116,6 +118,7 @@ class Fetch(_Section):
     contact: str = ""
     concurrency: Annotated[int, Field(ge=1, le=4096)] = 32
     per_host: Annotated[int, Field(ge=1, le=1024)] = 8
+    delay: dict[str, Annotated[float, Field(ge=0, le=60)]] = Field(default_factory=dict)
     timeout: Annotated[float, Field(gt=0)] = 30.0
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     connect_to: dict[str, str] = Field(default_factory=dict)

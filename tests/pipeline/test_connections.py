@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
-from hosts import BODY, Host, answer, drip, kind_of, redirect, web
+from hosts import BODY, Host, Still, answer, drip, kind_of, redirect, web
 
 from pmd_pipeline.connections import is_public
 from pmd_pipeline.errors import PmdError
@@ -48,7 +48,7 @@ def no_proxies(monkeypatch):
 )
 def test_this_machine_is_never_asked(place):
     with Host(answer()) as host:
-        client = Web(Fetch(), 1000, (), wait=[].append)
+        client = Web(Fetch(), 1000, (), Still())
 
         kind = kind_of(client, f"http://{place}:{host.port}/1.jpg")
 
@@ -112,7 +112,7 @@ def test_an_unknown_name_is_asked_once_and_a_silent_name_server_again(monkeypatc
 
     errors = {"gone.example": socket.EAI_NONAME, "later.example": socket.EAI_AGAIN}
     monkeypatch.setattr(socket, "getaddrinfo", fail)
-    client = Web(Fetch(retries=2), 1000, (), wait=[].append)
+    client = Web(Fetch(retries=2), 1000, (), Still())
 
     assert kind_of(client, "http://gone.example/") == "dns"
     assert kind_of(client, "http://later.example/") == "dns"
@@ -156,7 +156,7 @@ def test_a_host_that_speaks_no_tls_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         pool.submit(talk)
         origin = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        client = Web(Fetch(connect_to={"*": origin}), 1000, (), wait=[].append)
+        client = Web(Fetch(connect_to={"*": origin}), 1000, (), Still())
 
         assert kind_of(client) == "tls"
 
@@ -174,7 +174,7 @@ def test_a_dripping_host_behind_tls_costs_no_more_than_the_time_allowed(certific
 def test_a_silent_handshake_costs_no_more_than_the_time_allowed():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         origin = f"https://127.0.0.1:{silent.getsockname()[1]}"
-        client = Web(Fetch(connect_to={"*": origin}, timeout=0.3), 1000, (), wait=[].append)
+        client = Web(Fetch(connect_to={"*": origin}, timeout=0.3), 1000, (), Still())
         started = time.monotonic()
 
         assert kind_of(client) in {"timeout", "connect"}

@@ -82,7 +82,7 @@ def test_what_the_server_asks_to_wait_is_waited():
     ) as host:
         web(host, waits).get("http://a.example/1.jpg")
 
-    assert waits == [7, 0]
+    assert waits == [7]
 
 
 def test_a_wait_may_be_stated_as_a_date():
@@ -92,7 +92,7 @@ def test_a_wait_may_be_stated_as_a_date():
     with Host(in_turn(past, future)) as host:
         assert kind_of(web(host, waits)) == "http_429"
 
-    assert waits == [0]
+    assert waits == []
 
 
 def test_a_longer_wait_than_we_have_is_not_begun():
@@ -311,7 +311,7 @@ def test_a_host_that_does_not_listen_is_a_broken_connection():
 
 def test_a_connection_that_the_host_has_closed_is_replaced():
     with Host(lambda _head: lambda connection: connection.sendall(answer())) as host:
-        client = web(host, retries=0)
+        client = web(host, retries=1)  # its end may come after the next request
 
         for _ in range(3):
             assert client.get("http://a.example/1.jpg").body == BODY
