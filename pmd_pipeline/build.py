@@ -9,8 +9,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from typing import Any, TypeVar
+from itertools import islice
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
 import cv2
 import PIL
@@ -90,6 +92,15 @@ class Outcome:
     status: str = WORKED
     reason: str | None = None
     detail: str | None = None
+
+
+@dataclass
+class _Work(Generic[_Item, _Answer]):
+    """An item with its answer, once a thread has it; `host` is who must be asked for it."""
+
+    item: _Item
+    host: str | None
+    future: Future[_Answer] | None = None
 
 
 @dataclass
@@ -194,31 +205,71 @@ def _outcomes(task: PartTask) -> Iterator[tuple[IndexRecord, Outcome]]:
     def outcome(record: IndexRecord) -> Outcome:
         return _outcome(record, recipe, fetch, checks)
 
-    yield from _in_order(records, outcome, recipe.fetch.concurrency)
+    yield from _in_order(
+        records,
+        outcome,
+        recipe.fetch.concurrency,
+        _host if WEB in task.places else lambda _: None,
+        2 * recipe.fetch.per_host,  # as many again may wait for it, decode or encode
+    )
+
+
+def _host(record: IndexRecord) -> str | None:
+    """The host that a record's image is asked of first."""
+    try:
+        return urlsplit(record.url or "").hostname
+    except ValueError:
+        return None  # nobody will be asked
 
 
 def _in_order(
-    items: Iterable[_Item], answer: Callable[[_Item], _Answer], threads: int
+    items: Iterable[_Item],
+    answer: Callable[[_Item], _Answer],
+    threads: int,
+    host_of: Callable[[_Item], str | None],
+    per_host: int,
 ) -> Iterator[tuple[_Item, _Answer]]:
-    """Answers from threads, in the order of the items, at most four a thread ahead."""
-    waiting: deque[tuple[_Item, Future[_Answer]]] = deque()
+    """Answers from threads, in the order of the items, at most four a thread ahead.
+
+    One host keeps at most `per_host` threads, so that a slow one leaves some to the others.
+    """
+    left = iter(items)
+    window = deque[_Work[_Item, _Answer]]()
+    parked: dict[str | None, deque[_Work[_Item, _Answer]]] = {}
+    taken = Counter[str | None]()
+    ended = SimpleQueue[str | None]()
     with ThreadPoolExecutor(threads) as pool:
+
+        def start(work: _Work[_Item, _Answer]) -> None:
+            taken[work.host] += 1
+            work.future = pool.submit(answer, work.item)
+            work.future.add_done_callback(lambda _: ended.put(work.host))
+
         try:
-            for item in items:
-                waiting.append((item, pool.submit(answer, item)))
-                if len(waiting) >= 4 * threads:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
+            while True:
+                for item in islice(left, 4 * threads - len(window)):
+                    work = _Work[_Item, _Answer](item, host_of(item))
+                    window.append(work)
+                    if work.host is not None and taken[work.host] >= per_host:
+                        parked.setdefault(work.host, deque()).append(work)
+                    else:
+                        start(work)
+                if not window:
+                    return
+                host = ended.get()
+                taken[host] -= 1
+                if parked.get(host):
+                    start(parked[host].popleft())
+                while window and (first := window[0].future) and first.done():
+                    yield window.popleft().item, first.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _fetcher(task: PartTask, records: Sequence[IndexRecord]) -> Callable[[IndexRecord], Fetched]:
     catalogues = dict(task.catalogues)
-    web = Web(task.recipe.fetch, task.recipe.images.max_bytes)
+    images = task.recipe.images
+    web = Web(task.recipe.fetch, images.max_bytes, images.respect)
 
     def ask(record: IndexRecord) -> Fetched | None:
         return web.get(record.url) if record.url else None

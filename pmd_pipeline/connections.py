@@ -55,6 +55,10 @@ class Refused(Exception):
         self.may_pass = kind in RETRY if may_pass is None else may_pass
 
 
+class Unreached(Refused):
+    """There was no connection, so it may be the network's fault."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a host is asked instead: by its own scheme, or by that of the address asked for."""
@@ -190,7 +194,7 @@ def _connected(
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
         unsure = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
-        raise Refused("dns", f"{named} has no address", may_pass=unsure) from error
+        raise Unreached("dns", f"{named} has no address", may_pass=unsure) from error
     allowed = [entry for entry in found if not public or is_public(str(entry[4][0]))]
     if not allowed:
         raise Refused("blocked_address", f"{named} is not on the public internet")
@@ -209,7 +213,7 @@ def _connected(
             plain.settimeout(_left(until))
             return plain
     late = isinstance(failure, TimeoutError)
-    raise Refused("timeout" if late else "connect", f"no connection to {named}") from failure
+    raise Unreached("timeout" if late else "connect", f"no connection to {named}") from failure
 
 
 def _left(until: float) -> float:

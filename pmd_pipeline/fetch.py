@@ -17,17 +17,35 @@ import threading
 import time
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import urllib3
 
-from pmd_pipeline.connections import LONGEST_CONNECT, Origin, Refused, is_public, pools, proxies
+from pmd_pipeline.connections import (
+    LONGEST_CONNECT,
+    Origin,
+    Refused,
+    Unreached,
+    is_public,
+    pools,
+    proxies,
+)
+from pmd_pipeline.consent import (
+    PRODUCT,
+    ROBOTS_BYTES,
+    Robots,
+    RobotsCache,
+    is_reserved,
+    refusal_in_tags,
+)
 from pmd_pipeline.errors import PmdError, RecordError
-from pmd_pipeline.recipe import Fetch
+from pmd_pipeline.hosts import Clock, Ending, GivenUp, Hosts, Turn, Turns
+from pmd_pipeline.recipe import SIGNALS, Fetch, Signal
 from pmd_pipeline.record import url_id
 
 PLACEHOLDER_URLS = ("imgur.com/removed.png", "/photo_unavailable.png", "/photo_unavailable_l.png")
@@ -37,8 +55,14 @@ PLACEHOLDER_MD5 = frozenset({"d835884373f4d6c8f24742ceabe74946"})
 """md5 of Imgur's `removed.png`, which some mirrors answer under the picture's own address."""
 
 _MOST_REDIRECTS = 5
-_LONGEST_WAIT = 60.0
+_LONGEST_ROBOTS = 10.0
+_LONGEST_POLICY = 300
 _CHUNK = 1 << 16
+
+_UNKNOWN = frozenset({"connect", "dns", "http_429", "http_5xx", "timeout", "tls"})
+"""Ways to get no robots.txt that say nothing about what it forbids (RFC 9309, section 2.3.1.4)."""
+
+_Taken = TypeVar("_Taken")
 
 _HOST = re.compile(r"([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")
 _SECONDS = re.compile(r"[0-9]{1,9}")
@@ -66,8 +90,8 @@ class Web:
     """An HTTP client for images.
 
     The time allowed for an address is spent by asking, redirects and further attempts included,
-    and not by waiting for a turn at its host or between attempts. A name server that does not
-    answer may hold a thread longer, by its resolver's own limit.
+    and not by waiting for a turn at its host, between attempts, or for a cut network. A name server
+    that does not answer may hold a thread longer, by its resolver's own limit.
 
     `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` are respected. What a name behind a
     proxy leads to is then the proxy's to check; addresses in numbers are checked here all the same.
@@ -75,20 +99,29 @@ class Web:
     Args:
         manners: how often and how long to ask.
         max_bytes: bodies above this are given up.
-        wait: sleeps between attempts; tests put a clock here.
+        respect: signals of those who publish an image that are obeyed.
+        clock: what attempts, hosts and a cut network are waited for with; the time allowed for an
+            address is not measured by it.
 
     Raises:
         PmdError: `contact` cannot be sent, or `connect_to` or a proxy is no address.
     """
 
     def __init__(
-        self, manners: Fetch, max_bytes: int, wait: Callable[[float], None] = time.sleep
+        self,
+        manners: Fetch,
+        max_bytes: int,
+        respect: Collection[Signal] = SIGNALS,
+        clock: Clock | None = None,
     ) -> None:
         self._manners = manners
         self._max_bytes = max_bytes
-        self._wait = wait
+        self._respect = respect
+        self._clock = clock or Clock()
         self._lock = threading.Lock()
-        self._turns: dict[str, threading.Semaphore] = {}
+        self._turns = Turns(Hosts(manners.per_host, self._delay), self._clock)
+        self._robots = RobotsCache[Refused]()
+        self._asking: dict[str, threading.Lock] = {}
         self._diverted = {
             pattern: Origin.of(place, f"fetch.connect_to, {pattern!r}")
             for pattern, place in manners.connect_to.items()
@@ -107,29 +140,80 @@ class Web:
         attempt = 0
         while True:
             try:
-                return self._followed(url, allowance)
+                return self._followed(url, allowance, self._admit, self._image)
+            except GivenUp as given_up:
+                detail = "the host is in trouble and left alone for now"
+                raise RecordError(given_up.kind, detail) from given_up
             except Refused as refusal:
-                pause = 2.0**attempt * random.uniform(0.5, 1.0)
-                if refusal.retry_after is not None:
-                    pause = refusal.retry_after
+                if isinstance(refusal, Unreached) and self._turns.is_cut():
+                    allowance = _Allowance(self._manners.timeout)
+                    continue  # it says nothing of this address, and the next turn waits
                 last = attempt == self._manners.retries or allowance.seconds <= 0
-                if last or not refusal.may_pass or pause > _LONGEST_WAIT:
+                if last or not refusal.may_pass:
                     raise RecordError(refusal.kind, refusal.detail) from refusal
-            self._wait(pause)
+                if refusal.retry_after is None:  # else the next turn waits
+                    self._clock.sleep(2.0**attempt * random.uniform(0.5, 1.0))
             attempt += 1
 
-    def _followed(self, url: str, allowance: "_Allowance") -> Fetched:
+    def _followed(
+        self,
+        url: str,
+        allowance: "_Allowance",
+        admit: "Callable[[_Target, _Allowance], None]",
+        take: "Callable[[_Target, urllib3.BaseHTTPResponse], _Taken]",
+    ) -> _Taken:
+        """What `take` makes of the last answer; `admit` refuses addresses on the way."""
         for _ in range(_MOST_REDIRECTS + 1):
             target = _Target.of(url)
-            if urlsplit(target.url)._replace(query="").geturl().endswith(PLACEHOLDER_URLS):
-                raise Refused("placeholder", "the address is that of a removed picture")
+            admit(target, allowance)
             with self._asked(target, allowance) as response:
                 location = response.get_redirect_location()
                 if not location:
-                    return Fetched(self._body(response), target.url)
+                    return take(target, response)
                 _settle(response)
             url = _joined(target.url, location)
         raise Refused("redirects", f"more than {_MOST_REDIRECTS} redirects")
+
+    def _admit(self, target: "_Target", allowance: "_Allowance") -> None:
+        if urlsplit(target.url)._replace(query="").geturl().endswith(PLACEHOLDER_URLS):
+            raise Refused("placeholder", "the address is that of a removed picture")
+        if "robots" in self._respect and not self._robots_of(target, allowance).allows(target.path):
+            raise Refused("robots", f"robots.txt of {target.host} forbids it")
+
+    def _robots_of(self, target: "_Target", allowance: "_Allowance") -> Robots:
+        """The rules of a host, asked by one thread for all."""
+        since = time.monotonic()
+        with self._lock:
+            asking = self._asking.setdefault(target.origin, threading.Lock())
+        with asking:
+            with self._lock:
+                reading = self._robots.get(target.origin, since, time.monotonic())
+            if reading is None:
+                reading = self._asked_robots(target, allowance)
+                with self._lock:
+                    self._robots.put(target.origin, reading, time.monotonic())
+        with self._lock:
+            self._asking.pop(target.origin, None)
+        if isinstance(reading, Refused):
+            raise type(reading)(
+                reading.kind, reading.detail, reading.retry_after, may_pass=reading.may_pass
+            )
+        return reading
+
+    def _asked_robots(self, target: "_Target", allowance: "_Allowance") -> Robots | Refused:
+        seconds = min(_LONGEST_ROBOTS, allowance.left())
+        mine = _Allowance(seconds)
+        try:
+            return self._followed(
+                f"{target.origin}/robots.txt",
+                mine,
+                lambda _target, _allowance: None,
+                lambda _target, response: Robots.of(_start_of(response, ROBOTS_BYTES)),
+            )
+        except Refused as refusal:
+            return refusal if refusal.kind in _UNKNOWN else Robots()
+        finally:
+            allowance.seconds -= seconds - mine.seconds
 
     @contextmanager
     def _asked(
@@ -137,7 +221,12 @@ class Web:
     ) -> Iterator[urllib3.BaseHTTPResponse]:
         """The answer's head, its body still to be read; what is left unread ends the connection."""
         way, address = self._way(target)
-        with self._turn(target.host), allowance.spent() as seconds, _as_refusals(target.host):
+        with (
+            self._turns.turn(target.host) as turn,
+            allowance.spent() as seconds,
+            _noted(turn),
+            _as_refusals(target.host),
+        ):
             response = way.request(
                 "GET",
                 address,
@@ -148,6 +237,10 @@ class Web:
                 decode_content=False,
             )
             try:
+                turn.ending = Ending.ANSWERED
+                if response.status in {429, 503}:
+                    turn.ending, turn.kind = Ending.BUSY, _kind_of(response.status)
+                    turn.retry_after = _retry_after(response)
                 yield response
             finally:
                 response.close()
@@ -172,16 +265,29 @@ class Web:
                 return origin
         return None
 
-    def _turn(self, host: str) -> threading.Semaphore:
-        with self._lock:
-            return self._turns.setdefault(host, threading.Semaphore(self._manners.per_host))
+    def _delay(self, host: str) -> float:
+        if self._origin(host):
+            return 0.0  # who stands in for the host is the user's own
+        delays = self._manners.delay.items()
+        return max((d for pattern, d in delays if fnmatch.fnmatchcase(host, pattern)), default=0.0)
+
+    def _image(self, target: "_Target", response: urllib3.BaseHTTPResponse) -> Fetched:
+        _check_status(response)
+        self._check_consent(response)
+        return Fetched(self._body(response), target.url)
+
+    def _check_consent(self, response: urllib3.BaseHTTPResponse) -> None:
+        headers = response.headers
+        if "x-robots-tag" in self._respect:
+            word = refusal_in_tags(headers.getlist("X-Robots-Tag"))
+            if word:
+                raise Refused("opt_out", f"X-Robots-Tag: {word}")
+        if "tdm" in self._respect and is_reserved(headers.getlist("TDM-Reservation")):
+            policy = " ".join(headers.getlist("TDM-Policy"))[:_LONGEST_POLICY]
+            terms = f", terms at {policy!r}" if policy else ""
+            raise Refused("opt_out", f"TDM-Reservation: 1{terms}")
 
     def _body(self, response: urllib3.BaseHTTPResponse) -> bytes:
-        if response.status not in {200, 203}:
-            _settle(response)
-            raise Refused(
-                _kind_of(response.status), f"HTTP {response.status}", _retry_after(response)
-            )
         if (response.length_remaining or 0) > self._max_bytes:
             raise self._too_large()
         body = bytearray()
@@ -211,7 +317,7 @@ def user_agent(contact: str) -> str:
     """
     if not (contact.isascii() and contact.isprintable()):
         raise PmdError(f"fetch.contact = {contact!r}: write it in ASCII, without line breaks")
-    name = f"pmd-flava/{version('pmd-flava')} (research dataset builder"
+    name = f"{PRODUCT}/{version('pmd-flava')} (research dataset builder"
     return f"{name}; {contact})" if contact else f"{name})"
 
 
@@ -221,14 +327,19 @@ class _Allowance:
 
     seconds: float
 
+    def left(self) -> float:
+        """The seconds, of which there are some."""
+        if self.seconds <= 0:
+            raise Refused("timeout", "no whole answer in the time allowed")
+        return self.seconds
+
     @contextmanager
     def spent(self) -> Iterator[float]:
         """The seconds there are; those that the context takes are gone."""
-        if self.seconds <= 0:
-            raise Refused("timeout", "no whole answer in the time allowed")
+        left = self.left()
         started = time.monotonic()
         try:
-            yield self.seconds
+            yield left
         finally:
             self.seconds -= time.monotonic() - started
 
@@ -240,6 +351,12 @@ class _Target:
     url: str
     scheme: str
     host: str
+    origin: str
+
+    @property
+    def path(self) -> str:
+        """What is asked of the host: path and query."""
+        return "/" + self.url.removeprefix(self.origin).removeprefix("/")
 
     @classmethod
     def of(cls, url: str) -> "_Target":
@@ -257,7 +374,7 @@ class _Target:
         if port is not None and (named.scheme, port) not in {("http", 80), ("https", 443)}:
             place = f"{place}:{port}"
         address = urlunsplit((named.scheme, place, asked.path, asked.query, ""))
-        return cls(address, named.scheme, host)
+        return cls(address, named.scheme, host, f"{named.scheme}://{place}")
 
 
 def _ascii_host(host: str) -> str:
@@ -284,6 +401,12 @@ def _joined(url: str, location: str) -> str:
         return urljoin(url, location)
     except ValueError as error:
         raise Refused("blocked_address", "a redirect to no address") from error
+
+
+def _check_status(response: urllib3.BaseHTTPResponse) -> None:
+    if response.status not in {200, 203}:
+        _settle(response)
+        raise Refused(_kind_of(response.status), f"HTTP {response.status}", _retry_after(response))
 
 
 def _kind_of(status: int) -> str:
@@ -316,6 +439,15 @@ def _settle(response: urllib3.BaseHTTPResponse) -> None:
         return  # the head has told what there was to know
 
 
+def _start_of(response: urllib3.BaseHTTPResponse, most: int) -> bytes:
+    """The body of a good answer, or a little more than `most` bytes of it."""
+    _check_status(response)
+    body = bytearray()
+    while len(body) <= most and (chunk := response.read1(_CHUNK)):
+        body += chunk
+    return _unpacked(bytes(body), response.headers.get("Content-Encoding", ""), most)
+
+
 def _unpacked(body: bytes, encoding: str, most: int) -> bytes:
     """The body without the packing that some hosts add unasked, and at most one byte above `most`.
 
@@ -327,6 +459,18 @@ def _unpacked(body: bytes, encoding: str, most: int) -> bytes:
         return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(body, most + 1) or body
     except zlib.error:
         return body
+
+
+@contextmanager
+def _noted(turn: Turn) -> Iterator[None]:
+    """Note in the turn what went wrong with its request, if it is the host's trouble."""
+    try:
+        yield
+    except Refused as refusal:
+        if refusal.kind in {"connect", "dns", "timeout"}:
+            turn.kind = refusal.kind
+            turn.ending = Ending.SILENT if isinstance(refusal, Unreached) else Ending.BROKEN
+        raise
 
 
 @contextmanager

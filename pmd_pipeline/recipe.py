@@ -9,14 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from pmd_pipeline import sources
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.filters import image as image_filters
+
+Signal: TypeAlias = Literal["robots", "tdm", "x-robots-tag"]
+SIGNALS: tuple[Signal, ...] = get_args(Signal)
+"""Ways in which those who publish an image can say that they do not want it kept."""
 
 Keywords = dict[str, Any]
 """Keyword arguments of a filter or of a source's `read`, checked against its signature."""
@@ -67,6 +71,10 @@ class Captions(_Section):
     drop_repeats: bool = False
 
 
+def _as_set(names: list[Signal]) -> list[Signal]:
+    return sorted(set(names))  # the order says nothing, so no digest may depend on it
+
+
 class Images(_Section):
     """What becomes of the fetched bytes.
 
@@ -79,6 +87,9 @@ class Images(_Section):
             up to about 1 dB.
         max_bytes: larger bodies are not fetched (`too_large`).
         max_pixels: larger images are not decoded (`bomb`).
+        respect: signals of those who publish an image that are obeyed, by leaving it out: `robots`
+            (robots.txt), `x-robots-tag`, `tdm` (TDM-Reservation). It stands here because it shapes
+            what is kept; images from shelves were fetched by somebody else and carry none.
         filters: predicates of `filters/image.py` by name with their keyword arguments, in order.
     """
 
@@ -88,6 +99,7 @@ class Images(_Section):
     fast: bool = False
     max_bytes: Annotated[int, Field(ge=1)] = 64 << 20
     max_pixels: Annotated[int, Field(ge=1)] = 128_000_000
+    respect: Annotated[list[Signal], AfterValidator(_as_set)] = sorted(SIGNALS)
     filters: dict[str, Keywords] = Field(default_factory=dict)
 
 
@@ -97,7 +109,9 @@ class Fetch(_Section):
     Args:
         contact: mail or web address for the User-Agent, so that a host can reach whoever asks.
         concurrency: requests in flight in each task.
-        per_host: requests in flight to one host in each task.
+        per_host: most requests in flight to one host in each task; fewer while it is busy.
+        delay: host (`*.example` for all below it) to the least seconds between requests to it, in
+            each task; not for a host in `connect_to`.
         timeout: seconds for one address, all attempts' bodies included.
         retries: further attempts after a failure that may pass by itself.
         connect_to: host (`*.example` for all below it) to `address:port` that is asked instead, as
@@ -107,6 +121,7 @@ class Fetch(_Section):
     contact: str = ""
     concurrency: Annotated[int, Field(ge=1, le=4096)] = 32
     per_host: Annotated[int, Field(ge=1, le=1024)] = 8
+    delay: dict[str, Annotated[float, Field(ge=0, le=60)]] = Field(default_factory=dict)
     timeout: Annotated[float, Field(gt=0)] = 30.0
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     connect_to: dict[str, str] = Field(default_factory=dict)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
     {"record", "storage", "format", "filters"},
-    {"upstream", "cleaning", "progress", "parallel", "connections", "pixels"},
+    {"upstream", "cleaning", "progress", "parallel", "connections", "consent", "hosts"},
     {"sources", "sample"},
     {"recipe"},
     {"choose", "leakage", "images", "shards"},

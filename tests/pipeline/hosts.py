@@ -1,5 +1,6 @@
 """Hosts on loopback to be asked, and how tests ask them."""
 
+import math
 import socket
 import threading
 from contextlib import suppress
@@ -9,6 +10,7 @@ import pytest
 from pmd_pipeline.errors import RecordError
 from pmd_pipeline.fetch import Web
 from pmd_pipeline.format import FAILED
+from pmd_pipeline.hosts import Clock
 from pmd_pipeline.recipe import Fetch
 
 BODY = b"\xff\xd8 not really a picture \xff\xd9"
@@ -125,9 +127,30 @@ def drip(head):
     return lambda _head: send
 
 
-def web(host, waits=None, max_bytes=1000, **manners):
+class Still(Clock):
+    """Time that passes only by waiting; `waits` are the seconds."""
+
+    def __init__(self, waits=None):
+        self.time = 1000.0
+        self.waits = [] if waits is None else waits
+
+    def now(self):
+        return self.time
+
+    def sleep(self, seconds):
+        self.waits.append(seconds)
+        self.time += seconds
+
+    def wait(self, change, seconds):
+        if seconds == math.inf:
+            assert change.wait(10), "nobody notifies"
+        else:
+            self.sleep(seconds)
+
+
+def web(host, waits=None, max_bytes=1000, respect=(), **manners):
     manners = {"connect_to": {"*": host.origin}, **manners}
-    return Web(Fetch(**manners), max_bytes, wait=[].append if waits is None else waits.append)
+    return Web(Fetch(**manners), max_bytes, respect, Still(waits))
 
 
 def kind_of(client, url="http://a.example/1.jpg"):

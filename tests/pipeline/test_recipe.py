@@ -260,11 +260,25 @@ def test_options_are_stored_with_the_defaults_of_the_source():
         {"images": {"quality": 1}},
         {"images": {"max_bytes": 1}},
         {"images": {"max_pixels": 1}},
+        {"images": {"respect": ["robots", "tdm"]}},
         {"images": {"filters": {"is_large": {"least": 1}}}},
     ],
 )
 def test_rules_change_with_all_that_shapes_data(change):
     assert load_recipe("coco", change)[0].rules() != load_recipe("coco")[0].rules()
+
+
+def test_what_is_respected_is_a_set():
+    one, other, default = (
+        load_recipe("coco", change)[0].rules()
+        for change in (
+            {"images": {"respect": ["x-robots-tag", "tdm", "robots", "tdm"]}},
+            {"images": {"respect": ["robots", "tdm", "x-robots-tag"]}},
+            {},
+        )
+    )
+
+    assert one == other == default
 
 
 @pytest.mark.parametrize("name", ["contact", "concurrency", "per_host", "timeout", "retries"])

@@ -1,0 +1,271 @@
+"""How often each host may be asked, and when nobody can be.
+
+`Hosts` is told the time and what became of requests; it waits for nothing and asks nobody. `Turns`
+is what threads wait with.
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+LONGEST_WAIT = 60.0
+"""Seconds that an address waits for its host at a time; who wants longer is asked no more."""
+
+MOST_TROUBLES = 10
+"""Troubles in a row after which a host is left alone."""
+
+MOST_RESTS = 6
+"""Rests in a row that addresses wait for, if the host has ever worked; then they fail at once."""
+
+BURST = 10
+"""Failures to reach any host, one after the other, that mean that the network is cut."""
+
+LONGEST_CUT = 300.0
+"""Seconds that a cut network is waited for; then failures are believed."""
+
+_REST = 15.0
+_PAUSE = 5.0
+_LONGEST_BACK_OFF = 30.0
+_MOST_HOSTS = 20_000
+
+
+class Ending(Enum):
+    """What became of a request, as far as its host is concerned."""
+
+    UNASKED = auto()
+    """It was not made after all."""
+    ANSWERED = auto()
+    BUSY = auto()
+    """The host asks for fewer requests (429, 503)."""
+    BROKEN = auto()
+    """The host was reached, and its answer did not come, or not whole."""
+    SILENT = auto()
+    """The host was not reached."""
+
+
+class GivenUp(Exception):
+    """The host is not asked for now; `kind` is its last trouble."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+@dataclass(eq=False)
+class Turn:
+    """The right to make one request, or the wait for it; who makes the request notes its end.
+
+    Args:
+        kind: of the trouble, one of `format.FAILED`.
+        retry_after: seconds that the host wants to be left alone.
+    """
+
+    host: str
+    ending: Ending = Ending.UNASKED
+    kind: str = ""
+    retry_after: float | None = None
+    began: float = -math.inf
+
+
+@dataclass
+class _Host:
+    limit: float
+    waiting: deque[Turn] = field(default_factory=deque)
+    in_flight: int = 0
+    free_at: float = -math.inf
+    next_at: float = -math.inf
+    slowed_at: float = -math.inf
+    troubles: int = 0
+    rests: int = 0
+    has_worked: bool = False
+    kind: str = ""
+
+    def most(self) -> int:
+        """Requests that may be in flight; after a rest, one has to show that the host is back."""
+        return 1 if self.rests else int(self.limit)
+
+    def is_idle(self, now: float) -> bool:
+        """Say whether nothing is lost when the host is forgotten."""
+        return (
+            not (self.waiting or self.in_flight or self.rests)
+            and max(self.free_at, self.next_at) <= now
+        )
+
+
+@dataclass
+class _Network:
+    silent: set[str] = field(default_factory=set)
+    misses: int = 0
+    until: float = -math.inf
+    pauses: int = 0
+    paused: float = 0.0
+
+    def is_cut(self) -> bool:
+        return self.pauses > 0 and self.paused < LONGEST_CUT
+
+    def missed(self, turn: Turn, now: float, num_hosts: int) -> None:
+        if turn.began < self.until or self.paused >= LONGEST_CUT:
+            return  # asked before the pause, it tells nothing new
+        self.misses += 1
+        self.silent.add(turn.host)
+        is_burst = self.misses >= BURST and len(self.silent) >= min(BURST, num_hosts)
+        if self.pauses or is_burst:
+            pause = min(_PAUSE * 2**self.pauses, LONGEST_WAIT, LONGEST_CUT - self.paused)
+            self.until = now + pause
+            self.paused += pause
+            self.pauses += 1
+
+
+class Hosts:
+    """Who may ask which host, and when.
+
+    A host is asked by as many at once as it bears: each answer lets in a little more, up to `most`,
+    and each 429, 503 or failure halves it, once for all that were in flight. What it asks to wait
+    is waited by all. After `MOST_TROUBLES` in a row it is left alone, then one request shows if it
+    is back. Who waits goes in the order of coming.
+
+    When nobody can be reached any more, nobody is asked for a while: the network is cut.
+
+    Args:
+        most: requests in flight to one host.
+        delay_of: least seconds between the beginnings of requests to a host.
+    """
+
+    def __init__(self, most: int, delay_of: Callable[[str], float] = lambda _: 0.0) -> None:
+        self._most = most
+        self._delay_of = delay_of
+        self._hosts: dict[str, _Host] = {}
+        self._network = _Network()
+
+    def queue(self, name: str, now: float) -> Turn:
+        """A turn that waits at the end of the host's line."""
+        if len(self._hosts) >= _MOST_HOSTS and name not in self._hosts:
+            self._hosts = {n: host for n, host in self._hosts.items() if not host.is_idle(now)}
+        turn = Turn(name)
+        self._hosts.setdefault(name, _Host(float(self._most))).waiting.append(turn)
+        return turn
+
+    def wait(self, turn: Turn, now: float) -> float:
+        """Seconds after which to call again, or at the next change of the host; 0 begins the turn.
+
+        Raises:
+            GivenUp: the host is not waited for.
+        """
+        host = self._hosts[turn.host]
+        is_waited_for = not host.rests or (host.has_worked and host.rests <= MOST_RESTS)
+        if not is_waited_for and (now < host.free_at or host.in_flight):
+            raise GivenUp(host.kind)
+        if host.free_at - now > LONGEST_WAIT:
+            raise GivenUp(host.kind)
+        until = max(host.free_at, host.next_at, self._network.until)
+        if until > now:
+            return until - now
+        if host.in_flight >= host.most() or host.waiting[0] is not turn:
+            return math.inf
+        host.waiting.popleft()
+        host.in_flight += 1
+        host.next_at = now + self._delay_of(turn.host)
+        turn.began = now
+        return 0.0
+
+    def leave(self, turn: Turn) -> None:
+        """Stop waiting, if the turn has not begun."""
+        waiting = self._hosts[turn.host].waiting
+        if turn in waiting:
+            waiting.remove(turn)
+
+    def end(self, turn: Turn, now: float) -> None:
+        """Learn what became of a turn that had begun."""
+        host = self._hosts[turn.host]
+        host.in_flight -= 1
+        if turn.ending in {Ending.ANSWERED, Ending.BUSY}:
+            self._network = _Network()
+        if turn.ending is Ending.ANSWERED:
+            host.limit = min(self._most, host.limit + 1 / host.limit)
+            host.troubles = host.rests = 0
+            host.has_worked = True
+        elif turn.ending is Ending.SILENT:
+            self._network.missed(turn, now, len(self._hosts))
+            if not self.is_cut():  # else it tells of the network and not of the host
+                _trouble(host, turn, now)
+        elif turn.ending is not Ending.UNASKED:
+            _trouble(host, turn, now)
+
+    def is_cut(self) -> bool:
+        """Say whether nobody at all can be reached, so that no failure to do so counts."""
+        return self._network.is_cut()
+
+
+def _trouble(host: _Host, turn: Turn, now: float) -> None:
+    host.kind = turn.kind
+    is_news = turn.began >= host.slowed_at  # not one of those in flight at the last trouble
+    if turn.ending is Ending.BUSY:
+        back_off = min(2.0**host.troubles / 2, _LONGEST_BACK_OFF)
+        pause = back_off if turn.retry_after is None else turn.retry_after
+        host.free_at = max(host.free_at, now + pause)
+    if is_news or turn.ending is not Ending.BUSY:
+        host.troubles += 1
+    if is_news:
+        host.limit = max(1.0, host.limit / 2)
+        host.slowed_at = now
+    if is_news if host.rests else host.troubles >= MOST_TROUBLES:
+        host.free_at = max(host.free_at, now + min(_REST * 2**host.rests, LONGEST_WAIT))
+        host.slowed_at = now
+        host.rests += 1
+
+
+class Clock:
+    """The time, and ways to let it pass; tests have their own."""
+
+    def now(self) -> float:
+        """Seconds since whenever."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Let seconds pass."""
+        time.sleep(seconds)
+
+    def wait(self, change: threading.Condition, seconds: float) -> None:
+        """Let seconds pass, or as many as it takes until somebody notifies of a change."""
+        change.wait(None if seconds == math.inf else seconds)
+
+
+class Turns:
+    """`Hosts` for threads, which wait until their turn has come."""
+
+    def __init__(self, hosts: Hosts, clock: Clock) -> None:
+        self._hosts = hosts
+        self._clock = clock
+        self._change = threading.Condition()
+
+    @contextmanager
+    def turn(self, host: str) -> Iterator[Turn]:
+        """The right to ask `host` once, while the context lasts.
+
+        Raises:
+            GivenUp: the host is not asked for now.
+        """
+        with self._change:
+            turn = self._hosts.queue(host, self._clock.now())
+            try:
+                while seconds := self._hosts.wait(turn, self._clock.now()):
+                    self._clock.wait(self._change, seconds)
+            finally:
+                self._hosts.leave(turn)
+                self._change.notify_all()  # of a line that has become shorter
+        try:
+            yield turn
+        finally:
+            with self._change:
+                self._hosts.end(turn, self._clock.now())
+                self._change.notify_all()
+
+    def is_cut(self) -> bool:
+        """Say whether nobody at all can be reached, so that no failure to do so counts."""
+        with self._change:
+            return self._hosts.is_cut()

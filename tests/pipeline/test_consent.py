@@ -1,0 +1,422 @@
+"""What the signals of publishers mean, and that it is obeyed before and after asking."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hosts import BODY, Host, answer, by_path, detail_of, in_turn, kind_of, redirect, web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pmd_pipeline.consent import (
+    ROBOTS_BYTES,
+    Robots,
+    RobotsCache,
+    is_reserved,
+    refusal_in_tags,
+)
+from pmd_pipeline.recipe import SIGNALS
+
+DATE = "unavailable_after: Wednesday, 25-Jun-10 15:00:00 PST"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ["noai"],
+        ["noimageai"],
+        ["noindex"],
+        ["noimageindex"],
+        ["none"],
+        ["noml"],
+        ["NoAI"],
+        ["  noindex\t"],
+        ["nofollow, noai"],
+        ["noai,nofollow"],
+        ["noai, max-snippet: 20"],
+        ["max-snippet: 20, noai"],
+        ["max-snippet:20,max-image-preview: large , noai"],
+        [f"{DATE}, noai"],
+        [f"noai, {DATE}"],
+        ["unavailable_after: 2010-06-25T15:00:00Z, noindex"],
+        ["all", "noai"],
+        ["googlebot: nofollow", "noindex"],
+        ["*: noindex"],
+        ["robots: noai"],
+        ["pmd-flava: noai"],
+        ["PMD-Flava : nofollow, noai"],
+        ["pmd-flava/1.0: noindex"],
+        ["googlebot: noindex, pmd-flava: noai"],
+        ["googlebot: noindex, *: none"],
+        ["pmd-flava: max-snippet: 5, noai"],
+        ["noindex: true"],
+        ["noai;nofollow"],
+        ["noindex nofollow"],
+        [",, ,noai,,"],
+        ["²: x", "noai"],
+    ],
+)
+def test_a_tag_that_speaks_to_us_is_heard(headers):
+    assert refusal_in_tags(headers)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [""],
+        ["all"],
+        ["index, follow"],
+        ["nofollow, noarchive, nosnippet, notranslate"],
+        ["max-snippet: 20"],
+        ["max-image-preview: none"],
+        ["max-image-preview:none, nofollow"],
+        [DATE],
+        ["unavailable_after: 25 Jun 2010 15:00:00 PST"],
+        ["googlebot: noindex"],
+        ["googlebot: nofollow, noindex"],
+        ["googlebot: max-snippet: 5, noai"],
+        ["otherbot/2.1: noindex, nofollow", "googlebot: none"],
+        ["noaid"],
+        ["no ai"],
+        [":"],
+        [":::,:"],
+        ["pmd-flava:"],
+        ["pmd-flavour: noai"],
+        ["\x00\xff"],
+    ],
+)
+def test_a_tag_that_says_nothing_to_us_is_passed_over(headers):
+    assert refusal_in_tags(headers) is None
+
+
+@given(st.lists(st.text(alphabet="noaindex:,;* -/_", max_size=40) | st.text(max_size=20)))
+def test_no_tag_is_too_strange(headers):
+    refusal_in_tags(headers)
+    is_reserved(headers)
+
+
+@pytest.mark.parametrize(
+    ("headers", "reserved"),
+    [
+        (["1"], True),
+        ([" 1 "], True),
+        (["0", "1"], True),
+        (["0, 1"], True),
+        (["0"], False),
+        ([], False),
+        ([""], False),
+        (["true"], False),
+        (["11"], False),
+    ],
+)
+def test_mining_is_reserved_by_a_one(headers, reserved):
+    assert is_reserved(headers) is reserved
+
+
+def everybody(*lines):
+    return "\n".join(["User-agent: *", *lines]).encode()
+
+
+@pytest.mark.parametrize(
+    ("lines", "path", "allowed"),
+    [
+        ([], "/1.jpg", True),
+        (["Disallow: /"], "/1.jpg", False),
+        (["Disallow: /"], "/robots.txt", True),
+        (["Disallow:"], "/1.jpg", True),
+        (["Disallow: /a"], "/abc", False),
+        (["Disallow: /a/"], "/a", True),
+        (["Disallow: /A"], "/a", True),
+        # the longest match decides, wherever it stands, and allowing wins a draw
+        (["Disallow: /a", "Allow: /a/b"], "/a/b.jpg", True),
+        (["Allow: /a/b", "Disallow: /a"], "/a/c.jpg", False),
+        (["Allow: /a", "Disallow: /a/b"], "/a/b.jpg", False),
+        (["Disallow: /a", "Allow: /a"], "/a", True),
+        (["Allow: /p", "Disallow: /"], "/page", True),
+        (["Allow: /folder", "Disallow: /folder"], "/folder/page", True),
+        (["Allow: /page", "Disallow: /*.htm"], "/page.htm", False),
+        (["Allow: /page", "Disallow: /*.ph"], "/page.php5", True),
+        (["Allow: /$", "Disallow: /"], "/", True),
+        (["Allow: /$", "Disallow: /"], "/page.htm", False),
+        # wildcards and ends
+        (["Disallow: /*.gif$"], "/a/b.gif", False),
+        (["Disallow: /*.gif$"], "/a/b.gif?x", True),
+        (["Disallow: /*.gif$"], "/a.gif/b.gif", False),
+        (["Disallow: /*/private/*.jpg"], "/a/private/b/c.jpg?x=1", False),
+        (["Disallow: *.jpg"], "/1.jpg", False),
+        (["Disallow: /a**b"], "/axb", False),
+        (["Disallow: /*a$"], "/aaba", False),
+        (["Disallow: /ab*ba$"], "/aba", True),
+        (["Disallow: /*$"], "/1.jpg", False),
+        (["Disallow: /?x="], "/?x=1", False),
+        (["Disallow: images"], "/images", True),
+        # one spelling for all that mean the same
+        (["Disallow: /a%3cd"], "/a%3Cd.jpg", False),
+        (["Disallow: /%61"], "/abc", False),
+        (["Disallow: /a"], "/%61bc", False),
+        (["Disallow: /a%2Fb"], "/a/b", True),
+        (["Disallow: /a/b"], "/a%2Fb", True),
+        (["Disallow: /ü"], "/%C3%BC.jpg", False),
+        (["Disallow: /%c3%bc"], "/%C3%BC.jpg", False),
+        (['Disallow: /"a"'], "/%22a%22", False),
+        (["Disallow: /a%2Ab"], "/a*b", False),
+        (["Disallow: /a%2Ab"], "/axb", True),
+        (["Disallow: /a%24"], "/a$", False),
+        (["Disallow: /a$b"], "/a$b", False),
+        (["Disallow: /%"], "/%zz", False),
+        # lines
+        (["DISALLOW : /a # why"], "/a", False),
+        (["Disallow /a"], "/a", True),
+        (["Sitemap: x", "Disallow: /a"], "/a", False),
+        (["Disallow: /a#b"], "/a", False),
+    ],
+)
+def test_robots_allow_by_the_longest_match(lines, path, allowed):
+    assert Robots.of(everybody(*lines)).allows(path) is allowed
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("before", ["", "\ufeff", "# a comment\n\n", "junk\n\x00\n"])
+@pytest.mark.parametrize(
+    ("lines", "allowed"),
+    [
+        ("User-agent: other|Disallow: /", True),
+        ("User-agent: *|Disallow: /|User-agent: pmd-flava|Allow: /", True),
+        ("User-agent: pmd-flava|Disallow: /|User-agent: *|Allow: /", False),
+        ("User-agent: *|Disallow: /|User-agent: pmd-flava", True),
+        ("User-agent: PMD-Flava/2.0 (x)|Disallow: /", False),
+        ("User-agent: pmd-flavour|Disallow: /", True),
+        ("User-agent: pmd|Disallow: /", True),
+        ("User-agent: other|User-agent: pmd-flava|Disallow: /", False),
+        ("User-agent: pmd-flava|Crawl-delay: 1|User-agent: other|Disallow: /", False),
+        ("User-agent: pmd-flava|Allow: /x|User-agent: other|Disallow: /", True),
+        ("User-agent: pmd-flava|Allow: /x|User-agent: pmd-flava|Disallow: /", False),
+        ("User-agent: *|Allow: /x|User-agent: *|Disallow: /", False),
+        ("Disallow: /|User-agent: *|Allow: /x", True),
+        ("user-AGENT:pmd-flava|dISALLOW:/", False),
+        ("User-agent:|Disallow: /", True),
+        ("<html>|<body>User-agent: *|Disallow: /", True),
+    ],
+)
+def test_the_group_for_us_speaks_before_that_for_everybody(lines, allowed, before, end):
+    content = (before + lines.replace("|", "\n")).replace("\n", end).encode()
+
+    assert Robots.of(content).allows("/1.jpg") is allowed
+
+
+def test_what_lies_beyond_the_limit_is_not_read_and_half_a_rule_is_none():
+    start = everybody("Disallow: /a", "")
+    rule = b"Disallow: /private\n"
+    padding = b"#" * (ROBOTS_BYTES - len(start) - len("Disallow: /") - 1) + b"\n"
+
+    robots = Robots.of(start + padding + rule)
+
+    assert not robots.allows("/a")
+    assert robots.allows("/private")
+    assert robots.allows("/1.jpg")
+
+
+def test_no_pattern_takes_long():
+    robots = Robots.of(everybody("Disallow: /" + "*a" * 5000 + "$"))
+
+    assert robots.allows("/" + "a" * 4999 + "b")
+
+
+@given(st.binary(max_size=300), st.text(alphabet="/a%2*$?é".replace("é", ""), max_size=20))
+def test_no_robots_txt_is_too_strange(content, path):
+    Robots.of(content).allows("/" + path)
+    Robots.of(b"User-agent: *\nDisallow: " + content).allows("/" + path)
+
+
+def test_robots_are_kept_for_a_day_and_failures_for_those_who_waited():
+    cache = RobotsCache()
+    good = Robots()
+    cache.put("good", good, 100)
+    cache.put("bad", "timeout", 100)
+
+    assert cache.get("good", 100 + 86_399, 100 + 86_399) is good
+    assert cache.get("good", 100 + 86_400, 100 + 86_400) is None
+    assert cache.get("bad", 99, 101) == "timeout"
+    assert cache.get("bad", 101, 102) is None
+    assert cache.get("unknown", 0, 0) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 12)), max_size=60))
+def test_the_cache_never_holds_more_than_it_may(entries):
+    cache = RobotsCache(most=10)
+    for origin, size in entries:
+        cache.put(str(origin), Robots(((b"/", True),) * size), 0)
+
+        assert cache.get(str(origin), 0, 0) is not None
+        weights = [kept.weight for kept in cache._kept.values()]
+        assert sum(weights) == cache._weight
+        assert sum(weights) <= 10 or len(weights) == 1
+
+
+def host_with(robots, image=None):
+    return Host(by_path({"/robots.txt": robots, "/1.jpg": image or answer()}))
+
+
+FORBIDDEN = everybody("Disallow: /*.jpg$")
+
+
+def test_what_robots_txt_forbids_is_not_asked():
+    with host_with(answer(body=FORBIDDEN)) as host:
+        client = web(host, respect=SIGNALS)
+
+        assert kind_of(client) == "robots"
+        assert kind_of(client) == "robots"
+
+    assert host.paths == ["/robots.txt"]
+
+
+def test_robots_txt_is_asked_once_for_all_images_of_a_host():
+    with Host(lambda head: answer(404 if "robots" in head else 200)) as host:
+        with ThreadPoolExecutor(8) as pool:
+            client = web(host, respect=SIGNALS)
+            urls = [f"http://{name}.example/{n}.jpg" for n in range(10) for name in "ab"]
+            bodies = [fetched.body for fetched in pool.map(client.get, urls)]
+
+        assert bodies == [BODY] * 20
+        assert host.paths.count("/robots.txt") == 2
+        assert len(host.requests) == 22
+
+
+def test_each_host_on_the_way_is_asked_for_its_consent():
+    pages = {
+        "/1.jpg": redirect("http://b.example/2.jpg"),
+        "/2.jpg": answer(),
+    }
+
+    def speak(head):
+        path = head.split(" ")[1]
+        if path == "/robots.txt":
+            return answer(body=FORBIDDEN) if "Host: b.example\r" in head else answer(404)
+        return pages[path]
+
+    with Host(speak) as host:
+        assert kind_of(web(host, respect=SIGNALS)) == "robots"
+
+    assert host.paths == ["/robots.txt", "/1.jpg", "/robots.txt"]
+
+
+@pytest.mark.parametrize(
+    "robots",
+    [
+        answer(404),
+        answer(401),
+        answer(403),
+        answer(410),
+        answer(204, b""),
+        answer(body=b""),
+        answer(body=b"<html>hello</html>"),
+        redirect("/robots.txt"),
+        redirect("file:///etc/passwd"),
+        redirect("http://someone@b.example/"),
+    ],
+)
+def test_a_host_without_rules_forbids_nothing(robots):
+    with host_with(robots) as host:
+        assert web(host, respect=SIGNALS).get("http://a.example/1.jpg").body == BODY
+
+
+def test_robots_txt_may_be_elsewhere():
+    with Host(
+        by_path(
+            {"/robots.txt": redirect("http://b.example/x"), "/x": answer(body=FORBIDDEN)},
+        )
+    ) as host:
+        assert kind_of(web(host, respect=SIGNALS)) == "robots"
+
+
+@pytest.mark.parametrize(
+    ("robots", "kind"),
+    [
+        (answer(500), "http_5xx"),
+        (answer(503), "http_5xx"),
+        (answer(429), "http_429"),
+        (answer(Content_Length=1 << 20, Connection="close"), "connect"),
+    ],
+)
+def test_while_the_rules_cannot_be_had_nothing_is_asked(robots, kind):
+    with host_with(robots) as host:
+        assert kind_of(web(host, respect=SIGNALS)) == kind
+
+    assert host.paths == ["/robots.txt"] * 3
+
+
+def test_rules_that_can_be_had_later_are_obeyed_then():
+    answers = in_turn(answer(503), answer(404), answer())
+    with Host(answers) as host:
+        assert web(host, respect=SIGNALS).get("http://a.example/1.jpg").body == BODY
+
+    assert host.paths == ["/robots.txt", "/robots.txt", "/1.jpg"]
+
+
+def test_those_who_wait_for_rules_that_do_not_come_do_not_wait_in_turn():
+    asked, go_on = threading.Event(), threading.Event()
+
+    def silent(_head):
+        asked.set()
+        go_on.wait(5)
+        return answer(503)
+
+    with Host(silent) as host, ThreadPoolExecutor(4) as pool:
+        client = web(host, respect=SIGNALS, retries=0)
+        kinds = [pool.submit(kind_of, client) for _ in range(4)]
+        asked.wait(5)
+        while not client._asking["http://a.example"].locked():
+            pass
+        go_on.set()
+
+        assert [kind.result() for kind in kinds] == ["http_5xx"] * 4
+
+    assert len(host.requests) <= 4
+
+
+def test_a_robots_txt_without_end_is_read_to_its_limit():
+    def send(connection):
+        connection.sendall(answer(body=FORBIDDEN, Content_Length=""))
+        while True:
+            connection.sendall(b"\n# nothing" * 1000)
+
+    with Host(lambda _head: send) as host:
+        assert kind_of(web(host, respect=SIGNALS)) == "robots"
+
+
+@pytest.mark.parametrize(
+    ("headers", "detail"),
+    [
+        ({"X_Robots_Tag": "noai"}, "X-Robots-Tag: noai"),
+        ({"X_Robots_Tag": "nofollow\r\nX-Robots-Tag: none"}, "X-Robots-Tag: none"),
+        ({"TDM_Reservation": "1"}, "TDM-Reservation: 1"),
+        (
+            {"TDM_Reservation": "1", "TDM_Policy": "https://a.example/p"},
+            "TDM-Reservation: 1, terms at 'https://a.example/p'",
+        ),
+    ],
+)
+def test_an_image_whose_answer_opts_out_is_not_kept(headers, detail):
+    with host_with(answer(404), answer(**headers)) as host:
+        client = web(host, respect=SIGNALS)
+
+        assert kind_of(client) == "opt_out"
+        assert detail_of(client) == detail
+
+    assert host.paths == ["/robots.txt", "/1.jpg", "/1.jpg"]  # final: each was asked once
+
+
+@pytest.mark.parametrize(
+    ("respect", "kind"),
+    [
+        (("robots",), "robots"),
+        (("x-robots-tag",), "opt_out"),
+        (("tdm",), "opt_out"),
+    ],
+)
+def test_a_recipe_may_respect_less(respect, kind):
+    image = {"tdm": answer(TDM_Reservation="1")}.get(respect[0], answer(X_Robots_Tag="noai"))
+    with host_with(answer(body=FORBIDDEN), image) as host:
+        assert kind_of(web(host, respect=respect)) == kind
+        assert web(host).get("http://a.example/1.jpg").body == BODY

@@ -1,0 +1,423 @@
+"""What hosts do to those who ask them: each behaviour, what becomes of it, and how soon."""
+
+import gzip
+import io
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+import time
+import zipfile
+import zlib
+from typing import NamedTuple
+
+import pytest
+from hosts import Host, Still, answer, drip, in_turn, redirect
+from PIL import Image
+
+from pmd_pipeline.errors import RecordError
+from pmd_pipeline.fetch import Web
+from pmd_pipeline.format import FAILED, WORKED
+from pmd_pipeline.images import opened, picture
+from pmd_pipeline.recipe import Fetch, Images
+
+TIMEOUT = 0.5
+MOST_BYTES = 100_000
+SOON = 1.0
+"""Seconds beyond the time allowed that anything may take."""
+
+
+@pytest.fixture(autouse=True)
+def no_proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def drawn(form="JPEG", size=(40, 30), mode="RGB"):
+    out = io.BytesIO()
+    Image.new(mode, size, 9).save(out, form)
+    return out.getvalue()
+
+
+def zipped():
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("1.jpg", drawn())
+    return out.getvalue()
+
+
+def header_only_png(side):
+    """A PNG that says how large it is, and then little more."""
+
+    def chunk(name, content):
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + checksum
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+JPEG = drawn()
+CHUNKED = answer(body=b"", Content_Length="", Transfer_Encoding="chunked")
+
+
+def forever(head, block):
+    """Sends `head`, then `block` again and again, as fast as it is taken."""
+
+    def send(connection):
+        connection.sendall(head)
+        while True:
+            connection.sendall(block * (1 + (1 << 16) // len(block)))
+
+    return lambda _head: send
+
+
+def last(content):
+    """Sends `content` and ends the connection."""
+    return lambda _head: lambda connection: connection.sendall(content)
+
+
+def reset(content=b""):
+    """Sends `content` and breaks the connection."""
+
+    def send(connection):
+        connection.sendall(content)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    return lambda _head: send
+
+
+def silent(content=b""):
+    """Sends `content` and nothing more."""
+
+    def send(connection):
+        connection.sendall(content)
+        connection.recv(1)
+
+    return lambda _head: send
+
+
+def first(*contents):
+    """Sends each content and ends the connection, then a picture."""
+    left = list(contents)
+    return lambda _head: (
+        lambda connection: connection.sendall(left.pop(0) if left else answer(body=JPEG))
+    )
+
+
+class Behaviour(NamedTuple):
+    name: str
+    answer: object
+    becomes: str
+    requests: int | None = None
+
+
+B = Behaviour
+HEAD = b"HTTP/1.1 200 OK\r\n"
+GOOD = answer(body=JPEG)
+BEHAVIOURS = [
+    # slow
+    B("drip: status", lambda: drip(b"HTT"), "timeout", 1),
+    B("drip: header", lambda: drip(HEAD + b"X-Slow: "), "timeout", 1),
+    B("drip: body", lambda: drip(answer(body=b"", Content_Length=1000)), "timeout", 1),
+    B("drip: body without length", lambda: drip(answer(body=b"", Content_Length="")), "timeout", 1),
+    B("drip: chunk size", lambda: drip(CHUNKED + b"0"), "timeout", 1),
+    B("drip: chunk", lambda: drip(CHUNKED + b"1000\r\n"), "timeout", 1),
+    B("drip: trailer", lambda: drip(CHUNKED + b"2\r\nab\r\n0\r\nX: "), "timeout", 1),
+    B("drip: redirect", lambda: drip(redirect("/2.jpg", body=b"x")[:-1]), "timeout"),
+    B("drip: not found", lambda: drip(answer(404, b"", Content_Length=1000)), "http_404", 1),
+    B("drip: continue", lambda: drip(b"HTTP/1.1 100 Continue\r\n\r\n"), "timeout"),
+    B("silence", silent, "timeout", 1),
+    B("silence after the head", lambda: silent(answer(body=b"", Content_Length=9)), "timeout", 1),
+    B("silence in the head", lambda: silent(HEAD + b"Content-Le"), "timeout", 1),
+    # without end
+    B("endless body", lambda: forever(answer(body=b"", Content_Length=""), b"x"), "too_large", 1),
+    B("endless chunks", lambda: forever(CHUNKED, b"4\r\nabcd\r\n"), "too_large", 1),
+    B("endless headers", lambda: forever(HEAD, b"X: y\r\n"), "connect", 3),
+    B("endless header", lambda: forever(HEAD + b"X: ", b"y"), "connect", 3),
+    B("endless status", lambda: forever(b"HTTP/1.1 200 ", b"y"), "connect", 3),
+    B("endless chunk size", lambda: forever(CHUNKED, b"0"), "connect", 3),
+    B("endless chunk extension", lambda: forever(CHUNKED + b"4;", b"x"), "connect", 3),
+    B("endless trailers", lambda: forever(CHUNKED + b"0\r\n", b"X: y\r\n"), "timeout", 1),
+    B("endless continue", lambda: forever(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "timeout", 1),
+    B(
+        "endless redirect",
+        lambda: forever(answer(302, b"", Location="/2.jpg", Content_Length=1 << 40), b"x"),
+        "redirects",
+        6,
+    ),
+    B("endless not found", lambda: forever(answer(404, b"", Content_Length=""), b"x"), "http_404"),
+    # lengths
+    B("length too great", lambda: last(answer(body=JPEG, Content_Length=9999)), "connect", 3),
+    B("length too small", lambda: last(answer(body=JPEG, Content_Length=50)), "truncated", 1),
+    B("length negative", lambda: last(answer(body=JPEG, Content_Length=-5)), WORKED, 1),
+    B("length no number", lambda: last(answer(body=JPEG, Content_Length="many")), WORKED, 1),
+    B("length of a terabyte", lambda: last(answer(body=JPEG, Content_Length=1 << 40)), "too_large"),
+    B(
+        "length of 5000 digits",
+        lambda: last(answer(body=JPEG, Content_Length="9" * 5000)),
+        WORKED,
+        1,
+    ),
+    B(
+        "two lengths",
+        lambda: last(HEAD + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd"),
+        "connect",
+    ),
+    B(
+        "chunks and a length",
+        lambda: last(
+            CHUNKED.replace(b"\r\n\r\n", b"\r\nContent-Length: 2\r\n\r\n")
+            + b"%x\r\n%b\r\n0\r\n\r\n" % (len(JPEG), JPEG)
+        ),
+        WORKED,
+        1,
+    ),
+    B("chunks that stop", lambda: last(CHUNKED + b"5\r\nab"), "connect", 3),
+    B("chunk of negative size", lambda: last(CHUNKED + b"-5\r\nabcde\r\n0\r\n\r\n"), "connect"),
+    B("chunk of no size", lambda: last(CHUNKED + b"\r\nabcde\r\n0\r\n\r\n"), "connect"),
+    B("chunk of a wrong size", lambda: last(CHUNKED + b"zz\r\nabcde\r\n0\r\n\r\n"), "connect"),
+    B("chunk of a huge size", lambda: last(CHUNKED + b"f" * 30 + b"\r\nabcde"), "connect", 3),
+    # packing
+    B(
+        "gzip bomb",
+        lambda: answer(body=gzip.compress(bytes(50 << 20)), Content_Encoding="gzip"),
+        "too_large",
+        1,
+    ),
+    B(
+        "deflate bomb",
+        lambda: answer(body=zlib.compress(bytes(50 << 20)), Content_Encoding="deflate"),
+        "too_large",
+        1,
+    ),
+    B("gzip unasked", lambda: answer(body=gzip.compress(JPEG), Content_Encoding="gzip"), WORKED),
+    B("gzip only said", lambda: answer(body=JPEG, Content_Encoding="gzip"), WORKED),
+    B(
+        "gzip cut",
+        lambda: answer(body=gzip.compress(JPEG)[:-60], Content_Encoding="gzip"),
+        "truncated",
+        1,
+    ),
+    B("brotli", lambda: answer(body=b"\x1b\xff\xff\xff", Content_Encoding="br"), "not_an_image"),
+    # no HTTP
+    B("nothing", lambda: last(b""), "connect", 3),
+    B("HTTP/0.9", lambda: last(b"<html>hello</html>"), "connect", 3),
+    B("TLS where none is due", lambda: last(b"\x15\x03\x01\x00\x02\x02\x28"), "connect", 3),
+    B("another protocol", lambda: last(b"220 mail.example ESMTP\r\n"), "connect", 3),
+    B("status of letters", lambda: last(b"HTTP/1.1 2x0 OK\r\n\r\n"), "connect", 3),
+    B("status of two digits", lambda: last(b"HTTP/1.1 99 x\r\n\r\n"), "connect", 3),
+    B("status of a million", lambda: last(b"HTTP/1.1 1000000 x\r\n\r\n"), "connect", 3),
+    B("status without words", lambda: last(b"HTTP/1.1 200\r\n\r\n" + JPEG), WORKED, 1),
+    B("HTTP/1.0", lambda: last(GOOD.replace(b"1.1", b"1.0", 1)), WORKED, 1),
+    B("HTTP/9.9", lambda: last(GOOD.replace(b"1.1", b"9.9", 1)), "connect", 3),
+    B("thousand headers", lambda: last(HEAD + b"X: y\r\n" * 1000 + b"\r\n" + JPEG), "connect", 3),
+    B("long header", lambda: last(HEAD + b"X: " + b"y" * 70_000 + b"\r\n\r\n"), "connect", 3),
+    B("header without a colon", lambda: last(HEAD + b"nonsense\r\n\r\n" + JPEG), WORKED, 1),
+    B("header with a null", lambda: last(HEAD + b"X: \x00\r\n\r\n" + JPEG), WORKED, 1),
+    B("lines without CR", lambda: last(GOOD.replace(b"\r\n", b"\n")), WORKED, 1),
+    # redirects
+    B("circle", lambda: in_turn(*[redirect("/1.jpg")] * 6), "redirects", 6),
+    B("chain", lambda: in_turn(*[redirect(f"/{n}.jpg") for n in range(6)]), "redirects", 6),
+    B("redirect to nowhere", lambda: answer(302), "http_4xx", 1),
+    B("redirect to a long place", lambda: in_turn(redirect("/" + "x" * 60_000), GOOD), WORKED, 2),
+    *(
+        B(f"redirect to {place}", lambda place=place: redirect(place), "blocked_address", 1)
+        for place in (
+            "http://127.0.0.1/",
+            "http://10.0.0.1/",
+            "http://192.168.1.1/",
+            "http://169.254.169.254/latest/meta-data/",
+            "http://0.0.0.0/",
+            "http://2130706433/",
+            "http://0x7f.1/",
+            "http://0177.0.0.1/",
+            "http://localhost/",
+            "http://[::1]/",
+            "http://[::ffff:169.254.169.254]/",
+            "http://[fe80::1%25eth0]/",
+            "http://me@127.0.0.1/",
+            "//127.0.0.1/",
+            "file:///etc/passwd",
+            "ftp://b.example/1.jpg",
+            "data:image/png;base64,AAAA",
+            "javascript:alert(1)",
+            "http://[::1",
+            "http://b.example:99999/",
+            "https://someone@b.example/1.jpg",
+        )
+    ),
+    B(
+        "header injection",
+        lambda: in_turn(redirect("/2.jpg\r X-Evil: 1"), GOOD),
+        WORKED,
+        2,
+    ),
+    B("placeholder", lambda: redirect("https://i.imgur.com/removed.png"), "placeholder", 1),
+    # connections that end too soon
+    B("reset", reset, "connect", 3),
+    B("reset in the head", lambda: reset(HEAD + b"Content-"), "connect", 3),
+    B(
+        "reset in the body",
+        lambda: reset(answer(body=JPEG[:50], Content_Length=9999)),
+        "connect",
+        3,
+    ),
+    B("closed, then success", lambda: first(b"", b""), WORKED, 3),
+    B("cut, then success", lambda: first(answer(body=b"", Content_Length=99)), WORKED, 2),
+    B("429, then success", lambda: in_turn(answer(429, Retry_After="30"), GOOD), WORKED, 2),
+    B("503, then success", lambda: in_turn(answer(503), answer(503), GOOD), WORKED, 3),
+    B("429 for an hour", lambda: answer(429, Retry_After="3600"), "http_429", 1),
+    # bodies that are not what they say
+    B("empty", lambda: answer(body=b""), "empty", 1),
+    B("no content", lambda: answer(204, b""), "empty", 1),
+    B("HTML", lambda: answer(body=b"<!doctype html><p>gone"), "not_an_image", 1),
+    B(
+        "HTML that says JPEG",
+        lambda: answer(body=b"<html>", Content_Type="image/jpeg"),
+        "not_an_image",
+        1,
+    ),
+    B("zip", lambda: answer(body=zipped(), Content_Type="image/jpeg"), "not_an_image", 1),
+    B("SVG", lambda: answer(body=b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "svg", 1),
+    B("JPEG cut", lambda: answer(body=JPEG[:-30]), "truncated", 1),
+    B("JPEG with a tail", lambda: answer(body=JPEG + b"<script>" * 99), WORKED, 1),
+    B("JPEG and a zip", lambda: answer(body=JPEG + zipped()), WORKED, 1),
+    B(
+        "PNG that says JPEG",
+        lambda: answer(body=drawn("PNG"), Content_Type="image/jpeg"),
+        WORKED,
+        1,
+    ),
+    B("JPEG that says HTML", lambda: answer(body=JPEG, Content_Type="text/html"), WORKED, 1),
+    B("PNG of 65,500 a side", lambda: answer(body=header_only_png(65_500)), "bomb", 1),
+    B("PNG of 2**31 - 1 a side", lambda: answer(body=header_only_png(2**31 - 1)), "bomb", 1),
+]
+
+
+def outcome(client, url="http://a.example/1.jpg"):
+    """What becomes of a record with this address, as in `build`."""
+    rules = Images()
+    try:
+        body = client.get(url).body
+        picture(body, opened(body, rules), rules)
+    except RecordError as error:
+        assert error.kind in FAILED  # noqa: PT017 - one of two ways
+        return error.kind
+    return WORKED
+
+
+def client_of(host, **manners):
+    manners = {"connect_to": {"*.example": host.origin}, "timeout": TIMEOUT, **manners}
+    return Web(Fetch(**manners), MOST_BYTES, (), Still())
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
+def test_whatever_a_host_does_it_has_its_reason_and_soon(behaviour):
+    with Host(behaviour.answer()) as host:
+        client = client_of(host)
+        started = time.monotonic()
+
+        found = outcome(client)
+
+        assert time.monotonic() - started < TIMEOUT + SOON
+    assert found == behaviour.becomes
+    assert behaviour.requests in {None, len(host.requests)}
+    assert not any("\r\nX-Evil" in request for request in host.requests)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """A good certificate for a.example, and one that has expired."""
+    openssl = shutil.which("openssl")
+    if not openssl:
+        pytest.skip("no openssl here to make certificates with")
+    folder = tmp_path_factory.mktemp("tls")
+    new = [openssl, "req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    about = ["-subj", "/CN=a.example", "-keyout", folder / "key.pem"]
+    run(*new, *about, "-out", folder / "asked.pem")
+    (folder / "names").write_text("subjectAltName=DNS:a.example")
+    sign = [openssl, "x509", "-req", "-in", folder / "asked.pem", "-signkey", folder / "key.pem"]
+    for name, days in (("good", "2"), ("expired", "-1")):
+        about = ["-days", days, "-extfile", folder / "names"]
+        run(*sign, *about, "-out", folder / f"{name}.pem")
+    return folder
+
+
+def run(*command):
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "trusted", "url", "becomes"),
+    [
+        ("good", True, "https://a.example/1.jpg", WORKED),
+        ("good", True, "https://b.example/1.jpg", "tls"),
+        ("good", True, "https://8.8.8.8/1.jpg", "tls"),
+        ("good", False, "https://a.example/1.jpg", "tls"),
+        ("expired", True, "https://a.example/1.jpg", "tls"),
+    ],
+)
+def test_a_certificate_must_be_right(monkeypatch, certificates, name, trusted, url, becomes):
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates / f"{name}.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / f"{name}.pem", certificates / "key.pem")
+    with Host(answer(body=JPEG), tls=context) as host:
+        started = time.monotonic()
+
+        assert outcome(client_of(host, connect_to={"*": host.origin}), url) == becomes
+
+        assert time.monotonic() - started < TIMEOUT + SOON
+    assert bool(host.requests) == (becomes == WORKED)
+
+
+@pytest.mark.parametrize("becomes", ["timeout", "connect"])
+def test_a_handshake_that_stops_is_soon_over(becomes):
+    def wait(connection):
+        connection.recv(1 << 16)
+        if becomes == "timeout":
+            connection.recv(1)
+
+    with Host(b"") as host:
+        host._talk = lambda connection: talk(connection, wait)
+        origin = host.origin.replace("http:", "https:")
+        started = time.monotonic()
+
+        assert outcome(client_of(host, connect_to={"*": origin}), "https://a.example/") == becomes
+
+        assert time.monotonic() - started < TIMEOUT + SOON
+
+
+def talk(connection, wait):
+    with connection:
+        wait(connection)
+
+
+def test_a_connection_that_the_host_closes_early_costs_no_picture():
+    with Host(last(GOOD)) as host:
+        client = client_of(host)
+
+        assert [outcome(client, f"http://a.example/{n}.jpg") for n in range(5)] == [WORKED] * 5
+
+
+def test_a_hostile_host_leaves_the_others_alone():
+    drips, well = drip(HEAD), answer(body=JPEG)
+
+    def either(head):
+        return drips(head) if "Host: bad.example\r" in head else well
+
+    with Host(either) as host:
+        client = client_of(host, per_host=1, retries=0)
+        bad = threading.Thread(target=outcome, args=(client, "http://bad.example/"))
+        bad.start()
+        started = time.monotonic()
+        found = {outcome(client, f"http://{n}.example/") for n in range(10)}
+        seconds = time.monotonic() - started
+        bad.join()
+
+    assert found == {WORKED}
+    assert seconds < SOON

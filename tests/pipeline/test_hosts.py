@@ -1,0 +1,483 @@
+"""Laws of asking: never too many, never too early, everybody in turn, no host stalls another."""
+
+import math
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hosts import BODY, Host, Still, answer, in_turn, kind_of, web
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmd_pipeline import hosts as rules
+from pmd_pipeline.fetch import Web
+from pmd_pipeline.hosts import (
+    BURST,
+    LONGEST_CUT,
+    LONGEST_WAIT,
+    MOST_RESTS,
+    MOST_TROUBLES,
+    Clock,
+    Ending,
+    GivenUp,
+    Hosts,
+    Turns,
+)
+from pmd_pipeline.recipe import Fetch
+
+
+def begun(hosts, name="a", now=0.0):
+    turn = hosts.queue(name, now)
+    assert hosts.wait(turn, now) == 0
+    return turn
+
+
+def ended(hosts, turn, ending, now=0.0, kind="connect", retry_after=None):
+    turn.ending, turn.kind, turn.retry_after = ending, kind, retry_after
+    hosts.end(turn, now)
+
+
+def room(hosts, name="a", now=0.0):
+    """How many more requests the host may have in flight."""
+    turns = []
+    while True:
+        turn = hosts.queue(name, now)
+        if hosts.wait(turn, now):
+            hosts.leave(turn)
+            break
+        turns.append(turn)
+    for turn in turns:
+        ended(hosts, turn, Ending.UNASKED, now)
+    return len(turns)
+
+
+def wait_of(hosts, name="a", now=0.0):
+    turn = hosts.queue(name, now)
+    try:
+        seconds = hosts.wait(turn, now)
+    finally:
+        hosts.leave(turn)
+    if seconds == 0:
+        ended(hosts, turn, Ending.UNASKED, now)
+    return seconds
+
+
+def in_trouble(hosts, times, ending=Ending.BROKEN, now=0.0):
+    for _ in range(times):
+        ended(hosts, begun(hosts, now=now), ending, now)
+
+
+def rested(hosts, times):
+    """The time after so many rests in a row, none of which helped."""
+    now = 0.0
+    in_trouble(hosts, MOST_TROUBLES)
+    for _ in range(times - 1):
+        now += LONGEST_WAIT
+        in_trouble(hosts, 1, now=now)
+    return now
+
+
+class Requests:
+    """Requests that come, begin and end, and what must be true of them at all times."""
+
+    def __init__(self, most, delay):
+        self.most, self.delay = most, delay
+        self.hosts = Hosts(most, lambda _: delay)
+        self.now = 0.0
+        self.waiting, self.active, self.held, self.last = [], [], {}, {}
+
+    def come(self, name):
+        self.waiting.append(self.hosts.queue(name, self.now))
+
+    def end(self, number, ending, retry_after):
+        if self.active:
+            turn = self.active.pop(number % len(self.active))
+            if ending is Ending.BUSY and retry_after is not None:
+                until = self.now + retry_after
+                self.held[turn.host] = max(self.held.get(turn.host, 0), until)
+            ended(self.hosts, turn, ending, self.now, retry_after=retry_after)
+
+    def look(self):
+        """Call everybody, the last first, until nobody goes any more; how many went."""
+        went = 0
+        progress = True
+        while progress:
+            progress = False
+            for turn in self.waiting[::-1]:
+                try:
+                    seconds = self.hosts.wait(turn, self.now)
+                except GivenUp:
+                    self.hosts.leave(turn)
+                    self.waiting.remove(turn)
+                    continue
+                if seconds == 0:
+                    self.begin(turn)
+                    progress = True
+                    went += 1
+        return went
+
+    def begin(self, turn):
+        assert next(t for t in self.waiting if t.host == turn.host) is turn
+        assert self.now >= self.held.get(turn.host, 0)
+        assert self.now >= self.last.get(turn.host, -math.inf) + self.delay
+        self.waiting.remove(turn)
+        self.active.append(turn)
+        self.last[turn.host] = self.now
+        assert sum(t.host == turn.host for t in self.active) <= self.most
+
+
+names = st.sampled_from("abc")
+steps = st.one_of(
+    st.tuples(st.just("come"), names),
+    st.tuples(
+        st.just("end"),
+        st.integers(0, 9),
+        st.sampled_from(Ending),
+        st.none() | st.integers(0, 100),
+    ),
+    st.tuples(st.just("pass"), st.floats(0, 100)),
+)
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 4), st.sampled_from([0.0, 1.5]), st.lists(steps, max_size=60))
+def test_never_too_many_never_too_early_and_everybody_in_turn(most, delay, taken):
+    requests = Requests(most, delay)
+
+    for step, *details in taken:
+        if step == "come":
+            requests.come(*details)
+        elif step == "end":
+            requests.end(*details)
+        else:
+            requests.now += details[0]
+        requests.look()
+
+    for _ in range(len(taken) * 2):  # everybody gets an end
+        while requests.active:
+            requests.end(0, Ending.ANSWERED, None)
+        requests.now += LONGEST_CUT
+        requests.look()
+    assert not requests.waiting
+
+
+def test_a_busy_host_is_asked_by_half_as_many_once_for_all_in_flight():
+    hosts = Hosts(8)
+    for turn in [begun(hosts) for _ in range(8)]:
+        ended(hosts, turn, Ending.BUSY, now=1, kind="http_429", retry_after=0)
+
+    assert room(hosts, now=2) == 4
+
+
+def test_a_host_that_answers_is_asked_by_one_more_after_each_round():
+    hosts = Hosts(8)
+    for now in range(5):
+        ended(hosts, begun(hosts, now=now), Ending.BUSY, now, retry_after=0)
+    assert room(hosts, now=5) == 1
+
+    rooms = []
+    for _ in range(40):
+        ended(hosts, begun(hosts, now=5), Ending.ANSWERED, 5)
+        rooms.append(room(hosts, now=5))
+
+    assert rooms == sorted(rooms)
+    assert rooms[0] == 2
+    assert rooms[:5].count(3) >= 2
+    assert rooms[-1] == 8
+
+
+def test_what_one_request_is_told_to_wait_is_waited_by_all_and_by_no_other_host():
+    hosts = Hosts(4)
+    ended(hosts, begun(hosts), Ending.BUSY, retry_after=20)
+    ended(hosts, begun(hosts, "b"), Ending.ANSWERED)
+
+    assert wait_of(hosts, now=5) == 15
+    assert wait_of(hosts, "b", now=5) == 0
+    assert wait_of(hosts, now=20) == 0
+
+
+def test_a_shorter_wait_does_not_end_a_longer_one():
+    hosts = Hosts(4)
+    first, second, third = (begun(hosts) for _ in range(3))
+    ended(hosts, first, Ending.BUSY, retry_after=20)
+    ended(hosts, second, Ending.BUSY, retry_after=1)
+    ended(hosts, third, Ending.ANSWERED)
+
+    assert wait_of(hosts) == 20
+
+
+def test_a_busy_host_that_names_no_time_is_left_alone_longer_each_time():
+    hosts, now, waits = Hosts(1), 0.0, []
+    for _ in range(9):
+        ended(hosts, begun(hosts, now=now), Ending.BUSY, now)
+        waits.append(wait_of(hosts, now=now))
+        now += waits[-1]
+
+    assert waits == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_a_host_that_wants_more_time_than_there_is_is_given_up_until_then():
+    hosts = Hosts(4)
+    ended(hosts, begun(hosts), Ending.BUSY, kind="http_429", retry_after=LONGEST_WAIT + 10)
+
+    with pytest.raises(GivenUp, match="http_429"):
+        wait_of(hosts)
+    assert wait_of(hosts, now=10) == LONGEST_WAIT
+
+
+def test_requests_to_a_host_keep_their_distance():
+    hosts = Hosts(4, {"a": 2.0, "b": 0.0}.__getitem__)
+    begun(hosts)
+    begun(hosts, "b")
+
+    assert wait_of(hosts, now=0.5) == 1.5
+    assert wait_of(hosts, "b", now=0.5) == 0
+
+
+def test_a_host_in_trouble_is_left_alone_and_then_asked_by_one():
+    hosts = Hosts(4)
+    ended(hosts, begun(hosts), Ending.ANSWERED)
+    in_trouble(hosts, MOST_TROUBLES - 1)
+    assert wait_of(hosts) == 0
+    in_trouble(hosts, 1)
+
+    rest = wait_of(hosts)
+    assert rest > 0
+    assert room(hosts, now=rest) == 1
+
+
+def test_one_answer_brings_a_host_back():
+    hosts = Hosts(4)
+    now = rested(hosts, 3) + LONGEST_WAIT
+    ended(hosts, begun(hosts, now=now), Ending.ANSWERED, now)
+
+    in_trouble(hosts, MOST_TROUBLES - 1, now=now)
+
+    assert wait_of(hosts, now=now) == 0
+
+
+def test_rests_grow_to_the_longest_wait():
+    waits = []
+    for rests in range(1, MOST_RESTS + 1):
+        hosts = Hosts(4)
+        ended(hosts, begun(hosts), Ending.ANSWERED)
+        now = rested(hosts, rests)
+        waits.append(wait_of(hosts, now=now))
+
+    assert waits == [15, 30, 60, 60, 60, 60]
+
+
+def test_a_host_that_never_worked_is_not_waited_for():
+    hosts = Hosts(4)
+    now = rested(hosts, 1)
+
+    with pytest.raises(GivenUp, match="connect"):
+        wait_of(hosts, now=now)
+
+
+def test_a_host_that_worked_is_waited_for_only_so_long():
+    hosts = Hosts(4)
+    ended(hosts, begun(hosts), Ending.ANSWERED)
+    now = rested(hosts, MOST_RESTS + 1)
+
+    with pytest.raises(GivenUp):
+        wait_of(hosts, now=now)
+    probe = begun(hosts, now=now + LONGEST_WAIT)
+    with pytest.raises(GivenUp):
+        wait_of(hosts, now=now + LONGEST_WAIT)
+    ended(hosts, probe, Ending.ANSWERED, now + LONGEST_WAIT)
+    assert wait_of(hosts, now=now + LONGEST_WAIT) == 0
+
+
+def test_those_in_flight_at_a_rest_make_no_further_rests():
+    hosts = Hosts(20)
+    ended(hosts, begun(hosts), Ending.ANSWERED)
+    for turn in [begun(hosts) for _ in range(20)]:
+        ended(hosts, turn, Ending.BROKEN, now=1)
+
+    assert wait_of(hosts, now=1) == 15
+    assert room(hosts, now=16) == 1
+
+
+def test_those_in_flight_at_a_refusal_are_one_trouble():
+    hosts = Hosts(20)
+    for turn in [begun(hosts) for _ in range(20)]:
+        ended(hosts, turn, Ending.BUSY, now=1, retry_after=0)
+
+    assert room(hosts, now=1) == 10
+
+
+def silence(hosts, names, now=0.0):
+    for name in names:
+        ended(hosts, begun(hosts, name, now), Ending.SILENT, now)
+
+
+def test_many_silent_hosts_and_no_answer_mean_that_the_network_is_cut():
+    hosts = Hosts(4)
+    ended(hosts, begun(hosts, "well"), Ending.ANSWERED)
+    silence(hosts, range(BURST - 1))
+    assert not hosts.is_cut()
+    silence(hosts, [BURST - 1])
+
+    assert hosts.is_cut()
+    assert wait_of(hosts, "well") == wait_of(hosts, "new") == 5
+    assert wait_of(hosts, "new", now=5) == 0
+
+
+def test_those_in_flight_when_the_network_is_cut_make_no_longer_pause():
+    hosts = Hosts(4)
+    for turn in [begun(hosts, name) for name in range(5 * BURST)]:
+        ended(hosts, turn, Ending.SILENT, now=1)
+
+    assert wait_of(hosts, "new", now=1) == 5
+
+
+def test_an_answer_between_means_that_it_is_not():
+    hosts = Hosts(4)
+    silence(hosts, range(BURST - 1))
+    ended(hosts, begun(hosts, "well"), Ending.ANSWERED)
+    silence(hosts, range(BURST - 1))
+
+    assert not hosts.is_cut()
+
+
+def test_one_dead_host_among_others_is_its_own_trouble():
+    hosts = Hosts(4)
+    for name in "bcd":
+        ended(hosts, begun(hosts, name), Ending.ANSWERED)
+    silence(hosts, ["a"] * MOST_TROUBLES)
+
+    assert not hosts.is_cut()
+    with pytest.raises(GivenUp):
+        wait_of(hosts)
+
+
+def test_a_cut_network_ends_with_an_answer():
+    hosts = Hosts(4)
+    silence(hosts, range(BURST))
+    ended(hosts, begun(hosts, "well", 5), Ending.ANSWERED, 5)
+
+    assert not hosts.is_cut()
+    assert wait_of(hosts, "new", now=5) == 0
+
+
+def test_a_cut_network_is_waited_for_only_so_long_and_then_failures_count():
+    hosts = Hosts(4)
+    silence(hosts, range(BURST))
+    now = 0.0
+    while hosts.is_cut() and now < 2 * LONGEST_CUT:
+        now += wait_of(hosts, "new", now)
+        silence(hosts, ["new"], now)
+
+    assert now <= LONGEST_CUT
+    assert now + LONGEST_WAIT > LONGEST_CUT
+    silence(hosts, ["new"] * (MOST_TROUBLES - 1), now + LONGEST_WAIT)
+    with pytest.raises(GivenUp):
+        wait_of(hosts, "new", now + LONGEST_WAIT)
+
+
+def test_hosts_without_a_past_are_forgotten(monkeypatch):
+    monkeypatch.setattr(rules, "_MOST_HOSTS", 5)
+    hosts = Hosts(4)
+    ended(hosts, begun(hosts, "held"), Ending.BUSY, retry_after=50)
+    begun(hosts, "asked")
+
+    for number in range(100):
+        ended(hosts, begun(hosts, number), Ending.ANSWERED)
+
+    assert len(hosts._hosts) <= 5
+    assert wait_of(hosts, "held") == 50
+    assert room(hosts, "asked") == 3
+
+
+def test_a_thread_that_waits_goes_when_another_ends():
+    turns, order = Turns(Hosts(1), Clock()), []
+    started = threading.Event()
+
+    def ask(number):
+        with turns.turn("a") as turn:
+            order.append(number)
+            started.set()
+            while number == 0 and len(turns._hosts._hosts["a"].waiting) < 5:
+                time.sleep(0)  # until the others stand in line
+            turn.ending = Ending.ANSWERED
+
+    with ThreadPoolExecutor(6) as pool:
+        pool.submit(ask, 0)
+        started.wait(5)
+        list(pool.map(ask, range(1, 6)))
+
+    assert sorted(order) == list(range(6))
+
+
+def test_a_url_waits_as_long_as_another_was_told_to():
+    waits = []
+    with Host(in_turn(answer(429, Retry_After="40"), answer())) as host:
+        client = web(host, waits, retries=0)
+
+        assert kind_of(client) == "http_429"
+        assert waits == []
+        assert client.get("http://a.example/2.jpg").body == BODY
+
+    assert waits == [40]
+
+
+def test_a_dead_host_is_asked_no_more_and_others_are():
+    with Host(answer()) as gone:
+        pass
+    waits = []
+    with Host(answer()) as host:
+        places = {"dead.example": gone.origin, "*": host.origin}
+        client = web(host, waits, retries=0, connect_to=places)
+        for number in range(30):
+            assert client.get(f"http://{number}.example/").body == BODY
+            assert kind_of(client, f"http://dead.example/{number}") == "connect"
+
+    assert waits == []
+    assert client._turns._hosts._hosts["dead.example"].troubles == MOST_TROUBLES
+
+
+def test_a_cut_network_loses_no_more_than_showed_it(monkeypatch):
+    lead, asked, waits = socket.getaddrinfo, [], []
+
+    def cut(*args, **keywords):
+        asked.append(args)
+        if len(asked) <= BURST + 3:
+            raise socket.gaierror(socket.EAI_AGAIN, "no name server")
+        return lead(*args, **keywords)
+
+    with Host(answer()) as host:
+        client = web(host, waits, retries=0)
+        monkeypatch.setattr(socket, "getaddrinfo", cut)
+        for number in range(BURST - 1):
+            assert kind_of(client, f"http://{number}.example/") == "dns"
+        for number in range(BURST):
+            assert client.get(f"http://well-{number}.example/").body == BODY
+
+    assert waits == [5, 10, 20, 40]
+
+
+def test_a_network_that_stays_cut_is_a_failure_at_last(monkeypatch):
+    def cut(*_args, **_keywords):
+        raise socket.gaierror(socket.EAI_AGAIN, "no name server")
+
+    monkeypatch.setattr(socket, "getaddrinfo", cut)
+    clock = Still()
+    client = Web(Fetch(), 1000, (), clock)
+
+    kinds = {kind_of(client, f"http://{number}.example/") for number in range(2 * BURST)}
+
+    assert kinds == {"dns"}
+    assert LONGEST_CUT <= sum(clock.waits) <= 2 * LONGEST_CUT
+
+
+def test_the_least_delay_is_for_the_hosts_that_the_recipe_names():
+    clock = Still()
+    client = Web(Fetch(delay={"*.imgur.com": 0.5}), 1000, (), clock)
+
+    assert client._delay("i.imgur.com") == 0.5
+    assert client._delay("imgur.example") == 0
+    with Host(answer()) as host:
+        assert web(host, delay={"*": 0.5})._delay("i.imgur.com") == 0
