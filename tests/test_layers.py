@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
     {"record", "storage", "format", "filters"},
-    {"upstream", "cleaning", "progress", "parallel", "connections", "consent", "hosts"},
+    {"upstream", "cleaning", "progress", "parallel", "connections", "consent", "hosts", "pixels"},
     {"sources", "sample"},
     {"recipe"},
     {"choose", "leakage", "images", "shards"},
