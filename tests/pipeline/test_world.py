@@ -126,7 +126,7 @@ def test_a_build_killed_at_random_moments_ends_with_the_same_digest(
     for _ in range(kills):
         process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
         try:
-            process.wait(timeout=dice.uniform(1.5, 6.0))
+            process.wait(timeout=dice.uniform(0.8, 2.2))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
