@@ -22,7 +22,7 @@ from pmd_pipeline.leakage import HeldOut, find_heldout
 from pmd_pipeline.parallel import Pool, Tick, Watch, in_order
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.records import IndexPart, is_whole, part_bounds, write_parts
-from pmd_pipeline.runs import Run, read_range
+from pmd_pipeline.runs import Stretch, read_range, stretches
 from pmd_pipeline.scatter import Scattered, ScatterTask, by_field, estimated_records, scatter
 from pmd_pipeline.storage import join, load_model, remove, write_whole
 from pmd_pipeline.upstream import SPAN_BYTES, Span, UpstreamFile
@@ -103,11 +103,10 @@ class Index(_Stored):
 
 @dataclass(frozen=True)
 class GatherTask:
-    """Parts `first` to `stop` (excluded) of `num_parts`, to be gathered from `runs`."""
+    """Parts `first` to `stop` (excluded) of `num_parts`, gathered from `stretches` of runs."""
 
     folder: str
-    runs: tuple[Run, ...]
-    bucket_bits: int
+    stretches: tuple[Stretch, ...]
     num_parts: int
     first: int
     stop: int
@@ -134,9 +133,8 @@ def build_index(recipe: Recipe, raw: str, folder: str, pool: Pool, watch: Watch)
     heldout = (
         find_heldout([raw, str(Path(raw).parent / "coco")]) if source.info.shares_coco else None
     )
-    upstream, leakage = upstream_digests(raw, folder, spans, heldout, pool, watch)
-    if not source.info.shares_coco:
-        leakage = "none"
+    upstream, split = upstream_digests(raw, folder, spans, heldout, pool, watch)
+    leakage = split or ("not checked" if source.info.shares_coco else "none")
     dependency = _dependency(recipe, upstream, leakage)
     old = load_index(folder)
     if old and old.dependency == dependency and is_whole(folder, old.parts):
@@ -175,7 +173,7 @@ def gather(task: GatherTask, _tick: Tick) -> list[IndexPart]:
     bounds = part_bounds(task.num_parts)
     low, high = bounds[task.first], bounds[task.stop]
     return write_parts(
-        read_range(task.runs, low, high, task.bucket_bits),
+        read_range(task.stretches, low, high),
         task.folder,
         range(task.first, task.stop),
         task.num_parts,
@@ -229,20 +227,21 @@ def _gather_all(
 ) -> list[IndexPart]:
     records = estimated_records(one.smallest for one in scattered)
     num_parts = max(1, round(records / recipe.part_records))
-    runs = tuple(run for one in scattered for run in one.runs)
+    runs = [run for one in scattered for run in one.runs]
     num_bytes = sum(run.num_bytes for run in runs)
     step = max(1, num_parts * GATHER_BYTES // max(num_bytes, 1))
+    bounds = part_bounds(num_parts)
+    starts = range(0, num_parts, step)
     tasks = [
         GatherTask(
             folder=folder,
-            runs=runs,
-            bucket_bits=bucket_bits,
+            stretches=stretches(runs, bounds[first], bounds[stop], bucket_bits),
             num_parts=num_parts,
             first=first,
-            stop=min(first + step, num_parts),
+            stop=stop,
             drop_repeats=recipe.captions.drop_repeats,
         )
-        for first in range(0, num_parts, step)
+        for first, stop in zip(starts, [*starts[1:], num_parts], strict=True)
     ]
     return list(chain.from_iterable(in_order(pool, gather, tasks, watch)))
 

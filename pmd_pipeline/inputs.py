@@ -21,8 +21,8 @@ def upstream_digests(
     heldout: HeldOut | None,
     pool: Pool,
     watch: Watch,
-) -> tuple[list[FileDigest], str]:
-    """Digests of the files that are read and of the file of held-out images.
+) -> tuple[list[FileDigest], str | None]:
+    """Digests of the files that are read, and sha256 of the file of held-out images, if any.
 
     A file whose size and time are those of its last digest is not read again.
     """
@@ -47,7 +47,7 @@ def upstream_digests(
         )
         for path in read
     ]
-    return digests, found[heldout.file.path] if heldout else "not checked"
+    return digests, found[heldout.file.path] if heldout else None
 
 
 class _Known(BaseModel):

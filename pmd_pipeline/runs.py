@@ -6,9 +6,10 @@ run is as large as a worker's buffer, however large upstream is: memory stays fl
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -58,13 +59,21 @@ class Run:
     """A run on disk.
 
     Args:
-        buckets: the bucket of each of its batches.
+        buckets: the bucket of each of its batches, ascending.
         num_bytes: of its lines in memory.
     """
 
     address: str
     buckets: tuple[int, ...]
     num_bytes: int
+
+
+class Stretch(NamedTuple):
+    """Batches `first` to `stop` (excluded) of the run at `address`."""
+
+    address: str
+    first: int
+    stop: int
 
 
 class RunWriter:
@@ -128,10 +137,19 @@ def bucket_of(key: int, bucket_bits: int) -> int:
     return key >> (64 - bucket_bits)
 
 
-def read_range(runs: Iterable[Run], low: int, high: int, bucket_bits: int) -> pa.Table:
-    """The lines of all runs with `low <= key < high`, in order of key, span, row and line."""
+def stretches(runs: Iterable[Run], low: int, high: int, bucket_bits: int) -> tuple[Stretch, ...]:
+    """The batches of all runs that may hold lines with `low <= key < high`."""
     first, last = bucket_of(low, bucket_bits), bucket_of(high - 1, bucket_bits)
-    batches = [batch for run in runs for batch in _batches(run, first, last)]
+    found = (
+        Stretch(run.address, bisect_left(run.buckets, first), bisect_right(run.buckets, last))
+        for run in runs
+    )
+    return tuple(one for one in found if one.first < one.stop)
+
+
+def read_range(found: Iterable[Stretch], low: int, high: int) -> pa.Table:
+    """The lines of all stretches with `low <= key < high`, in order of key, span, row and line."""
+    batches = [batch for one in found for batch in _batches(one)]
     table = pa.Table.from_batches(batches, schema=SCHEMA)
     inside = pc.and_(
         pc.greater_equal(table["key"], pa.scalar(low, pa.uint64())),
@@ -177,10 +195,7 @@ def _write(address: str, table: pa.Table, bucket_bits: int) -> Run:
     return Run(address, tuple(buckets.tolist()), table.nbytes)
 
 
-def _batches(run: Run, first: int, last: int) -> Iterator[pa.RecordBatch]:
-    wanted = [i for i, bucket in enumerate(run.buckets) if first <= bucket <= last]
-    if not wanted:
-        return
-    with open_read(run.address) as file, pa.ipc.open_file(file) as reader:
-        for number in wanted:
+def _batches(stretch: Stretch) -> Iterator[pa.RecordBatch]:
+    with open_read(stretch.address) as file, pa.ipc.open_file(file) as reader:
+        for number in range(stretch.first, stretch.stop):
             yield reader.get_batch(number)
