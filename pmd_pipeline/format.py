@@ -159,6 +159,57 @@ class Report(_Stored):
     timing: Timing = Timing()
 
 
+class CodeRules(_Stored):
+    """How image codes were made; equal for all shards of a dataset.
+
+    Args:
+        tokenizer: `dalle` (DALL-E's dVAE), or `kmeans` (patch k-means, a stand-in for it).
+        sha256: of the tokenizer's weights.
+        vocabulary: codes are 0 to `vocabulary - 1`; at most 65,536.
+        size: pixels of the square that a view is resized to, by Lanczos.
+        grid: codes along each side of that square.
+        views: stored views of an image without boxes: the whole image, then `views - 1` boxes drawn
+            from (`seed`, key). An image with boxes has the whole, then one view for each caption.
+        seed: of the drawn boxes.
+        dtype: of the tokenizer's arithmetic, as torch calls it (`float32`, `bfloat16`).
+    """
+
+    tokenizer: Literal["dalle", "kmeans"]
+    sha256: str
+    vocabulary: int
+    size: int
+    grid: int
+    views: int = 1
+    seed: int = 0
+    dtype: str = "float32"
+
+
+class CodesReport(_Stored):
+    """The codes of one shard; written last, so its presence means that they are done.
+
+    Args:
+        dependency: digest of all that they depend on (tar, ledger, rules, format).
+        images: records that have codes: the samples of the tar, in its order.
+        views: rows of `boxes` and `codes`.
+        file: the safetensors file with `boxes`, `codes` and `first`.
+        agreement: share of codes that float32 gives too, on a sample, where `dtype` is another.
+        versions: libraries that shape codes.
+        timing: see `Timing`.
+    """
+
+    format: int = FORMAT
+    source: str
+    part: int
+    dependency: str
+    rules: CodeRules
+    images: int
+    views: int
+    file: FileDigest
+    agreement: float | None = None
+    versions: dict[str, str]
+    timing: Timing = Timing()
+
+
 class SourceEntry(_Stored):
     """What a manifest says of one source.
 
@@ -191,7 +242,14 @@ class SourceEntry(_Stored):
 
 
 class ShardEntry(_Stored):
-    """One shard of a manifest; `path` is relative to the manifest, or a URL."""
+    """One shard of a manifest; `path` is relative to the manifest, or a URL.
+
+    A shard of kind `text` is a Parquet file with a column `text`, and is its own ledger.
+
+    Args:
+        codes_sha256: of the file of image codes beside the shard.
+        views: rows of that file.
+    """
 
     source: str
     part: int
@@ -202,18 +260,27 @@ class ShardEntry(_Stored):
     records: int
     images: int
     pairs: int
+    codes_sha256: str | None = None
+    views: int | None = None
 
     @property
     def ledger_path(self) -> str:
         """Where the ledger is: beside the tar."""
         return self.path.removesuffix(".tar") + ".parquet"
 
+    @property
+    def codes_path(self) -> str:
+        """Where the image codes are, if there are any: beside the tar."""
+        return self.path.removesuffix(".tar") + ".codes.safetensors"
+
 
 class Manifest(_Stored):
     """Which shards make a dataset. `digest` is the dataset's version.
 
     Args:
-        kind: what a sample is.
+        kind: what a sample is. The thing that is counted as a pair is then the pair, the image or
+            the text.
+        codes: how the image codes were made, where every shard has them.
         versions: libraries that shape bytes.
         missing: parts that are planned but not there, by source; empty in a finished dataset.
     """
@@ -223,6 +290,7 @@ class Manifest(_Stored):
     kind: Literal["pairs", "images", "text"] = "pairs"
     sources: dict[str, SourceEntry]
     shards: list[ShardEntry]
+    codes: CodeRules | None = None
     versions: dict[str, str]
     missing: dict[str, list[int]] = Field(default_factory=dict)
     digest: str = ""

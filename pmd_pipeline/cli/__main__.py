@@ -1,0 +1,5 @@
+"""`python -m pmd_pipeline.cli`."""
+
+from pmd_pipeline.cli import main
+
+main()

@@ -1,0 +1,69 @@
+"""The Typer app that every command joins, the consoles, and the options that commands share."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from pmd_pipeline.progress import Show
+
+app = typer.Typer(
+    help="Rebuild the Public Multimodal Datasets: nine sources to shards, manifest, statistics.\n\n"
+    "Example: pmd quickstart",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out_console = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
+err_console = Console(stderr=True, emoji=False)
+
+
+class Runner(StrEnum):
+    """Where tasks run."""
+
+    ray = "ray"
+    local = "local"
+
+
+Out = Annotated[
+    str, typer.Option("--out", metavar="DIR", help="Folder or fsspec address for index and shards.")
+]
+Manifests = Annotated[str, typer.Option(metavar="DIR", help="Folder for manifests.")]
+RunnerOption = Annotated[Runner, typer.Option(help="Run tasks on Ray, or on local processes.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Tasks at a time; default: all cores.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Join this Ray cluster (auto: the one of this machine)."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the command with exit code 130 and one sentence."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+
+
+def say(words: str) -> None:
+    """Print talk, as it is, on stderr."""
+    err_console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def shown(*, quiet: bool) -> "Show":
+    """Where progress is shown: stderr."""
+    from pmd_pipeline.progress import Show
+
+    return Show(err_console, quiet=quiet)
