@@ -266,7 +266,7 @@ class ShardEntry(_Stored):
     @property
     def ledger_path(self) -> str:
         """Where the ledger is: beside the tar."""
-        return self.path.removesuffix(".tar") + ".parquet"
+        return self.path.removesuffix(".tar").removesuffix(".parquet") + ".parquet"
 
     @property
     def codes_path(self) -> str:
