@@ -20,7 +20,7 @@ from flava_train.shapes import Bool, Float, Int
 
 
 @dataclass(frozen=True)
-class Streams:
+class Shares:
     """Probability that a step takes pairs, images or texts; they add up to 1."""
 
     pairs: float = 0.70
@@ -59,7 +59,7 @@ class Objective:
     contrast: Literal["global", "local", "siglip"] = "global"
     itm_negatives: Literal["dataset", "batch", "hard"] = "dataset"
     itm_rate: float = 0.1
-    streams: Streams = Streams()
+    streams: Shares = Shares()
     unimodal_init: bool = True
 
     @property
@@ -68,11 +68,11 @@ class Objective:
         return bool(self.mmm_image or self.mmm_text or self.itm)
 
 
-_ONLY_PAIRS = Streams(pairs=1.0, images=0.0, texts=0.0)
+_ONLY_PAIRS = Shares(pairs=1.0, images=0.0, texts=0.0)
 
 ABLATIONS = {
-    "mim": Objective(streams=Streams(0.0, 1.0, 0.0), unimodal_init=False),
-    "mlm": Objective(streams=Streams(0.0, 0.0, 1.0), unimodal_init=False),
+    "mim": Objective(streams=Shares(0.0, 1.0, 0.0), unimodal_init=False),
+    "mlm": Objective(streams=Shares(0.0, 0.0, 1.0), unimodal_init=False),
     "flava_c": Objective(
         mmm_image=0.0, mmm_text=0.0, itm=0.0, streams=_ONLY_PAIRS, unimodal_init=False
     ),
