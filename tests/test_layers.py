@@ -13,7 +13,7 @@ LAYERS = [
     {"errors"},
     {"record", "storage", "format", "filters"},
     {"upstream", "cleaning", "progress", "parallel", "connections", "consent", "hosts", "pixels"},
-    {"sources", "sample"},
+    {"sources", "sample", "wordpiece"},
     {"recipe"},
     {"choose", "leakage", "images", "shards"},
     {"runs"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"scatter", "inputs"},
     {"index", "build"},
     {"manifest"},
-    {"stats", "story", "listing", "dataset"},
+    {"stats", "story", "listing", "dataset", "corpus"},
     {"quickstart"},
     {"cli"},
 ]
@@ -40,6 +40,7 @@ MAY_KNOW = {
     "simplejpeg": {"pixels"},
     "fsspec": {"storage"},
     "ijson": {"upstream"},
+    "tokenizers": {"wordpiece"},
 }
 """Libraries that only these rooms may import."""
 

@@ -3,11 +3,11 @@
 import logging
 import sys
 
-from pmd_pipeline.cli import build, look
+from pmd_pipeline.cli import build, look, texts
 from pmd_pipeline.cli.app import app, say
 from pmd_pipeline.errors import PmdError
 
-COMMANDS = (build, look)
+COMMANDS = (build, look, texts)
 """Files of commands; importing one registers its commands."""
 
 

@@ -1,0 +1,188 @@
+"""The vocabulary: the library's own merges with ties settled, and the same on every run."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from source_helpers import SAMPLES, needs_samples
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from pmd_pipeline import wordpiece
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.wordpiece import SPECIAL, Vocabulary, WordCounts, learned, load_vocabulary
+
+LETTERS = "abcdeé中-!"
+
+
+def counted(texts):
+    counts = WordCounts()
+    for text in texts:
+        counts.add(text)
+    return counts.words()
+
+
+def some_texts(seed=0, count=300):
+    dice = random.Random(seed)
+    stems = ["".join(dice.choices("abcdefgh", k=dice.randint(1, 6))) for _ in range(60)]
+    return [" ".join(dice.choices(stems, k=8)) for _ in range(count)]
+
+
+def by_the_library(texts, size, first):
+    """The library's vocabulary where the numbers of the first pieces are no accident."""
+    found = Tokenizer(models.WordPiece())
+    found.normalizer = normalizers.BertNormalizer(lowercase=True)
+    found.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, min_frequency=2, special_tokens=first, show_progress=False
+    )
+    found.train_from_iterator(texts, trainer)
+    numbers = found.get_vocab()
+    return sorted(numbers, key=numbers.__getitem__)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_pieces_are_those_of_the_librarys_trainer(seed):
+    texts = some_texts(seed)
+
+    pieces = list(learned(counted(texts), 160).pieces)
+
+    letters = sum(len(piece.removeprefix("##")) == 1 for piece in pieces)
+    assert pieces == by_the_library(texts, 160, pieces[: len(SPECIAL) + letters])
+
+
+@pytest.mark.parametrize("threads", ["false", "true"])
+def test_fresh_processes_learn_the_same(threads):
+    code = (
+        "import sys; sys.path.insert(0, 'tests/pipeline'); import test_wordpiece as t\n"
+        "print(t.learned(t.counted(t.some_texts()), 300).sha256)"
+    )
+    environment = {"PATH": "", "TOKENIZERS_PARALLELISM": threads, "PYTHONHASHSEED": "random"}
+
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+    )
+
+    assert found.stdout.strip() == learned(counted(some_texts()), 300).sha256
+
+
+@given(st.lists(st.text(LETTERS, max_size=6), max_size=20), st.randoms(use_true_random=False))
+def test_the_order_of_the_texts_is_all_the_same(texts, dice):
+    shuffled = dice.sample(texts, len(texts))
+
+    assert learned(counted(texts), 60) == learned(counted(shuffled), 60)
+
+
+@given(st.lists(st.text(max_size=30), max_size=8))
+def test_words_are_counted_as_bert_splits_them(texts):
+    normal, split = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    whole = [word for t in texts for word, _ in split.pre_tokenize_str(normal.normalize_str(t))]
+
+    assert counted(texts) == Counter(whole)
+
+
+def test_words_beyond_the_room_are_forgotten_with_a_bound():
+    texts = ["often " * 50, *(f"rare{n}" for n in range(200))]
+    counts = WordCounts(most=100)
+
+    for text in texts:
+        counts.add(text)
+
+    words = counts.words()
+    assert len(words) <= 100
+    assert 50 - counts.forgotten <= words["often"] <= 50
+    assert all(50 >= words.get(w, 0) >= 1 - counts.forgotten for t in texts for w in t.split())
+    assert counts.forgotten > 0
+
+
+def test_the_layout_is_berts():
+    vocabulary = learned(counted(["a dog", "a dog"]), 100)
+
+    assert vocabulary.pieces[:5] == ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    assert "dog" in vocabulary.pieces
+    assert vocabulary.wordpiece().encode("A DOG").tokens == ["a", "dog"]
+
+
+def test_no_text_can_spell_a_special_piece():
+    cut = learned(counted(["sep cls mask [ ] sep"] * 2), 200).wordpiece()
+
+    numbers = cut.encode("[SEP] [CLS] [MASK] [PAD]").ids
+
+    assert not {0, 2, 3, 4} & set(numbers)
+
+
+def test_characters_beyond_the_alphabet_make_their_words_unknown():
+    texts = ["abc " * 9, *(chr(0x4E00 + n) for n in range(400))]
+    vocabulary = learned(counted(texts), 100)
+
+    assert len(vocabulary.pieces) <= 100
+    assert vocabulary.wordpiece().encode("abc 丁" + chr(0x4E00 + 399)).tokens[0] == "abc"
+
+
+def test_a_vocabulary_is_the_same_from_either_file(tmp_path):
+    vocabulary = learned(counted(some_texts()), 200)
+    (tmp_path / "vocab.txt").write_bytes(vocabulary.content)
+    vocabulary.wordpiece().save(str(tmp_path / "tokenizer.json"))
+
+    assert load_vocabulary(str(tmp_path / "vocab.txt")) == vocabulary
+    assert load_vocabulary(str(tmp_path / "tokenizer.json")) == vocabulary
+
+
+@needs_samples
+def test_berts_own_vocabulary_is_read():
+    vocabulary = load_vocabulary(str(SAMPLES / "bert_vocab" / "vocab.txt"))
+
+    assert len(vocabulary.pieces) == 30522
+    assert vocabulary.content == (SAMPLES / "bert_vocab" / "vocab.txt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("vocab.txt", b"[PAD]\n[UNK]\na\n", r"lacks \[CLS\], \[SEP\], \[MASK\]"),
+        ("vocab.txt", b"a\n[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n", "begins with 'a'"),
+        ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\na\n", "a piece twice"),
+        ("vocab.txt", b"\xff\xfe", "is no vocabulary"),
+        ("tokenizer.json", b"{", "is no vocabulary"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}}}', "is no vocabulary"),
+        ("tokenizer.json", b"[1]", "is no vocabulary"),
+    ],
+)  # fmt: skip
+def test_another_file_is_refused_in_a_sentence(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(PmdError, match=words):
+        load_vocabulary(str(tmp_path / name))
+
+
+def test_numbers_with_gaps_are_refused(tmp_path):
+    model = {"continuing_subword_prefix": "##", "vocab": {"[PAD]": 0, "[UNK]": 2}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+
+    with pytest.raises(PmdError, match="with gaps"):
+        load_vocabulary(str(tmp_path / "tokenizer.json"))
+
+
+def test_without_the_library_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+
+    with pytest.raises(PmdError, match="pip install"):
+        wordpiece.WordCounts()
+
+
+def test_a_large_vocabulary_is_merged_to_its_size():
+    dice = random.Random(1)
+    words = {"".join(dice.choices("abcdefghij", k=7)): dice.randint(1, 9) for _ in range(3000)}
+
+    assert len(learned(words, 1500).pieces) == 1500
+    assert isinstance(learned(words, 1500), Vocabulary)
