@@ -173,18 +173,28 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
     return manifest, failures
 
 
+def raw_folder(raw: str | None, out: str, source: str) -> str:
+    """The folder of a source's annotation files: below `raw`, `raw` itself, or below `out`.
+
+    Raises:
+        PmdError: there is no such folder, or it is not on this machine.
+    """
+    if raw is None:
+        folder = join(out, "raw", source)
+        if not is_local(folder):
+            raise PmdError(f"annotation files cannot be read from {folder}: give a local --raw")
+        return folder
+    below = Path(raw) / source
+    folder = str(below) if below.is_dir() else raw
+    if not Path(folder).is_dir():
+        raise PmdError(f"--raw {folder}: there is no such folder")
+    return folder
+
+
 def _order(request: Request, recipe: Recipe) -> Order:
     """What to build of one source, whose annotation files are there or can be downloaded."""
     source = sources.load(recipe.source)
-    if request.raw is None:
-        raw = join(request.out, "raw", recipe.source)
-        if not is_local(raw):
-            raise PmdError(f"annotation files cannot be read from {raw}: give a local --raw")
-    else:
-        below = Path(request.raw) / recipe.source
-        raw = str(below) if below.is_dir() else request.raw
-        if not Path(raw).is_dir():
-            raise PmdError(f"--raw {raw}: there is no such folder")
+    raw = raw_folder(request.raw, request.out, recipe.source)
     if request.raw is not None or not source.downloadable(recipe.form):
         sources.find_spans(source, raw, recipe.form)  # says now what a later source lacks
     return Order(

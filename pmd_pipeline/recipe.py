@@ -108,23 +108,47 @@ class Fetch(_Section):
 
     Args:
         contact: mail or web address for the User-Agent, so that a host can reach whoever asks.
-        concurrency: requests in flight in each task.
+        concurrency: most requests in flight in each task; fewer while bodies are large.
         per_host: most requests in flight to one host in each task; fewer while it is busy.
         delay: host (`*.example` for all below it) to the least seconds between requests to it, in
             each task; not for a host in `connect_to`.
         timeout: seconds for one address, all attempts' bodies included.
+        least_rate: bytes a second; an answer that is slower for 15 seconds is given up.
         retries: further attempts after a failure that may pass by itself.
         connect_to: host (`*.example` for all below it) to `address:port` that is asked instead, as
             with curl's option of that name; a host named here may be on a private network.
     """
 
     contact: str = ""
-    concurrency: Annotated[int, Field(ge=1, le=4096)] = 32
+    concurrency: Annotated[int, Field(ge=1, le=4096)] = 256
     per_host: Annotated[int, Field(ge=1, le=1024)] = 8
     delay: dict[str, Annotated[float, Field(ge=0, le=60)]] = Field(default_factory=dict)
     timeout: Annotated[float, Field(gt=0)] = 30.0
+    least_rate: Annotated[int, Field(ge=0)] = 1000
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     connect_to: dict[str, str] = Field(default_factory=dict)
+
+
+class Expected(_Section):
+    """What others found, for `pmd plan` where nobody has probed; no digest covers this section.
+
+    Args:
+        records: images that the source names, after its filters.
+        pairs: pairs of them.
+        alive: share of the images that could be had.
+        seen: who found that, and when.
+        image_bytes: mean size of an image on the web.
+        pixels: mean number of its pixels.
+        stored_bytes: mean size of a stored image.
+    """
+
+    records: Annotated[int, Field(ge=1)]
+    pairs: Annotated[int, Field(ge=1)]
+    alive: Annotated[float, Field(gt=0, le=1)]
+    seen: str
+    image_bytes: Annotated[int, Field(ge=1)]
+    pixels: Annotated[int, Field(ge=1)]
+    stored_bytes: Annotated[int, Field(ge=1)]
 
 
 class Recipe(_Section):
@@ -135,6 +159,7 @@ class Recipe(_Section):
         form: the form of its annotation files to read; None takes the first that is there.
         options: keyword arguments of the source's `read`.
         part_records: about how many records make a part.
+        expected: see `Expected`.
     """
 
     source: str
@@ -144,10 +169,11 @@ class Recipe(_Section):
     images: Images = Images()
     fetch: Fetch = Fetch()
     part_records: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    expected: Expected | None = None
 
     def index_rules(self) -> dict[str, Any]:
         """The part of the recipe that shapes the index."""
-        return self.model_dump(mode="json", exclude={"images", "fetch"})
+        return self.model_dump(mode="json", exclude={"images", "fetch", "expected"})
 
     def shard_rules(self) -> dict[str, Any]:
         """The part of the recipe that shapes shards, given their index."""

@@ -1,14 +1,16 @@
 """The command `pmd`: parses, calls one function, prints. Results on stdout, talk on stderr."""
 
+import importlib
 import logging
+import pkgutil
 import sys
 
-from pmd_pipeline.cli import build, look, texts
 from pmd_pipeline.cli.app import app, say
 from pmd_pipeline.errors import PmdError
 
-COMMANDS = (build, look, texts)
-"""Files of commands; importing one registers its commands."""
+for module in sorted(found.name for found in pkgutil.iter_modules(__path__)):
+    if not module.startswith("_"):
+        importlib.import_module(f"{__name__}.{module}")  # registers its commands
 
 
 def main() -> None:

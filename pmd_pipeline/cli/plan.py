@@ -1,0 +1,135 @@
+"""The command `pmd plan`: what a build will take, before anything is spent."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pmd_pipeline.cli.app import Out, Quiet, app, interruptible, out_console, say, shown
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pmd_pipeline.plan import Plan
+    from pmd_pipeline.trial import Range
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", "-s", metavar="NAME", help="A source; default: all nine."),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="A recipe file of your own.")
+    ] = None,
+    probe: Annotated[
+        int | None,
+        typer.Option(
+            min=8, metavar="N", help="Fetch N images of each source now, and extrapolate."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Tasks at a time, here or in a cluster; default: all cores."
+        ),
+    ] = None,
+    out: Out = "data",
+    raw: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder of annotation files [default: OUT/raw/SOURCE]."),
+    ] = None,
+    contact: Annotated[
+        str, typer.Option(metavar="TEXT", help="Mail or web address told to every host.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Estimate images, bytes, disk and hours: from a probe, or else from recorded figures.
+
+    Example: pmd plan --source cc12m --probe 200 --workers 64
+    """
+    import os
+    from itertools import chain
+
+    from pmd_pipeline import plan as plans
+    from pmd_pipeline.dataset import raw_folder
+    from pmd_pipeline.recipe import load_recipe
+
+    changes = {"fetch": {"contact": contact}} if contact else {}
+    names = [*(source or ()), *(recipe or ())] or ["pmd"]
+    recipes = list(chain.from_iterable(load_recipe(name, changes) for name in names))
+    tasks = workers or os.cpu_count() or 1
+    found = []
+    with interruptible():
+        for one in recipes:
+            if probe:
+                folder = raw_folder(raw, out, one.source)
+                found.append(plans.probed(one, folder, out, probe, tasks, shown(quiet=quiet)))
+            else:
+                found.append(plans.recorded(one, out, tasks))
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found]))
+        return
+    out_console.print(_table([*found, *([plans.total(found)] if len(found) > 1 else [])], tasks))
+    for each in found:
+        lost = ", ".join(f"{reason} {share:.1%}" for reason, share in each.lost.items())
+        say(f"{each.source}: {each.basis}" + (f"; lost: {lost}" if lost else ""))
+    say(
+        "Processor time is measured on this machine; indexing comes on top. Hours without a probe "
+        "know nothing of how slow hosts are."
+    )
+
+
+def _table(rows: list["Plan"], workers: int) -> "Table":
+    from rich.table import Table
+
+    columns = ("records", "alive", "images", "pairs", "download", "disk", "shards", "CPU hours")
+    table = Table("source", title=f"{workers} tasks at a time")
+    for name in (*columns, "hours"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.source,
+            f"{row.records:,}",
+            _share(row.alive),
+            _count(row.images),
+            _count(row.pairs),
+            _size(row.bytes_down),
+            _size(row.bytes_stored),
+            f"{row.shards:,}",
+            _number(row.cpu_hours),
+            _hours(row.hours),
+        )
+    return table
+
+
+def _share(share: "Range") -> str:
+    if share.low is None or share.high is None:
+        return f"{share.value:.0%}"
+    return f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%})"
+
+
+def _count(number: "Range") -> str:
+    return f"{number.value / 1e6:,.2f}M" if number.value >= 1e5 else f"{number.value:,.0f}"
+
+
+def _size(size: "Range") -> str:
+    """Bytes with their interval, in a unit that fits both."""
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"))
+    unit, name = next((pair for pair in units if size.value >= pair[0]), (1e3, "kB"))
+    spread = "" if size.high is None else f" ± {(size.high - size.value) / unit:,.1f}"
+    return f"{size.value / unit:,.1f}{spread} {name}"
+
+
+def _number(number: "Range") -> str:
+    spread = "" if number.high is None else f" ± {number.high - number.value:,.1f}"
+    return f"{number.value:,.1f}{spread}"
+
+
+def _hours(hours: "Range") -> str:
+    if hours.high is None:
+        return f"over {hours.value:,.1f}"
+    return f"{hours.low or 0:,.1f} to {hours.high:,.1f}"
