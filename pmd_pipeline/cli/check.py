@@ -1,0 +1,56 @@
+"""Commands that check and compare: `pmd verify`."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from pmd_pipeline.cli.app import (
+    Quiet,
+    RayAddress,
+    Runner,
+    RunnerOption,
+    Workers,
+    app,
+    interruptible,
+    say,
+    shown,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def verify(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="The manifest to hold to.")],
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Look at sizes and reports only, not into the shards.")
+    ] = False,
+    as_json: Json = False,
+    runner: RunnerOption = Runner.local,
+    workers: Workers = None,
+    ray_address: RayAddress = None,
+    quiet: Quiet = False,
+) -> None:
+    """Check every digest, count, member and offset of a dataset, and say what is damaged.
+
+    Example: pmd verify manifests/pmd.json
+    """
+    from pmd_pipeline.parallel import open_pool
+    from pmd_pipeline.verify import verify as findings
+
+    found = []
+    with interruptible(), open_pool(runner.value, workers, ray_address) as pool:
+        for finding in findings(manifest, pool, shown(quiet=quiet), fast=fast):
+            found.append(finding)
+            if not as_json:
+                typer.echo(str(finding))
+    if as_json:
+        typer.echo(
+            json.dumps({"manifest": manifest, "findings": [asdict(one) for one in found]}, indent=1)
+        )
+    if found:
+        say(f"{manifest}: {len(found)} faults; build the sources that they name again")
+        raise typer.Exit(1)
+    say(f"{manifest}: {'sizes and reports are' if fast else 'all is'} as it should be")

@@ -1,0 +1,647 @@
+"""The mutation test of `pmd verify`: whatever is damaged is found and named, and nothing else."""
+
+import io
+import json
+import random
+import shutil
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
+from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+
+from pmd_pipeline.code_checks import code_faults
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.format import (
+    CodeRules,
+    CodesReport,
+    FileDigest,
+    Report,
+    canonical_json,
+)
+from pmd_pipeline.manifest import load_manifest, save_manifest
+from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.shards import LEDGER, ledger_bytes
+from pmd_pipeline.storage import read_bytes, sizes, write_whole
+from pmd_pipeline.verify import verify
+
+RULES = CodeRules(tokenizer="kmeans", sha256="0" * 64, vocabulary=16, size=16, grid=2, views=2)
+FILES = ("tar", "parquet", "codes.safetensors")
+
+
+def findings(manifest, *, fast=False):
+    with open_pool("local", 1, None) as pool:
+        return [str(one) for one in verify(str(manifest), pool, QUIET, fast=fast)]
+
+
+def write_codes(base, images):
+    """Codes of so many images beside the shard `base`, and their report."""
+    dice = np.random.default_rng(images)
+    boxes = np.tile(np.array([[0, 0, 1, 1], [0.1, 0, 1, 0.9]], dtype=np.float32), (images, 1))
+    tensors = {
+        "boxes": boxes,
+        "codes": dice.integers(0, 16, (2 * images, 2, 2)).astype(np.uint16),
+        "first": np.arange(0, 2 * images + 1, 2),
+    }
+    content = save(tensors, metadata={"tokenizer": "kmeans"})
+    write_whole(f"{base}.codes.safetensors", content)
+    report = Report.model_validate_json(read_bytes(f"{base}.json"))
+    made = CodesReport(
+        source=report.source,
+        part=report.part,
+        dependency="",
+        rules=RULES,
+        images=images,
+        views=2 * images,
+        file=FileDigest.of(f"{base.rpartition('/')[2]}.codes.safetensors", content),
+        versions={},
+    )
+    write_whole(f"{base}.codes.json", made.model_dump_json().encode())
+
+
+def seal(manifest_path):
+    """Let manifest and reports vouch for whatever lies on disk now, as a forger would."""
+    folder = str(manifest_path).rpartition("/manifests/")[0] + "/data/shards/cc3m"
+    manifest, shards = load_manifest(str(manifest_path)), []
+    for shard in manifest.shards:
+        base = f"{folder}/{shard.part:05d}"
+        report = Report.model_validate_json(read_bytes(f"{base}.json"))
+        codes = CodesReport.model_validate_json(read_bytes(f"{base}.codes.json"))
+        tar, ledger, coded = (
+            FileDigest.of(f"{shard.part:05d}.{kind}", read_bytes(f"{base}.{kind}"))
+            for kind in FILES
+        )
+        report = report.model_copy(update={"tar": tar, "ledger": ledger})
+        write_whole(f"{base}.json", report.model_dump_json().encode())
+        codes = codes.model_copy(update={"file": coded})
+        write_whole(f"{base}.codes.json", codes.model_dump_json().encode())
+        changes = {"sha256": tar.sha256, "num_bytes": tar.num_bytes, "views": codes.views}
+        changes |= {"ledger_sha256": ledger.sha256, "codes_sha256": coded.sha256}
+        shards.append(shard.model_copy(update=changes))
+    seal_manifest(manifest_path, {"shards": shards, "codes": RULES})
+
+
+def seal_manifest(path, changes):
+    manifest = load_manifest(str(path)).model_copy(update=changes)
+    save_manifest(str(path), manifest.model_copy(update={"digest": manifest.computed_digest()}))
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    """The manifest of 30 pictures in about five shards with codes; three pictures are absent."""
+    folder = tmp_path_factory.mktemp("healthy")
+    write_rows(folder / "raw", [*toy_rows(30), ("no address here", "nowhere")])
+    write_pictures(folder / "pictures", [f"{number}.jpg" for number in range(27)])
+    order = toy_order(folder, toy_recipe(part_records=6), pictures=folder / "pictures")
+    for shard in toy_build(order).shards:
+        write_codes(f"{order.shards}/{shard.part:05d}", shard.images)
+    seal(order.manifest)
+    shutil.rmtree(folder / "data" / "index")
+    return Path(order.manifest)
+
+
+@dataclass
+class Copy:
+    """A copy of the healthy set, of which a test damages the shard `part`."""
+
+    manifest: Path
+    dice: random.Random
+
+    def __post_init__(self):
+        shards = load_manifest(str(self.manifest)).shards
+        self.part = self.dice.choice(shards).part
+        self.other = self.dice.choice([one.part for one in shards if one.part != self.part])
+
+    def path(self, kind, part=None):
+        folder = self.manifest.resolve().parents[1] / "data" / "shards" / "cc3m"
+        return folder / f"{self.part if part is None else part:05d}.{kind}"
+
+    def members(self):
+        with tarfile.open(self.path("tar")) as tar:
+            return [(one, tar.extractfile(one).read()) for one in tar]
+
+    def write_members(self, members):
+        with tarfile.open(self.path("tar"), "w", format=tarfile.USTAR_FORMAT) as tar:
+            for member, content in members:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+    def some_member(self, kind=""):
+        members = self.members()
+        wanted = [n for n, (member, _) in enumerate(members) if member.name.endswith(kind)]
+        return members, self.dice.choice(wanted)
+
+    def change_ledger(self, change):
+        rows = pq.read_table(self.path("parquet")).to_pylist()
+        change(rows)
+        self.path("parquet").write_bytes(ledger_bytes(rows))
+
+    def change_row(self, name, value, *, status="success"):
+        def change(rows):
+            row = self.dice.choice([row for row in rows if row["status"] == status])
+            row[name] = value(row[name]) if callable(value) else value
+
+        self.change_ledger(change)
+
+    def change_sample(self, name, value):
+        """Change the JSON of a sample to something of the same length in another place."""
+        members, number = self.some_member(".json")
+        sample = json.loads(members[number][1])
+        sample[name] = value(sample[name]) if callable(value) else value
+        members[number] = members[number][0], canonical_json(sample).encode()
+        self.write_members(members)
+
+    def change_report(self, **changes):
+        path = self.path("json")
+        report = json.loads(path.read_text())
+        for name, value in changes.items():
+            report[name] = value(report[name])
+        path.write_text(json.dumps(report))
+
+    def change_codes(self, name, change):
+        tensors = load(self.path("codes.safetensors").read_bytes())
+        tensors[name] = change(tensors[name].copy())
+        self.path("codes.safetensors").write_bytes(save(tensors))
+
+
+@pytest.fixture
+def copy_of(healthy, tmp_path):
+    def make(seed):
+        shutil.copytree(healthy.parents[1] / "manifests", tmp_path / "manifests")
+        shutil.copytree(healthy.parents[1] / "data", tmp_path / "data")
+        return Copy(tmp_path / "manifests" / healthy.name, random.Random(seed))
+
+    return make
+
+
+def test_nothing_is_wrong_with_a_healthy_set(healthy):
+    assert findings(healthy) == findings(healthy, fast=True) == []
+
+
+def test_nothing_is_wrong_with_a_healthy_set_under_any_address(healthy, monkeypatch):
+    files = fsspec.filesystem("memory")
+    for path in healthy.parents[1].rglob("*"):
+        if path.is_file() and "pictures" not in path.parts:
+            files.pipe(f"/healthy/{path.relative_to(healthy.parents[1])}", path.read_bytes())
+    tar = "memory://healthy/data/shards/cc3m/00001.tar"
+
+    assert findings("memory://healthy/manifests/cc3m.json") != []  # shards lie beside a local one
+    manifest = load_manifest("memory://healthy/manifests/cc3m.json")
+    shards = [
+        one.model_copy(update={"path": f"memory://healthy/data/shards/cc3m/{one.part:05d}.tar"})
+        for one in manifest.shards
+    ]
+    save_manifest("memory://healthy/there.json", manifest.model_copy(update={"shards": shards}))
+    assert findings("memory://healthy/there.json") == []
+    content = read_bytes(tar)
+    write_whole(tar, content[:700] + bytes([content[700] ^ 1]) + content[701:])
+    assert all(one.startswith(tar) for one in findings("memory://healthy/there.json"))
+    assert sizes("memory://healthy/data/shards/cc3m")
+    files.rm("/healthy", recursive=True)
+
+
+@given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True), st.integers(0, 7), st.randoms())
+def test_every_flipped_bit_is_found_in_the_file_it_is_in(
+    healthy, tmp_path_factory, kind, place, bit, dice
+):
+    folder = tmp_path_factory.mktemp("flipped")
+    shutil.copytree(healthy.parents[1], folder / "set", ignore=shutil.ignore_patterns("pictures"))
+    copy = Copy(folder / "set" / "manifests" / healthy.name, dice)
+    content = bytearray(copy.path(kind).read_bytes())
+    content[int(place * len(content))] ^= 1 << bit
+    copy.path(kind).write_bytes(content)
+
+    found = findings(copy.manifest)
+
+    assert all(one.startswith(str(copy.path(kind))) or "codes" not in kind for one in found)
+    assert any(
+        one.startswith(str(copy.path(kind))) and "its bytes have changed" in one for one in found
+    )
+    shutil.rmtree(folder)
+
+
+def without(members, number):
+    return members[:number] + members[number + 1 :]
+
+
+def remove_member(copy):
+    members, number = copy.some_member()
+    copy.write_members(without(members, number))
+    return f"{members[number][0].name} is missing"
+
+
+def remove_sample(copy):
+    members, number = copy.some_member(".jpg")
+    copy.write_members(members[:number] + members[number + 3 :])
+    return f"{members[number][0].name} is missing"
+
+
+def add_member(copy):
+    members, number = copy.some_member()
+    name = copy.dice.choice(["0" * 16 + ".jpg", members[number][0].name + "2", "../../etc/passwd"])
+    members.insert(copy.dice.randrange(len(members) + 1), (tarfile.TarInfo(name), b"x"))
+    copy.write_members(members)
+    return f"{name} is there, but the ledger does not know it"
+
+
+def repeat_member(copy):
+    members, number = copy.some_member()
+    copy.write_members([*members, members[number]])
+    return f"{members[number][0].name} is there 2 times"
+
+
+def reorder_members(copy):
+    members, number = copy.some_member(".jpg")
+    members[number], members[number + 1] = members[number + 1], members[number]
+    copy.write_members(members)
+    return f"{members[number][0].name} stands where {members[number + 1][0].name} should be"
+
+
+def swap_pictures(copy):
+    members, number = copy.some_member(".jpg")
+    other = copy.dice.choice([n for n in range(0, len(members), 3) if n != number])
+    one, two = members[number], members[other]
+    members[number], members[other] = (one[0], two[1] + b"..."), (two[0], one[1])
+    copy.write_members(members)
+    return f"{one[0].name} lies at byte"
+
+
+def truncate_tar(copy):
+    content = copy.path("tar").read_bytes()
+    copy.path("tar").write_bytes(content[: copy.dice.randrange(len(content))])
+    return "the tar ends at byte|the ledger does not know|members could not be read"
+
+
+def spoil_header(copy):
+    content = bytearray(copy.path("tar").read_bytes())
+    content[512 * copy.dice.choice([0]) + copy.dice.randrange(148)] ^= 4
+    copy.path("tar").write_bytes(content)
+    return "the header at byte 0 is broken"
+
+
+def set_time(copy):
+    members, number = copy.some_member()
+    name, value = copy.dice.choice([("mtime", 7), ("uid", 1000), ("gid", 5), ("mode", 0o755)])
+    setattr(members[number][0], name, value)
+    copy.write_members(members)
+    return f"the header of {members[number][0].name} has {name} {value}"
+
+
+def set_owner(copy):
+    members, number = copy.some_member()
+    members[number][0].uname = "somebody"
+    copy.write_members(members)
+    return f"the header of {members[number][0].name} has uname 'somebody'"
+
+
+def fill_padding(copy):
+    with tarfile.open(copy.path("tar")) as tar:
+        padded = [one for one in tar if one.size % 512]
+    member = copy.dice.choice(padded)
+    content = bytearray(copy.path("tar").read_bytes())
+    content[member.offset_data + member.size] = 1
+    copy.path("tar").write_bytes(content)
+    return f"there are bytes between {member.name} and what comes after it"
+
+
+def append_bytes(copy):
+    with copy.path("tar").open("ab") as file:
+        file.write(bytes(copy.dice.randrange(1, 2000)))
+    return "there are bytes behind the end of the tar"
+
+
+def append_tar(copy):
+    with copy.path("tar").open("ab") as file:
+        file.write(copy.path("tar", copy.other).read_bytes())
+    return "there are bytes behind the end of the tar"
+
+
+def shorten_end(copy):
+    content = copy.path("tar").read_bytes()
+    copy.path("tar").write_bytes(content[: -copy.dice.choice([1, 512])])
+    return "inside its end mark of zeros"
+
+
+def swap_ledger(copy):
+    copy.path("parquet").write_bytes(copy.path("parquet", copy.other).read_bytes())
+    return "is missing"
+
+
+def swap_shards(copy):
+    """Whole shards change places: every file of one is sound in itself."""
+    one, two = copy.part, copy.other
+    for kind in (*FILES, "json", "codes.json"):
+        first, second = (copy.path(kind, part).read_bytes() for part in (one, two))
+        copy.path(kind, one).write_bytes(second)
+        copy.path(kind, two).write_bytes(first)
+    for part in (one, two):
+        path = copy.path("json", part)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"part": part}))
+    return "it is the ledger of another part"
+
+
+def reorder_ledger(copy):
+    copy.change_ledger(lambda rows: rows.reverse())
+    return "its rows are not in order"
+
+
+def drop_row(copy):
+    copy.change_ledger(lambda rows: rows.pop(copy.dice.randrange(len(rows))))
+    return "the ledger has"
+
+
+def rename_column(copy):
+    table = pq.read_table(copy.path("parquet"))
+    pq.write_table(table.rename_columns(["kee", *table.schema.names[1:]]), copy.path("parquet"))
+    return "has other columns: kee, key"
+
+
+def empty_ledger(copy):
+    copy.path("parquet").write_bytes(b"PAR1")
+    return "is no whole Parquet file"
+
+
+def row(name, value, said, **where):
+    return lambda copy: copy.change_row(name, value, **where) or said
+
+
+def sample(name, value, said):
+    return lambda copy: copy.change_sample(name, value) or said
+
+
+def report(said, **changes):
+    return lambda copy: copy.change_report(**changes) or said
+
+
+def codes(name, change, said):
+    return lambda copy: copy.change_codes(name, change) or said
+
+
+def set_at(place, value):
+    def change(tensor):
+        tensor[place] = value
+        return tensor
+
+    return change
+
+
+def other_text(copy):
+    members, number = copy.some_member(".txt")
+    members[number] = members[number][0], members[number][1].upper()
+    copy.write_members(members)
+    return f"{members[number][0].name} is not the caption in the ledger"
+
+
+def no_jpeg(copy):
+    members, number = copy.some_member(".jpg")
+    members[number] = members[number][0], b"\x89PNG" + members[number][1][4:]
+    copy.write_members(members)
+    return f"{members[number][0].name} is no JPEG"
+
+
+def no_json(copy):
+    members, number = copy.some_member(".json")
+    members[number] = members[number][0], b"[" + members[number][1][1:]
+    copy.write_members(members)
+    return f"{members[number][0].name} is no JSON"
+
+
+def blank_in_json(copy):
+    members, number = copy.some_member(".json")
+    members[number] = members[number][0], members[number][1].replace(b",", b", ", 1)
+    copy.write_members(members)
+    return f"{members[number][0].name} is not written as JSON is written here"
+
+
+def other_codes(copy):
+    copy.path("codes.safetensors").write_bytes(b"\x10" + bytes(7) + b"{}")
+    return "is no file of image codes"
+
+
+def more_codes(copy):
+    with copy.path("codes.safetensors").open("ab") as file:
+        file.write(b"..")
+    return "has 2 bytes behind its tensors"
+
+
+def rotated(captions):
+    return [*captions[1:], "a caption from nowhere"]
+
+
+DAMAGE = {
+    "remove_member": remove_member,
+    "remove_sample": remove_sample,
+    "add_member": add_member,
+    "repeat_member": repeat_member,
+    "reorder_members": reorder_members,
+    "swap_pictures": swap_pictures,
+    "truncate_tar": truncate_tar,
+    "spoil_header": spoil_header,
+    "set_time": set_time,
+    "set_owner": set_owner,
+    "fill_padding": fill_padding,
+    "append_bytes": append_bytes,
+    "append_tar": append_tar,
+    "shorten_end": shorten_end,
+    "swap_ledger": swap_ledger,
+    "swap_shards": swap_shards,
+    "reorder_ledger": reorder_ledger,
+    "drop_row": drop_row,
+    "rename_column": rename_column,
+    "empty_ledger": empty_ledger,
+    "row_key": row("key", "00000000000000ff", "has not the key of the image"),
+    "row_id": row("id", "http://a.test/another.jpg", "has not the key of the image"),
+    "row_url": row("url", "http://b.test/", "says url = 'http://a.test"),
+    "row_caption": row("caption", "another", "is not the caption in the ledger"),
+    "row_no_caption": row("caption", None, "has no caption"),
+    "row_pairs": row("num_pairs", lambda count: count + 1, "has other captions than the ledger"),
+    "row_no_pairs": row("num_pairs", 0, "counts 0 pairs"),
+    "row_sha256": row("sha256", "0" * 64, "says sha256 = "),
+    "row_width": row("width", 7, "has 48 x 40 pixels, by the ledger 7 x 40"),
+    "row_no_width": row("original_width", None, "is a success, but has no original_width"),
+    "row_offset": row("image_offset", lambda at: at + 1, "by the ledger at"),
+    "row_size": row("json_size", lambda size: size - 1, "by the ledger at"),
+    "row_reason": row("reason", "timeout", "is a success, but has the reason timeout"),
+    "row_status": row("status", "dropped", "but has a place in the tar"),
+    "row_unknown": row("status", "lost", "which nothing has"),
+    "json_caption": sample("captions", rotated, "has other captions|is not the caption|has other"),
+    "json_source": sample("source", "coco", "says source = 'coco'"),
+    "json_width": sample("width", 47, "says width = 47"),
+    "json_boxes": sample("meta", {"boxes": 1}, "by the ledger at"),
+    "json_captions": sample("captions", "none", "has no list of captions"),
+    "other_text": other_text,
+    "no_jpeg": no_jpeg,
+    "no_json": no_json,
+    "blank_in_json": blank_in_json,
+    "report_words": report("lengths of captions", words=lambda _: {"4": 1}),
+    "report_counts": report(
+        "are neither kept|neither kept, dropped nor failed",
+        counts=lambda counts: counts | {"pairs_in": counts["pairs_in"] + 1},
+    ),
+    "report_failed": report(
+        "states failed|dns",
+        counts=lambda counts: (
+            counts | {"pairs_in": counts["pairs_in"] + 2, "failed": {**counts["failed"], "dns": 2}}
+        ),
+    ),
+    "report_records": report("records is|records", records=lambda count: count + 1),
+    "report_part": report("part is 77, in the manifest", part=lambda _: 77),
+    "report_version": report(
+        "made with pyarrow 0.0, of which the manifest knows nothing",
+        versions=lambda versions: versions | {"pyarrow": "0.0"},
+    ),
+    "codes_high": codes("codes", set_at((0, 0, 0), 16), "has the code 16; the last one is 15"),
+    "codes_few": codes("codes", lambda codes: codes[1:], "has codes of the shape"),
+    "codes_first": codes("first", set_at(1, 1), "other numbers of views"),
+    "codes_start": codes("first", set_at(0, 1), "other numbers of views"),
+    "codes_whole": codes("boxes", set_at((0, 2), 0.5), "first view is not the whole image"),
+    "codes_boxes": codes("boxes", set_at((1, 2), 0.0), "has views that are no boxes"),
+    "codes_nan": codes("boxes", set_at((1, 2), np.nan), "has views that are no boxes"),
+    "codes_type": codes("codes", lambda codes: codes.astype(np.int16), "holds codes as I16"),
+    "other_codes": other_codes,
+    "more_codes": more_codes,
+}
+"""Every kind of damage, each with what `verify` says of it."""
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_named_even_where_all_digests_were_adjusted(copy_of, kind):
+    copy = copy_of(kind)
+    told = DAMAGE[kind](copy)
+    seal(copy.manifest)
+
+    found = findings(copy.manifest)
+
+    assert any(word in one for one in found for word in told.split("|")), found
+    names = [f"/{copy.part:05d}.", "/cc3m.json"]
+    if kind not in {"swap_ledger", "swap_shards"}:  # their neighbours have reason to complain
+        assert all(any(name in one for name in names) for one in found), found
+
+
+@pytest.mark.parametrize("kind", ["remove_member", "truncate_tar", "swap_ledger", "swap_shards"])
+def test_changed_bytes_are_told_beside_what_is_wrong_with_them(copy_of, kind):
+    copy = copy_of(kind)
+    told = DAMAGE[kind](copy)
+
+    found = findings(copy.manifest)
+
+    assert any(word in one for one in found for word in told.split("|")), found
+    assert any("its bytes have changed" in one or "that are stated" in one for one in found)
+
+
+def test_a_report_of_another_version_is_told(copy_of):
+    copy = copy_of(0)
+    copy.change_report(format=lambda _: "one")
+
+    [found] = findings(copy.manifest)
+
+    assert found.startswith(f"{copy.path('json')}: is no report of this version (format: ")
+
+
+@pytest.mark.parametrize("kind", [*FILES, "json", "codes.json"])
+def test_a_file_that_is_gone_is_named(copy_of, kind):
+    copy = copy_of(kind)
+    copy.path(kind).unlink()
+
+    expected = f"{copy.path(kind)}: there is no such file"
+
+    assert expected in findings(copy.manifest)
+    assert expected in findings(copy.manifest, fast=True)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_fast_look_finds_a_file_that_is_cut_short(copy_of, kind):
+    copy = copy_of(kind)
+    copy.path(kind).write_bytes(copy.path(kind).read_bytes()[:-5])
+
+    [found] = findings(copy.manifest, fast=True)
+
+    assert found.startswith(f"{copy.path(kind)}: has ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"images": 3}, "the manifest states 3 images, the shards have"),
+        ({"unique_images": 3}, "the manifest states 3 unique images, the shards have"),
+        ({"words": {3: 1}}, "other lengths of captions than the reports"),
+        ({"rules": {}}, "rules_sha256 is not that of the rules"),
+    ],
+)
+def test_a_manifest_that_says_something_else_than_its_shards_is_found(copy_of, changes, told):
+    copy = copy_of(0)
+    entry = load_manifest(str(copy.manifest)).sources["cc3m"].model_copy(update=changes)
+    seal_manifest(copy.manifest, {"sources": {"cc3m": entry}})
+
+    found = findings(copy.manifest)
+
+    assert any(told in one for one in found)
+    assert all(one.startswith(f"{copy.manifest}: cc3m: ") for one in found)
+
+
+def test_counts_of_a_manifest_that_do_not_add_up_are_found(copy_of):
+    copy = copy_of(0)
+    entry = load_manifest(str(copy.manifest)).sources["cc3m"]
+    lost = entry.counts.model_copy(update={"failed": {}})
+    seal_manifest(copy.manifest, {"sources": {"cc3m": entry.model_copy(update={"counts": lost})}})
+
+    [adds, failed] = findings(copy.manifest)
+
+    assert "neither kept, dropped nor failed" in adds
+    assert "the manifest states the failures {}, the reports {'not_in_archive'" in failed
+
+
+def test_shards_of_an_unknown_source_or_a_part_called_missing_are_found(copy_of):
+    copy = copy_of(0)
+    manifest = load_manifest(str(copy.manifest))
+    stray = manifest.shards[0].model_copy(update={"source": "coco"})
+    seal_manifest(copy.manifest, {"shards": [*manifest.shards, stray], "missing": {"cc3m": [0, 9]}})
+
+    found = findings(copy.manifest)
+
+    assert [one.partition(": ")[2] for one in found] == [
+        "has shards of coco, and says nothing of it",
+        "cc3m: part 0 is called missing, and is there",
+    ]
+
+
+def test_a_manifest_that_was_changed_by_hand_is_no_manifest(copy_of):
+    copy = copy_of(0)
+    copy.manifest.write_text(copy.manifest.read_text().replace('"images": 27', '"images": 28'))
+
+    with pytest.raises(PmdError, match="was changed"):
+        findings(copy.manifest)
+
+
+def test_views_of_captions_are_held_against_the_boxes_of_their_captions():
+    own = [[0.0, 0.25, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]]
+    boxes = np.array([[0, 0, 1, 1], *own, [0, 0, 1, 1], [0.1, 0, 1, 1]], dtype=np.float32)
+
+    def faults(boxes, first):
+        tensors = {"boxes": boxes, "codes": np.zeros((5, 2, 2), np.uint16)}
+        content = save(tensors | {"first": np.array(first)})
+        return list(code_faults(content, RULES, 5, [own, None]))
+
+    assert faults(boxes, [0, 3, 5]) == []
+    assert "other numbers of views" in faults(boxes, [0, 2, 5])[0]
+    assert "not the boxes of their captions" in faults(boxes[[0, 2, 1, 3, 4]], [0, 3, 5])[0]
+
+
+@given(st.binary(max_size=300))
+def test_whatever_is_no_file_of_codes_is_told_in_one_sentence(content):
+    [said] = code_faults(content, RULES, 2, [None])
+
+    assert "\n" not in said
+
+
+def test_the_ledger_has_the_columns_that_damage_is_tried_on():
+    assert {"key", "id", "url", "caption", "num_pairs", "status", "reason", "sha256"} <= set(
+        LEDGER.names
+    )
