@@ -7,9 +7,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Kind: TypeAlias = Literal["pairs", "images", "text"]
+"""What a sample of a dataset is."""
 
 FORMAT = 1
 """Version of everything below; a change makes every part stale."""
@@ -18,14 +21,18 @@ DROPPED = {
     "bad_row": "the upstream row cannot be understood",
     "bad_box": "the region has no area inside the image",
     "heldout": "the image is in an evaluation split (Karpathy's, or Flickr30k's val and test)",
+    "licence": "the image's licence is none of those that the recipe allows",
     "limit": "the record lies beyond --limit in key order",
     "no_caption": "upstream has the image, but no text for it",
     "no_image": "upstream has the text, but says nowhere what image it belongs to",
     "no_text": "the text is empty",
+    "not_text": "the bytes are no text: another encoding than UTF-8, or zeros",
+    "optout_list": "somebody asked to leave the image out (optout.txt beside the dataset)",
     "page_language": "the page is in another language (WIT)",
     "repeat": "the record already has this caption on this box",
     "rule": "upstream's own rule for PMD refuses the text (WIT)",
     "split": "upstream's split is not one that the recipe takes",
+    "too_long": "the document has more characters than the recipe takes",
     "video": "the row is a video (YFCC100M)",
 }
 """Decisions of the recipe; a filter adds its own name."""
@@ -287,7 +294,7 @@ class Manifest(_Stored):
 
     format: int = FORMAT
     name: str
-    kind: Literal["pairs", "images", "text"] = "pairs"
+    kind: Kind = "pairs"
     sources: dict[str, SourceEntry]
     shards: list[ShardEntry]
     codes: CodeRules | None = None

@@ -15,7 +15,7 @@ LAYERS = [
     {"upstream", "cleaning", "progress", "parallel", "connections", "consent", "hosts", "pixels"},
     {"sources", "sample", "wordpiece", "members", "code_checks"},
     {"recipe"},
-    {"choose", "leakage", "images", "shards", "sample_checks"},
+    {"choose", "leakage", "optout", "images", "shards", "sample_checks"},
     {"runs", "shard_checks"},
     {"records", "fetch"},
     {"shelves", "annotations"},
