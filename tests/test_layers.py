@@ -23,7 +23,7 @@ LAYERS = [
     {"scatter", "inputs"},
     {"index", "build"},
     {"manifest", "trial"},
-    {"stats", "story", "listing", "dataset", "corpus", "verify", "plan"},
+    {"stats", "story", "listing", "dataset", "corpus", "verify", "compare", "plan"},
     {"quickstart"},
     {"cli"},
 ]

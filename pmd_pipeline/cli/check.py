@@ -1,4 +1,4 @@
-"""Commands that check and compare: `pmd verify`."""
+"""Commands that check and compare: `pmd verify`, `pmd diff`."""
 
 import json
 from dataclasses import asdict
@@ -54,3 +54,23 @@ def verify(
         say(f"{manifest}: {len(found)} faults; build the sources that they name again")
         raise typer.Exit(1)
     say(f"{manifest}: {'sizes and reports are' if fast else 'all is'} as it should be")
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(metavar="A", help="A manifest.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tell what one dataset has and another has not: images, pairs, bytes, rules, versions.
+
+    Example: pmd diff old/pmd.json manifests/pmd.json
+    """
+    from pmd_pipeline import compare
+
+    with interruptible(), shown(quiet=quiet).stage("diff", "records") as stage:
+        found = compare.compare(before, after, stage)
+    typer.echo(compare.as_json(found) if as_json else "\n".join(compare.as_lines(found)))
+    if not found.are_equal:
+        raise typer.Exit(1)
