@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from flava_train.errors import FlavaError
+from flava_train.files import located, read_bytes, size_of
 from pmd_pipeline.format import Manifest
 
 
@@ -20,16 +21,15 @@ class Stock:
     num_bytes: int
 
 
-def load_manifest(path: Path) -> Manifest:
-    """The manifest at `path`, unchanged since it was written.
+def load_manifest(path: str | Path) -> Manifest:
+    """The manifest at a path or an address, unchanged since it was written.
 
     Raises:
         FlavaError: it is not there, is no manifest of this version, was changed, or lacks parts.
     """
+    content = read_bytes(str(path))
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise FlavaError(f"cannot read {path}: {error.strerror}; `pmd build` writes it") from error
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         raise FlavaError(f"{path} is no manifest of this version; build it again") from error
     if manifest.digest != manifest.computed_digest():
@@ -40,7 +40,7 @@ def load_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def stock(path: Path) -> tuple[Manifest, list[Stock]]:
+def stock(path: str | Path) -> tuple[Manifest, list[Stock]]:
     """The manifest at `path` and what there is of each source, every shard being there.
 
     Sizes are compared, contents are not read.
@@ -52,10 +52,10 @@ def stock(path: Path) -> tuple[Manifest, list[Stock]]:
     manifest = load_manifest(path)
     found: dict[str, list[int]] = {}
     for shard in manifest.shards:
-        tar = path.parent / shard.path
-        if not tar.is_file() or tar.stat().st_size != shard.num_bytes:
+        tar = located(str(path), shard.path)
+        if size_of(tar) != shard.num_bytes:
             raise FlavaError(f"{tar} is not the shard that {path} names: run `pmd build` again")
-        if not (path.parent / shard.ledger_path).is_file():
+        if size_of(located(str(path), shard.ledger_path)) is None:
             raise FlavaError(f"{tar} has no ledger beside it: run `pmd build` again")
         counts = found.setdefault(shard.source, [0, 0, 0, 0])
         for place, more in enumerate((shard.pairs, shard.images, 1, shard.num_bytes)):

@@ -1,0 +1,94 @@
+"""Held-out images with all their captions, in the order of their manifest, for evaluation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flava_train.corpus import OpenShard, Place, open_ledger
+from flava_train.data import WHOLE, pixels_of
+from flava_train.errors import FlavaError
+from flava_train.files import Files
+from flava_train.ledgers import Box
+from flava_train.shapes import Int, UInt
+from flava_train.shards import load_manifest
+from flava_train.text import WordPiece
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Some images with all their captions.
+
+    Args:
+        pixels: of the whole images; of regions, where captions have boxes.
+        tokens: of all captions of these images.
+        lengths: tokens in each row.
+        image_numbers: the image of each caption; images are counted over the whole manifest.
+        keys: of the images' records.
+    """
+
+    pixels: UInt[Tensor, "n 3 size size"]
+    tokens: Int[Tensor, "m l"]
+    lengths: Int[Tensor, " m"]
+    image_numbers: Int[Tensor, " m"]
+    keys: list[str]
+
+
+def held_out(
+    manifest: str,
+    wordpiece: WordPiece,
+    image_size: int,
+    caption_tokens: int,
+    *,
+    batch: int = 256,
+    files: Files | None = None,
+) -> Iterator[HeldOut]:
+    """All images of a manifest, `batch` at a time, in its order.
+
+    Raises:
+        FlavaError: the manifest holds no pairs, or its shards are not what it says.
+    """
+    files = files or Files()
+    loaded = load_manifest(manifest)
+    if loaded.kind != "pairs":
+        raise FlavaError(f"{manifest} holds {loaded.kind}, and evaluation needs pairs")
+    images = _images([Place(manifest, entry) for entry in loaded.shards], files)
+    number = 0
+    while rows := list(islice(images, batch)):
+        tokens, lengths = wordpiece.encode(
+            [text for one in rows for text in one.captions], caption_tokens
+        )
+        counts = [len(one.captions) for one in rows]
+        pixels = np.stack([pixels_of(one.shard, one.sample, one.box, image_size) for one in rows])
+        yield HeldOut(
+            torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+            torch.from_numpy(tokens),
+            torch.from_numpy(lengths),
+            torch.from_numpy(np.repeat(np.arange(number, number + len(rows)), counts)),
+            [one.shard.key(one.sample) for one in rows],
+        )
+        number += len(rows)
+
+
+@dataclass(frozen=True)
+class _Image:
+    shard: OpenShard
+    sample: int
+    box: Box
+    captions: list[str]
+
+
+def _images(places: list[Place], files: Files) -> Iterator[_Image]:
+    """Every image with its captions; an image with boxes is as many regions, of one each."""
+    for place in places:
+        shard = OpenShard(place, open_ledger(place, files), files)
+        for sample in range(place.entry.images):
+            record = shard.record(sample)
+            if record.boxes is None:
+                yield _Image(shard, sample, WHOLE, record.captions)
+                continue
+            for box, caption in zip(record.boxes, record.captions, strict=True):
+                yield _Image(shard, sample, box, [caption])
