@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from pmd_pipeline.cleaning import clean
 from pmd_pipeline.filters import caption as caption_filters
+from pmd_pipeline.format import Kind
 from pmd_pipeline.recipe import Captions, predicate
-from pmd_pipeline.record import Box, Candidate, Row, one_line
+from pmd_pipeline.record import Box, Candidate, Row, full_text, one_line
 
 
 class Pair(NamedTuple):
@@ -25,12 +26,16 @@ class Pair(NamedTuple):
 class Chooser:
     """Turns rows into pairs by the `[captions]` of a recipe.
 
+    What is counted as a pair is, by `kind`, also an image alone, or a document with its lines.
+
     `fields` counts what became of each candidate that was looked at, by field and by reason
     (`kept` for the winners): with `choose = "first"` this is more than the pairs' reasons tell.
     """
 
-    def __init__(self, captions: Captions) -> None:
+    def __init__(self, captions: Captions, kind: Kind = "pairs") -> None:
         self.fields: Counter[tuple[str, str]] = Counter()
+        self._is_image = kind == "images"
+        self._tidy = full_text if kind == "text" else one_line
         self._first = captions.choose == "first"
         self._cleaning = captions.clean.model_dump()
         self._cleans = any(self._cleaning.values())
@@ -45,6 +50,8 @@ class Chooser:
         A refused row drops its pairs unseen, and at least one. With `choose = "first"` a row is one
         pair: the first candidate that passes, or else the reason of the last that has text.
         """
+        if self._is_image:
+            return [Pair("", "image", None, row.refused)]
         if row.refused:
             candidates = row.candidates[:1] if self._first else row.candidates
             unseen = [Pair(one.text, one.field, one.box, row.refused) for one in candidates]
@@ -61,9 +68,9 @@ class Chooser:
         return pairs
 
     def _judged(self, one: Candidate, *, filtered: bool) -> Pair:
-        text = one_line(one.text)
+        text = self._tidy(one.text)
         if self._cleans:
-            text = one_line(clean(text, **self._cleaning))
+            text = self._tidy(clean(text, **self._cleaning))
         reason = one.refused or self._refusal(text, filtered=filtered)
         self.fields[one.field, reason or "kept"] += 1
         return Pair(text, one.field, one.box, reason)

@@ -19,6 +19,7 @@ from pmd_pipeline.progress import Show
 from pmd_pipeline.recipe import Recipe, load_recipe
 from pmd_pipeline.shelves import open_shelf, stamp
 from pmd_pipeline.storage import is_local, join, sizes, sweep
+from pmd_pipeline.texts import build_texts, with_tokenizer
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
     with show.stage(f"{source} build", "records", num_records) as stage:
         for report in reports.values():
             stage.found(_counts(report))
-        for task, result in pool.run(build_part, waiting, stage.watch):
+        build = build_texts if order.recipe.kind == "text" else build_part
+        for task, result in pool.run(build, waiting, stage.watch):
             if isinstance(result, WorkerDied):
                 failures.append(str(result))
             else:
@@ -194,6 +196,7 @@ def raw_folder(raw: str | None, out: str, source: str) -> str:
 def _order(request: Request, recipe: Recipe) -> Order:
     """What to build of one source, whose annotation files are there or can be downloaded."""
     source = sources.load(recipe.source)
+    recipe = with_tokenizer(recipe)
     raw = raw_folder(request.raw, request.out, recipe.source)
     if request.raw is not None or not source.downloadable(recipe.form):
         sources.find_spans(source, raw, recipe.form)  # says now what a later source lacks

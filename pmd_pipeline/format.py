@@ -141,9 +141,11 @@ class Report(_Stored):
     Args:
         dependency: digest of all that the part depends on (index part, rules, format).
         counts: pairs of the part.
-        records: rows of the ledger.
+        records: rows of the ledger; of texts, different documents.
         images: samples in the tar.
         words: pairs kept by their number of words.
+        sequences: rows of a shard of texts.
+        tokens: pieces in them, [CLS] and [SEP]s too.
         fetched_bytes: bytes of all images as they came.
         tar: the shard.
         ledger: its ledger.
@@ -159,6 +161,8 @@ class Report(_Stored):
     records: int
     images: int
     words: dict[int, int]
+    sequences: int = 0
+    tokens: int = 0
     fetched_bytes: int
     tar: FileDigest
     ledger: FileDigest
@@ -227,6 +231,7 @@ class SourceEntry(_Stored):
         images: samples in the shards.
         unique_images: distinct images among them, by the bytes as fetched.
         words: pairs kept by their number of words.
+        tokens: pieces in all sequences of texts, [CLS] and [SEP]s too.
         rules: the resolved recipe, as far as it shapes data.
         rules_sha256: digest of `rules`.
         upstream: annotation files read.
@@ -241,6 +246,7 @@ class SourceEntry(_Stored):
     images: int
     unique_images: int
     words: dict[int, int]
+    tokens: int = 0
     rules: dict[str, Any]
     rules_sha256: str
     upstream: list[FileDigest]
@@ -251,7 +257,8 @@ class SourceEntry(_Stored):
 class ShardEntry(_Stored):
     """One shard of a manifest; `path` is relative to the manifest, or a URL.
 
-    A shard of kind `text` is a Parquet file with a column `text`, and is its own ledger.
+    A shard of kind `text` is a Parquet file with a column `text`, and is its own ledger; its
+    records and pairs are its rows, while all that is counted by reason are documents.
 
     Args:
         codes_sha256: of the file of image codes beside the shard.

@@ -52,7 +52,10 @@ def source_manifest(
         citation=info.citation,
         counts=_counts(index, reports, missing),
         images=sum(report.images for report in reports),
-        unique_images=_unique_images(join(shards, report.ledger.name) for report in reports),
+        unique_images=_unique_images(
+            join(shards, report.ledger.name) for report in reports if report.images
+        ),
+        tokens=sum(report.tokens for report in reports),
         words=_words(report.words for report in reports),
         rules=rules,
         rules_sha256=digest(rules),
@@ -63,8 +66,9 @@ def source_manifest(
     return _sealed(
         Manifest(
             name=recipe.source,
+            kind=info.kind,
             sources={recipe.source: entry},
-            shards=[_shard(report, shards, path) for report in reports if report.records],
+            shards=[_shard(report, shards, path) for report in reports if _rows(report)],
             versions=_one_version(report.versions for report in reports),
             missing={recipe.source: missing} if missing else {},
         )
@@ -179,10 +183,16 @@ def _shard(report: Report, shards: str, path: str) -> ShardEntry:
         sha256=report.tar.sha256,
         num_bytes=report.tar.num_bytes,
         ledger_sha256=report.ledger.sha256,
-        records=report.records,
+        records=_rows(report),
         images=report.images,
-        pairs=report.counts.kept,
+        pairs=report.sequences or report.counts.kept,
     )
+
+
+def _rows(report: Report) -> int:
+    """Rows of the shard's ledger, which a shard of texts is itself."""
+    is_text = report.ledger == report.tar
+    return report.sequences if is_text else report.records
 
 
 def _relative(address: str, manifest_path: str) -> str:

@@ -17,6 +17,7 @@ from pmd_pipeline import sources
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.filters import image as image_filters
+from pmd_pipeline.format import Kind
 
 Signal: TypeAlias = Literal["robots", "tdm", "x-robots-tag"]
 SIGNALS: tuple[Signal, ...] = get_args(Signal)
@@ -151,6 +152,20 @@ class Expected(_Section):
     stored_bytes: Annotated[int, Field(ge=1)]
 
 
+class Texts(_Section):
+    """How documents become sequences, for sources of texts.
+
+    Args:
+        tokenizer: the `vocab.txt` or `tokenizer.json` whose pieces are counted.
+        sha256: of its vocabulary; another than this one is refused. Filled in where it is empty.
+        tokens: most pieces in a sequence, with one [CLS] and a [SEP] after each document.
+    """
+
+    tokenizer: str = ""
+    sha256: str = ""
+    tokens: Annotated[int, Field(ge=128, le=8192)] = 512
+
+
 class Recipe(_Section):
     """What to do with one source.
 
@@ -168,15 +183,23 @@ class Recipe(_Section):
     captions: Captions = Captions()
     images: Images = Images()
     fetch: Fetch = Fetch()
+    texts: Texts = Texts()
     part_records: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     expected: Expected | None = None
 
+    @property
+    def kind(self) -> Kind:
+        """What the source has: pairs, images alone, or texts alone."""
+        return sources.load(self.source).info.kind
+
     def index_rules(self) -> dict[str, Any]:
         """The part of the recipe that shapes the index."""
-        return self.model_dump(mode="json", exclude={"images", "fetch", "expected"})
+        return self.model_dump(mode="json", exclude={"images", "fetch", "texts", "expected"})
 
     def shard_rules(self) -> dict[str, Any]:
         """The part of the recipe that shapes shards, given their index."""
+        if self.kind == "text":
+            return {"texts": self.texts.model_dump(mode="json", exclude={"tokenizer"})}
         return {"images": self.images.model_dump(mode="json")}
 
     def rules(self) -> dict[str, Any]:
@@ -303,8 +326,9 @@ def _checked(path: Path, content: Mapping[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(_sentence(str(path), error, _known_keys(error))) from error
-    if recipe.source not in sources.names():
-        near = _near(recipe.source, sources.names())
+    known = [*sources.names(), *sources.UNIMODAL]
+    if recipe.source not in known:
+        near = _near(recipe.source, known)
         raise RecipeError(f"{path}: there is no source {recipe.source!r}; {near}")
     source = sources.load(recipe.source)
     if recipe.form is not None and recipe.form not in source.forms():

@@ -118,6 +118,15 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def full_text(text: str) -> str:
+    r"""The text with each of its lines as `one_line` gives it, and without blank lines.
+
+    >>> full_text("A  title \r\n\n\n and more\n")
+    'A title\nand more'
+    """
+    return "\n".join(line for line in map(one_line, text.splitlines()) if line)
+
+
 def flickr_id(url: str) -> str | None:
     """The Flickr photo id in a static Flickr address: the key that sources share.
 

@@ -75,7 +75,7 @@ def scatter(task: ScatterTask, tick: Tick) -> Scattered:
     if old and old.dependency == task.dependency:
         return old
     source = sources.load(task.recipe.source)
-    chooser = Chooser(task.recipe.captions)
+    chooser = Chooser(task.recipe.captions, task.recipe.kind)
     heldout = task.heldout.coco_ids() if task.heldout else frozenset[int]()
     writer = RunWriter(task.prefix, task.bucket_bits)
     smallest = _Smallest()

@@ -22,7 +22,7 @@ LAYERS = [
     {"img2dataset"},
     {"scatter", "inputs"},
     {"index", "build"},
-    {"manifest", "trial"},
+    {"manifest", "trial", "texts"},
     {"stats", "story", "listing", "dataset", "corpus", "verify", "compare", "plan"},
     {"quickstart"},
     {"cli"},
@@ -40,7 +40,7 @@ MAY_KNOW = {
     "simplejpeg": {"pixels"},
     "fsspec": {"storage"},
     "ijson": {"upstream"},
-    "tokenizers": {"wordpiece"},
+    "tokenizers": {"wordpiece", "texts"},
 }
 """Libraries that only these rooms may import."""
 

@@ -68,6 +68,12 @@ def build(
             metavar="TEXT", help="Mail or web address told to every host in the User-Agent."
         ),
     ] = "",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="vocab.txt or tokenizer.json by which sources of texts are packed."
+        ),
+    ] = None,
     lid_model: Annotated[
         Path | None,
         typer.Option(
@@ -92,7 +98,10 @@ def build(
         raw=raw,
         images=tuple(images or ("web",)),
         limit=limit,
-        changes={"fetch": {"contact": contact}} if contact else {},
+        changes={
+            "fetch": {"contact": contact} if contact else {},
+            "texts": {"tokenizer": tokenizer} if tokenizer else {},
+        },
         runner=runner.value,
         workers=workers,
         ray_address=ray_address,

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from typing import cast
 
 from pmd_pipeline.errors import PmdError
+from pmd_pipeline.format import Kind
 from pmd_pipeline.record import BadRow, Row
 from pmd_pipeline.upstream import Span, UpstreamFile, as_one, find, fits
+
+UNIMODAL = ("bookcorpus", "ccnews")
+"""Sources of images alone or texts alone: what FLAVA learns from besides PMD."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,12 @@ class Info:
         citation: authors, title, venue, year.
         published: every file that `read` understands, preferred forms first.
         images: where images come from and what is left of them.
-        paper_pairs: pairs in FLAVA's table of PMD.
+        paper_pairs: pairs in FLAVA's table of PMD; 0 for what is not in it.
         paper_words: mean caption length in words in the same table.
         by_hand: what the user has to fetch themself and where; empty when nothing.
         upstream_rows: rows upstream publishes, where it says so.
         shares_coco: some images are COCO's, so Karpathy's held-out images are looked for.
+        kind: what the source has: pairs, images alone, or texts alone.
     """
 
     title: str
@@ -67,11 +72,12 @@ class Info:
     citation: str
     published: tuple[Published, ...]
     images: str
-    paper_pairs: int
-    paper_words: float
+    paper_pairs: int = 0
+    paper_words: float = 0.0
     by_hand: str = ""
     upstream_rows: int | None = None
     shares_coco: bool = False
+    kind: Kind = "pairs"
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,9 @@ class Source:
 
 
 def names() -> list[str]:
-    """Every source there is, by name, in alphabetical order."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    """The sources of PMD by name, in alphabetical order."""
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in modules if not name.startswith("_") and name not in UNIMODAL)
 
 
 def load(name: str) -> Source:
@@ -113,8 +120,9 @@ def load(name: str) -> Source:
     Raises:
         PmdError: there is no such source.
     """
-    if name not in names():
-        raise PmdError(f"no source {name!r}; there are {', '.join(names())}")
+    known = [*names(), *UNIMODAL]
+    if name not in known:
+        raise PmdError(f"no source {name!r}; there are {', '.join(known)}")
     module = importlib.import_module(f"{__name__}.{name}")
     return Source(name=name, info=cast(Info, module.INFO), read=module.read)
 

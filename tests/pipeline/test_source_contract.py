@@ -27,7 +27,7 @@ def rows_of(world, name):
 
 def test_there_are_the_nine_sources_of_pmd():
     assert len(NAMES) == 9
-    assert set(NAMES) == set(recipe_names()) - {"pmd"}
+    assert {*NAMES, *sources.UNIMODAL} == {*recipe_names()} - {"pmd"}
 
 
 @pytest.mark.parametrize("name", NAMES)
