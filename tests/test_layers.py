@@ -24,7 +24,7 @@ LAYERS = [
     {"index", "build"},
     {"manifest", "trial", "texts"},
     {"stats", "story", "listing", "dataset", "corpus", "verify", "compare", "plan"},
-    {"quickstart"},
+    {"quickstart", "report"},
     {"cli"},
 ]
 """Rooms of `pmd_pipeline`, lowest first. A room may import from lower ones, and from its own row
@@ -40,6 +40,7 @@ MAY_KNOW = {
     "simplejpeg": {"pixels"},
     "fsspec": {"storage"},
     "ijson": {"upstream"},
+    "jinja2": {"report"},
     "tokenizers": {"wordpiece", "texts"},
 }
 """Libraries that only these rooms may import."""

@@ -1,0 +1,36 @@
+"""The command that writes a page about a dataset: `pmd report`."""
+
+from typing import Annotated
+
+import typer
+
+from pmd_pipeline.cli.app import app, say
+
+
+@app.command()
+def report(
+    manifest: Annotated[
+        str, typer.Argument(metavar="[MANIFEST]", help="A manifest.")
+    ] = "manifests/pmd.json",
+    out: Annotated[
+        str, typer.Option("--out", metavar="FILE", help="The page to write.")
+    ] = "report.html",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="Folder or address with the index; default: beside the shards.",
+        ),
+    ] = None,
+) -> None:
+    """Write one HTML page on a dataset: counts, reasons, lengths, hosts, samples kept and lost.
+
+    Example: pmd report manifests/pmd.json --out report.html
+    """
+    from pmd_pipeline.report.page import page
+    from pmd_pipeline.storage import write_whole
+
+    html = page(manifest, data).encode()
+    write_whole(out, html)
+    say(f"wrote {out}, {len(html) / 1e6:.1f} MB")

@@ -1,0 +1,109 @@
+"""Images that are there more than once, within a source and in several, in bounded memory."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+
+import polars as pl
+
+from pmd_pipeline.format import WORKED, Manifest
+from pmd_pipeline.manifest import located
+from pmd_pipeline.report.ledgers import read_columns
+
+MOST_HASHES = 4_000_000
+"""Different images that are held at once, some 50 MB."""
+
+_HEX_DIGITS = 15
+_HASHES = 1 << 4 * _HEX_DIGITS
+"""Values that as many digits have; they fit into a signed integer."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What several records have in common: the bytes of their image as fetched.
+
+    Args:
+        share: of all different images, those looked at: the ones with the smallest sha256. Counts
+            are of these.
+        distinct: different images.
+        repeated: of them, those with more than one copy.
+        shared: different images that two sources both have, by their names; zeros left out.
+        most: the image with most copies, as the first digits of its sha256 and their number.
+    """
+
+    share: float
+    distinct: int
+    repeated: int
+    shared: dict[tuple[str, str], int]
+    most: tuple[str, int] | None
+
+
+def find_copies(path: str, manifest: Manifest) -> Copies:
+    """Look through all ledgers of the manifest at `path`, column by column.
+
+    Raises:
+        PmdError: a ledger is not there.
+    """
+    names = sorted(manifest.sources)
+    number = {name: at for at, name in enumerate(names)}
+    found = counted(
+        (number[shard.source], _hashes(located(path, shard.ledger_path)))
+        for shard in manifest.shards
+        if shard.images
+    )
+    return _summed(found, names)
+
+
+def counted(ledgers: Iterable[tuple[int, pl.Series]]) -> tuple[pl.DataFrame, int]:
+    """Copies by `hash` and `source`, of hashes below the limit that is also given."""
+    limit = _HASHES
+    held = pl.DataFrame(schema={"hash": pl.Int64, "source": pl.UInt8, "copies": pl.UInt32})
+    waiting = [held]
+    for source, hashes in ledgers:
+        below = hashes.filter(hashes < limit)
+        waiting.append(
+            below.alias("hash")
+            .to_frame()
+            .with_columns(source=pl.lit(source, dtype=pl.UInt8), copies=pl.lit(1, dtype=pl.UInt32))
+        )
+        if sum(map(len, waiting)) > MOST_HASHES:
+            held = _together(waiting)
+            while len(held) > MOST_HASHES // 2:
+                limit //= 2
+                held = held.filter(pl.col("hash") < limit)
+            waiting = [held]
+    return _together(waiting), limit
+
+
+def _hashes(address: str) -> pl.Series:
+    rows = read_columns(address, ["sha256", "status"]).filter(pl.col("status") == WORKED)
+    digits = rows["sha256"].cast(pl.String).str.slice(0, _HEX_DIGITS)
+    return digits.str.to_integer(base=16, dtype=pl.Int64, strict=False).drop_nulls()
+
+
+def _together(waiting: list[pl.DataFrame]) -> pl.DataFrame:
+    summed = pl.concat(waiting).group_by("hash", "source").agg(pl.col("copies").sum())
+    return summed.sort("hash", "source")
+
+
+def _summed(found: tuple[pl.DataFrame, int], names: list[str]) -> Copies:
+    held, limit = found
+    images = held.group_by("hash").agg(pl.col("copies").sum(), pl.col("source").sort())
+    repeated = images.filter(pl.col("copies") > 1).sort(
+        ["copies", "hash"], descending=[True, False]
+    )
+    shared: dict[tuple[str, str], int] = {}
+    several = repeated.filter(pl.col("source").list.len() > 1)["source"].value_counts()
+    for sources, count in several.iter_rows():
+        for one, other in combinations(sources, 2):
+            pair = names[one], names[other]
+            shared[pair] = shared.get(pair, 0) + count
+    return Copies(
+        share=limit / _HASHES,
+        distinct=len(images),
+        repeated=len(repeated),
+        shared=dict(sorted(shared.items(), key=lambda item: (-item[1], item[0]))),
+        most=(f"{repeated['hash'][0]:0{_HEX_DIGITS}x}", repeated["copies"][0])
+        if len(repeated)
+        else None,
+    )

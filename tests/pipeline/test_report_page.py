@@ -1,0 +1,409 @@
+import base64
+import hashlib
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from browser import CHROMIUM, open_browser
+from hypothesis import given
+from hypothesis import strategies as st
+from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
+
+from pmd_pipeline import cli, quickstart
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.filters import caption as caption_filters
+from pmd_pipeline.manifest import load_manifest, save_manifest
+from pmd_pipeline.report import charts, copies, gallery, ledgers, losses
+from pmd_pipeline.report.page import link, page, percent, short_bytes, source_part, visible
+from pmd_pipeline.stats import lengths
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "'><svg/onload=alert(1)> {{ 7 * 7 }} {% raw %}",
+    "turned \u202e around and \u2066 not closed",
+    "nothing \0 at all \x1b[31m",
+    "a" * 10_000,
+    "👩‍👩‍👧‍👦 a family, 🇫🇷 a flag, שלום and سلام",
+    "</style></title><base href=//evil.test><meta http-equiv=refresh content=0>",
+]
+ADDRESSES = [
+    "javascript:alert(1)",
+    'http://a.test/"onmouseover="alert(1)',
+    "data:text/html,<script>alert(2)</script>",
+]
+
+
+class Seen(HTMLParser):
+    """Elements with their attributes, and all text, as an HTML parser finds them."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.words = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A build of hostile captions, and of hostile addresses without pictures; its manifest."""
+    folder = tmp_path_factory.mktemp("report")
+    rows = [(caption, f"http://a.test/{n}.jpg") for n, caption in enumerate(HOSTILE)]
+    rows += [("a caption of nothing", address) for address in ADDRESSES]
+    write_rows(folder / "raw", [*rows, ("a bad row", "nowhere")])
+    pictures = write_pictures(folder / "pictures", [f"{n}.jpg" for n in range(len(HOSTILE))])
+    order = toy_order(folder, toy_recipe(part_records=4), pictures=pictures)
+    toy_build(order)
+    return order.manifest
+
+
+def of_toy(path):
+    manifest = load_manifest(path)
+    return source_part(path, manifest, lengths(manifest)[0], ledgers.data_folder(path, manifest))
+
+
+def test_what_is_kept_and_every_reason_add_up_to_what_came_in(built):
+    part = of_toy(built)
+
+    counts = part.entry.counts
+    assert counts.kept > 0
+    assert counts.kept + sum(reason.pairs for reason in part.reasons) == counts.pairs_in
+    assert [step.count for step in part.steps][1:] == [
+        counts.pairs_in,
+        counts.pairs_in - sum(counts.dropped.values()),
+        counts.kept,
+    ]
+
+
+def test_every_reason_has_a_meaning_and_an_example(built):
+    part = of_toy(built)
+
+    assert {reason.name for reason in part.reasons} == part.lost.keys()
+    assert all(reason.meaning for reason in part.reasons)
+
+
+def test_hostile_captions_and_addresses_are_text(built):
+    seen = Seen(page(built, None))
+
+    tags = {tag for tag, _ in seen.elements}
+    assert tags.isdisjoint({"script", "base", "iframe", "object", "form", "link"})
+    names = {name for _, attributes in seen.elements for name in attributes}
+    assert not [name for name in names if name.startswith("on") or name == "style"]
+    links = [attributes["href"] for tag, attributes in seen.elements if tag == "a"]
+    assert all(one.startswith(("http://", "https://", "#")) for one in links)
+    for shown in (*HOSTILE[:3], *ADDRESSES, "turned [U+202E] around", "nothing [U+0000] at all"):
+        assert shown in seen.text
+
+
+def test_links_to_strangers_tell_them_nothing(built):
+    seen = Seen(page(built, None))
+
+    strangers = [a for tag, a in seen.elements if tag == "a" and "//a.test" in a["href"]]
+    assert strangers
+    assert all({"noreferrer", "nofollow"} <= set(one["rel"].split()) for one in strangers)
+
+
+def test_the_page_asks_nobody_for_anything(built):
+    html = page(built, None)
+
+    seen = Seen(html)
+    policy = next(a["content"] for tag, a in seen.elements if "http-equiv" in a)
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'")
+    assert f"style-src 'sha256-{digest}'" in policy
+    assert "url(" not in style
+    assert "@import" not in style
+    pictures = [attributes["src"] for tag, attributes in seen.elements if tag == "img"]
+    assert pictures
+    assert all(one.startswith("data:image/jpeg;base64,") for one in pictures)
+
+
+def test_no_control_or_turning_character_is_left_on_the_page(built):
+    html = page(built, None)
+
+    assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", html)
+
+
+def test_the_same_build_gives_the_same_page(built, monkeypatch, tmp_path):
+    first = page(built, None)
+
+    monkeypatch.chdir(tmp_path)
+    assert page(built, None) == first
+
+
+def test_a_sample_of_a_source_says_that_it_is_one(built, monkeypatch):
+    assert "Sizes, hosts, languages" not in page(built, None)
+    monkeypatch.setattr(ledgers, "MOST_RECORDS", 5)
+
+    part, html = of_toy(built), page(built, None)
+
+    looked, records = part.records
+    assert 0 < looked < records
+    assert f"are from {looked} of {records} records" in Seen(html).text
+
+
+def test_without_its_index_the_page_says_so(built, tmp_path):
+    html = page(built, str(tmp_path))
+
+    assert "The index of this build is not at hand" in html
+    assert "rows upstream" not in html
+
+
+def test_the_index_of_another_recipe_is_not_believed(built):
+    manifest = load_manifest(built)
+    entry = manifest.sources["cc3m"]
+    data = ledgers.data_folder(built, manifest)
+    other = entry.model_copy(update={"rules": {**entry.rules, "part_records": 1}})
+
+    assert ledgers.matching_index(data, "cc3m", entry)
+    assert ledgers.matching_index(data, "cc3m", other) is None
+
+
+def test_a_ledger_that_the_manifest_does_not_name_is_refused(built, tmp_path):
+    manifest = load_manifest(built)
+    first = manifest.shards[0].model_copy(update={"ledger_sha256": "0" * 64})
+    changed = manifest.model_copy(update={"shards": [first, *manifest.shards[1:]]})
+    changed = changed.model_copy(update={"digest": changed.computed_digest()})
+    path = str(Path(built).with_name("other.json"))
+    save_manifest(path, changed)
+
+    with pytest.raises(PmdError, match="is not the ledger that"):
+        page(path, None)
+
+
+def test_a_ledger_that_is_no_parquet_is_a_sentence(tmp_path):
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1 nothing PAR1")
+
+    with pytest.raises(PmdError, match="is no Parquet"):
+        ledgers.read_columns(str(tmp_path / "00000.parquet"), ["key"])
+
+
+def test_a_stored_picture_that_cannot_be_read_is_shown_as_trouble(built):
+    manifest = load_manifest(built)
+    sampled = ledgers.sample(built, manifest, "cc3m")
+    broken = replace(sampled, rows=sampled.rows.with_columns(image_offset=pl.col("json_offset")))
+
+    shown = gallery.shown(broken)
+
+    assert shown
+    assert all(one.image is None and "cannot be read" in one.trouble for one in shown)
+
+
+def test_regions_of_one_box_share_a_tag():
+    box, other = (0.1, 0.2, 0.5, 0.6), (0.0, 0.0, 1.0, 1.0)
+
+    regions = gallery._regions([box, None, other, box])
+
+    assert [(one.numbers, one.x, one.y, one.width, one.height) for one in regions] == [
+        ("1, 4", 10, 20, 40, 40),
+        ("3", 0, 0, 100, 100),
+    ]
+
+
+hashes = st.lists(st.integers(0, copies._HASHES - 1), max_size=30)
+
+
+@given(
+    seen=st.lists(st.tuples(st.integers(0, 2), hashes), max_size=6), most=st.sampled_from([4, 1000])
+)
+def test_an_image_is_looked_at_with_all_its_copies_or_not_at_all(seen, most):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copies, "MOST_HASHES", most)
+        held, limit = copies.counted((n, pl.Series(h, dtype=pl.Int64)) for n, h in seen)
+
+    expected = {}
+    for source, found in seen:
+        for one in found:
+            if one < limit:
+                expected[one, source] = expected.get((one, source), 0) + 1
+    assert {(h, source): n for h, source, n in held.iter_rows()} == expected
+    assert limit == copies._HASHES or most == 4
+
+
+def test_copies_across_sources_are_counted_once_for_each_two():
+    held, limit = copies.counted(
+        [(0, pl.Series([1, 2, 3, 3])), (1, pl.Series([2, 3])), (2, pl.Series([3]))]
+    )
+
+    found = copies._summed((held, limit), ["a", "b", "c"])
+
+    assert found.distinct == 3
+    assert found.repeated == 2
+    assert found.shared == {("a", "b"): 2, ("a", "c"): 1, ("b", "c"): 1}
+    assert found.most == ("000000000000003", 4)
+
+
+@given(
+    words=st.dictionaries(st.integers(0, 400), st.integers(1, 50), min_size=1),
+    paper=st.none() | st.floats(1, 20),
+)
+def test_the_bars_of_a_histogram_hold_every_caption(words, paper):
+    chart = charts.lengths_chart(words, paper)
+
+    scale = chart.up[-1].at  # where the highest tick is
+    percent_there = int(chart.up[-1].text.removesuffix("%"))
+    unit = (charts.BOTTOM - scale) / percent_there if percent_there else 0
+    assert sum(bar.height for bar in chart.bars) == pytest.approx(100 * unit, rel=0.01)
+    for bar in chart.bars:
+        assert bar.x >= charts.LEFT
+        assert bar.x + bar.width <= charts.RIGHT + 0.1
+        assert bar.y >= charts.TOP - 0.1
+    assert all(charts.LEFT <= mark.at <= charts.RIGHT for mark in chart.marks)
+    assert len(chart.bars) <= charts.MOST_BARS + 1
+
+
+def test_a_square_stands_in_the_middle_of_the_shapes():
+    chart = charts.shapes_chart(np.array([1.0, 1.0, 1.0]))
+
+    middle = next(tick.at for tick in chart.across if tick.text == "1:1")
+    assert [bar.x <= middle <= bar.x + bar.width for bar in chart.bars] == [True]
+    assert "0% wider than high" in chart.says
+
+
+def test_extreme_sides_count_in_the_outer_bars():
+    chart = charts.sides_chart(np.array([1, 60_000]))
+
+    assert len(chart.bars) == 2
+    assert charts.sides_chart(np.array([], dtype=np.int64)) is None
+
+
+def test_a_filter_is_told_in_its_own_words():
+    rules = {"captions": {"filters": {"has_words": {"least": 3}}}}
+
+    told = losses.meaning("has_words", rules)
+
+    assert "least = 3" in told
+    assert caption_filters.has_words.__doc__.partition(" ")[0] in told
+    assert losses.meaning("http_404", rules) == "not found"
+
+
+def test_hosts_are_counted_by_what_came():
+    rows = pl.DataFrame(
+        {
+            "url": ["http://A.test/1", "https://u:p@a.test:80/2", "http://b.test/", None, "x"],
+            "status": ["success", "failed_to_download", "dropped", "success", "success"],
+            "reason": [None, "dns", "is_large", None, None],
+        }
+    )
+
+    found = losses.hosts(ledgers.Sample(rows, (0,), 5))
+
+    assert [(one.name, one.records, one.share, one.failure) for one in found] == [
+        ("a.test", 2, 0.5, "dns"),
+        ("b.test", 1, 1.0, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "url", ["javascript:alert(1)", "http://", "http://[::1", "http://a b/", "//a.test", "", None]
+)
+def test_what_is_no_web_address_is_no_link(url):
+    assert link(url) is None
+
+
+def test_text_is_cut_and_says_how_long_it_was():
+    assert visible("a" * 10_000, 5) == "aaaaa … (10,000 characters)"
+    assert visible("left\u202eright\0") == "left[U+202E]right[U+0000]"
+    assert visible("👩‍👩‍👧 שלום") == "👩‍👩‍👧 שלום"
+
+
+def test_shares_and_sizes_are_never_rounded_to_a_lie():
+    assert [percent(share) for share in (0, 1e-9, 0.5, 1 - 1e-9, 1)] == [
+        "0%",
+        "< 0.1%",
+        "50.0%",
+        "> 99.9%",
+        "100%",
+    ]
+    assert [short_bytes(n) for n in (0, 999, 1000, 2_500_000, 10**15)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.0 kB",
+        "2.5 MB",
+        "1,000.0 TB",
+    ]
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_text_and_marks_stand_out_from_their_ground(built, theme):
+    style = re.search(r"<style>(.*?)</style>", page(built, None), re.DOTALL)[1]
+    blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", blocks[theme]))
+
+    def light(name):
+        channels = [int(colours[name][at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one, other):
+        low, high = sorted((light(one), light(other)))
+        return (high + 0.05) / (low + 0.05)
+
+    for ground in ("paper", "card", "wash"):
+        for text, least in (("ink", 7), ("soft", 4.5), ("kept", 3), ("dropped", 3), ("failed", 3)):
+            assert contrast(text, ground) >= least, (text, ground)
+
+
+def test_the_command_writes_the_page(built, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "deep" / "page.html"
+    monkeypatch.setattr(sys, "argv", ["pmd", "report", built, "--out", str(out)])
+
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+
+    assert left.value.code == 0
+    assert out.read_text(encoding="utf-8") == page(built, None)
+    assert str(out) in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def nine(tmp_path_factory):
+    """The page on the sample world of all nine sources."""
+    folder = tmp_path_factory.mktemp("nine")
+    quickstart.run(folder, 60, "local", 1, QUIET)
+    out = folder / "report.html"
+    out.write_text(page(str(folder / "manifests" / "pmd.json"), None), encoding="utf-8")
+    return out
+
+
+@pytest.mark.slow
+def test_nine_sources_make_a_page_of_less_than_three_megabytes(nine):
+    assert nine.stat().st_size < 3_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; PMD_BROWSER names one")
+def test_the_page_is_sound_in_a_browser(nine, built, tmp_path):
+    hostile = tmp_path / "hostile.html"
+    hostile.write_text(page(built, None), encoding="utf-8")
+    with open_browser(tmp_path / "profile") as browser:
+        for path in (nine, hostile):
+            for width, dark in ((1280, False), (1280, True), (390, False), (390, True)):
+                browser.show(path, width=width, dark=dark)
+                browser.ask("document.querySelectorAll('details').forEach(one => one.open = true)")
+
+                wide = "[document.documentElement.scrollWidth, window.innerWidth]"
+                inside, window = browser.ask(wide)
+                assert inside <= window == width
+                hidden = "[...document.images].filter(i => !(i.complete && i.naturalWidth > 0))"
+                assert browser.ask("document.images.length") > 0
+                assert browser.ask(f"{hidden}.length") == 0
+                ground = browser.ask("getComputedStyle(document.body).backgroundColor")
+                assert ground == ("rgb(19, 21, 25)" if dark else "rgb(250, 249, 246)")
+    assert browser.told == []
+    assert {one.partition(":")[0] for one in browser.asked} == {"file", "data"}
