@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,12 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pmd_pipeline import sources
+from pmd_pipeline.codes import done_codes
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import (
     WORKED,
+    CodeRules,
+    CodesReport,
     Counts,
     Manifest,
     Report,
@@ -23,7 +26,7 @@ from pmd_pipeline.format import (
 )
 from pmd_pipeline.index import Index
 from pmd_pipeline.recipe import Recipe
-from pmd_pipeline.storage import join, local_path, open_read, read_bytes, write_whole
+from pmd_pipeline.storage import join, local_path, open_read, read_bytes, sizes, write_whole
 
 
 def source_manifest(
@@ -36,6 +39,8 @@ def source_manifest(
     planned: Sequence[int],
 ) -> Manifest:
     """The manifest of one source, from its index and the reports of its parts.
+
+    It keeps the image codes that are there, if they are of these very shards, all by one rule.
 
     Args:
         shards: folder of the shards.
@@ -63,20 +68,38 @@ def source_manifest(
         leakage=index.leakage,
         limit=limit,
     )
-    return _sealed(
-        Manifest(
-            name=recipe.source,
-            kind=info.kind,
-            sources={recipe.source: entry},
-            shards=[_shard(report, shards, path) for report in reports if _rows(report)],
-            versions=_one_version(report.versions for report in reports),
-            missing={recipe.source: missing} if missing else {},
-        )
+    manifest = Manifest(
+        name=recipe.source,
+        kind=info.kind,
+        sources={recipe.source: entry},
+        shards=[_shard(report, shards, path) for report in reports if _rows(report)],
+        versions=_one_version(report.versions for report in reports),
+        missing={recipe.source: missing} if missing else {},
     )
+    return with_codes(manifest, _codes_there(manifest, shards))
+
+
+def with_codes(manifest: Manifest, reports: Iterable[CodesReport]) -> Manifest:
+    """The manifest with its shards' image codes, if all have them by one rule; else without."""
+    found = {(report.source, report.part): report for report in reports}
+    coded = [found.get((shard.source, shard.part)) for shard in manifest.shards]
+    rules = _one_rule(report.rules if report else None for report in coded)
+    shards = [
+        shard.model_copy(
+            update={
+                "codes_sha256": report.file.sha256 if report and rules else None,
+                "views": report.views if report and rules else None,
+            }
+        )
+        for shard, report in zip(manifest.shards, coded, strict=True)
+    ]
+    return _sealed(manifest.model_copy(update={"shards": shards, "codes": rules}))
 
 
 def merged(name: str, path: str, manifests: Sequence[tuple[str, Manifest]]) -> Manifest:
     """One manifest of several, each given with where it lies; `path` is where this one will lie.
+
+    It has image codes if all have them by one rule.
 
     Raises:
         PmdError: two of them have one source, or hold different kinds of samples.
@@ -84,6 +107,8 @@ def merged(name: str, path: str, manifests: Sequence[tuple[str, Manifest]]) -> M
     entries: dict[str, SourceEntry] = {}
     shards: list[ShardEntry] = []
     missing: dict[str, list[int]] = {}
+    codes = _one_rule(manifest.codes for _, manifest in manifests)
+    bare = {} if codes else {"codes_sha256": None, "views": None}
     for where, manifest in manifests:
         if twice := sorted(entries.keys() & manifest.sources.keys()):
             raise PmdError(f"{where}: {twice[0]} is already in another manifest; give each once")
@@ -92,7 +117,7 @@ def merged(name: str, path: str, manifests: Sequence[tuple[str, Manifest]]) -> M
         entries |= manifest.sources
         missing |= manifest.missing
         shards += [
-            shard.model_copy(update={"path": _relative(located(where, shard.path), path)})
+            shard.model_copy(update={"path": _relative(located(where, shard.path), path), **bare})
             for shard in manifest.shards
         ]
     return _sealed(
@@ -101,6 +126,7 @@ def merged(name: str, path: str, manifests: Sequence[tuple[str, Manifest]]) -> M
             kind=manifests[0][1].kind,
             sources=dict(sorted(entries.items())),
             shards=sorted(shards, key=lambda shard: (shard.source, shard.part)),
+            codes=codes,
             versions=_one_version(manifest.versions for _, manifest in manifests),
             missing=missing,
         )
@@ -135,6 +161,21 @@ def located(manifest_path: str, path: str) -> str:
     if "://" in path or Path(path).is_absolute():
         return path
     return join(manifest_path.rpartition("/")[0] or ".", path)
+
+
+def _codes_there(manifest: Manifest, shards: str) -> Iterator[CodesReport]:
+    """Reports of the image codes that lie in the folder `shards` and hold."""
+    there = sizes(shards)
+    for shard in manifest.shards:
+        report = done_codes(join(shards, shard.path.rpartition("/")[2]), shard, there)
+        if report:
+            yield report
+
+
+def _one_rule(given: Iterable[CodeRules | None]) -> CodeRules | None:
+    """The rules that all share; None where some have others, or none."""
+    found = set(given)
+    return found.pop() if len(found) == 1 else None
 
 
 def _sealed(manifest: Manifest) -> Manifest:

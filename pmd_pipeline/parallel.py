@@ -61,22 +61,26 @@ class Pool(Protocol):
     ) -> Iterator[tuple[Task, Result | WorkerDied]]:
         """Results as they come, each with its task; a bounded number of tasks is in flight.
 
+        What a task leaves in its process, such as a model, a later one may find there.
         An exception that `function` raises is raised here and ends the run.
         """
         ...
 
 
 @contextmanager
-def open_pool(runner: str, workers: int | None, ray_address: str | None) -> Iterator[Pool]:
+def open_pool(
+    runner: str, workers: int | None, ray_address: str | None, *, gpus: int = 0
+) -> Iterator[Pool]:
     """A pool of `workers` (default: the machine's cores, or the cluster's).
 
     `runner` is `local` or `ray`; one local worker is this very process. With `ray_address` the pool
-    is a running cluster (`auto` for the one of this machine), else Ray is started here.
+    is a running cluster (`auto` for the one of this machine), else Ray is started here. On Ray each
+    task has `gpus` GPUs to itself.
     """
     count = workers or os.cpu_count() or 1
     pool: _Here | _Processes | _Ray
     if runner == "ray":
-        pool = _Ray(workers, ray_address)
+        pool = _Ray(workers, ray_address, gpus)
     else:
         pool = _Here() if count == 1 else _Processes(count)
     try:
@@ -223,6 +227,7 @@ def _end(executor: ProcessPoolExecutor) -> None:
 
 def _start_worker(driver: int) -> None:
     """Die with the driver, however it dies, and leave Ctrl-C to it."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a worker for each core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -233,9 +238,10 @@ def _start_worker(driver: int) -> None:
 class _Ray:
     """A cluster, joined or started when there is more than one task for it."""
 
-    def __init__(self, workers: int | None, address: str | None) -> None:
+    def __init__(self, workers: int | None, address: str | None, gpus: int) -> None:
         self.workers = workers or os.cpu_count() or 1
         self._address = address
+        self._gpus = gpus
         self._fixed = workers is not None
         self._connected = False
 
@@ -291,7 +297,14 @@ class _Ray:
         self._connect()
         import ray  # noqa: PLC0415 - see _connect
 
-        remote = ray.remote(num_cpus=1, max_retries=_TRIES - 1)(function)
+        if self._gpus > ray.cluster_resources().get("GPU", 0):
+            raise PmdError("Ray has no GPU here, and tasks would wait for one: give --device cpu")
+        remote = ray.remote(
+            num_cpus=1,
+            num_gpus=self._gpus,
+            max_calls=0,  # else a worker with a GPU ends after each task, and its model with it
+            max_retries=_TRIES - 1,
+        )(function)
         queue = chain(head, queue)
         running: dict[Any, Task] = {}
         with _Ticks(ray.util.get_node_ip_address(), watch) as ticks:
