@@ -1,59 +1,122 @@
-"""The whole story of one sample, from its upstream row to its bytes in the shard."""
+"""Everything that is known of one record or bad row, from its upstream row to its bytes."""
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pmd_pipeline import sources
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import DROPPED, FAILED, WORKED, Report, part_name
+from pmd_pipeline.format import WORKED, Report, part_name
 from pmd_pipeline.index import Index, load_index
-from pmd_pipeline.record import BadRow, Row, key_of
+from pmd_pipeline.parallel import Pool, Tick, in_order, no_watch
+from pmd_pipeline.record import BadRow, Row, key_of, url_id
 from pmd_pipeline.records import part_of
 from pmd_pipeline.storage import folders, join, open_read, read_bytes, sizes
 from pmd_pipeline.upstream import Span
 
 _FIRST_SAMPLES = 5
-_CHANGED = {"note": "the file has changed: it has no such row any more"}
+_CHANGED = "the file has changed: it has no such row any more"
 
 
 @dataclass(frozen=True)
-class Chapter:
-    """One step of a sample's way: what it is about, and what is known, by name."""
+class ReadRow:
+    """An upstream row as its source reads it again; `trouble` says why it cannot be read."""
 
-    title: str
-    facts: dict[str, Any]
+    place: str
+    row: Row | BadRow | None = None
+    trouble: str | None = None
 
 
-def sample_story(data: str, key: str) -> list[Chapter]:
-    """What happened to the record or bad row `key` under the address `data`, step by step.
+@dataclass(frozen=True)
+class Story:
+    """What is known of one record, or of one bad row.
+
+    Args:
+        rows: upstream's, in order.
+        rules: of the index that has the record, a resolved recipe.
+        dropped: pairs that the index left out.
+        kept: the record in the index, if any pair was kept.
+        part: its part.
+        shard: where the part's tar is, or would be.
+        built: whether the part is.
+        ledger: its row of the ledger.
+        sample: the JSON beside the image.
+    """
+
+    source: str
+    key: str
+    rules: dict[str, Any]
+    rows: list[ReadRow]
+    dropped: list[dict[str, Any]]
+    kept: dict[str, Any] | None
+    part: int
+    shard: str
+    built: bool = False
+    ledger: dict[str, Any] | None = None
+    sample: dict[str, Any] | None = None
+
+    @property
+    def id(self) -> str:
+        """Upstream's id of the image, or where the bad row stands."""
+        return str((self.kept or self.dropped[0])["id"])
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What a shard holds: its report, and the first of its samples' ledger rows."""
+
+    tar: str
+    report: Report
+    first: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _ScanTask:
+    """Index files of one part, to be searched for addresses."""
+
+    source: str
+    files: tuple[str, ...]
+    addresses: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"searching {self.files[0]}"
+
+
+def stories(data: str, asked: str, pool: Pool, source: str | None = None) -> list[Story]:
+    """The story of each record under the address `data` that `asked` names, source by source.
+
+    `asked` is a key, an id as upstream has it, the place of a bad row (`FILE:START:ROW`), or the
+    address of an image. Addresses are searched for in all indexes only where no source has them as
+    an id, since that reads every index.
 
     Raises:
-        PmdError: `key` is no key, or no index under `data` has it.
+        PmdError: there is no index, or none has it.
     """
-    if len(key) != 16 or set(key) - set("0123456789abcdef"):
-        raise PmdError(f"{key!r} is no key: a key is 16 hex digits, as in the shards and ledgers")
-    for name in folders(join(data, "index")):
-        folder = join(data, "index", name)
-        index = load_index(folder)
-        if index is None or not index.parts:
-            continue
-        part = index.parts[part_of(key, len(index.parts))]
-        kept = _rows(join(folder, part.kept.name), key)
-        dropped = _rows(join(folder, part.dropped.name), key)
-        if kept or dropped:
-            return list(_chapters(data, index, key, kept, dropped))
-    raise PmdError(f"no index under {data} has the key {key}; is --out right, and the index built?")
+    indexes = _indexes(data, source)
+    found = [
+        (index, key)
+        for index in indexes
+        for key in _keys(index.source, asked)
+        if _has(join(data, "index", index.source), index, key)
+    ]
+    if not found and "://" in asked:
+        found = _searched(data, indexes, asked, pool)
+    if not found:
+        names = ", ".join(index.source for index in indexes)
+        raise PmdError(f"{asked!r} is no key, id or address in the index of {names} under {data}")
+    return [_story(data, index, key) for index, key in found]
 
 
-def shard_story(tar: str) -> list[Chapter]:
-    """What a shard holds: its report, and its first samples.
+def holdings(tar: str) -> Holdings:
+    """What the shard at `tar` holds.
 
     Raises:
         PmdError: there is no shard with a report and a ledger at `tar`.
@@ -67,72 +130,135 @@ def shard_story(tar: str) -> list[Chapter]:
         ) from error
     with open_read(f"{base}.parquet") as file:
         kept = pq.read_table(file, filters=[("status", "=", WORKED)]).slice(0, _FIRST_SAMPLES)
+    return Holdings(tar, report, kept.to_pylist())
+
+
+def stored_image(story: Story) -> bytes:
+    """The stored JPEG of the story's record.
+
+    Raises:
+        PmdError: it has none.
+    """
+    if story.sample is None or story.ledger is None:
+        raise PmdError(f"{story.key} has no stored image: pmd why {story.key} says why")
+    return _content(story.shard, story.ledger["image_offset"], story.ledger["image_size"])
+
+
+def _indexes(data: str, source: str | None) -> list[Index]:
+    names = [source] if source else folders(join(data, "index"))
+    found = [load_index(join(data, "index", name)) for name in names]
+    whole = [index for index in found if index is not None and index.parts]
+    if not whole:
+        what = f"of {source} " if source else ""
+        raise PmdError(f"there is no index {what}under {data}; is --out right, and anything built?")
+    return whole
+
+
+def _keys(source: str, asked: str) -> list[str]:
+    """The keys that `asked` may mean: its own, or those of the ids that it may be."""
+    found = [key_of(source, asked), key_of(source, url_id(asked))]
+    if len(asked) == 16 and set(asked) <= set("0123456789abcdef"):
+        found.insert(0, asked)
+    return list(dict.fromkeys(found))
+
+
+def _has(folder: str, index: Index, key: str) -> bool:
+    part = index.parts[part_of(key, len(index.parts))]
+    return any(_rows(join(folder, file.name), key) for file in (part.kept, part.dropped))
+
+
+def _searched(
+    data: str, indexes: Sequence[Index], asked: str, pool: Pool
+) -> list[tuple[Index, str]]:
+    """Records with this address, in any of the spellings it may have."""
+    twin = asked.replace("http://", "https://", 1)
+    if twin == asked:
+        twin = asked.replace("https://", "http://", 1)
+    addresses = tuple(dict.fromkeys([asked, url_id(asked), twin, url_id(twin)]))
+    tasks = [
+        _ScanTask(
+            index.source,
+            tuple(
+                join(data, "index", index.source, file.name) for file in (part.kept, part.dropped)
+            ),
+            addresses,
+        )
+        for index in indexes
+        for part in index.parts
+    ]
+    by_name = {index.source: index for index in indexes}
+    results = in_order(pool, scan, tasks, no_watch)
     return [
-        Chapter(f"shard {tar}", report.model_dump(mode="json", exclude={"words"})),
-        *(
-            Chapter(f"sample {row['key']}", {"caption": row["caption"], "url": row["url"]})
-            for row in kept.to_pylist()
-        ),
+        (by_name[task.source], key)
+        for task, keys in zip(tasks, results, strict=True)
+        for key in keys
     ]
 
 
-def sample_image(chapters: Sequence[Chapter]) -> bytes:
-    """The stored JPEG of the sample that `chapters` tell of.
-
-    Raises:
-        PmdError: the sample has no image.
-    """
-    for chapter in chapters:
-        if "image_offset" in chapter.facts:
-            with open_read(chapter.facts["shard"]) as file:
-                file.seek(chapter.facts["image_offset"])
-                return file.read(chapter.facts["image_size"])
-    raise PmdError("there is no stored image to write: the story without --image says why")
+def scan(task: _ScanTask, _tick: Tick) -> list[str]:
+    """The keys of the records that have one of the addresses."""
+    wanted, found = pa.array(task.addresses), set[str]()
+    for address in task.files:
+        with open_read(address) as file:
+            for batch in pq.ParquetFile(file).iter_batches(columns=["key", "url"]):
+                hits = batch.filter(pc.is_in(batch["url"], value_set=wanted))
+                found.update(hits["key"].to_pylist())
+    return sorted(found)
 
 
-def _chapters(
-    data: str,
-    index: Index,
-    key: str,
-    kept: Sequence[dict[str, Any]],
-    dropped: Sequence[dict[str, Any]],
-) -> Iterator[Chapter]:
-    part = part_of(key, len(index.parts))
-    yield from _upstream(index, kept, dropped, key)
-    for row in dropped:
-        reason = row["reason"]
-        known = DROPPED.get(reason, "the filter of this name refuses the text")
-        facts = {"field": row["field"], "text": row["text"], "reason": reason, "meaning": known}
-        yield Chapter("pair dropped by the index", facts)
-    for row in kept:
-        facts = {name: value for name, value in row.items() if name not in {"spans", "rows"}}
-        yield Chapter(f"record in part {part_name(part)} of the index", _without_none(facts))
-        yield from _built(data, index.source, part, key)
+def _story(data: str, index: Index, key: str) -> Story:
+    number = part_of(key, len(index.parts))
+    part, folder = index.parts[number], join(data, "index", index.source)
+    kept = _rows(join(folder, part.kept.name), key)
+    dropped = _rows(join(folder, part.dropped.name), key)
+    shards, name = join(data, "shards", index.source), part_name(number)
+    shard = join(shards, f"{name}.tar")
+    built = f"{name}.json" in sizes(shards)
+    ledger = _rows(join(shards, f"{name}.parquet"), key) if built else []
+    sample = None
+    if ledger and ledger[0]["json_offset"] is not None:
+        sample = json.loads(_content(shard, ledger[0]["json_offset"], ledger[0]["json_size"]))
+    return Story(
+        source=index.source,
+        key=key,
+        rules=index.rules,
+        rows=list(_upstream(index, kept, dropped, key)),
+        dropped=dropped,
+        kept=kept[0] if kept else None,
+        part=number,
+        shard=shard,
+        built=built,
+        ledger=ledger[0] if ledger else None,
+        sample=sample,
+    )
 
 
 def _upstream(
     index: Index, kept: Sequence[dict[str, Any]], dropped: Sequence[dict[str, Any]], key: str
-) -> Iterator[Chapter]:
+) -> Iterator[ReadRow]:
     """The rows as their source reads them again, where the files are still there."""
     places = {(row["span"], row["row"]) for row in dropped}
     places |= {place for row in kept for place in zip(row["spans"], row["rows"], strict=True)}
     for number, wanted in groupby(sorted(places), key=itemgetter(0)):
         span = index.spans[number].span()
         rows = [row for _, row in wanted]
+        found: dict[int, Row | BadRow] = {}
+        trouble = _CHANGED
         try:
             found = _reread(index, span, rows, key)
         except PmdError as error:  # the file is gone or changed; the rest of the story stands
-            found = {row: {"note": str(error)} for row in rows}
+            trouble = str(error)
         for row in rows:
-            yield Chapter(f"row {row} of {_place(span)}", found.get(row, _CHANGED))
+            place = f"row {row:,} of {_place(span)}"
+            yield ReadRow(place, found.get(row), None if row in found else trouble)
 
 
-def _reread(index: Index, span: Span, rows: list[int], key: str) -> dict[int, dict[str, Any]]:
+def _reread(index: Index, span: Span, rows: list[int], key: str) -> dict[int, Row | BadRow]:
     """What the rows of these numbers say of `key`; the span is read up to the last of them."""
     read = sources.load(index.source).read(span, **index.rules["options"])
     wanted = set(rows)
     return {
-        number: _as_facts(row)
+        number: row
         for number, row in enumerate(islice(read, rows[-1] + 1))
         if number in wanted and (isinstance(row, BadRow) or key_of(index.source, row.id) == key)
     }
@@ -143,40 +269,13 @@ def _place(span: Span) -> str:
     return f"{span.file}" + (f" from {span.start:,} to {until}" if span.start or span.stop else "")
 
 
-def _built(data: str, source: str, part: int, key: str) -> Iterator[Chapter]:
-    base = join(data, "shards", source, part_name(part))
-    if f"{part_name(part)}.json" not in sizes(join(data, "shards", source)):
-        yield Chapter("not built yet", {"part": part_name(part)})
-        return
-    rows = _rows(f"{base}.parquet", key)
-    if not rows:
-        meaning = DROPPED["limit"] + ", or the shard is older than the index"
-        yield Chapter(f"not in the ledger {base}.parquet", {"reason": "limit", "meaning": meaning})
-    for row in rows:
-        facts = _without_none({"shard": f"{base}.tar", **row})
-        if reason := row["reason"]:
-            facts["meaning"] = FAILED.get(reason, "the image filter of this name refuses it")
-        yield Chapter(f"row of the ledger {base}.parquet", facts)
-        if row["image_offset"] is not None:
-            with open_read(f"{base}.tar") as file:
-                file.seek(row["json_offset"])
-                described = json.loads(file.read(row["json_size"]))
-            yield Chapter(f"sample in {base}.tar", described)
+def _content(address: str, offset: int, size: int) -> bytes:
+    with open_read(address) as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def _rows(address: str, key: str) -> list[dict[str, Any]]:
     with open_read(address) as file:
         table = pq.read_table(file, filters=[("key", "=", key)])
     return list(table.to_pylist())
-
-
-def _as_facts(row: Row | BadRow) -> dict[str, Any]:
-    if isinstance(row, BadRow):
-        return {"reason": row.reason, "detail": row.detail}
-    facts = {name: getattr(row, name) for name in Row.__dataclass_fields__ if name != "candidates"}
-    texts = [f"{one.field}: {one.text}" for one in row.candidates[:20]]
-    return _without_none({**facts, "candidates": texts})
-
-
-def _without_none(facts: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if value not in (None, "", [], {})}

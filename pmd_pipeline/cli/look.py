@@ -1,4 +1,4 @@
-"""Commands that look: `pmd sources`, `pmd stats`, `pmd show`."""
+"""Commands that look: `pmd sources`, `pmd stats`, `pmd show`, `pmd why`."""
 
 import json
 from enum import StrEnum
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pmd_pipeline.cli.app import Out, app, out_console, say
+from pmd_pipeline.cli.app import Out, Workers, app, out_console, say
 
 
 class Form(StrEnum):
@@ -87,29 +87,69 @@ def show(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell the whole story of a sample, from the upstream row to the bytes; or what a shard holds.
+    """Show what is stored: a sample with its row of the ledger, or a shard with its report.
 
-    Example: pmd show 64c23fe1967b35c0
+    Example: pmd show 64c23fe1967b35c0 --image dog.jpg
     """
     from pmd_pipeline import story
+    from pmd_pipeline.parallel import open_pool
     from pmd_pipeline.storage import write_whole
 
     if key_or_shard.endswith(".tar"):
-        chapters = story.shard_story(key_or_shard)
+        shard = story.holdings(key_or_shard)
+        facts = {
+            "report": shard.report.model_dump(mode="json", exclude={"words"}),
+            **{row["key"]: {"caption": row["caption"], "url": row["url"]} for row in shard.first},
+        }
     else:
-        chapters = story.sample_story(out, key_or_shard)
-    if image:
-        write_whole(str(image), story.sample_image(chapters))
-        say(f"wrote {image}")
+        with open_pool("local", 1, None) as pool:
+            found = story.stories(out, key_or_shard, pool)[0]
+        facts = {"ledger": found.ledger or {}, "sample": found.sample or {}}
+        if image:
+            write_whole(str(image), story.stored_image(found))
+            say(f"wrote {image}")
+        if not found.sample:
+            say(f"{key_or_shard} has no image in a shard: pmd why {key_or_shard} says why")
     if as_json:
-        typer.echo(
-            json.dumps([{"title": c.title, **c.facts} for c in chapters], ensure_ascii=False)
-        )
+        typer.echo(json.dumps(facts, ensure_ascii=False))
         return
-    for chapter in chapters:
-        typer.secho(chapter.title, bold=True)
-        for name, value in chapter.facts.items():
+    for title, named in facts.items():
+        typer.secho(title, bold=True)
+        for name, value in named.items():
             typer.echo(f"  {name}: {_plain(value)}")
+
+
+@app.command()
+def why(
+    asked: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID|URL|KEY", help="An image, by upstream's id, its address or its key."
+        ),
+    ],
+    out: Out = "data",
+    source: Annotated[
+        str | None, typer.Option("--source", "-s", metavar="NAME", help="Only in this source.")
+    ] = None,
+    workers: Workers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell why a record is in the dataset or is not, from its upstream rows to its bytes.
+
+    Example: pmd why http://images.cocodataset.org/train2014/COCO_train2014_000000391895.jpg
+    """
+    from pmd_pipeline import story, telling
+    from pmd_pipeline.parallel import open_pool
+
+    with open_pool("local", workers, None) as pool:
+        found = story.stories(out, asked, pool, source)
+    if as_json:
+        facts = [telling.as_facts(one) for one in found]
+        typer.echo(json.dumps(facts, ensure_ascii=False, default=str))
+        return
+    for number, one in enumerate(found):
+        for line in ("",) * bool(number) + tuple(telling.told(one)):
+            typer.secho(line, bold=not line.startswith(" "))
 
 
 def _plain(value: object) -> str:

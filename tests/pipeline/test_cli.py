@@ -154,8 +154,8 @@ def test_an_out_that_is_a_file_is_one_line(pmd, toy, tmp_path):
         (["stats"], ["manifests/pmd.json", "there is no such file"]),
         (["stats", "none.json"], ["none.json", "there is no such file"]),
         (["merge", "none.json"], ["none.json", "there is no such file"]),
-        (["show", "coco"], ["'coco' is no key", "16 hex digits"]),
-        (["show", "0" * 16], ["no index under data has the key", "--out"]),
+        (["show", "0" * 16], ["there is no index under data", "--out"]),
+        (["why", "0" * 16], ["there is no index under data", "--out"]),
         (["show", "none.tar"], ["none.json", "there is no such file"]),
         (["sources", "coca"], ["'coca'", "coco"]),
     ],
@@ -218,41 +218,23 @@ def test_manifests_are_merged_and_none_twice(pmd, toy):
     assert "cc3m is already in another manifest" in err
 
 
-def test_show_tells_of_kept_dropped_and_failed_records(pmd, toy):
+def test_why_tells_of_kept_dropped_and_failed_records(pmd, toy):
     pmd(*toy)
-    kept, failed = (key_of("cc3m", f"http://a.test/{number}.jpg") for number in (0, 11))
     bad = key_of("cc3m", "GCC-training.tsv:0:16")
 
-    stories = [pmd("show", key)[1] for key in (kept, failed, bad)]
+    asked = ("http://a.test/0.jpg", key_of("cc3m", "http://a.test/11.jpg"), bad)
+    told = [pmd("why", one)[1] for one in asked]
 
-    for part in ("row 0 of", "row 12 of", "record in part 00000", "status: success", "sample in"):
-        assert part in stories[0]
-    assert '"a caption of picture 0"' in stories[0]
-    assert "reason: not_in_archive" in stories[1]
-    assert "meaning: none of the local images has this name" in stories[1]
-    assert "sample in" not in stories[1]
-    assert "reason: bad_row" in stories[2]
-    assert "meaning: the upstream row cannot be understood" in stories[2]
-    assert "column 2 is no http address: 'nowhere'" in stories[2]
-    assert "the file has changed" not in "".join(stories)
-
-
-def test_show_says_what_it_cannot_find_any_more(pmd, toy, tmp_path):
-    pmd(*toy, "--limit", 1)
-    keys = sorted(key_of("cc3m", f"http://a.test/{number}.jpg") for number in range(12))
-    raw = tmp_path / "raw" / "GCC-training.tsv"
-
-    beyond = pmd("show", keys[1])[1]
-    raw.write_text("other\thttp://b.test/1.jpg\n" * 20)
-    changed = pmd("show", keys[0])[1]
-    raw.unlink()
-    gone = pmd("show", keys[0])[1]
-
-    assert "not in the ledger" in beyond
-    assert "beyond --limit" in beyond
-    assert "the file has changed: it has no such row any more" in changed
-    assert "cannot read" in gone
-    assert "record in part 00000" in gone
+    for part in ("kept: 2 pairs in data/shards/cc3m/00000.tar", "read: row 0 of", "also: row 12 of",
+                 "'a caption of picture 0': passes", "stored: "):  # fmt: skip
+        assert part in told[0]
+    assert "not fetched: not_in_archive, none of the local images has this name" in told[1]
+    assert "stored: " not in told[1]
+    assert "dropped by the index: bad_row, the upstream row cannot be understood" in told[2]
+    assert "column 2 is no http address: 'nowhere'" in told[2]
+    assert "the file has changed" not in "".join(told)
+    assert json.loads(pmd("why", bad, "--json")[1])[0]["rows"][0]["reason"] == "bad_row"
+    assert pmd("why", "http://a.test/none.jpg")[0] == 2
 
 
 def test_show_prints_json_and_writes_the_image(pmd, toy):
@@ -260,15 +242,17 @@ def test_show_prints_json_and_writes_the_image(pmd, toy):
     kept, failed = (key_of("cc3m", f"http://a.test/{number}.jpg") for number in (0, 11))
 
     code, out, err = pmd("show", kept, "--json", "--image", "a/0.jpg")
-    refused, _, why = pmd("show", failed, "--image", "a/11.jpg")
+    refused, _, said = pmd("show", failed, "--image", "a/11.jpg")
 
     assert code == 0
-    assert json.loads(out)[-1]["captions"] == ["a caption of picture 0", "picture 0 once more"]
+    assert json.loads(out)["sample"]["captions"] == [
+        "a caption of picture 0", "picture 0 once more"
+    ]  # fmt: skip
     assert err == "wrote a/0.jpg\n"
     with Image.open("a/0.jpg") as image:
         assert image.size == (48, 40)
-    assert (refused, why.count("\n")) == (2, 1)
-    assert "there is no stored image" in why
+    assert (refused, said.count("\n")) == (2, 1)
+    assert f"pmd why {failed} says why" in said
 
 
 def test_show_tells_what_a_shard_holds(pmd, toy):
@@ -277,9 +261,9 @@ def test_show_tells_what_a_shard_holds(pmd, toy):
     code, out, _ = pmd("show", "data/shards/cc3m/00000.tar")
 
     assert code == 0
-    assert out.startswith("shard data/shards/cc3m/00000.tar\n")
+    assert out.startswith("report\n")
     assert "records: 12" in out
-    assert out.count("sample ") == 5
+    assert out.count("caption: ") == 5
     Path("data/shards/cc3m/00000.json").write_text("{}")
     assert pmd("show", "data/shards/cc3m/00000.tar")[0] == 2
 

@@ -20,8 +20,10 @@ from toy import QUIET
 from pmd_pipeline.build import WEB
 from pmd_pipeline.dataset import Request, build_all
 from pmd_pipeline.manifest import load_manifest
+from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.sample import World, serve, write_world
-from pmd_pipeline.story import sample_story
+from pmd_pipeline.story import stories
+from pmd_pipeline.telling import outcome, told
 
 pytestmark = pytest.mark.slow
 
@@ -192,17 +194,32 @@ def test_no_user_name_enters_a_shard(manifest, world, out):
     assert not [name for name in names if name.encode() in content]
 
 
-@pytest.mark.parametrize("status", ["success", "failed_to_download", "failed_to_resize"])
-def test_every_record_of_a_ledger_has_its_whole_story(manifest, out, status):
-    rows = pl.scan_parquet(out / "data" / "shards" / "*" / "*.parquet").collect()
-    key = rows.filter(pl.col("status") == status)["key"][0]
+def test_why_answers_for_every_reason_of_every_source(manifest, out):
+    asked = {}  # one record of each source and reason, or kept
+    for files in ("shards/*/[0-9]*.parquet", "index/*/dropped-*.parquet"):
+        for path in sorted((out / "data").glob(files)):
+            for row in pl.read_parquet(path).iter_rows(named=True):
+                asked.setdefault((path.parent.name, row["reason"]), row["key"])
+    assert len(asked) > 40
 
-    titles = [chapter.title for chapter in sample_story(str(out / "data"), key)]
+    with open_pool("local", 1, None) as pool:
+        for (source, reason), key in asked.items():
+            [story] = stories(str(out / "data"), key, pool)
+            lines = list(told(story))
 
-    assert titles[0].startswith("row ")
-    assert any(title.startswith("record in part ") for title in titles)
-    assert any(title.startswith("row of the ledger ") for title in titles)
-    assert any(title.startswith("sample in ") for title in titles) == (status == "success")
+            assert (story.source, story.key) == (source, key)
+            assert f"{reason}" in "\n".join(lines) if reason else outcome(story)[:6] == "kept: "
+            assert lines[2].startswith("read: row ")
+            assert not [one.trouble for one in story.rows if one.trouble]
+
+
+def test_an_address_finds_the_records_of_sources_that_have_other_ids(manifest, out):
+    rows = pl.read_parquet(out / "data" / "index" / "coco" / "kept-*.parquet")
+
+    with open_pool("local", 1, None) as pool:
+        found = stories(str(out / "data"), rows["url"][0], pool)
+
+    assert [story.key for story in found if story.source == "coco"] == [rows["key"][0]]
 
 
 def tars(manifest, out, source):
