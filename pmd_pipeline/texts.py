@@ -161,20 +161,16 @@ def with_tokenizer(recipe: Recipe) -> Recipe:
 
 
 def words(cutter: "Tokenizer", document: str) -> Words:
-    """The words of a document, as `cutter` sees them; see `Vocabulary.wordpiece`.
-
-    What cannot be cut, since one character gives the end of a word and the start of the next, is
-    one word.
-    """
+    """The words of a document, as `cutter` sees them; see `Vocabulary.wordpiece`."""
     encoding = cutter.encode(document, add_special_tokens=False)
     found: Words = []
-    last, end = None, 0
-    for number, (start, stop) in zip(encoding.word_ids, encoding.offsets, strict=True):
-        if found and (number == last or start < end):
+    last = None
+    for number, (start, _) in zip(encoding.word_ids, encoding.offsets, strict=True):
+        if number == last:
             found[-1] = (found[-1][0], found[-1][1] + 1)
         else:
             found.append((start, 1))
-        last, end = number, max(end, stop)
+        last = number
     return found
 
 
