@@ -85,9 +85,9 @@ def code_shard(task: CodesTask, tick: Tick) -> CodesReport:
         PmdError: the shard is not the one that the manifest names, or cannot be read.
     """
     started, clock = time.time(), time.monotonic()
-    remove(report_address(task))  # nothing may vouch for files that are being replaced
-    samples = read_samples(task.shard, task.entry)
     check_tar(task.shard, task.entry)
+    samples = read_samples(task.shard, task.entry)
+    remove(report_address(task))  # nothing may vouch for files that are being replaced
     rules = task.rules
     tokenizer = _loaded(task.weights, rules.sha256, rules.dtype, task.device)
     boxes: list[Boxes] = []

@@ -21,7 +21,13 @@ from pmd_pipeline.storage import open_read, sizes, sweep, write_whole
 from pmd_pipeline.stored import Sample, check_tar, read_member, read_samples
 from pmd_pipeline.tokenizers import best_device
 from pmd_pipeline.tokenizers.kmeans import PATCH, fit, patches
-from pmd_pipeline.tokenizers.weights import find_weights, read_weights, tensor_file
+from pmd_pipeline.tokenizers.pickles import read_pickle
+from pmd_pipeline.tokenizers.weights import (
+    dalle_weights,
+    find_weights,
+    read_weights,
+    tensor_file,
+)
 from pmd_pipeline.views import WHOLE
 
 _FITTED_IMAGES = 1024
@@ -39,6 +45,7 @@ class CodesRequest:
         manifest: address of the manifest, which is written again.
         weights: file, folder or hub id of a tokenizer's weights; None fits k-means.
         revision: commit of the hub id.
+        tokenizer: what the weights must be; None takes them as they are.
         vocabulary: codes of a k-means that is fitted here.
         grid: codes along each side of an image.
         views: see `CodeRules.views`.
@@ -49,6 +56,7 @@ class CodesRequest:
     manifest: str
     weights: str | None = None
     revision: str | None = None
+    tokenizer: str | None = None
     vocabulary: int = 1024
     grid: int = 14
     views: int = 1
@@ -89,6 +97,8 @@ def code_manifest(request: CodesRequest, show: Show) -> Coded:
     _check(request, manifest, shards)
     address = _weights_address(request, manifest, shards, show)
     weights = read_weights(address)
+    if request.tokenizer not in {None, weights.tokenizer}:
+        raise PmdError(f"{address} holds weights of {weights.tokenizer}, not {request.tokenizer}")
     if weights.tokenizer == "kmeans" and request.dtype != "float32":
         raise PmdError("k-means counts in whole numbers: leave --dtype out")
     rules = CodeRules(
@@ -112,6 +122,20 @@ def code_manifest(request: CodesRequest, show: Show) -> Coded:
     coded.agreement = _agreement(reports)
     save_manifest(request.manifest, coded.manifest)
     return coded
+
+
+def convert_weights(pickle: str, out: str) -> str:
+    """Write the dVAE's weights in `pickle`, or in safetensors, to `out`; the sha256 of the file.
+
+    Raises:
+        PmdError: it is refused, or holds something else.
+    """
+    is_safe = pickle.endswith(".safetensors")
+    weights = read_weights(pickle) if is_safe else dalle_weights(read_pickle(pickle), pickle)
+    if weights.tokenizer != "dalle":
+        raise PmdError(f"{pickle} holds weights of {weights.tokenizer}, which need no conversion")
+    write_whole(out, tensor_file(weights.tensors, {"tokenizer": "dalle"}))
+    return weights.sha256
 
 
 def _check(

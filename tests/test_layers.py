@@ -24,7 +24,7 @@ LAYERS = [
     {"scatter", "inputs", "flow"},
     {"index", "build", "codes"},
     {"manifest", "trial", "texts"},
-    {"stats", "story", "listing", "dataset", "corpus", "coding", "verify", "compare", "plan"},
+    {"stats", "story", "listing", "dataset", "corpus", "coding", "export", "verify", "compare", "plan"},
     {"quickstart", "report", "telling"},
     {"cli"},
 ]
