@@ -1,18 +1,15 @@
 """Second stage: a part of an index becomes a shard with its ledger and its report."""
 
-import hashlib
 import json
 import logging
 import socket
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import islice
-from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import cv2
@@ -21,11 +18,10 @@ import pyarrow as pa
 from PIL import features
 
 from pmd_pipeline.errors import RecordError
-from pmd_pipeline.fetch import Fetched, Web
-from pmd_pipeline.filters import image as image_filters
+from pmd_pipeline.fetch import Fetched, Web, web_for
+from pmd_pipeline.flow import Flow
 from pmd_pipeline.format import (
     FORMAT,
-    WORKED,
     Counts,
     FileDigest,
     Report,
@@ -34,23 +30,25 @@ from pmd_pipeline.format import (
     digest,
     part_name,
 )
-from pmd_pipeline.images import Picture, opened, picture, upright_size
+from pmd_pipeline.images import Picture
 from pmd_pipeline.img2dataset import open_img2dataset
+from pmd_pipeline.outcomes import DROPPED, Maker, Outcome, judged
 from pmd_pipeline.parallel import Tick
-from pmd_pipeline.recipe import Recipe, predicate
+from pmd_pipeline.recipe import Recipe
+from pmd_pipeline.record import url_id
 from pmd_pipeline.records import IndexPart, IndexRecord, read_part
 from pmd_pipeline.shards import DigestingFile, Place, ShardWriter, ledger_bytes
-from pmd_pipeline.shelves import Shelf, open_shelf
-from pmd_pipeline.storage import join, load_model, remove, whole_file, write_whole
+from pmd_pipeline.shelves import open_shelf
+from pmd_pipeline.storage import join, load_model, local_path, remove, whole_file, write_whole
 
 WEB = "web"
 """The place of images that stands for HTTP."""
 
-_WRONG_SIZE = 0.05
-"""How far the proportions of an image with boxes may be from upstream's, as a share."""
+_AHEAD = 8
+"""Records that wait for hosts, for each request in flight."""
 
-_Item = TypeVar("_Item")
-_Answer = TypeVar("_Answer")
+_READERS = 32
+"""Threads that read images that the user already has."""
 
 _log = logging.getLogger(__name__)
 
@@ -79,29 +77,6 @@ class PartTask:
 
     def __str__(self) -> str:
         return f"part {part_name(self.part.part)} of {self.recipe.source}"
-
-
-@dataclass
-class Outcome:
-    """What became of one record: a picture, or the reason why there is none."""
-
-    picture: Picture | None = None
-    fetched_bytes: int = 0
-    sha256: str | None = None
-    final_url: str | None = None
-    original_size: tuple[int | None, int | None] = (None, None)
-    status: str = WORKED
-    reason: str | None = None
-    detail: str | None = None
-
-
-@dataclass
-class _Work(Generic[_Item, _Answer]):
-    """An item with its answer, once a thread has it; `host` is who must be asked for it."""
-
-    item: _Item
-    host: str | None
-    future: Future[_Answer] | None = None
 
 
 @dataclass
@@ -194,25 +169,52 @@ def versions() -> dict[str, str]:
 
 
 def _outcomes(task: PartTask) -> Iterator[tuple[IndexRecord, Outcome]]:
-    """Records with what became of them, in order of key, a bounded number ahead of the writer."""
+    """Records with what became of them, in order of key."""
     recipe = task.recipe
     records = list(read_part(task.index, task.part, task.limit))
-    fetch = _fetcher(task, records)
-    checks = [
-        (name, predicate(image_filters, name, keywords))
-        for name, keywords in recipe.images.filters.items()
-    ]
+    is_all_web = task.places == (WEB,)
+    with web_for(recipe.fetch, recipe.images) as web, ThreadPoolExecutor(_READERS) as readers:
+        flow = Flow(
+            loop=web.loop,
+            memory=web.memory,
+            ask=_asker(task, records, web, readers),
+            make=Maker(recipe.images).outcome,
+            ahead=_AHEAD * recipe.fetch.concurrency if is_all_web else 2 * _READERS,
+            per_host=recipe.fetch.per_host + 1,  # one waits, so that the host never does
+            folder=_folder(task.shards),
+        )
+        keys = _web_key if is_all_web else _own_key
+        for record, outcome in flow.outcomes(
+            records, _host if WEB in task.places else _no_host, keys
+        ):
+            yield record, judged(record, outcome)
 
-    def outcome(record: IndexRecord) -> Outcome:
-        return _outcome(record, recipe, fetch, checks)
 
-    yield from _in_order(
-        records,
-        outcome,
-        recipe.fetch.concurrency,
-        _host if WEB in task.places else lambda _: None,
-        2 * recipe.fetch.per_host,  # as many again may wait for it, decode or encode
-    )
+def _asker(
+    task: PartTask, records: Sequence[IndexRecord], web: Web, readers: ThreadPoolExecutor
+) -> Callable[[IndexRecord], Coroutine[Any, Any, Fetched]]:
+    """Looks for a record's image in all places, in order."""
+    catalogues = dict(task.catalogues)
+    shelves = {
+        place: open_img2dataset(catalogues[place], records)
+        if place in catalogues
+        else open_shelf(place)
+        for place in task.places
+        if place != WEB
+    }
+
+    async def ask(record: IndexRecord) -> Fetched:
+        for place in task.places:
+            if place == WEB and record.url:
+                return await web.fetch(record.url)
+            if place != WEB:
+                found = await web.loop.run_in_executor(readers, shelves[place], record)
+                if found is not None:
+                    web.memory.take(len(found.body))
+                    return found
+        raise RecordError("not_in_archive", "none of the places given has this image")
+
+    return ask
 
 
 def _host(record: IndexRecord) -> str | None:
@@ -223,118 +225,23 @@ def _host(record: IndexRecord) -> str | None:
         return None  # nobody will be asked
 
 
-def _in_order(
-    items: Iterable[_Item],
-    answer: Callable[[_Item], _Answer],
-    threads: int,
-    host_of: Callable[[_Item], str | None],
-    per_host: int,
-) -> Iterator[tuple[_Item, _Answer]]:
-    """Answers from threads, in the order of the items, at most four a thread ahead.
-
-    One host keeps at most `per_host` threads, so that a slow one leaves some to the others.
-    """
-    left = iter(items)
-    window = deque[_Work[_Item, _Answer]]()
-    parked: dict[str | None, deque[_Work[_Item, _Answer]]] = {}
-    taken = Counter[str | None]()
-    ended = SimpleQueue[str | None]()
-    with ThreadPoolExecutor(threads) as pool:
-
-        def start(work: _Work[_Item, _Answer]) -> None:
-            taken[work.host] += 1
-            work.future = pool.submit(answer, work.item)
-            work.future.add_done_callback(lambda _: ended.put(work.host))
-
-        try:
-            while True:
-                for item in islice(left, 4 * threads - len(window)):
-                    work = _Work[_Item, _Answer](item, host_of(item))
-                    window.append(work)
-                    if work.host is not None and taken[work.host] >= per_host:
-                        parked.setdefault(work.host, deque()).append(work)
-                    else:
-                        start(work)
-                if not window:
-                    return
-                host = ended.get()
-                taken[host] -= 1
-                if parked.get(host):
-                    start(parked[host].popleft())
-                while window and (first := window[0].future) and first.done():
-                    yield window.popleft().item, first.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def _no_host(_record: IndexRecord) -> None:
+    return None
 
 
-def _fetcher(task: PartTask, records: Sequence[IndexRecord]) -> Callable[[IndexRecord], Fetched]:
-    catalogues = dict(task.catalogues)
-    images = task.recipe.images
-    web = Web(task.recipe.fetch, images.max_bytes, images.respect)
-
-    def ask(record: IndexRecord) -> Fetched | None:
-        return web.get(record.url) if record.url else None
-
-    shelves: list[Shelf] = []
-    for place in task.places:
-        if place == WEB:
-            shelves.append(ask)
-        elif place in catalogues:
-            shelves.append(open_img2dataset(catalogues[place], records))
-        else:
-            shelves.append(open_shelf(place))
-
-    def fetch(record: IndexRecord) -> Fetched:
-        for shelf in shelves:
-            found = shelf(record)
-            if found is not None:
-                return found
-        raise RecordError("not_in_archive", "none of the places given has this image")
-
-    return fetch
+def _web_key(record: IndexRecord) -> str:
+    """What tells an image on the web from others."""
+    return url_id(record.url) if record.url else record.key
 
 
-def _outcome(
-    record: IndexRecord,
-    recipe: Recipe,
-    fetch: Callable[[IndexRecord], Fetched],
-    checks: Sequence[tuple[str, Callable[..., bool]]],
-) -> Outcome:
-    try:
-        fetched = fetch(record)
-    except RecordError as error:
-        return Outcome(status="failed_to_download", reason=error.kind, detail=error.detail)
-    outcome = Outcome(
-        fetched_bytes=len(fetched.body),
-        sha256=fetched.sha256 or hashlib.sha256(fetched.body).hexdigest(),
-        final_url=fetched.final_url,
-    )
-    try:
-        if len(fetched.body) > recipe.images.max_bytes:
-            raise RecordError("too_large", f"more than {recipe.images.max_bytes} bytes")
-        if record.sha256 and record.sha256 != outcome.sha256:
-            raise RecordError("changed", "not the bytes whose sha256 upstream states")
-        image = opened(fetched.body, recipe.images)
-        size = fetched.original_size or upright_size(image)
-        outcome.original_size = size
-        for name, passes in checks:
-            if not passes(size):
-                outcome.status, outcome.reason = "dropped", name
-                return outcome
-        if record.boxes and not _fits(size, record):
-            raise RecordError("wrong_size", "the boxes belong to other proportions")
-        outcome.picture = picture(fetched.body, image, recipe.images)
-    except RecordError as error:
-        outcome.status, outcome.reason = "failed_to_resize", error.kind
-        outcome.detail = error.detail
-    return outcome
+def _own_key(record: IndexRecord) -> str:
+    return record.key
 
 
-def _fits(size: tuple[int, int], record: IndexRecord) -> bool:
-    if not (record.width and record.height):
-        return True
-    stated = record.width / record.height
-    return abs(size[0] / size[1] - stated) <= _WRONG_SIZE * stated
+def _folder(address: str) -> str | None:
+    """The folder of this machine that the shard is written to, if it is one."""
+    path = local_path(address)
+    return str(path) if path else None
 
 
 def _stored(
@@ -350,7 +257,7 @@ def _stored(
         tally.kept += num_pairs
         tally.words.update(len(caption.split()) for caption in record.captions)
     else:
-        reasons = tally.dropped if outcome.status == "dropped" else tally.failed
+        reasons = tally.dropped if outcome.status == DROPPED else tally.failed
         reasons[str(outcome.reason)] += num_pairs
     image, described = places.get("jpg"), places.get("json")
     return {

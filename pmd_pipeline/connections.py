@@ -1,247 +1,178 @@
-"""Sockets that go only where they may, and take only the time they have.
+"""Whom to connect to for an address: the addresses of its host, a stand-in, or a proxy."""
 
-urllib3 speaks HTTP over them; `fetch` says what to ask.
-"""
-
+import asyncio
 import ipaddress
 import socket
-import ssl
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeAlias
-from urllib.parse import unquote, urlsplit
+from fnmatch import fnmatchcase
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
 
-import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-
+from pmd_pipeline.addresses import Origin, Refused, Target, Unreached, is_public, may_be_public
 from pmd_pipeline.errors import PmdError
 
-RETRY = frozenset({"connect", "timeout", "http_429", "http_5xx"})
-"""Kinds that may pass on their own; any other answer is final, so asking again is rude."""
-
-LONGEST_CONNECT = 10.0
-
-_NUM_POOLS = 256
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-
-_Dial: TypeAlias = Callable[[HTTPConnection], socket.socket]
-"""Makes the socket of a connection, connected to whatever it may be connected to."""
-
-
-class Refused(Exception):
-    """One attempt to get an answer failed.
-
-    Args:
-        kind: one of `format.FAILED`.
-        retry_after: the server's wish in seconds.
-        may_pass: asking again may help; by default, if `kind` is one of `RETRY`.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        detail: str,
-        retry_after: float | None = None,
-        *,
-        may_pass: bool | None = None,
-    ) -> None:
-        super().__init__(kind, detail)
-        self.kind = kind
-        self.detail = detail
-        self.retry_after = retry_after
-        self.may_pass = kind in RETRY if may_pass is None else may_pass
-
-
-class Unreached(Refused):
-    """There was no connection, so it may be the network's fault."""
+_NUM_RESOLVERS = 32
+_MOST_NAMES = 20_000
+_NAME_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a host is asked instead: by its own scheme, or by that of the address asked for."""
+class Way:
+    """How an address is asked for.
 
-    scheme: str | None
+    Args:
+        url: what is asked, by the scheme that is spoken.
+        host: who is connected to, unless there is a proxy.
+        port: where.
+        found: IP addresses of `host`; empty where it is one itself, or the proxy's to find.
+        is_diverted: `host` and `port` are others than those of `url`.
+        is_guarded: nothing but the public internet may be connected to.
+        proxy: the address of who asks for us, with its login; empty if nobody does.
+    """
+
+    url: str
     host: str
-    port: int | None
+    port: int
+    found: tuple[str, ...] = ()
+    is_diverted: bool = False
+    is_guarded: bool = False
+    proxy: str = ""
 
-    @classmethod
-    def of(cls, place: str, where: str) -> "Origin":
-        """The origin that `place` names: `address:port`, or with `http://` before it.
+
+class Ways:
+    """The way to every address.
+
+    Args:
+        diverted: pattern of a host to where it is asked instead.
+        proxies: proxy by scheme.
+    """
+
+    def __init__(self, diverted: Mapping[str, Origin], proxies: Mapping[str, str]) -> None:
+        self._diverted = diverted
+        self._proxies = proxies
+        self._names = Names()
+
+    def origin(self, host: str) -> Origin | None:
+        """Where `host` is asked instead, if it is."""
+        name = host.rstrip(".")
+        found = (o for pattern, o in self._diverted.items() if fnmatchcase(name, pattern))
+        return next(found, None)
+
+    async def to(self, target: Target, seconds: float) -> Way:
+        """The way to `target`, its host's addresses looked up in so many seconds.
 
         Raises:
-            PmdError: it names none; `where` says whose fault that is.
+            Refused: `blocked_address`.
+            Unreached: `dns` or `timeout`.
         """
-        try:
-            parts = urlsplit(place if "://" in place else f"//{place}")
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            host, port = None, None
-        default = {"": port, "http": 80, "https": 443}.get(parts.scheme) if host else None
-        if not host or default is None or parts.path.strip("/"):
-            raise PmdError(f"{where} = {place!r}: write address:port, or http://address:port")
-        return cls(parts.scheme or None, host, port or default)
-
-
-def pools(
-    headers: Mapping[str, str], per_host: int, origin_of: Callable[[str], Origin | None]
-) -> urllib3.PoolManager:
-    """Pools of connections to the public internet, and to where `origin_of` sends a host."""
-
-    def dial(connection: HTTPConnection) -> socket.socket:
-        origin = origin_of(connection.host)
+        origin = self.origin(target.host)
         if origin:
-            return _connected(connection, origin.host, origin.port or connection.port)
-        return _connected(connection, _name(connection), connection.port, public=True)
+            scheme = origin.scheme or target.scheme
+            url = urlsplit(target.url)._replace(scheme=scheme).geturl()
+            found = await self._found(origin.host, target.host, seconds)
+            return Way(url, origin.host, origin.port, found, is_diverted=True)
+        proxy = self._proxies.get(target.scheme)
+        if proxy and not urllib.request.proxy_bypass(target.host):
+            if not may_be_public(target.host):
+                raise Refused("blocked_address", f"{target.host} is not on the public internet")
+            return Way(target.url, target.host, target.port, proxy=proxy)
+        found = await self._found(target.host, target.host, seconds)
+        if not any(is_public(address) for address in found or (target.host,)):
+            raise Refused("blocked_address", f"{target.host} is not on the public internet")
+        return Way(target.url, target.host, target.port, found, is_guarded=True)
 
-    manager = urllib3.PoolManager(
-        _NUM_POOLS, headers, maxsize=per_host, ssl_context=_tls(), block=False
-    )
-    manager.pool_classes_by_scheme = _pool_classes(dial)
-    return manager
+    def close(self) -> None:
+        """Ask no name server any more."""
+        self._names.close()
+
+    async def _found(self, name: str, asked: str, seconds: float) -> tuple[str, ...]:
+        if _is_plain_ip(name):
+            return ()
+        try:
+            return await asyncio.wait_for(self._names.addresses(name), seconds)
+        except TimeoutError as error:
+            raise Unreached("timeout", f"no connection to {asked}") from error
+        except (socket.gaierror, UnicodeError) as error:
+            unsure = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+            raise Unreached("dns", f"{asked} has no address", may_pass=unsure) from error
 
 
-def proxies(headers: Mapping[str, str], per_host: int) -> dict[str, urllib3.PoolManager]:
-    """Pools by scheme for the proxies that the environment names, if any.
+class Names:
+    """IP addresses of names, looked up by a few threads and remembered for minutes.
+
+    The time a name server takes is its own: who waits no longer leaves a thread to it.
+    """
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_NUM_RESOLVERS, "names")
+        self._known: dict[str, tuple[float, tuple[str, ...]]] = {}
+        self._asked: dict[str, asyncio.Task[tuple[str, ...]]] = {}
+
+    async def addresses(self, name: str) -> tuple[str, ...]:
+        """The addresses of `name`, in the order in which to try them.
+
+        Raises:
+            OSError: as `socket.getaddrinfo`.
+            UnicodeError: likewise.
+        """
+        until, found = self._known.get(name, (0.0, ()))
+        if time.monotonic() < until:
+            return found
+        if name not in self._asked:
+            self._asked[name] = asyncio.create_task(self._look_up(name))
+        return await asyncio.shield(self._asked[name])
+
+    def close(self) -> None:
+        """Forget what was asked and not yet answered."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _look_up(self, name: str) -> tuple[str, ...]:
+        loop = asyncio.get_running_loop()
+        try:
+            entries = await loop.run_in_executor(self._threads, _entries, name)
+        finally:
+            del self._asked[name]
+        found = tuple(dict.fromkeys(str(entry[4][0]) for entry in entries))
+        self._known.pop(name, None)
+        while len(self._known) >= _MOST_NAMES:
+            del self._known[next(iter(self._known))]
+        self._known[name] = time.monotonic() + _NAME_SECONDS, found
+        return found
+
+
+def environment_proxies() -> dict[str, str]:
+    """Addresses of the proxies, by scheme, that the environment names, if any.
 
     Raises:
         PmdError: a proxy that does not speak HTTP.
     """
     known = urllib.request.getproxies()
     places = {scheme: known.get(scheme) or known.get("all") for scheme in ("http", "https")}
-    return {scheme: _proxy(place, headers, per_host) for scheme, place in places.items() if place}
+    return {scheme: _proxy(place) for scheme, place in places.items() if place}
 
 
-def is_public(address: str) -> bool:
-    """Say whether an IP address belongs to the public internet.
-
-    An IPv6 address that stands for an IPv4 one is as public as that.
-
-    >>> is_public("169.254.169.254"), is_public("::ffff:10.0.0.1"), is_public("8.8.8.8")
-    (False, False, True)
-    """
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour
-        if ip in _NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        ip = inner or ip
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+def _entries(name: str) -> list[Any]:
+    return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
 
 
-class _Socket(socket.socket):
-    """A socket whose timeout is for all that is received until it is set again.
-
-    Else a server that sends a byte now and then would hold a thread for as long as it likes.
-    """
-
-    _until: float | None = None
-
-    def settimeout(self, value: float | None) -> None:
-        self._until = None if value is None else time.monotonic() + value
-        super().settimeout(value)
-
-    def recv_into(self, *args: object, **keywords: object) -> int:
-        if self._until is not None:
-            left = self._until - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("timed out")
-            super().settimeout(left)
-        return super().recv_into(*args, **keywords)  # type: ignore[arg-type]  # passed through
-
-
-class _TlsSocket(_Socket, ssl.SSLSocket):
-    """The same with TLS; its handshake keeps to the timeout by itself."""
-
-
-def _tls() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.sslsocket_class = _TlsSocket
-    return context
-
-
-def _pool_classes(dial: _Dial) -> dict[str, type[HTTPConnectionPool]]:
-    """urllib3's pools with sockets of ours; their classes are the only way in."""
-
-    class Plain(HTTPConnection):
-        def _new_conn(self) -> socket.socket:
-            return dial(self)
-
-    class Tls(HTTPSConnection):
-        def _new_conn(self) -> socket.socket:
-            return dial(self)
-
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class TlsPool(HTTPSConnectionPool):
-        ConnectionCls = Tls
-
-    return {"http": PlainPool, "https": TlsPool}
-
-
-def _connected(
-    connection: HTTPConnection, host: str, port: int, *, public: bool = False
-) -> _Socket:
-    """A socket for `connection`, connected to `host`; if `public`, to the public internet only.
-
-    The check is of the very address that is connected to: a name may lead elsewhere next time.
-    """
-    named = connection.host
+def _is_plain_ip(host: str) -> bool:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError) as error:
-        unsure = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
-        raise Unreached("dns", f"{named} has no address", may_pass=unsure) from error
-    allowed = [entry for entry in found if not public or is_public(str(entry[4][0]))]
-    if not allowed:
-        raise Refused("blocked_address", f"{named} is not on the public internet")
-    until = time.monotonic() + (connection.timeout or LONGEST_CONNECT)
-    failure: OSError | None = None
-    for number, (family, kind, protocol, _, address) in enumerate(allowed):
-        plain = _Socket(family, kind, protocol)
-        try:
-            plain.settimeout(_left(until) / (len(allowed) - number))
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            plain.connect(address)
-        except OSError as error:
-            plain.close()
-            failure = error
-        else:
-            plain.settimeout(_left(until))
-            return plain
-    late = isinstance(failure, TimeoutError)
-    raise Unreached("timeout" if late else "connect", f"no connection to {named}") from failure
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
-def _left(until: float) -> float:
-    return max(until - time.monotonic(), 0.001)  # zero would mean: do not block
-
-
-def _name(connection: HTTPConnection) -> str:
-    """The host to resolve; a final dot, which only the resolver understands, is still there."""
-    return connection._dns_host  # noqa: SLF001 - urllib3 has no public name for it
-
-
-def _proxy(place: str, headers: Mapping[str, str], per_host: int) -> urllib3.PoolManager:
+def _proxy(place: str) -> str:
     parts = urlsplit(place if "://" in place else f"http://{place}")
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise PmdError(
             f"the environment names a proxy of the kind {parts.scheme!r}: only http is spoken"
         )
-    login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-    manager = urllib3.ProxyManager(
-        f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}",
-        _NUM_POOLS,
-        headers,
-        proxy_headers=urllib3.make_headers(proxy_basic_auth=login if parts.username else None),
-        maxsize=per_host,
-        ssl_context=_tls(),
-        block=False,
-    )
-    manager.pool_classes_by_scheme = _pool_classes(
-        lambda connection: _connected(connection, _name(connection), connection.port)
-    )
-    return manager
+    login, _, where = parts.netloc.rpartition("@")
+    user, _, password = (quote(unquote(one)) for one in login.partition(":"))
+    return f"{parts.scheme}://{user}:{password}@{where}" if login else f"{parts.scheme}://{where}"

@@ -7,7 +7,6 @@ import re
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 PRODUCT = "pmd-flava"
 """What robots.txt and X-Robots-Tag call us, and how our User-Agent begins."""
@@ -26,8 +25,6 @@ _PRODUCT = re.compile(r"[A-Za-z_-]+|\*")
 _UNRESERVED = frozenset((string.ascii_letters + string.digits + "-._~").encode())
 _RESERVED = frozenset(b":/?#[]@!$&'()*+,;=")  # RFC 3986, sections 2.2 and 2.3
 _ESCAPE = re.compile(rb"%[0-9A-Fa-f]{2}")
-
-_Failure = TypeVar("_Failure")
 
 
 def refusal_in_tags(headers: Iterable[str]) -> str | None:
@@ -169,18 +166,8 @@ def _matches(pattern: bytes, path: bytes) -> bool:
     return not ends or at == len(path)
 
 
-@dataclass(frozen=True)
-class _Kept(Generic[_Failure]):
-    reading: Robots | _Failure
-    at: float
-    weight: int
-
-
-class RobotsCache(Generic[_Failure]):
+class RobotsCache:
     """What robots.txt files said, by origin, for a day and of a bounded size together.
-
-    A failure to have one, of whatever type the caller likes, is good for those who were waiting
-    for it and for nobody later.
 
     Args:
         most: rules held; the origins read longest ago make room.
@@ -188,27 +175,26 @@ class RobotsCache(Generic[_Failure]):
 
     def __init__(self, most: int = 200_000) -> None:
         self._most = most
-        self._kept: dict[str, _Kept[_Failure]] = {}
+        self._kept: dict[str, tuple[Robots, float]] = {}
         self._weight = 0
 
-    def get(self, origin: str, since: float, now: float) -> "Robots | _Failure | None":
-        """What is known of an origin to one who waits `since` then; None if it must be asked."""
-        kept = self._kept.get(origin)
-        if kept is None:
-            return None
-        is_good = isinstance(kept.reading, Robots)
-        fresh = now < kept.at + _CACHED_SECONDS if is_good else since <= kept.at
-        return kept.reading if fresh else None
+    def get(self, origin: str, now: float) -> "Robots | None":
+        """What is known of an origin; None if it must be asked."""
+        robots, at = self._kept.get(origin, (None, 0.0))
+        return robots if now < at + _CACHED_SECONDS else None
 
-    def put(self, origin: str, reading: "Robots | _Failure", now: float) -> None:
+    def put(self, origin: str, robots: Robots, now: float) -> None:
         """Keep what an origin answered."""
         self._forget(origin)
-        weight = 1 + (len(reading.rules) if isinstance(reading, Robots) else 0)
-        while self._kept and self._weight + weight > self._most:
+        while self._kept and self._weight + _weight(robots) > self._most:
             self._forget(next(iter(self._kept)))
-        self._kept[origin] = _Kept(reading, now, weight)
-        self._weight += weight
+        self._kept[origin] = (robots, now)
+        self._weight += _weight(robots)
 
     def _forget(self, origin: str) -> None:
-        kept = self._kept.pop(origin, None)
-        self._weight -= kept.weight if kept else 0
+        if origin in self._kept:
+            self._weight -= _weight(self._kept.pop(origin)[0])
+
+
+def _weight(robots: Robots) -> int:
+    return 1 + len(robots.rules)

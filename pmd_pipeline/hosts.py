@@ -1,17 +1,18 @@
 """How often each host may be asked, and when nobody can be.
 
 `Hosts` is told the time and what became of requests; it waits for nothing and asks nobody. `Turns`
-is what threads wait with.
+is what coroutines wait with.
 """
 
+import asyncio
 import math
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 
 LONGEST_WAIT = 60.0
 """Seconds that an address waits for its host at a time; who wants longer is asked no more."""
@@ -173,6 +174,11 @@ class Hosts:
         turn.began = now
         return 0.0
 
+    def first(self, name: str) -> Turn | None:
+        """The turn that is first in the host's line, if any waits."""
+        host = self._hosts.get(name)
+        return host.waiting[0] if host and host.waiting else None
+
     def leave(self, turn: Turn) -> None:
         """Stop waiting, if the turn has not begun."""
         waiting = self._hosts[turn.host].waiting
@@ -220,52 +226,111 @@ def _trouble(host: _Host, turn: Turn, now: float) -> None:
 
 
 class Clock:
-    """The time, and ways to let it pass; tests have their own."""
+    """The time, and ways to let it pass on an event loop; tests have their own."""
 
     def now(self) -> float:
         """Seconds since whenever."""
         return time.monotonic()
 
-    def sleep(self, seconds: float) -> None:
-        """Let seconds pass."""
-        time.sleep(seconds)
+    def later(self, seconds: float, what: Callable[[], object]) -> None:
+        """Call `what` after so many seconds."""
+        asyncio.get_running_loop().call_later(seconds, what)
 
-    def wait(self, change: threading.Condition, seconds: float) -> None:
-        """Let seconds pass, or as many as it takes until somebody notifies of a change."""
-        change.wait(None if seconds == math.inf else seconds)
+    async def sleep(self, seconds: float) -> None:
+        """Let seconds pass."""
+        woken = asyncio.Event()
+        self.later(seconds, woken.set)
+        await woken.wait()
 
 
 class Turns:
-    """`Hosts` for threads, which wait until their turn has come."""
+    """`Hosts` for coroutines, which wait until their turn has come.
 
-    def __init__(self, hosts: Hosts, clock: Clock) -> None:
+    A turn begins only while `has_room` says that one more request may be in flight, to whichever
+    host; the hosts that wait for that go in turn too.
+    """
+
+    def __init__(self, hosts: Hosts, clock: Clock, has_room: Callable[[], bool]) -> None:
+        self.in_flight = 0
         self._hosts = hosts
         self._clock = clock
-        self._change = threading.Condition()
+        self._has_room = has_room
+        self._begun: dict[Turn, asyncio.Future[None]] = {}
+        self._ready: dict[str, None] = {}
+        self._sleeping: set[str] = set()
 
-    @contextmanager
-    def turn(self, host: str) -> Iterator[Turn]:
+    @asynccontextmanager
+    async def turn(self, host: str) -> AsyncIterator[Turn]:
         """The right to ask `host` once, while the context lasts.
 
         Raises:
             GivenUp: the host is not asked for now.
         """
-        with self._change:
-            turn = self._hosts.queue(host, self._clock.now())
-            try:
-                while seconds := self._hosts.wait(turn, self._clock.now()):
-                    self._clock.wait(self._change, seconds)
-            finally:
-                self._hosts.leave(turn)
-                self._change.notify_all()  # of a line that has become shorter
+        turn = self._hosts.queue(host, self._clock.now())
+        begun = self._begun[turn] = asyncio.get_running_loop().create_future()
+        self._look_at(host)
+        try:
+            await begun
+        finally:
+            del self._begun[turn]
+            self._hosts.leave(turn)
         try:
             yield turn
         finally:
-            with self._change:
-                self._hosts.end(turn, self._clock.now())
-                self._change.notify_all()
+            self._end(turn)
 
     def is_cut(self) -> bool:
         """Say whether nobody at all can be reached, so that no failure to do so counts."""
-        with self._change:
-            return self._hosts.is_cut()
+        return self._hosts.is_cut()
+
+    def go_on(self) -> None:
+        """Begin as many turns as there is room for."""
+        while self._ready and self._has_room():
+            host = next(iter(self._ready))
+            del self._ready[host]
+            if self._begin_one(host):
+                self._ready[host] = None  # behind the others
+
+    def _look_at(self, *hosts: str) -> None:
+        for host in hosts:
+            self._ready.setdefault(host)
+        self.go_on()
+
+    def _begin_one(self, host: str) -> bool:
+        """Begin the host's next turn, or see to it that it is looked at again in time."""
+        while turn := self._hosts.first(host):
+            try:
+                seconds = self._hosts.wait(turn, self._clock.now())
+            except GivenUp as given_up:
+                self._hosts.leave(turn)
+                _settle(self._begun[turn], given_up)
+                continue
+            if seconds == 0:
+                self.in_flight += 1
+                _settle(self._begun[turn])
+                return True
+            if seconds < math.inf and host not in self._sleeping:
+                self._sleeping.add(host)
+                self._clock.later(seconds, partial(self._wake, host))
+            return False
+        return False
+
+    def _wake(self, host: str) -> None:
+        self._sleeping.discard(host)
+        self._look_at(host)
+
+    def _end(self, turn: Turn) -> None:
+        was_cut = self._hosts.is_cut()
+        self._hosts.end(turn, self._clock.now())
+        self.in_flight -= 1
+        mended = self._sleeping if was_cut and not self._hosts.is_cut() else ()
+        self._look_at(turn.host, *mended)
+
+
+def _settle(begun: asyncio.Future[None], error: GivenUp | None = None) -> None:
+    if begun.done():
+        return  # nobody waits any more
+    if error:
+        begun.set_exception(error)
+    else:
+        begun.set_result(None)

@@ -1,6 +1,6 @@
 """Hosts on loopback to be asked, and how tests ask them."""
 
-import math
+import asyncio
 import socket
 import threading
 from contextlib import suppress
@@ -137,20 +137,25 @@ class Still(Clock):
     def now(self):
         return self.time
 
-    def sleep(self, seconds):
+    def later(self, seconds, what):
         self.waits.append(seconds)
         self.time += seconds
+        asyncio.get_running_loop().call_soon(what)
 
-    def wait(self, change, seconds):
-        if seconds == math.inf:
-            assert change.wait(10), "nobody notifies"
-        else:
-            self.sleep(seconds)
+
+CLIENTS = []
+"""Clients that were made here and must be closed."""
+
+
+def new_web(manners=None, max_bytes=1000, respect=(), clock=None):
+    made = Web(manners or Fetch(), max_bytes, respect, clock or Still())
+    CLIENTS.append(made)
+    return made
 
 
 def web(host, waits=None, max_bytes=1000, respect=(), **manners):
     manners = {"connect_to": {"*": host.origin}, **manners}
-    return Web(Fetch(**manners), max_bytes, respect, Still(waits))
+    return new_web(Fetch(**manners), max_bytes, respect, Still(waits))
 
 
 def kind_of(client, url="http://a.example/1.jpg"):

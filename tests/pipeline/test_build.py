@@ -3,9 +3,6 @@
 import hashlib
 import json
 import tarfile
-import threading
-import time
-from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
@@ -17,7 +14,6 @@ from PIL import Image
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline import dataset
-from pmd_pipeline.build import _in_order
 from pmd_pipeline.dataset import Order
 from pmd_pipeline.format import Report
 from pmd_pipeline.manifest import load_manifest
@@ -293,52 +289,3 @@ def test_index_and_shards_may_lie_under_any_fsspec_address(toy, tmp_path):
     assert first.digest == here.digest
     assert load_manifest(away.manifest) == first
     assert first.shards[0].path == "memory://toy/shards/cc3m/00000.tar"
-
-
-@given(
-    st.lists(st.sampled_from("abc") | st.none(), max_size=40), st.integers(1, 4), st.integers(1, 5)
-)
-@settings(max_examples=50, deadline=None)
-def test_answers_come_in_order_and_no_host_keeps_all_threads(hosts, threads, per_host):
-    lock, now, most = threading.Lock(), Counter(), Counter()
-
-    def ask(item):
-        host = item[1]
-        with lock:
-            now[host] += 1
-            most[host] = max(most[host], now[host])
-        time.sleep(0)
-        with lock:
-            now[host] -= 1
-        return item[0] * 2
-
-    items = list(enumerate(hosts))
-    answers = list(_in_order(items, ask, threads, lambda item: item[1], per_host))
-
-    assert answers == [(item, item[0] * 2) for item in items]
-    assert all(most[host] <= per_host for host in "abc")
-
-
-def test_a_host_that_stalls_does_not_stall_the_others():
-    others, done = threading.Event(), []
-
-    def ask(item):
-        if item == "slow":
-            assert others.wait(10)
-        else:
-            done.append(item)
-            if len(done) == 8:
-                others.set()
-        return item
-
-    items = ["slow"] * 8 + list(range(8))
-
-    assert [item for item, _ in _in_order(items, ask, 4, str, 2)] == items
-
-
-def test_an_error_of_ours_flies_out_of_the_threads():
-    def ask(item):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        list(_in_order(range(100), ask, 4, str, 2))

@@ -9,19 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
-from hosts import BODY, Host, Still, answer, drip, kind_of, redirect, web
+from hosts import BODY, Host, answer, drip, kind_of, new_web, redirect, web
 
-from pmd_pipeline.connections import is_public
+from pmd_pipeline.addresses import is_public
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.fetch import Web
 from pmd_pipeline.recipe import Fetch
-
-
-@pytest.fixture(autouse=True)
-def no_proxies(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +40,7 @@ def no_proxies(monkeypatch):
 )
 def test_this_machine_is_never_asked(place):
     with Host(answer()) as host:
-        client = Web(Fetch(), 1000, (), Still())
+        client = new_web()
 
         kind = kind_of(client, f"http://{place}:{host.port}/1.jpg")
 
@@ -60,9 +52,7 @@ def test_a_name_that_leads_to_a_private_place_is_never_asked(monkeypatch):
     with Host(answer()) as host:
         leading_to(monkeypatch, "127.0.0.1")
 
-        assert (
-            kind_of(Web(Fetch(), 1000, ()), f"http://a.example:{host.port}/") == "blocked_address"
-        )
+        assert kind_of(new_web(), f"http://a.example:{host.port}/") == "blocked_address"
 
     assert host.connections == 0
 
@@ -112,7 +102,7 @@ def test_an_unknown_name_is_asked_once_and_a_silent_name_server_again(monkeypatc
 
     errors = {"gone.example": socket.EAI_NONAME, "later.example": socket.EAI_AGAIN}
     monkeypatch.setattr(socket, "getaddrinfo", fail)
-    client = Web(Fetch(retries=2), 1000, (), Still())
+    client = new_web(Fetch(retries=2))
 
     assert kind_of(client, "http://gone.example/") == "dns"
     assert kind_of(client, "http://later.example/") == "dns"
@@ -120,12 +110,11 @@ def test_an_unknown_name_is_asked_once_and_a_silent_name_server_again(monkeypatc
 
 
 def test_the_second_address_of_a_host_is_tried(monkeypatch):
-    with Host(answer()) as gone:
-        pass
     with Host(answer()) as host:
-        leading_to(monkeypatch, ("127.0.0.1", gone.port), ("127.0.0.1", host.port))
+        leading_to(monkeypatch, "127.0.0.2", "127.0.0.1")
+        places = {"*": f"http://somewhere.example:{host.port}"}
 
-        assert web(host).get("http://a.example/1.jpg").body == BODY
+        assert web(host, connect_to=places).get("http://a.example/1.jpg").body == BODY
 
 
 def test_a_place_without_a_scheme_is_asked_by_that_of_the_address(tls_host):
@@ -138,7 +127,7 @@ def test_a_place_without_a_scheme_is_asked_by_that_of_the_address(tls_host):
 @pytest.mark.parametrize("place", ["", "nowhere", "ftp://a:1", "http://", "a:x", "a:1/b", "[::1"])
 def test_a_place_that_is_none_is_a_mistake_of_the_recipe(place):
     with pytest.raises(PmdError, match=r"fetch\.connect_to"):
-        Web(Fetch(connect_to={"*": place}), 1000)
+        new_web(Fetch(connect_to={"*": place}))
 
 
 def test_a_certificate_for_another_host_is_refused(tls_host):
@@ -156,7 +145,7 @@ def test_a_host_that_speaks_no_tls_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         pool.submit(talk)
         origin = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        client = Web(Fetch(connect_to={"*": origin}), 1000, (), Still())
+        client = new_web(Fetch(connect_to={"*": origin}))
 
         assert kind_of(client) == "tls"
 
@@ -174,7 +163,7 @@ def test_a_dripping_host_behind_tls_costs_no_more_than_the_time_allowed(certific
 def test_a_silent_handshake_costs_no_more_than_the_time_allowed():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         origin = f"https://127.0.0.1:{silent.getsockname()[1]}"
-        client = Web(Fetch(connect_to={"*": origin}, timeout=0.3), 1000, (), Still())
+        client = new_web(Fetch(connect_to={"*": origin}, timeout=0.3))
         started = time.monotonic()
 
         assert kind_of(client) in {"timeout", "connect"}
@@ -186,18 +175,18 @@ def test_a_proxy_of_the_environment_is_asked(monkeypatch):
     with Host(answer()) as proxy:
         monkeypatch.setenv("http_proxy", f"http://me:my%20secret@127.0.0.1:{proxy.port}")
 
-        fetched = Web(Fetch(), 1000, ()).get("http://a.example/1.jpg")
+        fetched = new_web().get("http://a.example/1.jpg")
 
     assert fetched.body == BODY
     assert proxy.paths == ["http://a.example/1.jpg"]
-    assert "proxy-authorization: Basic bWU6bXkgc2VjcmV0\r\n" in proxy.requests[0]
+    assert "Proxy-Authorization: Basic bWU6bXkgc2VjcmV0\r\n" in proxy.requests[0]
 
 
 def test_a_proxy_is_asked_to_let_tls_through(monkeypatch, tls_host):
     with Host(lambda _head: lambda connection: tunnel(connection, tls_host.port)) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"127.0.0.1:{proxy.port}")
 
-        fetched = Web(Fetch(), 1000, ()).get("https://a.example/1.jpg")
+        fetched = new_web().get("https://a.example/1.jpg")
 
     assert fetched.body == BODY
     assert proxy.paths == ["a.example:443"]
@@ -208,7 +197,7 @@ def test_a_proxy_is_not_asked_for_this_machine(monkeypatch, place):
     with Host(answer()) as proxy:
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
 
-        assert kind_of(Web(Fetch(), 1000, ()), f"http://{place}/1.jpg") == "blocked_address"
+        assert kind_of(new_web(), f"http://{place}/1.jpg") == "blocked_address"
 
     assert proxy.connections == 0
 
@@ -226,7 +215,7 @@ def test_a_proxy_that_speaks_no_http_is_a_mistake_of_the_environment(monkeypatch
     monkeypatch.setenv("all_proxy", "socks5://me:secret@127.0.0.1:1080")
 
     with pytest.raises(PmdError, match="socks5") as caught:
-        Web(Fetch(), 1000, ())
+        new_web()
 
     assert "secret" not in str(caught.value)
 
@@ -235,8 +224,7 @@ def leading_to(monkeypatch, *places):
     """Make every name lead to `places`."""
 
     def lead(_host, port, **_keywords):
-        pairs = [place if isinstance(place, tuple) else (place, port) for place in places]
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", pair) for pair in pairs]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (place, port)) for place in places]
 
     monkeypatch.setattr(socket, "getaddrinfo", lead)
 

@@ -10,18 +10,11 @@ from hosts import BODY, Host, answer, by_path, detail_of, in_turn, kind_of, redi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmd_pipeline import fetch
+from pmd_pipeline import answers
 from pmd_pipeline.errors import PmdError, RecordError
 from pmd_pipeline.fetch import Web
 from pmd_pipeline.format import FAILED
 from pmd_pipeline.recipe import Fetch
-
-
-@pytest.fixture(autouse=True)
-def no_proxies(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
 
 
 def test_a_body_comes_with_the_address_it_came_from():
@@ -160,7 +153,7 @@ def test_the_address_of_a_removed_picture_is_known(removed):
 
 def test_the_bytes_of_a_removed_picture_are_known(monkeypatch):
     removed = hashlib.md5(BODY, usedforsecurity=False).hexdigest()
-    monkeypatch.setattr(fetch, "PLACEHOLDER_MD5", {removed})
+    monkeypatch.setattr(answers, "PLACEHOLDER_MD5", {removed})
     with Host(answer()) as host:
         assert kind_of(web(host)) == "placeholder"
 
@@ -362,8 +355,8 @@ def test_addresses_are_asked_however_they_are_spelled(url, asked):
 
 @pytest.fixture(scope="module")
 def any_host():
-    with Host(answer()) as host:
-        yield web(host)
+    with Host(answer()) as host, web(host) as client:
+        yield client
 
 
 @settings(max_examples=150, deadline=None)
@@ -378,22 +371,23 @@ def test_no_address_is_too_strange(any_host, url):
 @pytest.fixture(scope="module")
 def strange_host():
     contents = []
-    with Host(lambda _head: lambda connection: connection.sendall(contents[-1])) as host:
-        yield web(host, retries=0), contents
+    said = lambda connection: connection.sendall(contents[-1])  # noqa: E731 - it is one line
+    with Host(lambda _head: said) as host, web(host, retries=0) as client:
+        yield client, contents
 
 
 headers = st.sampled_from(
     [b"Content-Length", b"Transfer-Encoding", b"Content-Encoding", b"Location", b"Retry-After"]
 )
 values = st.sampled_from([b"chunked", b"gzip", b"deflate", b"-1", b"\xb2"]) | st.binary(max_size=20)
-answers = st.builds(
+strange_answers = st.builds(
     b"HTTP/1.1 %d OK\r\n%b: %b\r\n\r\n%b".__mod__,
     st.tuples(st.sampled_from([200, 302, 404, 503]), headers, values, st.binary(max_size=60)),
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(content=answers | st.binary(max_size=60))
+@given(content=strange_answers | st.binary(max_size=60))
 def test_no_answer_is_too_strange(strange_host, content):
     client, contents = strange_host
     contents.append(content)

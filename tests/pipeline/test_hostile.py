@@ -14,11 +14,10 @@ import zlib
 from typing import NamedTuple
 
 import pytest
-from hosts import Host, Still, answer, drip, in_turn, redirect
+from hosts import Host, answer, drip, in_turn, new_web, redirect
 from PIL import Image
 
 from pmd_pipeline.errors import RecordError
-from pmd_pipeline.fetch import Web
 from pmd_pipeline.format import FAILED, WORKED
 from pmd_pipeline.images import opened, picture
 from pmd_pipeline.recipe import Fetch, Images
@@ -27,13 +26,6 @@ TIMEOUT = 0.5
 MOST_BYTES = 100_000
 SOON = 1.0
 """Seconds beyond the time allowed that anything may take."""
-
-
-@pytest.fixture(autouse=True)
-def no_proxies(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
 
 
 def drawn(form="JPEG", size=(40, 30), mode="RGB"):
@@ -120,16 +112,16 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
 GOOD = answer(body=JPEG)
 BEHAVIOURS = [
     # slow
-    B("drip: status", lambda: drip(b"HTT"), "timeout", 1),
+    B("drip: status", lambda: drip(b"HTT"), "connect", 3),
     B("drip: header", lambda: drip(HEAD + b"X-Slow: "), "timeout", 1),
     B("drip: body", lambda: drip(answer(body=b"", Content_Length=1000)), "timeout", 1),
     B("drip: body without length", lambda: drip(answer(body=b"", Content_Length="")), "timeout", 1),
     B("drip: chunk size", lambda: drip(CHUNKED + b"0"), "timeout", 1),
     B("drip: chunk", lambda: drip(CHUNKED + b"1000\r\n"), "timeout", 1),
     B("drip: trailer", lambda: drip(CHUNKED + b"2\r\nab\r\n0\r\nX: "), "timeout", 1),
-    B("drip: redirect", lambda: drip(redirect("/2.jpg", body=b"x")[:-1]), "timeout"),
+    B("drip: redirect", lambda: drip(redirect("/2.jpg", body=b"x")[:-1]), "connect"),
     B("drip: not found", lambda: drip(answer(404, b"", Content_Length=1000)), "http_404", 1),
-    B("drip: continue", lambda: drip(b"HTTP/1.1 100 Continue\r\n\r\n"), "timeout"),
+    B("drip: continue", lambda: drip(b"HTTP/1.1 100 Continue\r\n\r\n"), "connect", 3),
     B("silence", silent, "timeout", 1),
     B("silence after the head", lambda: silent(answer(body=b"", Content_Length=9)), "timeout", 1),
     B("silence in the head", lambda: silent(HEAD + b"Content-Le"), "timeout", 1),
@@ -140,9 +132,9 @@ BEHAVIOURS = [
     B("endless header", lambda: forever(HEAD + b"X: ", b"y"), "connect", 3),
     B("endless status", lambda: forever(b"HTTP/1.1 200 ", b"y"), "connect", 3),
     B("endless chunk size", lambda: forever(CHUNKED, b"0"), "connect", 3),
-    B("endless chunk extension", lambda: forever(CHUNKED + b"4;", b"x"), "connect", 3),
-    B("endless trailers", lambda: forever(CHUNKED + b"0\r\n", b"X: y\r\n"), "timeout", 1),
-    B("endless continue", lambda: forever(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "timeout", 1),
+    B("endless chunk extension", lambda: forever(CHUNKED + b"4;", b"x"), "timeout", 1),
+    B("endless trailers", lambda: forever(CHUNKED + b"0\r\n", b"X: y\r\n"), "connect", 3),
+    B("endless continue", lambda: forever(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "connect", 3),
     B(
         "endless redirect",
         lambda: forever(answer(302, b"", Location="/2.jpg", Content_Length=1 << 40), b"x"),
@@ -153,8 +145,8 @@ BEHAVIOURS = [
     # lengths
     B("length too great", lambda: last(answer(body=JPEG, Content_Length=9999)), "connect", 3),
     B("length too small", lambda: last(answer(body=JPEG, Content_Length=50)), "truncated", 1),
-    B("length negative", lambda: last(answer(body=JPEG, Content_Length=-5)), WORKED, 1),
-    B("length no number", lambda: last(answer(body=JPEG, Content_Length="many")), WORKED, 1),
+    B("length negative", lambda: last(answer(body=JPEG, Content_Length=-5)), "connect", 3),
+    B("length no number", lambda: last(answer(body=JPEG, Content_Length="many")), "connect", 3),
     B("length of a terabyte", lambda: last(answer(body=JPEG, Content_Length=1 << 40)), "too_large"),
     B(
         "length of 5000 digits",
@@ -214,10 +206,10 @@ BEHAVIOURS = [
     B("status without words", lambda: last(b"HTTP/1.1 200\r\n\r\n" + JPEG), WORKED, 1),
     B("HTTP/1.0", lambda: last(GOOD.replace(b"1.1", b"1.0", 1)), WORKED, 1),
     B("HTTP/9.9", lambda: last(GOOD.replace(b"1.1", b"9.9", 1)), "connect", 3),
-    B("thousand headers", lambda: last(HEAD + b"X: y\r\n" * 1000 + b"\r\n" + JPEG), "connect", 3),
-    B("long header", lambda: last(HEAD + b"X: " + b"y" * 70_000 + b"\r\n\r\n"), "connect", 3),
-    B("header without a colon", lambda: last(HEAD + b"nonsense\r\n\r\n" + JPEG), WORKED, 1),
-    B("header with a null", lambda: last(HEAD + b"X: \x00\r\n\r\n" + JPEG), WORKED, 1),
+    B("thousand headers", lambda: last(HEAD + b"X: y\r\n" * 1000 + b"\r\n" + JPEG), WORKED, 1),
+    B("long header", lambda: last(HEAD + b"X: " + b"y" * 200_000 + b"\r\n\r\n"), "connect", 3),
+    B("header without a colon", lambda: last(HEAD + b"nonsense\r\n\r\n" + JPEG), "connect", 3),
+    B("header with a null", lambda: last(HEAD + b"X: \x00\r\n\r\n" + JPEG), "connect", 3),
     B("lines without CR", lambda: last(GOOD.replace(b"\r\n", b"\n")), WORKED, 1),
     # redirects
     B("circle", lambda: in_turn(*[redirect("/1.jpg")] * 6), "redirects", 6),
@@ -312,7 +304,7 @@ def outcome(client, url="http://a.example/1.jpg"):
 
 def client_of(host, **manners):
     manners = {"connect_to": {"*.example": host.origin}, "timeout": TIMEOUT, **manners}
-    return Web(Fetch(**manners), MOST_BYTES, (), Still())
+    return new_web(Fetch(**manners), MOST_BYTES)
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)

@@ -1,18 +1,15 @@
 """Laws of asking: never too many, never too early, everybody in turn, no host stalls another."""
 
+import asyncio
 import math
 import socket
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hosts import BODY, Host, Still, answer, in_turn, kind_of, web
+from hosts import BODY, Host, Still, answer, in_turn, kind_of, new_web, web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmd_pipeline import hosts as rules
-from pmd_pipeline.fetch import Web
 from pmd_pipeline.hosts import (
     BURST,
     LONGEST_CUT,
@@ -392,24 +389,70 @@ def test_hosts_without_a_past_are_forgotten(monkeypatch):
     assert room(hosts, "asked") == 3
 
 
-def test_a_thread_that_waits_goes_when_another_ends():
-    turns, order = Turns(Hosts(1), Clock()), []
-    started = threading.Event()
+def turns_of(hosts, has_room=lambda: True):
+    return Turns(hosts, Clock(), has_room)
 
-    def ask(number):
-        with turns.turn("a") as turn:
+
+def test_who_waits_goes_when_another_ends():
+    order = []
+
+    async def ask(turns, number):
+        async with turns.turn("a") as turn:
             order.append(number)
-            started.set()
-            while number == 0 and len(turns._hosts._hosts["a"].waiting) < 5:
-                time.sleep(0)  # until the others stand in line
+            await asyncio.sleep(0)
             turn.ending = Ending.ANSWERED
 
-    with ThreadPoolExecutor(6) as pool:
-        pool.submit(ask, 0)
-        started.wait(5)
-        list(pool.map(ask, range(1, 6)))
+    async def ask_all():
+        turns = turns_of(Hosts(1))
+        await asyncio.gather(*[ask(turns, number) for number in range(6)])
 
-    assert sorted(order) == list(range(6))
+    asyncio.run(ask_all())
+
+    assert order == list(range(6))
+
+
+def test_no_host_keeps_the_room_that_all_share():
+    order, now, most = [], [], []
+
+    async def ask(turns, host):
+        async with turns.turn(host) as turn:
+            order.append(host)
+            now.append(host)
+            most.append(len(now))
+            await asyncio.sleep(0)
+            now.remove(host)
+            turn.ending = Ending.ANSWERED
+
+    async def ask_all():
+        turns = turns_of(Hosts(8), lambda: turns.in_flight < 2)
+        await asyncio.gather(*[ask(turns, host) for host in "aaaaaaaabc"])
+
+    asyncio.run(ask_all())
+
+    assert max(most) == 2
+    assert set(order[:5]) == {"a", "b", "c"}
+
+
+def test_a_network_that_is_back_is_asked_at_once_by_all_who_waited():
+    async def ask(turns, host, ending):
+        async with turns.turn(host) as turn:
+            turn.ending, turn.kind = ending, "connect"
+
+    async def ask_all():
+        hosts = Hosts(2)
+        turns = turns_of(hosts)
+        first = turns.turn("well")
+        went = await first.__aenter__()
+        for number in range(BURST):
+            await ask(turns, str(number), Ending.SILENT)
+        assert hosts.is_cut()
+        late = asyncio.create_task(ask(turns, "late", Ending.ANSWERED))
+        await asyncio.sleep(0)
+        went.ending = Ending.ANSWERED
+        await first.__aexit__(None, None, None)
+        await asyncio.wait_for(late, 1)
+
+    asyncio.run(ask_all())
 
 
 def test_a_url_waits_as_long_as_another_was_told_to():
@@ -446,10 +489,11 @@ def test_a_cut_network_loses_no_more_than_showed_it(monkeypatch):
         asked.append(args)
         if len(asked) <= BURST + 3:
             raise socket.gaierror(socket.EAI_AGAIN, "no name server")
-        return lead(*args, **keywords)
+        return lead("127.0.0.1", None, **keywords)
 
     with Host(answer()) as host:
-        client = web(host, waits, retries=0)
+        places = {"*": f"http://somewhere.example:{host.port}"}
+        client = web(host, waits, retries=0, connect_to=places)
         monkeypatch.setattr(socket, "getaddrinfo", cut)
         for number in range(BURST - 1):
             assert kind_of(client, f"http://{number}.example/") == "dns"
@@ -465,7 +509,7 @@ def test_a_network_that_stays_cut_is_a_failure_at_last(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", cut)
     clock = Still()
-    client = Web(Fetch(), 1000, (), clock)
+    client = new_web(clock=clock)
 
     kinds = {kind_of(client, f"http://{number}.example/") for number in range(2 * BURST)}
 
@@ -474,8 +518,7 @@ def test_a_network_that_stays_cut_is_a_failure_at_last(monkeypatch):
 
 
 def test_the_least_delay_is_for_the_hosts_that_the_recipe_names():
-    clock = Still()
-    client = Web(Fetch(delay={"*.imgur.com": 0.5}), 1000, (), clock)
+    client = new_web(Fetch(delay={"*.imgur.com": 0.5}))
 
     assert client._delay("i.imgur.com") == 0.5
     assert client._delay("imgur.example") == 0
