@@ -21,7 +21,7 @@ _QUIRK_AT = 3
 
 
 class OnWeb(NamedTuple):
-    """What is at an address of the world: a scene, and the kind of answer."""
+    """What is at an address of the world, or in a file: a scene, and the kind of answer."""
 
     scene: Scene
     answer: str
@@ -63,8 +63,8 @@ class Picture:
 class Plan:
     """Collects what a source consists of.
 
-    `files` are the annotation files by name, `images` the files of archives by path, `web` what is
-    at each address (host and path).
+    `files` are the annotation files by name, `loose` the images that lie among them, `images` the
+    files of archives by path, `web` what is at each address (host and path).
     """
 
     def __init__(self, source: str, seed: int, scenes: int) -> None:
@@ -72,6 +72,7 @@ class Plan:
         self.seed = seed
         self.scenes = scenes
         self.files: dict[str, bytes] = {}
+        self.loose: dict[str, OnWeb] = {}
         self.images: dict[str, Scene] = {}
         self.web: dict[str, OnWeb] = {}
         self._kept = 0

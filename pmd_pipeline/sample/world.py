@@ -14,12 +14,16 @@ from pmd_pipeline.sample.documents import coco, localized_narratives, redcaps, v
 from pmd_pipeline.sample.plan import OnWeb, Plan
 from pmd_pipeline.sample.scenes import Scene
 from pmd_pipeline.sample.tables import cc3m, cc12m, sbu, wit, yfcc100m
+from pmd_pipeline.sample.unimodal import bookcorpus, ccnews, imagenet1k
 from pmd_pipeline.storage import write_whole
 
 LEAST_SCENES = 20
 """Below, COCO would have no held-out images for the other sources to share."""
 
-_WRITERS = (coco, sbu, localized_narratives, cc3m, visual_genome, wit, cc12m, redcaps, yfcc100m)
+_WRITERS = (
+    *(coco, sbu, localized_narratives, cc3m, visual_genome, wit, cc12m, redcaps, yfcc100m),
+    *(imagenet1k, ccnews, bookcorpus),
+)
 _NOTE = "world.json"
 
 
@@ -59,6 +63,8 @@ def write_world(folder: Path, *, scenes: int = 240, seed: int = 0) -> World:
     for plan in plans:
         for name, content in plan.files.items():
             write_whole(str(folder / "raw" / plan.source / name), content)
+        for name, (scene, kind) in plan.loose.items():
+            write_whole(str(folder / "raw" / plan.source / name), picture(kind, scene)[0])
         for name, drawn in _archives(plan).items():
             packed = _zipped(drawn) if name.endswith(".zip") else _tarred(drawn)
             write_whole(str(folder / "images" / plan.source / name), packed)

@@ -18,6 +18,7 @@ from PIL import Image
 from toy import QUIET
 
 from pmd_pipeline.build import WEB
+from pmd_pipeline.corpus import learn_vocabulary
 from pmd_pipeline.dataset import Request, build_all
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import open_pool
@@ -81,6 +82,27 @@ def manifest(world, origin, out):
 def test_what_was_planted_is_what_is_counted(manifest, world, source):
     assert manifest.sources[source].counts == world.planted[source]
     assert manifest.sources[source].counts.unaccounted() == 0
+
+
+@pytest.mark.parametrize("source", ["ccnews", "bookcorpus"])
+def test_what_was_planted_in_texts_is_what_is_counted(manifest, world, out, tmp_path, source):
+    vocabulary, _ = learn_vocabulary(str(out / "manifests" / "pmd.json"), 400, lambda *_: None)
+    (tmp_path / "vocab.txt").write_bytes(vocabulary.content)
+    request = Request(
+        recipes=(source,),
+        out=str(tmp_path / "data"),
+        manifests=str(tmp_path / "manifests"),
+        raw=str(world.folder / "raw" / source),
+        changes={"texts": {"tokenizer": str(tmp_path / "vocab.txt")}},
+        runner="local",
+        workers=1,
+    )
+
+    [(_, built)] = build_all(request, QUIET).manifests
+
+    assert built.kind == "text"
+    assert built.sources[source].counts == world.planted[source]
+    assert built.sources[source].tokens > 0
 
 
 @pytest.mark.parametrize(("runner", "workers"), [("local", 2), ("ray", 1), ("ray", 2)])
