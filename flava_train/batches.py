@@ -83,7 +83,7 @@ class Pairs:
         return len(self.matched)
 
 
-_Kind = TypeVar("_Kind", Images, Texts, Pairs)
+_Kind = TypeVar("_Kind", bound=Images | Texts | Pairs)
 
 
 def micro_batches(pairs: Pairs, size: int, *, widths: Sequence[int] = WIDTHS) -> list[Pairs]:

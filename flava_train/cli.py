@@ -1,21 +1,91 @@
 """The command `flava-train`: parses, calls one function, prints."""
 
+import json
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flava_train.errors import FlavaError
 
+if TYPE_CHECKING:
+    from flava_train.config import TrainConfig
+
 app = typer.Typer(
-    help="FLAVA: look at the model, at published weights, and at the shards to train it from.",
+    invoke_without_command=True,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def train(
+    context: typer.Context,
+    manifest: Annotated[
+        str | None,
+        typer.Option(
+            "--shards", metavar="MANIFEST", help="Pairs to learn from, as `pmd build` lists them."
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="What to do; default: what the run in --out was told, else flava_pmd.",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the run; default: runs/NAME.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value: optimizer.lr=3e-4."),
+    ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|PATH", help="Go on from a checkpoint: the newest, none, or this."
+        ),
+    ] = "auto",
+    allow_changed_data: Annotated[
+        bool,
+        typer.Option("--allow-changed-data", help="Go on even if steps would see other data."),
+    ] = False,
+    explain_step: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Print what step N sees, and do nothing else."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Train FLAVA; the same command goes on where it was stopped or killed.
+
+    Example: flava-train --shards manifests/pmd.json --config flava_mm --set micro=128
+    """
+    if context.invoked_subcommand:
+        return
+    from flava_train.config import load_config
+
+    changes = {"data.pairs": manifest, "out": out}
+    said = {key: value for key, value in changes.items() if value is not None}
+    told = load_config(config or _told_before(out), said, settings=setting or [])
+    if explain_step is not None:
+        _explain(told, explain_step)
+        return
+    from flava_train.train import train as run
+
+    outcome = run(told, resume=resume, allow_changed_data=allow_changed_data, quiet=quiet)
+    if outcome.signal is None:
+        typer.echo(f"{told.out}: {outcome.steps:,} steps taken")
+        return
+    typer.echo(
+        f"{told.out}: stopped after {outcome.steps:,} steps; the same command goes on", err=True
+    )
+    raise typer.Exit(130 if outcome.signal == signal.SIGINT else 0)
 
 
 @app.command()
@@ -73,8 +143,79 @@ def model(
     typer.echo(f"{'parameters':<20}{total + rest:>14,}")
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
+    hf: Annotated[Path, typer.Option("--hf", metavar="DIR", help="Folder to write; must be new.")],
+    best: Annotated[bool, typer.Option("--best", help="The best checkpoint, not the newest.")] = (
+        False
+    ),
+) -> None:
+    """Write a run's model as a folder that transformers loads, with its tokenizer.
+
+    Example: flava-train export --hf flava-hf runs/flava_pmd
+    """
+    from flava_train.hf import export_hf
+    from flava_train.trained import load_trained
+
+    trained = load_trained(run, best=best)
+    export_hf(trained.model, hf, vocabulary=trained.wordpiece.vocabulary)
+    typer.echo(f"{hf}: the model of {trained.checkpoint}")
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
+    manifest: Annotated[
+        str | None, typer.Argument(help="Held-out pairs; default: those of the run.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A folder of images for each class.")
+    ] = None,
+    best: Annotated[bool, typer.Option("--best", help="The best checkpoint, not the newest.")] = (
+        False
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure zero-shot retrieval, and classification, beside what guessing would give.
+
+    Example: flava-train eval runs/flava_pmd manifests/flickr30k.json
+    """
+    from flava_train.trained import load_trained
+
+    trained = load_trained(run, best=best)
+    found = trained.evaluate(manifest, classes)
+    if as_json:
+        typer.echo(json.dumps(found.as_json()))
+        return
+    for name, value in found.figures.items():
+        chance = f"   chance {found.chance[name]:7.2%}" if name in found.chance else ""
+        typer.echo(f"{name.replace('_', ' '):<22}{value:7.2%}{chance}")
+
+
+def _told_before(out: str | None) -> str:
+    """The configuration that a run was given before, else the paper's."""
+    if out is not None and (Path(out) / "config.toml").is_file():
+        return str(Path(out) / "config.toml")
+    return "flava_pmd"
+
+
+def _explain(config: "TrainConfig", step: int) -> None:
+    from flava_train.train import open_data
+
+    if step >= config.steps:
+        raise FlavaError(f"--explain-step {step}: steps are 0 to {config.steps - 1}")
+    streams = open_data(config)[1]
+    typer.echo(f"step {step}: {streams.stream(step)}")
+    for row in streams.rows(step):
+        view = "" if row.view is None else f" view {row.view}"
+        mismatch = "" if row.matched else " (another image's)"
+        text = "" if row.text is None else f"  {row.text!r}"
+        typer.echo(f"{row.source} {row.key}{view}{mismatch}{text}")
+
+
 def main() -> None:
-    """Run `flava-train`: exit 0 done, 2 fix the input."""
+    """Run `flava-train`: exit 0 done or told to stop, 2 fix the input, 130 after Ctrl-C."""
     try:
         app()
     except FlavaError as error:

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from flava_train.batches import Images, Pairs, Texts
 from flava_train.losses import (
@@ -48,9 +49,9 @@ def train_step(
 
     Old gradients are forgotten. Where `torch.distributed` is initialised, every rank calls this
     with the same kind and number of rows, cut into micro-batches as it likes; all end up with
-    the same gradient, so the model needs no DDP around it. A loss, summed over the ranks, is
-    the mean over the global batch, in nats and before weighting. Nothing here waits for the
-    device.
+    the same gradient, so the model needs no DDP around it; `ranks.shard` may have shared it
+    out. A loss, summed over the ranks, is the mean over the global batch, in nats and before
+    weighting. Nothing here waits for the device.
 
     Args:
         model: its `logit_scale` is brought back into its range first.
@@ -271,6 +272,8 @@ def _sum_over_ranks(gradients: Iterable[Tensor | None]) -> None:
     bucket: list[Tensor] = []
     for gradient in gradients:
         if gradient is None:  # on every rank, since all take the same kind of batch
+            continue
+        if isinstance(gradient, DTensor):  # FSDP2 has added these up, and shared them out
             continue
         if bucket and sum(held.numel() for held in bucket) + gradient.numel() > BUCKET:
             _exchange(bucket)

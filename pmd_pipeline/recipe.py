@@ -237,8 +237,9 @@ def load_recipe(name_or_path: str, changes: Mapping[str, Any] | None = None) -> 
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
+    """Names of the recipes that come with the package; those of `flava_train` are left out."""
+    found = (path.stem for path in recipe_folder().glob("*.toml"))
+    return sorted(name for name in found if not name.startswith("flava_"))
 
 
 def recipe_folder() -> Path:

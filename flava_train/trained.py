@@ -1,0 +1,68 @@
+"""A model that a run has trained, as it lies in a checkpoint."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from flava_train.checkpoint import find, load_progress, load_weights
+from flava_train.config import TrainConfig, checked
+from flava_train.errors import FlavaError
+from flava_train.evaluate import Evaluation, check_evaluation, evaluate, files_of
+from flava_train.model import Flava
+from flava_train.run import VOCABULARY
+from flava_train.text import WordPiece, load_wordpiece
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint, opened: its run's configuration, the model and the tokenizer."""
+
+    checkpoint: Path
+    config: TrainConfig
+    model: Flava
+    wordpiece: WordPiece
+
+    def evaluate(self, manifest: str | None, classes: str | None) -> Evaluation:
+        """What is found on a manifest or classes; where neither is named, on the run's own.
+
+        Raises:
+            FlavaError: there is nothing to evaluate on, or it is not what it should be.
+        """
+        section = self.config.evaluation
+        if manifest or classes:
+            section = replace(section, retrieval=manifest, classes=classes)
+        if not (section.retrieval or section.classes):
+            raise FlavaError(f"{self.checkpoint}: name a manifest of held-out pairs, or --classes")
+        check_evaluation(
+            replace(section, metric="text_to_image_r1" if section.retrieval else "zero_shot_top1")
+        )
+        data = self.config.data
+        return evaluate(
+            self.model,
+            self.wordpiece,
+            section,
+            caption_tokens=data.caption_tokens,
+            files=files_of(data),
+        )
+
+
+def load_trained(place: Path, *, best: bool = False) -> Trained:
+    """The newest, or the best, of a run, or a certain checkpoint; on a GPU, if there is one.
+
+    Raises:
+        FlavaError: there is none, it cannot be read, or its tokenizer is not the run's.
+    """
+    checkpoint = find(place, best=best)
+    progress = load_progress(checkpoint)
+    config = checked(progress.config, where=str(checkpoint))
+    # the run's own copy, since the file it was started with may be gone
+    vocabulary = checkpoint.absolute().parents[1] / VOCABULARY
+    wordpiece = load_wordpiece(str(vocabulary))
+    if wordpiece.sha256 != progress.digests["tokenizer"]:
+        raise FlavaError(f"{vocabulary} is not the vocabulary that {checkpoint} was trained with")
+    model = Flava(config.model)
+    load_weights(checkpoint, model)
+    return Trained(
+        checkpoint, config, model.to("cuda" if torch.cuda.is_available() else "cpu"), wordpiece
+    )
