@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -191,6 +192,38 @@ def evaluate(
     for name, value in found.figures.items():
         chance = f"   chance {found.chance[name]:7.2%}" if name in found.chance else ""
         typer.echo(f"{name.replace('_', ' '):<22}{value:7.2%}{chance}")
+
+
+@app.command()
+def search(
+    run: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
+    manifest: Annotated[str, typer.Argument(help="Pairs among whose images to search.")],
+    queries: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to look for.")],
+    nearest: Annotated[int, typer.Option(min=1, metavar="N", help="Images for each text.")] = 5,
+    best: Annotated[bool, typer.Option("--best", help="The best checkpoint, not the newest.")] = (
+        False
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the images of a manifest that a trained model thinks nearest to a text.
+
+    Example: flava-train search runs/flava_pmd manifests/coco.json "two dogs on a beach"
+    """
+    from flava_train.search import search as find_images
+    from flava_train.trained import load_trained
+
+    found = find_images(load_trained(run, best=best), manifest, queries, nearest)
+    if as_json:
+        rows = [
+            {"query": query, "images": [asdict(hit) for hit in hits]}
+            for query, hits in zip(queries, found, strict=True)
+        ]
+        typer.echo(json.dumps(rows))
+        return
+    for query, hits in zip(queries, found, strict=True):
+        typer.echo(query)
+        for hit in hits:
+            typer.echo(f"  {hit.likeness:6.3f}  {hit.key}")
 
 
 def _told_before(out: str | None) -> str:

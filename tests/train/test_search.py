@@ -1,0 +1,58 @@
+"""Search: words in, the nearest images out."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from stocks import WORDS, samples, write_pairs, write_texts, write_vocabulary
+from tiny import TINY, flava
+
+from flava_train.config import checked
+from flava_train.errors import FlavaError
+from flava_train.held_out import held_out
+from flava_train.search import search
+from flava_train.text import load_wordpiece
+from flava_train.trained import Trained
+
+QUERIES = [WORDS[7], " ".join(WORDS[5:9]), WORDS[-1]]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    wordpiece = load_wordpiece(write_vocabulary(tmp_path / "vocab.txt"))
+    shape = replace(TINY, text_vocab=len(wordpiece.vocabulary))
+    told = {"steps": 1, "batch": 1, "micro": 1, "optimizer": {"warmup": 0}}
+    config = checked({**told, "data": {"caption_tokens": 16}}, where="test")
+    return Trained(Path("nowhere"), config, flava(shape, dtype=torch.float32), wordpiece)
+
+
+def test_the_images_found_are_the_nearest_of_all_and_come_in_order(trained, tmp_path):
+    manifest = write_pairs(tmp_path / "pairs.json", [samples(5), samples(6, start=5)])
+
+    found = search(trained, manifest, QUERIES, 4)
+
+    [batch] = held_out(manifest, trained.wordpiece, TINY.image_size, 16)
+    tokens, lengths = map(torch.from_numpy, trained.wordpiece.encode(QUERIES, 16))
+    with torch.no_grad():
+        texts = trained.model.embed_texts(tokens, lengths)
+        likeness = texts @ trained.model.embed_images(batch.pixels).T
+    for row, hits in zip(likeness, found, strict=True):
+        ranked = sorted(zip(row.tolist(), batch.keys, strict=True), reverse=True)[:4]
+        assert [hit.key for hit in hits] == [key for _, key in ranked]
+        assert [hit.likeness for hit in hits] == pytest.approx([x for x, _ in ranked], abs=1e-5)
+
+
+def test_no_more_images_are_found_than_there_are(trained, tmp_path):
+    manifest = write_pairs(tmp_path / "pairs.json", [samples(3)])
+
+    [hits] = search(trained, manifest, QUERIES[:1], 10)
+
+    assert len({hit.key for hit in hits}) == 3
+
+
+def test_texts_have_no_images_to_search(trained, tmp_path):
+    manifest = write_texts(tmp_path / "texts.json", [["some words"]])
+
+    with pytest.raises(FlavaError, match="needs pairs"):
+        search(trained, manifest, QUERIES, 1)
