@@ -255,7 +255,7 @@ def _stored(
         places = writer.add(record.key, _members(source, record, outcome.picture, outcome))
         tally.images += 1
         tally.kept += num_pairs
-        tally.words.update(len(caption.split()) for caption in record.captions)
+        tally.words.update(len(caption.split()) for caption in record.captions if caption)
     else:
         reasons = tally.dropped if outcome.status == DROPPED else tally.failed
         reasons[str(outcome.reason)] += num_pairs
@@ -264,7 +264,7 @@ def _stored(
         "key": record.key,
         "id": record.id,
         "url": record.url,
-        "caption": record.captions[0],
+        "caption": record.captions[0] or None,
         "num_pairs": num_pairs,
         "status": outcome.status,
         "reason": outcome.reason,
@@ -285,12 +285,13 @@ def _stored(
 def _members(
     source: str, record: IndexRecord, stored: Picture, outcome: Outcome
 ) -> dict[str, bytes]:
+    captions = [caption for caption in record.captions if caption]  # an image alone has none
     described: dict[str, Any] = {
         "source": source,
         "id": record.id,
         "url": record.url,
-        "captions": record.captions,
-        "fields": record.fields,
+        "captions": captions,
+        "fields": record.fields if captions else [],
         "width": stored.width,
         "height": stored.height,
         "original_width": outcome.original_size[0],
@@ -301,11 +302,8 @@ def _members(
     }
     if record.boxes:
         described["boxes"] = record.boxes
-    return {
-        "jpg": stored.jpeg,
-        "json": canonical_json(described).encode(),
-        "txt": record.captions[0].encode(),
-    }
+    members = {"jpg": stored.jpeg, "json": canonical_json(described).encode()}
+    return members | {"txt": captions[0].encode()} if captions else members
 
 
 def _progress(records: int, tally: _Tally) -> dict[str, int]:

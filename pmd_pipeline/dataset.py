@@ -1,7 +1,7 @@
 """A whole source, from its annotation files to its manifest, through the stages."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from pmd_pipeline import annotations, sources
 from pmd_pipeline.build import WEB, PartTask, build_part, done_report, part_dependency
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Manifest, Report
+from pmd_pipeline.imagefiles import check_images, laid_out
 from pmd_pipeline.img2dataset import catalogue, is_img2dataset
 from pmd_pipeline.index import Index, build_index
 from pmd_pipeline.leakage import KARPATHY_FILE
@@ -134,6 +135,8 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
     source = order.recipe.source
     sweep(order.index)
     sweep(order.shards)
+    if order.recipe.kind == "images":
+        order = _with_images(order, pool, show)
     catalogues = tuple(_catalogues(order, pool))
     for place in order.places:
         if place != WEB and place not in dict(catalogues):
@@ -198,7 +201,9 @@ def _order(request: Request, recipe: Recipe) -> Order:
     source = sources.load(recipe.source)
     recipe = with_tokenizer(recipe)
     raw = raw_folder(request.raw, request.out, recipe.source)
-    if request.raw is not None or not source.downloadable(recipe.form):
+    if recipe.kind == "images":
+        check_images(raw)
+    elif request.raw is not None or not source.downloadable(recipe.form):
         sources.find_spans(source, raw, recipe.form)  # says now what a later source lacks
     return Order(
         recipe=recipe,
@@ -212,10 +217,19 @@ def _order(request: Request, recipe: Recipe) -> Order:
 
 def _download(order: Order, show: Show) -> None:
     recipe, source = order.recipe, sources.load(order.recipe.source)
+    if recipe.kind == "images":
+        return  # its raw folder holds images, which are many
     with show.stage(f"{recipe.source} annotations", "bytes") as stage:
         contact = recipe.fetch.contact
         for sentence in annotations.ensure(source, order.raw, recipe.form, contact, stage.watch):
             show.say(sentence)
+
+
+def _with_images(order: Order, pool: Pool, show: Show) -> Order:
+    """The order with a list of its images as what the index reads, and where they are now."""
+    with show.stage(f"{order.recipe.source} images", "rows") as stage:
+        raw, place = laid_out(order.raw, join(order.index, "images"), pool, stage.watch)
+    return replace(order, raw=raw, places=(place,))
 
 
 def _tasks(

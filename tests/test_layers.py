@@ -21,7 +21,7 @@ LAYERS = [
     {"records", "fetch"},
     {"shelves", "annotations", "outcomes"},
     {"img2dataset", "pile"},
-    {"scatter", "inputs", "flow"},
+    {"scatter", "imagefiles", "inputs", "flow"},
     {"index", "build", "codes"},
     {"manifest", "trial", "texts"},
     {"stats", "story", "listing", "dataset", "corpus", "coding", "export", "verify", "compare", "plan"},

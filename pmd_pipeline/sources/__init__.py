@@ -16,7 +16,7 @@ from pmd_pipeline.format import Kind
 from pmd_pipeline.record import BadRow, Row
 from pmd_pipeline.upstream import Span, UpstreamFile, as_one, find, fits
 
-UNIMODAL = ("bookcorpus", "ccnews")
+UNIMODAL = ("bookcorpus", "ccnews", "imagenet1k")
 """Sources of images alone or texts alone: what FLAVA learns from besides PMD."""
 
 

@@ -1,0 +1,49 @@
+"""ImageNet-1K: the training images of ILSVRC 2012, each with its class and without a caption."""
+
+import json
+from collections.abc import Iterator
+
+from pmd_pipeline.record import BadRow, Json, Row
+from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources._json import int_at, text_at
+from pmd_pipeline.upstream import Span, by_lines, lines
+
+INFO = Info(
+    title="ImageNet-1K",
+    homepage="https://www.image-net.org",
+    licence="ImageNet's terms of access, for non-commercial research and education; the images "
+    "belong to their owners",
+    citation="Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015",
+    published=(
+        Published(
+            pattern="*.jsonl",
+            what="the list of images that pmd makes of train/n01440764/*.JPEG and so on, or of the "
+            "hub's train-*.parquet",
+            cut=by_lines,
+        ),
+    ),
+    images="in the folder that --raw names; a copy of the hub's Parquet files is unpacked first",
+    by_hand="accept ImageNet's terms, then put the unpacked train folder (and, for class names, "
+    "LOC_synset_mapping.txt) into the folder, or train-*.parquet of the hub's ILSVRC/imagenet-1k; "
+    "validation images are never taken",
+    upstream_rows=1_281_167,
+    kind="images",
+)
+
+
+def read(span: Span) -> Iterator[Row | BadRow]:
+    """Rows of one stretch of the list; the id is the file's name, equal in every layout."""
+    for line in lines(span):
+        entry = json.loads(line)  # our own: see `imagefiles`
+        path, name = text_at(entry, "file"), text_at(entry, "id")
+        if path is None or name is None:
+            yield BadRow(text_at(entry, "bad") or "the line has no file")
+            continue
+        meta: dict[str, Json] = {}
+        if (wordnet := text_at(entry, "class")) is not None:
+            meta["class"] = wordnet
+        if (label := int_at(entry, "label")) is not None:
+            meta["label"] = label
+        if (words := text_at(entry, "name")) is not None:
+            meta["class_name"] = words
+        yield Row(id=name, file=path, meta=meta)
