@@ -37,11 +37,13 @@ class Place:
         manifest: its address, which the shard's path is relative to.
         entry: what it says of the shard.
         codes: how the image codes beside it were made, if they are wanted.
+        captioned: its images have captions.
     """
 
     manifest: str
     entry: ShardEntry
     codes: CodeRules | None = None
+    captioned: bool = True
 
     @property
     def name(self) -> str:
@@ -74,6 +76,7 @@ class OpenShard:
     def __init__(self, place: Place, ledger: Ledger, files: Files) -> None:
         self.name = place.name
         self.ledger = ledger
+        self._captioned = place.captioned
         wanted = place.files
         self._file = files.open(wanted["shard"], lambda path: os.open(path, os.O_RDONLY))
         weakref.finalize(self, os.close, self._file)
@@ -86,7 +89,7 @@ class OpenShard:
 
     def record(self, sample: int) -> Record:
         """The captions of a sample."""
-        return read_record(self._file, self.ledger, sample, self.name)
+        return read_record(self._file, self.ledger, sample, self.name, captioned=self._captioned)
 
     def jpeg(self, sample: int) -> bytes:
         """The image of a sample."""

@@ -246,7 +246,11 @@ class Streams:
             manifest = load_manifest(address)
             _check_manifest(address, manifest, stream, self.model if needs_codes else None)
             codes = manifest.codes if stream != "texts" else None
-            places += [Place(address, entry, codes) for entry in manifest.shards if entry.pairs]
+            places += [
+                Place(address, entry, codes, captioned=stream == "pairs")
+                for entry in manifest.shards
+                if entry.pairs
+            ]
             digests.append(manifest.digest)
         self.digests[stream] = "+".join(digests)
         sizes = tuple(place.entry.pairs for place in places)
@@ -345,18 +349,18 @@ class Streams:
         return texts, matched
 
     def _other_caption(self, slots: _Slots, slot: int, one: _Chosen) -> str | None:
-        """A caption of the window, neither of the same image nor one that reads the same."""
+        """A caption of the window that is not the image's, nor reads like any that is."""
         attempts = slots.numbers[slot] * _ATTEMPTS + np.arange(_ATTEMPTS)
         drawn = draw(self.seed, "swap", attempts) % np.uint64(slots.window.pairs)
         image = one.shard.ledger.images[one.sample]
-        own = self.wordpiece.pieces(one.captions[one.nth])
+        own = [self.wordpiece.pieces(caption) for caption in one.captions]
         columns = (column.tolist() for column in slots.window.locate(drawn.astype(np.int64)))
         for shard, sample, nth in zip(*columns, strict=True):
             opened = slots.corpus.shard(shard, slots.window)
             if opened.ledger.images[sample] == image:
                 continue
             other: str = opened.record(sample).captions[nth]
-            if self.wordpiece.pieces(other) != own:
+            if self.wordpiece.pieces(other) not in own:
                 return other
         return None
 

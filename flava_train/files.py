@@ -110,8 +110,8 @@ class Files:
             with _locked(cache / "lock"):
                 self._make_room(size, cache, part)
                 file.truncate(size)  # from now on it counts
-            with _reading(wanted.address), filesystem.open(place, "rb") as source:
-                found = _copied(source, file)
+            with _reading(wanted.address):
+                found = _copied(filesystem, place, file)
             if found != wanted.sha256:
                 part.unlink()
                 raise _changed(wanted.address)
@@ -215,7 +215,7 @@ def _stamp(name: str) -> Iterator[BinaryIO | None]:
 def _locked(path: Path) -> Iterator[BinaryIO]:
     """The file at `path`, made if need be, and this process alone has it."""
     while True:
-        file = path.open("a+b")
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         fcntl.flock(file, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
@@ -237,16 +237,17 @@ def _removed(path: Path) -> bool:
     return True
 
 
-def _copied(source: BinaryIO, target: BinaryIO) -> str:
-    """The sha256 of `source`, all of which `target` holds then."""
+def _copied(filesystem: fsspec.AbstractFileSystem, place: str, target: BinaryIO) -> str:
+    """The sha256 of the file at `place`, all of which `target` holds then."""
     digest = hashlib.sha256()
-    place = 0
-    while chunk := source.read(_CHUNK):
-        digest.update(chunk)
-        while chunk:
-            written = os.pwrite(target.fileno(), chunk, place)
-            place, chunk = place + written, chunk[written:]
-    target.truncate(place)
+    end = 0
+    with filesystem.open(place, "rb") as source:
+        while chunk := source.read(_CHUNK):
+            digest.update(chunk)
+            while chunk:
+                written = os.pwrite(target.fileno(), chunk, end)
+                end, chunk = end + written, chunk[written:]
+    target.truncate(end)
     return digest.hexdigest()
 
 

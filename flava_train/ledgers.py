@@ -94,7 +94,9 @@ def read_ledger(file: BinaryIO, shard: ShardEntry) -> Ledger:
     return Ledger(keys, images, ends, numbers)
 
 
-def read_record(file: int, ledger: Ledger, sample: int, name: str) -> Record:
+def read_record(
+    file: int, ledger: Ledger, sample: int, name: str, *, captioned: bool = True
+) -> Record:
     """What the shard says of a sample.
 
     Args:
@@ -102,6 +104,7 @@ def read_record(file: int, ledger: Ledger, sample: int, name: str) -> Record:
         ledger: of the shard.
         sample: its number, in the order of the ledger.
         name: of the shard, for errors.
+        captioned: it must have as many captions as the ledger says.
 
     Raises:
         FlavaError: the shard does not hold what its ledger says.
@@ -110,9 +113,9 @@ def read_record(file: int, ledger: Ledger, sample: int, name: str) -> Record:
     key = ledger.keys[sample].decode()
     try:
         record = _described(json.loads(content))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FlavaError(f"{name} does not fit its ledger: the JSON of {key} {error}") from error
-    if record.captions and len(record.captions) != ledger.columns["num_pairs"][sample]:
+    if captioned and len(record.captions) != ledger.columns["num_pairs"][sample]:
         found = len(record.captions)
         raise FlavaError(f"{name} does not fit its ledger: {key} has {found} captions")
     return record
@@ -157,7 +160,7 @@ def _described(stored: Any) -> Record:  # noqa: ANN401  # JSON may hold anything
         return Record(captions, None)
     try:
         boxes = [(float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in stored["boxes"]]
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError("has boxes without four sides") from error
     if len(boxes) != len(captions):
         raise ValueError("has not one box for each caption")

@@ -1,7 +1,9 @@
 """Batches of a run, step by step, loaded ahead by workers."""
 
 import itertools
+import signal
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
@@ -68,14 +70,18 @@ def batches(
         raise ValueError(f"a batch of {streams.batch} cannot be shared equally by {ranks} ranks")
     own = range(streams.batch)[rank * streams.batch // ranks : (rank + 1) * streams.batch // ranks]
     chunks = [own[start : start + chunk] for start in range(0, len(own), chunk)]
-    loader: DataLoader[Part | FlavaError] = DataLoader(
-        _Parts(streams),
-        batch_size=None,
-        sampler=_Items(first, last, chunks),
-        num_workers=workers,
-        worker_init_fn=_looks_ahead if workers else None,
-    )
-    return _assembled(iter(loader), streams, range(first, last), len(chunks))
+    with warnings.catch_warnings():
+        # how many workers a machine bears is for its user to say
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader: DataLoader[Part | FlavaError] = DataLoader(
+            _Parts(streams),
+            batch_size=None,
+            sampler=_Items(first, last, chunks),
+            num_workers=workers,
+            worker_init_fn=_set_up_worker if workers else None,
+        )
+        parts = iter(loader)
+    return _assembled(parts, streams, range(first, last), len(chunks))
 
 
 class _Parts(Dataset[Part | FlavaError]):
@@ -103,7 +109,10 @@ class _Items(Sampler[_Item]):
         return len(self._steps) * len(self._chunks)
 
 
-def _looks_ahead(_: int) -> None:
+def _set_up_worker(_: int) -> None:
+    """Leave it to the main process when to end: signals may reach all of a job's processes."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
     worker = torch.utils.data.get_worker_info()
     assert worker is not None
     dataset: Any = worker.dataset
@@ -113,16 +122,19 @@ def _looks_ahead(_: int) -> None:
 def _assembled(
     parts: Iterator[Part | FlavaError], streams: Streams, steps: range, num_parts: int
 ) -> Iterator[Batch]:
-    for step in steps:
-        began = time.monotonic()
-        found = []
-        for part in itertools.islice(parts, num_parts):
-            if isinstance(part, FlavaError):
-                raise part
-            found.append(part)
-        rows = joined([part.rows for part in found])
-        keys = [key for part in found for key in part.keys]
-        yield Batch(step, streams.stream(step), rows, keys, time.monotonic() - began)
+    try:
+        for step in steps:
+            began = time.monotonic()
+            found = []
+            for part in itertools.islice(parts, num_parts):
+                if isinstance(part, FlavaError):
+                    raise part
+                found.append(part)
+            rows = joined([part.rows for part in found])
+            keys = [key for part in found for key in part.keys]
+            yield Batch(step, streams.stream(step), rows, keys, time.monotonic() - began)
+    finally:
+        del parts  # ends the workers; else the traceback of an error would keep them
 
 
 def joined(pieces: Sequence[Any]) -> Any:  # noqa: ANN401  # the kind that went in

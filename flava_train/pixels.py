@@ -1,5 +1,8 @@
 """A JPEG of a shard to the pixels of one view."""
 
+import struct
+from io import BytesIO
+
 import numpy as np
 import simplejpeg
 from PIL import Image
@@ -9,6 +12,9 @@ from flava_train.shapes import Array, Shaped
 
 MOST_PIXELS = 1 << 28
 """Of an image that is decoded: no shard of ours has larger ones."""
+
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error)
+"""What Pillow's decoder is known to raise on hostile bytes."""
 
 
 def view(
@@ -28,11 +34,24 @@ def view(
     Raises:
         ValueError: it does not decode, or is not of the size `stored`.
     """
-    height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]
-    if (width, height) != stored or width * height > MOST_PIXELS:
-        raise ValueError(f"it is {width} x {height} pixels")
-    pixels = simplejpeg.decode_jpeg(jpeg, colorspace="RGB")
+    width, height = stored
+    image = _decoded(jpeg, stored)
     x0, y0, x1, y1 = box
     sides = (x0 * width, y0 * height, x1 * width, y1 * height)
-    made = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=sides)
-    return np.asarray(made)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=sides))
+
+
+def _decoded(jpeg: bytes, stored: tuple[int, int]) -> Image.Image:
+    try:
+        height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]
+        if (width, height) == stored and width * height <= MOST_PIXELS:
+            return Image.fromarray(simplejpeg.decode_jpeg(jpeg, colorspace="RGB"))
+    except ValueError:
+        pass  # it has doubts, say about stray bytes; Pillow is more patient
+    try:
+        image = Image.open(BytesIO(jpeg), formats=["JPEG"])
+        if image.size != stored or image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"it has {image.width} x {image.height} pixels")
+        return image.convert("RGB")
+    except _BROKEN as error:
+        raise ValueError(str(error)) from error

@@ -150,7 +150,7 @@ def _of_json(content: str) -> list[str]:
             pass
         case _:
             raise ValueError("its normalizer is not that of uncased BERT")
-    if sorted(numbers.values()) != list(range(len(numbers))):
+    if set(map(str, numbers.values())) != set(map(str, range(len(numbers)))):
         raise ValueError("its numbers have holes")
     return sorted(numbers, key=numbers.__getitem__)
 

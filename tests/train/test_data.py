@@ -1,0 +1,676 @@
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import signal
+from collections import Counter
+from contextlib import closing
+from io import BytesIO
+from itertools import count
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from stocks import (
+    RULES,
+    jpeg,
+    own_box,
+    own_codes,
+    reseal,
+    sample,
+    samples,
+    sha256,
+    write_pairs,
+    write_texts,
+    write_vocabulary,
+)
+from tiny import TINY, flava
+
+from flava_train.batches import Pairs, Texts, micro_batches
+from flava_train.data import DataConfig, Streams, patch_masking
+from flava_train.errors import FlavaError
+from flava_train.files import Files
+from flava_train.held_out import held_out
+from flava_train.loader import batches, joined
+from flava_train.losses import ABLATIONS, Objective, Shares
+from flava_train.masking import (
+    IGNORE,
+    PatchMasking,
+    TokenMasking,
+    chance,
+    mask_patches,
+    mask_tokens,
+    word_starts,
+)
+from flava_train.order import draw
+from flava_train.step import train_step
+
+ONLY_PAIRS = Objective(streams=Shares(1.0, 0.0, 0.0))
+TRUE_PAIRS = dataclasses.replace(ONLY_PAIRS, itm_rate=0.0)
+BOXES = [[0.0, 0.0, 0.5, 0.5], [0.25, 0.25, 1.0, 1.0], [0.5, 0.0, 0.75, 1.0]]
+VIEWS = RULES.model_copy(update={"views": 3})
+SHARDS = [
+    samples(9, captions=3),
+    samples(14, captions=2, start=50)
+    + [sample(n, [f"cat {n} {place}" for place in range(3)], BOXES) for n in range(200, 206)],
+    samples(5, start=99),
+]
+NUMBERS = {one["key"]: one["image"] for shard in SHARDS for one in shard}
+numbers = count()
+
+
+@pytest.fixture(autouse=True)
+def own_stamps(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Pairs of three shards, some with boxes; images; texts."""
+    return DataConfig(
+        pairs=write_pairs(tmp_path / "pairs.json", SHARDS, rules=VIEWS, failed=3),
+        images=write_pairs(
+            tmp_path / "images.json", [samples(20, captions=0, start=300)], kind="images"
+        ),
+        texts=(write_texts(tmp_path / "texts.json", [[f"dog {n}\n\ncat" for n in range(30)]]),),
+        tokenizer=write_vocabulary(tmp_path / "vocab.txt"),
+        caption_tokens=12,
+        text_tokens=16,
+        window_shards=1,
+    )
+
+
+def streams(config, objective=ONLY_PAIRS, *, batch=6, seed=1, model=TINY):
+    return Streams(config, objective, model, seed=seed, batch=batch)
+
+
+def simple(tmp_path, shards, **changes):
+    """A config of pairs alone."""
+    return DataConfig(
+        pairs=write_pairs(tmp_path / "pairs.json", shards, **changes),
+        tokenizer=write_vocabulary(tmp_path / "vocab.txt"),
+        caption_tokens=12,
+    )
+
+
+def whole(given, step):
+    return given.part(step, range(given.batch)).rows
+
+
+def equal(one, other):
+    """Whether two batches are equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return type(one) is type(other) and all(
+        equal(getattr(one, field.name), getattr(other, field.name))
+        for field in dataclasses.fields(one)
+    )
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=8), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.integers(0, 99),
+)
+@settings(max_examples=15)
+def test_every_pair_is_seen_once_an_epoch(tmp_path_factory, captions, batch, seed):
+    folder = tmp_path_factory.mktemp("stock")
+    fresh = count()
+    shards = [
+        [sample(n := next(fresh), [f"{n} {place}" for place in range(many)]) for many in shard]
+        for shard in captions
+    ]
+    total = sum(map(sum, captions))
+    given_streams = streams(
+        simple(folder, shards, failed=2), TRUE_PAIRS, batch=min(batch, total), seed=seed
+    )
+
+    rows = [row for step in range(total // min(batch, total)) for row in given_streams.rows(step)]
+
+    seen = Counter((row.key, row.text) for row in rows)
+    pairs = {(one["key"], text) for shard in shards for one in shard for text in one["captions"]}
+    assert set(seen.values()) == {1}
+    assert seen.keys() <= pairs
+    assert len(pairs) - len(seen) < min(batch, total)
+
+
+def test_no_image_is_twice_in_a_batch_not_even_from_two_sources(tmp_path):
+    copies = [
+        sample(n, [f"cat {n} {i}" for i in range(3)], image=n - 1000) for n in range(1000, 1020)
+    ]
+    given_streams = streams(simple(tmp_path, [samples(20, captions=5), copies]), batch=8)
+
+    for step in range(40):
+        rows = whole(given_streams, step)
+        assert len(set(rows.image_ids.tolist())) == 8
+
+
+def test_a_pair_has_its_own_pixels_caption_and_codes(config):
+    given_streams = streams(config, TRUE_PAIRS)
+    for step in range(8):
+        part = given_streams.part(step, range(6))
+        rows = part.rows
+        for slot, row in enumerate(given_streams.rows(step)):
+            assert part.keys[slot] == row.key
+            number, box = drawn_view(row, step * 6 + slot)
+            assert row.view == number
+            assert torch.equal(rows.images.pixels[slot], pixels(NUMBERS[row.key], box))
+            masked = rows.images.codes[slot] != IGNORE
+            codes = own_codes(row.key, number, RULES).ravel()
+            at = rows.images.masked_at[slot][masked].numpy()
+            assert rows.images.codes[slot][masked].tolist() == codes[at].tolist()
+            tokens, lengths = given_streams.wordpiece.encode([row.text], 12)
+            assert rows.texts.tokens[slot].tolist() == tokens[0].tolist()
+            assert rows.texts.lengths[slot] == lengths[0]
+            assert row.text.split()[1] == str(NUMBERS[row.key])
+
+
+def drawn_view(row, number):
+    """The view that a slot should show, and its box."""
+    if NUMBERS[row.key] >= 200:
+        nth = int(row.text.split()[2])
+        return 1 + nth, BOXES[nth]
+    view = 1 + int(draw(1, "view", np.array([number]))[0]) % 2
+    return view, np.array(own_box(row.key, view), np.float32).tolist()
+
+
+def pixels(number, box, size=32):
+    image = Image.open(BytesIO(jpeg(number))).convert("RGB")
+    x0, y0, x1, y1 = box
+    sides = (x0 * image.width, y0 * image.height, x1 * image.width, y1 * image.height)
+    made = image.resize((size, size), Image.Resampling.BICUBIC, box=sides)
+    return torch.from_numpy(np.asarray(made).copy()).permute(2, 0, 1)
+
+
+def test_a_boxed_image_shows_each_caption_its_own_region(tmp_path):
+    shards = [[sample(7, ["cat 7 0", "cat 7 1", "cat 7 2"], BOXES)]]
+    given_streams = streams(simple(tmp_path, shards), TRUE_PAIRS, batch=1)
+
+    rows = [row for step in range(3) for row in given_streams.rows(step)]
+
+    assert {(row.text[-1], row.view) for row in rows} == {("0", 1), ("1", 2), ("2", 3)}
+
+
+def test_views_are_drawn_evenly_and_the_whole_image_only_where_there_is_no_other(tmp_path):
+    many = streams(simple(tmp_path, [samples(40)], rules=VIEWS), batch=40)
+    drawn = Counter(row.view for step in range(10) for row in many.rows(step))
+
+    assert drawn.keys() == {1, 2}
+    assert 150 < drawn[1] < 250  # 400 draws, with a standard deviation of 10
+    only = streams(simple(tmp_path, [samples(4)]), batch=4)
+    assert {row.view for row in only.rows(0)} == {0}
+
+
+def test_masks_are_those_of_their_sample_numbers(config):
+    given_streams = streams(config, TRUE_PAIRS)
+    vocabulary = given_streams.wordpiece.vocabulary
+    rule = TokenMasking(len(vocabulary), vocabulary.index("[MASK]"), (0, 1, 2, 3, 4))
+    for step in (0, 5):
+        sample_numbers = step * 6 + np.arange(6)
+        rows = whole(given_streams, step)
+
+        patches = mask_patches(1, sample_numbers, PatchMasking(grid=4, masked=6, least=1))
+        seen, hidden = mask_tokens(
+            1, sample_numbers, rows.texts.tokens.numpy(), rule, starts=word_starts(vocabulary)
+        )
+
+        assert rows.texts.masked_tokens.tolist() == seen.tolist()
+        for slot in range(6):
+            kept = rows.images.codes[slot] != IGNORE
+            assert (
+                rows.images.masked_at[slot][kept].tolist() == np.flatnonzero(patches[slot]).tolist()
+            )
+            kept = rows.texts.labels[slot] != IGNORE
+            assert (
+                rows.texts.masked_at[slot][kept].tolist() == np.flatnonzero(hidden[slot]).tolist()
+            )
+
+
+def test_masks_of_other_grids_are_in_proportion():
+    assert patch_masking(14) == PatchMasking()
+    assert (patch_masking(28).masked, patch_masking(28).least) == (300, 64)
+    assert (patch_masking(1).masked, patch_masking(1).least) == (1, 1)
+
+
+def test_mismatched_captions_are_never_true_and_as_many_as_asked(tmp_path):
+    same = [sample(500 + n, ["cat in a hat", "a CAT , in a hat"]) for n in range(10)]
+    copies = [sample(600 + n, [f"cat {n} b"], image=n) for n in range(10)]
+    config = simple(tmp_path, [samples(30, captions=2), same, copies])
+    given_streams = streams(config, dataclasses.replace(ONLY_PAIRS, itm_rate=0.4), batch=30)
+    truth = {}
+    for shard in (samples(30, captions=2), same, copies):
+        for one in shard:
+            truth.setdefault(one["image"], set()).update(one["captions"])
+    images = {one["key"]: one["image"] for s in (samples(30), same, copies) for one in s}
+
+    rows = [
+        (step, slot, row) for step in range(40) for slot, row in enumerate(given_streams.rows(step))
+    ]
+
+    mismatched = 0
+    for step, slot, row in rows:
+        own = truth[images[row.key]]
+        drawn = chance(1, np.array([step * 30 + slot]))[0, 0] < 0.4
+        assert row.matched == (row.text in own) == (not drawn)
+        mismatched += not row.matched
+    assert 0.35 < mismatched / len(rows) < 0.45
+    for step in range(3):
+        rows = whole(given_streams, step)
+        assert rows.matched.tolist() == [row.matched for row in given_streams.rows(step)]
+
+
+def test_captions_that_all_read_alike_stay_matched(tmp_path):
+    shards = [[sample(n, ["cat !"]) for n in range(6)]]
+    given_streams = streams(
+        simple(tmp_path, shards), dataclasses.replace(ONLY_PAIRS, itm_rate=1.0), batch=6
+    )
+
+    assert whole(given_streams, 0).matched.all()
+
+
+@pytest.mark.parametrize("negatives", ["batch", "hard"])
+def test_the_loader_leaves_captions_alone_where_the_step_draws_negatives(config, negatives):
+    objective = dataclasses.replace(ONLY_PAIRS, itm_rate=1.0, itm_negatives=negatives)
+
+    rows = whole(streams(config, objective), 0)
+
+    assert rows.matched.all()
+    assert torch.equal(rows.chance, torch.from_numpy(chance(1, np.arange(6))))
+
+
+def test_texts_have_a_sep_between_documents(config):
+    given_streams = streams(config, Objective(streams=Shares(0.0, 0.0, 1.0)))
+
+    rows = whole(given_streams, 0)
+
+    assert isinstance(rows, Texts)
+    assert rows.tokens.shape == (6, 16)
+    sep = given_streams.wordpiece.vocabulary.index("[SEP]")
+    assert ((rows.tokens == sep).sum(1) == 2).all()
+    texts = [row.text for row in given_streams.rows(0)]
+    assert rows.tokens.tolist() == given_streams.wordpiece.encode_documents(texts, 16)[0].tolist()
+    assert given_streams.rows(0)[0].key.startswith("ccnews-00000-")
+
+
+def test_every_text_and_image_is_seen_once_an_epoch(config):
+    for shares, total in ((Shares(0.0, 0.0, 1.0), 30), (Shares(0.0, 1.0, 0.0), 20)):
+        given_streams = streams(config, Objective(streams=shares), batch=5)
+
+        keys = [row.key for step in range(total // 5) for row in given_streams.rows(step)]
+
+        assert len(set(keys)) == total
+
+
+def test_an_objective_without_masked_losses_needs_no_codes(tmp_path):
+    given_streams = streams(
+        simple(tmp_path, [samples(8)], rules=None), ABLATIONS["flava_c"], batch=4
+    )
+
+    rows = whole(given_streams, 0)
+
+    assert rows.images.masked_at.shape == (4, 0)
+    assert rows.texts.labels.shape == (4, 0)
+    assert "contrastive" in train_step(
+        flava(dtype=torch.float32), micro_batches(rows, 2), ABLATIONS["flava_c"]
+    )
+
+
+def test_a_step_learns_from_every_stream(config):
+    given_streams = streams(config, Objective())
+    losses = {}
+    for step in range(12):
+        rows = whole(given_streams, step)
+        pieces = micro_batches(rows, 4) if isinstance(rows, Pairs) else [rows]
+        losses |= train_step(flava(dtype=torch.float32), pieces, Objective())
+
+    assert losses.keys() == {"contrastive", "mmm_image", "mmm_text", "itm", "mim", "mlm"}
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_any_slots_are_those_of_the_whole_batch(config):
+    given_streams = streams(config, Objective())
+    for step in range(8):
+        parts = [given_streams.part(step, range(*ends)) for ends in ((0, 1), (1, 4), (4, 6))]
+
+        assert equal(joined([part.rows for part in parts]), whole(given_streams, step))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("chunk", [2, 256])
+def test_batches_are_the_same_for_any_workers_chunks_and_start(config, workers, chunk):
+    expected = [streams(config, Objective()).part(step, range(6)) for step in range(9)]
+
+    with closing(
+        batches(streams(config, Objective()), 3, 9, workers=workers, chunk=chunk)
+    ) as found:
+        for step, batch in enumerate(found, 3):
+            assert batch.step == step
+            assert batch.keys == expected[step].keys
+            assert equal(batch.rows, expected[step].rows)
+            assert batch.waited >= 0
+    assert step == 8
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_ranks_together_have_the_batch_of_one(config, ranks):
+    given_streams = streams(config, Objective())
+
+    for step in range(5):
+        shares = [
+            next(batches(given_streams, step, step + 1, rank=rank, ranks=ranks))
+            for rank in range(ranks)
+        ]
+
+        assert equal(joined([share.rows for share in shares]), whole(given_streams, step))
+        assert {share.stream for share in shares} == {given_streams.stream(step)}
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(config):
+    with pytest.raises(ValueError, match="cannot be shared equally by 4 ranks"):
+        batches(streams(config), 0, 1, ranks=4)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_job_does_not_end_the_workers(config, sent):
+    with closing(batches(streams(config), 0, 30, workers=2, chunk=3)) as found:
+        first = next(found)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, sent)
+
+        rest = [batch.step for batch in found]
+
+    assert [first.step, *rest] == list(range(30))
+    assert not multiprocessing.active_children()
+
+
+def test_streams_survive_the_way_to_a_worker(config):
+    given_streams = streams(config, Objective())
+    before = whole(given_streams, 0)
+
+    again = pickle.loads(pickle.dumps(given_streams))  # noqa: S301  # our own
+
+    assert equal(whole(again, 0), before)
+    assert again.digests == given_streams.digests
+
+
+def test_a_window_opened_ahead_is_the_same_window(config):
+    plain, ahead = streams(config), streams(config)
+    ahead.look_ahead()
+
+    for step in range(30):
+        assert plain.rows(step) == ahead.rows(step)
+
+
+def test_another_seed_is_another_order(config):
+    assert streams(config, seed=1).rows(0) != streams(config, seed=2).rows(0)
+
+
+@pytest.fixture
+def remote(config, tmp_path):
+    """The same data where only fsspec finds it."""
+    folder = f"memory://data-{next(numbers)}"
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            with fsspec.open(f"{folder}/{path.relative_to(tmp_path)}", "wb") as file:
+                file.write(path.read_bytes())
+    return dataclasses.replace(
+        config,
+        pairs=f"{folder}/pairs.json",
+        images=f"{folder}/images.json",
+        texts=(f"{folder}/texts.json",),
+        cache=str(tmp_path / "cache"),
+    )
+
+
+def test_shards_elsewhere_give_the_same_batches(config, remote):
+    here, there = streams(config, Objective()), streams(remote, Objective())
+
+    for step in range(10):
+        assert equal(whole(here, step), whole(there, step))
+
+
+def test_a_cache_smaller_than_two_windows_is_refused_at_once(remote):
+    with pytest.raises(FlavaError, match="two windows of shards have"):
+        streams(dataclasses.replace(remote, cache_gib=1e-5))
+
+
+def test_shards_elsewhere_need_a_cache(remote):
+    with pytest.raises(FlavaError, match=r"set data\.cache"):
+        streams(dataclasses.replace(remote, cache=None))
+
+
+# What a user or a hostile shard can get wrong.
+
+
+def refused(config, says, objective=ONLY_PAIRS, **changes):
+    def run():
+        given_streams = streams(config, objective, **changes)
+        for step in range(20):
+            whole(given_streams, step)
+
+    with pytest.raises(FlavaError, match=says) as caught:
+        run()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stream_without_a_manifest_is_refused_or_its_steps_are_shared(config):
+    bare = dataclasses.replace(config, images=None)
+
+    refused(bare, r"15% of its steps from images.*renormalise", Objective())
+    told = streams(dataclasses.replace(bare, renormalise=True), Objective())
+    assert told.shares == Shares(0.7 / 0.85, 0.0, 0.15 / 0.85)
+    assert told.digests.keys() == {"pairs", "texts", "tokenizer"}
+    nothing = DataConfig(tokenizer=config.tokenizer, renormalise=True)
+    refused(nothing, r"set data\.pairs")
+
+
+def test_a_manifest_of_another_kind_is_refused(config):
+    refused(dataclasses.replace(config, pairs=config.images), "holds images")
+
+
+def test_missing_codes_are_refused(tmp_path):
+    refused(simple(tmp_path, [samples(8)], rules=None), "run `pmd codes .*pairs.json`")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"patch_size": 16}, "4 x 4 codes an image, and the model 2 x 2"),
+        ({"image_vocab": 66}, r"codes up to 66.*set model\.image_vocab"),
+        ({"text_vocab": 20}, r"set model\.text_vocab"),
+        ({"text_positions": 8}, r"data\.caption_tokens is 12"),
+    ],
+)
+def test_data_that_does_not_fit_the_model_is_refused(config, changes, says):
+    refused(config, says, model=dataclasses.replace(TINY, **changes))
+
+
+def test_a_dataset_smaller_than_a_batch_is_refused(config):
+    refused(config, r"fewer than one batch of 1,000; lower `batch`", batch=1000)
+
+
+def test_a_tokenizer_is_needed(config):
+    refused(dataclasses.replace(config, tokenizer=""), "`pmd tokenizer` makes")
+
+
+@pytest.mark.parametrize("name", ["00001.tar", "00001.parquet", "00001.codes.safetensors"])
+def test_a_flipped_byte_is_refused_with_the_name_of_the_file(config, tmp_path, name):
+    path = tmp_path / "pairs" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+    refused(config, rf"{name} is not the file that the manifest names")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_flipped_byte_is_one_sentence_out_of_any_worker(config, tmp_path, workers):
+    path = tmp_path / "pairs" / "00001.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+
+    with (
+        pytest.raises(FlavaError) as caught,
+        closing(batches(streams(config), 0, 20, workers=workers)) as found,
+    ):
+        list(found)
+
+    assert str(caught.value).startswith(f"{path} is not the file")
+    assert "\n" not in str(caught.value)
+
+
+def spoil(config, tmp_path, name, change, *, field=None):
+    """Change a file of the second shard, and the manifest with it, as a liar would."""
+    path = tmp_path / "pairs" / f"00001{name}"
+    path.write_bytes(change(path.read_bytes()))
+    if field:
+        update = {field: sha256(path)}
+        if field == "sha256":
+            update["num_bytes"] = path.stat().st_size
+        reseal(
+            tmp_path / "pairs.json",
+            lambda shard: shard.model_copy(update=update) if shard.part == 1 else shard,
+        )
+
+
+def of_the_first_shard(tmp_path, name):
+    return (tmp_path / "pairs" / f"00000{name}").read_bytes()
+
+
+def test_a_tar_that_ends_early_is_refused(config, tmp_path):
+    spoil(config, tmp_path, ".tar", lambda content: content[: len(content) // 2])
+
+    refused(dataclasses.replace(config, verify=False), r"00001\.tar ends early")
+
+
+def test_a_ledger_that_points_beyond_its_shard_is_refused(config, tmp_path):
+    spoil(config, tmp_path, ".tar", lambda content: content[:2048], field="sha256")
+
+    refused(config, r"ledger pairs/00001\.parquet does not fit its shard: an offset")
+
+
+@pytest.mark.parametrize("lie", ["first", b"", b"PAR1 and no more"])
+def test_a_ledger_of_another_shard_is_refused(config, tmp_path, lie):
+    if lie == "first":
+        lie = of_the_first_shard(tmp_path, ".parquet")
+    spoil(config, tmp_path, ".parquet", lambda _: lie, field="ledger_sha256")
+
+    refused(config, r"ledger pairs/00001\.parquet does not fit its shard")
+
+
+@pytest.mark.parametrize("lie", ["first", b"", b"\xff" * 100])
+def test_codes_of_another_shard_are_refused(config, tmp_path, lie):
+    if lie == "first":
+        lie = of_the_first_shard(tmp_path, ".codes.safetensors")
+    spoil(config, tmp_path, ".codes.safetensors", lambda _: lie, field="codes_sha256")
+
+    refused(config, "run `pmd codes` again")
+
+
+def test_a_tar_of_another_shard_is_refused(config, tmp_path):
+    content = of_the_first_shard(tmp_path, ".tar") * 5
+    spoil(config, tmp_path, ".tar", lambda _: content, field="sha256")
+
+    refused(config, r"00001\.tar")
+
+
+def test_codes_beyond_their_tokenizer_are_refused(tmp_path):
+    config = simple(tmp_path, [samples(8)], codes_of=lambda key, view, rules: np.full((4, 4), 67))
+
+    refused(config, "has the code 67, beyond the 67 of its tokenizer")
+
+
+def test_boxes_that_are_not_those_of_the_captions_are_refused(tmp_path):
+    one = [sample(1, ["a", "b"], BOXES[:2])]
+    other = [sample(1, ["a", "b"], BOXES[1:])]
+    config = simple(tmp_path, [one])
+    codes = tmp_path / "pairs" / "00000.codes.safetensors"
+    content = codes.read_bytes()
+    config = simple(tmp_path, [other])
+    codes.write_bytes(content)
+
+    refused(dataclasses.replace(config, verify=False), "has other boxes than", batch=2)
+
+
+@pytest.mark.parametrize(
+    "boxes", [[[0, 0, 1]], [[0.5, 0, 0.5, 1]], [[0, 0, 1.5, 1]], ["abcd"], [[0, 0, 1, 1]] * 2, 3]
+)
+def test_boxes_that_are_none_are_refused(tmp_path, boxes):
+    config = simple(tmp_path, [[sample(1, ["a"], boxes)]], rules=None)
+
+    refused(config, r"the JSON of \w+ has", ABLATIONS["flava_c"], batch=1)
+
+
+def test_an_image_that_is_not_the_ledgers_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("stocks.jpeg", lambda number: jpeg(number, size=(60, 40)))
+    config = simple(tmp_path, [samples(4)])
+
+    refused(config, "is not the image its ledger tells of: it has 60 x 40 pixels", batch=2)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff", b"GIF89a", jpeg(1)[:400]])
+def test_an_image_that_does_not_decode_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("stocks.jpeg", lambda number: content + bytes([number]))
+    config = simple(tmp_path, [samples(4)])
+
+    refused(config, "is not the image its ledger tells of", batch=2)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("more", [b"", b"stray bytes"])
+def test_every_jpeg_that_a_build_stores_is_read_as_pillow_reads_it(
+    tmp_path, monkeypatch, mode, more
+):
+    stored = jpeg(1, mode=mode)
+    stored = stored[:-2] + more + stored[-2:]
+    monkeypatch.setattr("stocks.jpeg", lambda number: stored)
+    config = simple(tmp_path, [samples(1)])
+
+    found = whole(streams(config, TRUE_PAIRS, batch=1), 0).images.pixels[0]
+
+    expected = Image.open(BytesIO(stored)).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+    assert found.permute(1, 2, 0).tolist() == np.asarray(expected).tolist()
+
+
+# Evaluation.
+
+
+def test_held_out_images_come_once_each_with_all_their_captions(config):
+    wordpiece = streams(config).wordpiece
+    expected = []
+    for shard in SHARDS:
+        for one in sorted(shard, key=lambda one: one["key"]):
+            regions = zip(one["boxes"] or [], one["captions"], strict=False)
+            whole_image = [([0.0, 0.0, 1.0, 1.0], one["captions"])]
+            views = [(box, [caption]) for box, caption in regions] or whole_image
+            expected += [(one, *view) for view in views]
+
+    found = list(held_out(config.pairs, wordpiece, 32, 12, batch=10))
+
+    assert [len(one.keys) for one in found] == [10, 10, 10, 10, 6]
+    assert [key for one in found for key in one.keys] == [one["key"] for one, _, _ in expected]
+    captions = torch.cat([one.tokens for one in found])
+    image_numbers = torch.cat([one.image_numbers for one in found])
+    images = torch.cat([one.pixels for one in found])
+    for number, (one, box, texts) in enumerate(expected):
+        assert torch.equal(images[number], pixels(one["image"], box))
+        tokens, _ = wordpiece.encode(texts, 12)
+        assert captions[image_numbers == number].tolist() == tokens.tolist()
+
+
+def test_evaluation_needs_pairs(config):
+    with pytest.raises(FlavaError, match="evaluation needs pairs"):
+        list(held_out(config.images, streams(config).wordpiece, 32, 12))
+
+
+def test_a_changed_shard_is_not_evaluated(config, tmp_path):
+    path = tmp_path / "pairs" / "00002.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+
+    with pytest.raises(FlavaError, match=r"00002\.tar is not the file"):
+        list(held_out(config.pairs, streams(config).wordpiece, 32, 12))
+    unchecked = Files(verify=False)
+    assert list(held_out(config.pairs, streams(config).wordpiece, 32, 12, files=unchecked))

@@ -1,0 +1,247 @@
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from itertools import count
+
+import fsspec
+import pytest
+
+from flava_train import files as room
+from flava_train.errors import FlavaError
+from flava_train.files import Files, Wanted, located
+
+HOLD = """import fcntl, sys
+file = open(sys.argv[1])
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()"""
+numbers = count()
+
+
+@pytest.fixture(autouse=True)
+def own_stamps(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def far():
+    """A function that puts content where only fsspec finds it."""
+    folder = f"memory://files-{next(numbers)}"
+
+    def put(name, content):
+        with fsspec.open(f"{folder}/{name}", "wb") as file:
+            file.write(content)
+        return Wanted(f"{folder}/{name}", hashlib.sha256(content).hexdigest())
+
+    return put
+
+
+def near(path, content):
+    path.write_bytes(content)
+    return Wanted(str(path), hashlib.sha256(content).hexdigest())
+
+
+def copies(cache):
+    return [path for path in cache.iterdir() if path.name != "lock"]
+
+
+def read(files, wanted):
+    return files.open(wanted, lambda path: path.read_bytes())
+
+
+def test_a_file_of_this_machine_is_read_in_place(tmp_path):
+    wanted = near(tmp_path / "a.tar", b"content")
+
+    assert Files().path(wanted) == tmp_path / "a.tar"
+    assert read(Files(tmp_path / "cache"), wanted) == b"content"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_changed_file_is_refused_by_name(tmp_path):
+    wanted = near(tmp_path / "a.tar", b"content")
+    (tmp_path / "a.tar").write_bytes(b"contenu")
+
+    with pytest.raises(FlavaError, match=r"a\.tar is not the file that the manifest names"):
+        Files().path(wanted)
+    assert Files(verify=False).path(wanted) == tmp_path / "a.tar"
+
+
+def test_a_file_that_changes_after_its_check_is_checked_again(tmp_path):
+    wanted = near(tmp_path / "a.tar", b"content")
+    Files().path(wanted)
+    (tmp_path / "a.tar").write_bytes(b"contenu")
+    os.utime(tmp_path / "a.tar", ns=(1, 1))  # written a moment later, as every change is
+
+    with pytest.raises(FlavaError, match="sha256 differs"):
+        Files().path(wanted)
+
+
+def test_a_machine_checks_a_file_once_a_day(tmp_path, monkeypatch):
+    wanted = near(tmp_path / "a.tar", b"content")
+    read_times = []
+    digest = room._digest
+    monkeypatch.setattr(room, "_digest", lambda file: read_times.append(1) or digest(file))
+
+    for _ in range(3):
+        Files().path(wanted)
+    assert len(read_times) == 1
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
+    Files().path(wanted)
+    assert len(read_times) == 2
+
+
+def test_without_a_place_for_stamps_every_process_checks(tmp_path, monkeypatch):
+    (tmp_path / "home").write_bytes(b"a file where the folder should be")
+    wanted = near(tmp_path / "a.tar", b"content")
+
+    assert Files().path(wanted) == tmp_path / "a.tar"
+    (tmp_path / "a.tar").write_bytes(b"contenu")
+    with pytest.raises(FlavaError, match="sha256 differs"):
+        Files().path(wanted)
+
+
+def test_a_missing_file_is_one_sentence(tmp_path):
+    wanted = Wanted(str(tmp_path / "a.tar"), "0" * 64)
+
+    with pytest.raises(FlavaError, match="No such file"):
+        read(Files(), wanted)
+    with pytest.raises(FlavaError, match="is missing"):
+        read(Files(verify=False), wanted)
+
+
+def test_a_far_file_is_copied_once(tmp_path, far, monkeypatch):
+    wanted = far("a.tar", b"far away")
+    files = Files(tmp_path / "cache")
+
+    assert read(files, wanted) == b"far away"
+    monkeypatch.setattr(room, "_copied", None)  # a second copy would fail
+    assert read(files, wanted) == b"far away"
+    assert files.path(wanted).suffix == ".tar"
+
+
+def test_a_far_file_needs_a_cache(far):
+    with pytest.raises(FlavaError, match=r"set data\.cache"):
+        Files().path(far("a.tar", b"far away"))
+
+
+def test_a_changed_far_file_is_refused_and_not_kept(tmp_path, far):
+    wanted = Wanted(far("a.tar", b"far away").address, "0" * 64)
+
+    with pytest.raises(FlavaError, match=r"a\.tar is not the file"):
+        Files(tmp_path / "cache").path(wanted)
+    assert copies(tmp_path / "cache") == []
+
+
+def test_a_missing_far_file_is_one_sentence(tmp_path):
+    with pytest.raises(FlavaError, match="no such file"):
+        Files(tmp_path / "cache").path(Wanted("memory://nowhere/a.tar", "0" * 64))
+
+
+def test_the_cache_keeps_what_was_used_last_within_its_bound(tmp_path, far):
+    files = Files(tmp_path / "cache", max_bytes=35)
+    wanted = [far(f"{n}.tar", bytes([n]) * 10) for n in range(5)]
+
+    used = [0, 1, 2, 0, 3, 0, 4]
+    for moment, n in enumerate(used):
+        assert read(files, wanted[n]) == bytes([n]) * 10
+        os.utime(files.path(wanted[n]), ns=(moment, moment))
+        assert sum(path.stat().st_size for path in copies(tmp_path / "cache")) <= 35
+
+    kept = {path.read_bytes()[0] for path in copies(tmp_path / "cache")}
+    assert kept == {0, 3, 4}
+
+
+def test_use_is_what_keeps_a_copy(tmp_path, far):
+    files = Files(tmp_path / "cache", max_bytes=25)
+    first, second, third = (far(f"{n}.tar", bytes([n]) * 10) for n in range(3))
+    for one in (first, second):
+        os.utime(files.path(one), ns=(1, 1))
+
+    files.path(first)
+    files.path(third)
+
+    assert {path.read_bytes()[0] for path in copies(tmp_path / "cache")} == {0, 2}
+
+
+def test_a_file_larger_than_the_cache_is_refused(tmp_path, far):
+    with pytest.raises(FlavaError, match=r"raise data\.cache_gib"):
+        Files(tmp_path / "cache", max_bytes=5).path(far("a.tar", b"far away"))
+    assert all(path.stat().st_size == 0 for path in copies(tmp_path / "cache"))
+
+
+def test_what_a_killed_process_began_gives_way(tmp_path, far):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "0123.tar.part").write_bytes(bytes(30))
+    wanted = far("a.tar", b"far away")
+    (cache / f"{wanted.sha256}.tar.part").write_bytes(b"far")
+
+    assert read(Files(cache, max_bytes=30), wanted) == b"far away"
+    assert len(copies(cache)) == 1
+
+
+def test_a_copy_in_the_making_is_left_alone(tmp_path, far):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    part = cache / "0123.tar.part"
+    part.write_bytes(bytes(30))
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            HOLD,
+            part,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with holder:
+        holder.stdout.readline()
+        with pytest.raises(FlavaError, match="does not hold"):
+            Files(cache, max_bytes=30).path(far("a.tar", b"far away"))
+        holder.communicate()
+
+    assert read(Files(cache, max_bytes=30), far("a.tar", b"far away")) == b"far away"
+
+
+def test_a_copy_that_gives_way_while_it_is_opened_is_made_again(tmp_path, far):
+    files = Files(tmp_path / "cache")
+    wanted = far("a.tar", b"far away")
+    gone = []
+
+    def opener(path):
+        if not gone:
+            gone.append(path.unlink())
+        return path.read_bytes()
+
+    assert files.open(wanted, opener) == b"far away"
+
+
+def test_files_are_fetched_before_they_are_needed(tmp_path, far):
+    wanted = [far(f"{n}.tar", bytes([n])) for n in range(3)]
+
+    Files(tmp_path / "cache").fetch(wanted)
+
+    assert len(copies(tmp_path / "cache")) == 3
+
+
+@pytest.mark.parametrize(
+    ("manifest", "path", "address"),
+    [
+        ("manifests/pmd.json", "../shards/coco/0.tar", "shards/coco/0.tar"),
+        ("/data/m/pmd.json", "0.tar", "/data/m/0.tar"),
+        ("s3://pmd/m/pmd.json", "../s/0.tar", "s3://pmd/s/0.tar"),
+        ("s3://pmd/m/pmd.json", "gs://other/0.tar", "gs://other/0.tar"),
+        ("s3://pmd/m/pmd.json", "/data/0.tar", "/data/0.tar"),
+    ],
+)
+def test_shards_lie_where_the_manifest_says(manifest, path, address):
+    assert located(manifest, path) == address
+
+
+def test_an_address_of_no_known_kind_is_one_sentence():
+    with pytest.raises(FlavaError, match="cannot use the address"):
+        Files().path(Wanted("nothing://a", "0" * 64))

@@ -1,0 +1,210 @@
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flava_train.order import LEAST_BATCHES, STREAMS, Order, Turns, draw
+
+sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum)
+seeds = st.integers(0, 2**40)
+
+
+def dealt(order, epoch, image_of):
+    """Every batch of an epoch, as lists of (shard, pair)."""
+    batches = []
+    for number in range(order.windows):
+        window = order.window(epoch, number)
+        pairs = [
+            (piece.shard, pair)
+            for piece in window.pieces
+            for pair in range(piece.start, piece.stop)
+        ]
+        images = np.array([image_of(*pair) for pair in pairs], np.uint64)
+        batches += [[pairs[n] for n in row] for row in order.deal(window, images)]
+    return batches
+
+
+def alone(shard, pair):
+    return shard << 32 | pair
+
+
+@given(sizes, st.integers(1, 30), seeds, st.integers(0, 3), st.integers(1, 5))
+def test_every_pair_is_seen_once_an_epoch_but_for_a_rest_smaller_than_a_batch(
+    given_sizes, batch, seed, epoch, window_shards
+):
+    order = Order(tuple(given_sizes), min(batch, sum(given_sizes)), seed, 0, window_shards)
+
+    batches = dealt(order, epoch, alone)
+
+    seen = Counter(pair for row in batches for pair in row)
+    assert all(len(row) == order.batch for row in batches)
+    assert len(batches) == order.batches
+    assert set(seen.values()) == {1}
+    assert seen.keys() <= {(s, p) for s, size in enumerate(given_sizes) for p in range(size)}
+    assert order.pairs - len(seen) < order.batch
+
+
+@given(sizes, st.integers(1, 30), seeds, st.integers(1, 5))
+def test_batches_lie_in_windows_one_after_the_other(given_sizes, batch, seed, window_shards):
+    order = Order(tuple(given_sizes), min(batch, sum(given_sizes)), seed, 0, window_shards)
+
+    places = [order.place(index) for index in range(2 * order.batches)]
+
+    expected, now = [], (0, 0)
+    while len(expected) < len(places):
+        expected += [(*now, row) for row in range(order.window(*now).batches)]
+        now = order.after(*now)
+    assert places == expected
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=60), st.integers(1, 20), seeds)
+def test_captions_of_an_image_are_spread_as_evenly_as_they_can_be(captions, batch, seed):
+    total = sum(captions)
+    owner = np.repeat(np.arange(len(captions)), captions)
+    order = Order((total,), min(batch, total), seed)
+
+    for number in range(order.windows):
+        window = order.window(0, number)
+        images = np.concatenate([owner[piece.start : piece.stop] for piece in window.pieces])
+        hands = order.deal(window, images.astype(np.uint64))
+        in_window = Counter(images.tolist())
+        for row in hands:
+            for image, count in Counter(images[row].tolist()).items():
+                assert count <= math.ceil(in_window[image] / window.batches)
+
+
+def test_no_image_is_twice_in_a_batch_where_it_has_fewer_captions_than_the_window_batches():
+    order = Order((2000,) * 10, 100, 7, window_shards=3)
+
+    batches = dealt(order, 0, lambda shard, pair: pair // 50 << 32)  # copies in all ten shards
+
+    assert order.windows == 200 // LEAST_BATCHES
+    for row in batches:
+        images = Counter(pair // 50 for _, pair in row)
+        assert max(images.values()) <= math.ceil(500 / LEAST_BATCHES)
+    batches = dealt(order, 0, lambda shard, pair: shard << 32 | pair // 50)
+    assert all(len({(s, p // 50) for s, p in row}) == 100 for row in batches)
+
+
+def test_captions_of_an_image_do_not_come_step_by_step():
+    order = Order((6400,), 100, 1)
+
+    batches = dealt(order, 0, lambda _, pair: pair // 5)
+
+    steps = [
+        sorted(n for n, row in enumerate(batches) if (0, pair) in row) for pair in range(0, 500, 5)
+    ]
+    later = [
+        sorted(n for n, row in enumerate(batches) if (0, pair + 1) in row)
+        for pair in range(0, 500, 5)
+    ]
+    neighbours = sum(abs(a[0] - b[0]) == 1 for a, b in zip(steps, later, strict=True))
+    assert neighbours < 20  # by chance about 3 in 100
+
+
+def test_every_pair_is_as_likely_in_every_batch_and_slot():
+    order = Order((7, 0, 20, 13), 8, 3, window_shards=1)
+    first = Counter()
+    left_out = Counter()
+
+    for epoch in range(2000):
+        batches = dealt(order, epoch, alone)
+        first.update([batches[0][0]])
+        seen = {pair for row in batches for pair in row}
+        left_out.update({(0, 0), (0, 6), (2, 19), (3, 12), (2, 10)} - seen)
+
+    # 2000 draws among 40 pairs: 50 each, with a standard deviation of 7
+    assert len(first) == 40
+    assert all(18 < count < 82 for count in first.values())
+    assert not left_out  # 40 pairs are five batches exactly
+
+
+def test_what_an_epoch_leaves_out_is_drawn_evenly():
+    order = Order((11,), 4, 5)
+    left_out = Counter()
+
+    for epoch in range(1000):
+        seen = {pair for row in dealt(order, epoch, alone) for _, pair in row}
+        left_out.update(set(range(11)) - seen)
+
+    # three of eleven, 273 times each, with a standard deviation of 14
+    assert all(200 < left_out[pair] < 345 for pair in range(11))
+
+
+def test_shards_come_in_another_order_each_epoch_and_stream():
+    orders = {
+        tuple(piece.shard for piece in Order((9,) * 30, 5, 1, stream).window(epoch, 0).pieces)
+        for epoch in range(4)
+        for stream in range(3)
+    }
+
+    assert len(orders) == 12
+
+
+def test_windows_have_about_as_many_shards_as_asked():
+    order = Order((10_000,) * 700, 1000, 1, window_shards=16)
+
+    assert [len(order.window(0, n).pieces) for n in range(order.windows)] == [
+        pytest.approx(16.5, abs=1.5)
+    ] * order.windows
+
+
+@pytest.mark.parametrize("start", [0, 1, 999, 65_530, 200_000])
+def test_turns_are_counted_alike_from_any_start(start):
+    shares = (0.7, 0.15, 0.15)
+    uniform = (draw(5, "stream", np.arange(start)) >> np.uint64(11)) * 2.0**-53
+    counts = Counter(
+        pairs=int((uniform < 0.7).sum()),
+        images=int(((uniform >= 0.7) & (uniform < 0.85)).sum()),
+        texts=int((uniform >= 0.85).sum()),
+    )
+
+    fresh = Turns(5, shares)
+
+    for step in range(start, start + 20):
+        name = fresh.stream(step)
+        assert fresh.before(step) == counts[name]
+        counts[name] += 1
+
+
+def test_streams_are_taken_as_often_as_they_should_be():
+    turns = Turns(1, (0.70, 0.15, 0.15))
+
+    taken = Counter(turns.stream(step) for step in range(20_000))
+
+    # standard deviations of 65 and 51
+    assert taken["pairs"] == pytest.approx(14_000, abs=300)
+    assert taken["images"] == pytest.approx(3_000, abs=250)
+    assert taken["texts"] == pytest.approx(3_000, abs=250)
+
+
+def test_a_stream_without_a_share_is_never_taken():
+    turns = Turns(1, (0.0, 0.0, 1.0))
+
+    assert {turns.stream(step) for step in range(1000)} == {STREAMS[2]}
+
+
+@given(seeds, st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1))
+def test_a_draw_depends_on_its_number_alone(seed, number, more):
+    alone = draw(seed, "view", np.array([number], np.uint64), more)
+
+    among = draw(seed, "view", np.array([1, number, 2], np.uint64), more)
+
+    assert among[1] == alone[0]
+    assert draw(seed, "swap", np.array([number], np.uint64), more) != alone
+
+
+def test_a_run_goes_on_as_it_always_did():
+    order = Order((10, 7, 13), 4, 3)
+    window = order.window(2, 0)
+
+    assert order.windows == 1
+    assert [(p.shard, p.start, p.stop) for p in window.pieces] == GOLDEN_PIECES
+    assert order.deal(window, np.arange(28, dtype=np.uint64))[0].tolist() == GOLDEN_BATCH
+
+
+GOLDEN_PIECES = [(2, 2, 13), (0, 0, 10), (1, 0, 7)]
+GOLDEN_BATCH = [10, 12, 3, 27]

@@ -1,0 +1,144 @@
+import hashlib
+import json
+import pickle
+
+import pytest
+from stocks import SPECIALS, write_vocabulary
+
+from flava_train.errors import FlavaError
+from flava_train.text import WordPiece, load_wordpiece
+
+HOLES = """{"model": {"type": "WordPiece", "vocab": {"a": 3, "b": null}},
+"normalizer": {"type": "BertNormalizer", "lowercase": true}}"""
+PLAIN = [*SPECIALS, "a", "b", "dog", "##s", "sep", "[", "]"]
+CLS, SEP, UNKNOWN = 2, 3, 1
+
+
+@pytest.fixture
+def samples(pytestconfig):
+    folder = pytestconfig.rootpath.parent / "shared" / "samples"
+    if not folder.is_dir():
+        pytest.skip("the samples are not beside this checkout")
+    return folder
+
+
+def test_a_row_is_cls_pieces_sep_and_padding():
+    tokens, lengths = WordPiece(PLAIN).encode(["A dogs", "", "zebra b"], 6)
+
+    assert tokens.tolist() == [
+        [CLS, 5, 7, 8, SEP, 0],
+        [CLS, SEP, 0, 0, 0, 0],
+        [CLS, UNKNOWN, 6, SEP, 0, 0],
+    ]
+    assert lengths.tolist() == [5, 2, 4]
+
+
+def test_what_does_not_fit_is_cut_and_still_ends_with_sep():
+    tokens, lengths = WordPiece(PLAIN).encode(["a b a b a b", "a b"], 4)
+
+    assert tokens.tolist() == [[CLS, 5, 6, SEP], [CLS, 5, 6, SEP]]
+    assert lengths.tolist() == [4, 4]
+
+
+def test_documents_have_a_sep_between_them():
+    tokens, lengths = WordPiece(PLAIN).encode_documents(["a dog\n\nb\n\ndogs", "a"], 9)
+
+    assert tokens.tolist() == [[CLS, 5, 7, SEP, 6, SEP, 7, 8, SEP], [CLS, 5, SEP, *[0] * 6]]
+    assert lengths.tolist() == [9, 3]
+
+
+@pytest.mark.parametrize("text", ["[SEP]", "a [SEP] b", "[CLS][MASK]", "[PAD]", "[ SEP ]"])
+def test_special_tokens_are_never_read_out_of_a_text(text):
+    wordpiece = WordPiece(PLAIN)
+
+    assert not set(wordpiece.pieces(text)) & (set(wordpiece.specials) - {UNKNOWN})
+
+
+def test_half_a_surrogate_pair_is_a_text_too():
+    assert WordPiece(PLAIN).pieces("\ud800") == [UNKNOWN]
+
+
+def test_captions_get_the_tokens_of_bert(samples):
+    transformers = pytest.importorskip("transformers")
+    vocabulary = samples / "bert_vocab" / "vocab.txt"
+    content = json.loads((samples / "photos" / "captions.json").read_text())
+    captions = [one["caption"] for one in content["annotations"]]
+    captions += ["Ünïcødé 北京 café…", "don't  stop\t!?", "\u200b\x00 x\u00a0y", "a" * 120 + " b"]
+    theirs = transformers.BertTokenizer(vocab=str(vocabulary), do_lower_case=True)
+
+    ours = load_wordpiece(str(vocabulary))
+
+    expected = theirs(captions, padding="max_length", truncation=True, max_length=24)
+    tokens, lengths = ours.encode(captions, 24)
+    assert tokens.tolist() == expected["input_ids"]
+    assert lengths.tolist() == [sum(mask) for mask in expected["attention_mask"]]
+
+
+def test_one_vocabulary_is_one_tokenizer_in_either_file(tmp_path):
+    lines = tmp_path / "vocab.txt"
+    lines.write_text("\n".join(PLAIN) + "\n")
+    numbers = {piece: number for number, piece in enumerate(PLAIN)}
+    described = {
+        "model": {"type": "WordPiece", "vocab": dict(sorted(numbers.items()))},
+        "normalizer": {"type": "BertNormalizer", "lowercase": True},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+
+    one, other = load_wordpiece(str(lines)), load_wordpiece(str(tmp_path / "tokenizer.json"))
+
+    assert one.vocabulary == other.vocabulary == load_wordpiece(str(tmp_path)).vocabulary
+    assert one.sha256 == other.sha256 == hashlib.sha256(lines.read_bytes()).hexdigest()
+
+
+def test_a_tokenizer_survives_the_way_to_a_worker(tmp_path):
+    wordpiece = load_wordpiece(write_vocabulary(tmp_path / "vocab.txt"))
+
+    again = pickle.loads(pickle.dumps(wordpiece))  # noqa: S301  # our own
+
+    assert again.pieces("dog abc") == wordpiece.pieces("dog abc")
+    assert again.sha256 == wordpiece.sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("vocab.txt", "[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n", "is not its first piece"),
+        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n", r"no \[MASK\]"),
+        ("vocab.txt", "\n".join([*PLAIN, "a"]), "stands twice"),
+        ("vocab.txt", "", r"no \[PAD\]"),
+        ("tokenizer.json", "{", "is no vocabulary"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}}}', "not a WordPiece"),
+        (
+            "tokenizer.json",
+            '{"model": {"type": "WordPiece", "vocab": {}}, "normalizer": null}',
+            "not that of uncased BERT",
+        ),
+        (
+            "tokenizer.json",
+            HOLES,
+            "have holes",
+        ),
+    ],
+)
+def test_what_is_no_vocabulary_is_refused_in_one_sentence(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+
+    with pytest.raises(FlavaError, match=says):
+        load_wordpiece(str(tmp_path / name))
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe")
+
+    with pytest.raises(FlavaError, match="cannot read the tokenizer"):
+        load_wordpiece(str(tmp_path / "vocab.txt"))
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
+    with pytest.raises(FlavaError, match=r"has no tokenizer\.json and no vocab\.txt"):
+        load_wordpiece(str(tmp_path))
+
+
+def test_a_tokenizer_of_the_hub_needs_its_commit():
+    with pytest.raises(FlavaError, match=r"data\.revision"):
+        load_wordpiece("google-bert/bert-base-uncased", "main")
