@@ -10,9 +10,19 @@ Fact = tuple[str, str]
 """What is known, and its name."""
 
 
+_ALONE = {
+    "images": "images alone, in 15 % of FLAVA's steps",
+    "text": "texts alone, in 15 % of FLAVA's steps, CC-News and BookCorpus together",
+}
+"""What FLAVA's joint training takes of it (section 3.4, table of sampling probabilities)."""
+
+
 def all_sources(width: int) -> Iterator[str]:
-    """A paragraph per source, in alphabetical order, in lines of at most `width` characters."""
-    for name in sources.names():
+    """A paragraph per source, in lines of at most `width` characters.
+
+    Those of PMD in alphabetical order, then those of images alone and of texts alone.
+    """
+    for name in (*sources.names(), *sources.UNIMODAL):
         source = sources.load(name)
         yield _paragraph(source, _summary(source), width)
 
@@ -33,7 +43,10 @@ def one_source(name: str, width: int) -> str:
 def _summary(source: Source) -> Iterator[Fact]:
     info = source.info
     rows = f"; {info.upstream_rows:,} rows upstream" if info.upstream_rows else ""
-    yield "paper", f"{info.paper_pairs:,} pairs of {info.paper_words} words{rows}"
+    if info.kind == "pairs":
+        yield "paper", f"{info.paper_pairs:,} pairs of {info.paper_words} words{rows}"
+    else:
+        yield "paper", f"not in PMD: {_ALONE[info.kind]}{rows}"
     yield "licence", info.licence
     yield "images", info.images
     if source.downloadable():

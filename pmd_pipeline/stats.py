@@ -38,12 +38,21 @@ PAPER_WORDS = 12.1
 """Mean caption length of all nine in the same table, which is not the mean of its rows: 12.2."""
 
 
+_THINGS = {
+    "pairs": ("pairs", "caption"),
+    "images": ("images", "caption"),
+    "text": ("documents", "document"),
+}
+"""What is counted, and whose words are, by the kind of the manifest."""
+
+
 @dataclass(frozen=True)
 class Lengths:
     """One dataset's row: pairs by fate, images, and the lengths of kept captions in words.
 
-    `paper_*` are the columns of FLAVA's table of PMD, None where it has none; `difference` is
-    `words_mean` minus the paper's.
+    Of images alone the pairs are images, of texts alone documents, whose pieces fill `sequences`;
+    `tokens` counts [CLS] and [SEP]s too. `paper_*` are the columns of FLAVA's table of PMD, None
+    where it has none; `difference` is `words_mean` minus the paper's.
     """
 
     dataset: str
@@ -60,6 +69,8 @@ class Lengths:
     words_max: int | None
     dropped: int
     failed: int
+    sequences: int | None = None
+    tokens: int | None = None
 
 
 def lengths(manifest: Manifest) -> list[Lengths]:
@@ -104,14 +115,16 @@ def remarks(manifest: Manifest) -> list[str]:
 
 def as_table(rows: Sequence[Lengths], manifest: Manifest) -> list[Table]:
     """Tables for a terminal, from 80 columns on: lengths, fates of the pairs, and reasons."""
-    lengths_table = _table(f"{manifest.name}: words in a caption, digest {manifest.digest[:16]}")
-    names = ("dataset", "pairs", "paper", "words", "paper", "diff")
+    thing, text = _THINGS[manifest.kind]
+    lengths_table = _table(f"{manifest.name}: words in a {text}, digest {manifest.digest[:16]}")
+    names = ("dataset", thing, "paper", "words", "paper", "diff")
     for name in (*names, *(f"p{share}" for share in PERCENTILES), "max"):
         _add_column(lengths_table, name)
-    fates = _table("what became of the pairs")
-    for name in ("dataset", "images", "kept", "dropped", "failed"):
+    fates = _table(f"what became of the {thing}")
+    made = ("sequences", "tokens") if manifest.kind == "text" else ("images",)
+    for name in ("dataset", *made, "kept", "dropped", "failed"):
         _add_column(fates, name)
-    reasons = _table("pairs not kept, by reason")
+    reasons = _table(f"{thing} not kept, by reason")
     _add_column(reasons, "dataset")
     reasons.add_column("decided by the recipe, then the world's fault")
     for number, row in enumerate(rows):
@@ -129,7 +142,7 @@ def as_table(rows: Sequence[Lengths], manifest: Manifest) -> list[Table]:
         )
         fates.add_row(
             row.dataset,
-            f"{row.images:,}",
+            *(f"{asdict(row)[name]:,}" for name in made),
             f"{row.pairs:,}",
             f"{row.dropped:,}",
             f"{row.failed:,}",
@@ -138,7 +151,10 @@ def as_table(rows: Sequence[Lengths], manifest: Manifest) -> list[Table]:
         if entry := manifest.sources.get(row.dataset):
             both = (_listed(entry.counts.dropped), _listed(entry.counts.failed))
             reasons.add_row(row.dataset, "; ".join(one for one in both if one))
-    return [lengths_table, fates, reasons]
+    if manifest.kind != "images":
+        return [lengths_table, fates, reasons]
+    fates.title = f"{manifest.name}: {fates.title}, digest {manifest.digest[:16]}"
+    return [fates, reasons]
 
 
 def as_json(rows: Sequence[Lengths], manifest: Manifest) -> str:
@@ -185,20 +201,24 @@ def plot(rows: Sequence[Lengths], manifest: Manifest, path: str) -> None:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, and slow to import
     except ImportError as error:
         raise PmdError('--plot needs matplotlib: pip install "pmd-flava[plot]"') from error
-    shown = [row for row in rows if row.dataset in manifest.sources and row.pairs]
+    shown = [row for row in rows if row.dataset in manifest.sources and row.words_max]
     if not shown:
-        raise PmdError(f"{manifest.name} has no pairs to plot: build it first")
+        thing = "captions" if manifest.kind == "images" else _THINGS[manifest.kind][0]
+        raise PmdError(f"{manifest.name} has no {thing} to plot")
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.6 * lines), layout="constrained")
     for number, row in enumerate(shown):
         axes = figure.add_subplot(lines, columns, number + 1)
-        _histogram(axes, row, manifest.sources[row.dataset].words)
+        _histogram(axes, row, manifest.sources[row.dataset].words, _THINGS[manifest.kind])
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
 
 
-def _histogram(axes: "Axes", row: Lengths, words: Mapping[int, int]) -> None:
+def _histogram(
+    axes: "Axes", row: Lengths, words: Mapping[int, int], things: tuple[str, str]
+) -> None:
+    thing, text = things
     most = max(2 * (row.words_p95 or 0), 10)
     inside = {length: 100 * count / row.pairs for length, count in words.items() if length <= most}
     axes.bar(list(inside), list(inside.values()), width=1.0, color="#8fb3d9")
@@ -209,9 +229,9 @@ def _histogram(axes: "Axes", row: Lengths, words: Mapping[int, int]) -> None:
             row.paper_words, color="#c44e52", linestyle="--", label=f"paper {row.paper_words}"
         )
     axes.set_xlim(0, most + 1)
-    axes.set_title(f"{row.dataset}, {row.pairs:,} pairs", fontsize=10)
-    axes.set_xlabel("words in a caption", fontsize=8)
-    axes.set_ylabel("% of captions", fontsize=8)
+    axes.set_title(f"{row.dataset}, {row.pairs:,} {thing}", fontsize=10)
+    axes.set_xlabel(f"words in a {text}", fontsize=8)
+    axes.set_ylabel(f"% of {text}s", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -246,12 +266,13 @@ def _row(
     for entry in entries:
         for length, count in entry.words.items():
             words[length] = words.get(length, 0) + count
-    pairs = sum(words.values())
-    mean = sum(length * count for length, count in words.items()) / pairs if pairs else None
+    texts = sum(words.values())
+    mean = sum(length * count for length, count in words.items()) / texts if texts else None
+    is_text = manifest.kind == "text"
     low, middle, high = (percentile(words, share) for share in PERCENTILES)
     return Lengths(
         dataset=dataset,
-        pairs=pairs,
+        pairs=sum(entry.counts.kept for entry in entries),
         paper_pairs=paper_pairs,
         images=sum(entry.images for entry in entries),
         unique_images=sum(entry.unique_images for entry in entries),
@@ -264,6 +285,10 @@ def _row(
         words_max=max(words, default=None),
         dropped=sum(sum(entry.counts.dropped.values()) for entry in entries),
         failed=sum(sum(entry.counts.failed.values()) for entry in entries),
+        sequences=sum(shard.pairs for shard in manifest.shards if shard.source in names)
+        if is_text
+        else None,
+        tokens=sum(entry.tokens for entry in entries) if is_text else None,
     )
 
 

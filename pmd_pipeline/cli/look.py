@@ -26,7 +26,7 @@ def sources(
         typer.Argument(metavar="[NAME]", help="Only this source, with all it publishes."),
     ] = None,
 ) -> None:
-    """List the nine sources: pairs, licence, where files come from, what to get by hand.
+    """List the nine sources, then those of images or texts alone: licence, files, what to get.
 
     Example: pmd sources wit
     """

@@ -5,11 +5,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from pmd_pipeline.errors import PmdError
 from pmd_pipeline.record import BadRow, Candidate, Row, full_text
 from pmd_pipeline.sources import Published
 from pmd_pipeline.upstream import SPAN_BYTES, Span, UpstreamFile, by_lines, open_upstream
@@ -18,7 +13,6 @@ COLUMN = "text"
 MOST_CHARS = 1_000_000
 """No article is as long; a book in one piece is, and is cut before."""
 
-_BATCH = 256
 _BYTES_PER_CHAR = 6
 """JSON's longest spelling of a character."""
 
@@ -28,14 +22,9 @@ _LEAST_LINE = 1 << 20
 
 def by_row_groups(file: UpstreamFile) -> Sequence[tuple[int, int | None]]:
     """Cut a Parquet file into stretches of row groups of about `SPAN_BYTES`."""
-    metadata = _opened(file).metadata
-    starts, weight = [0], 0
-    for group in range(metadata.num_row_groups):
-        if weight >= SPAN_BYTES:
-            starts.append(group)
-            weight = 0
-        weight += metadata.row_group(group).total_byte_size
-    return list(zip(starts, [*starts[1:], metadata.num_row_groups], strict=True))
+    from pmd_pipeline.sources import _parquet  # noqa: PLC0415 - `pmd sources` needs no pyarrow
+
+    return _parquet.by_row_groups(file, SPAN_BYTES)
 
 
 TABLES = (
@@ -49,8 +38,12 @@ TABLES = (
 def column_texts(span: Span, column: str, most_chars: int) -> Iterator[str | BadRow]:
     """The text of each row of a span, or what is wrong with it."""
     if span.form == "parquet":
-        raw: Iterator[bytes | BadRow] = _cells(span, column)
-        return (one if isinstance(one, BadRow) else decoded(one, most_chars) for one in raw)
+        from pmd_pipeline.sources import _parquet  # noqa: PLC0415 - as above
+
+        return (
+            cell if isinstance(cell, BadRow) else decoded(cell, most_chars)
+            for cell in _parquet.cells(span, column)
+        )
     longest = max(_LEAST_LINE, _BYTES_PER_CHAR * most_chars)
     return (
         too_long(most_chars) if line is None else _value(line, column, most_chars)
@@ -122,35 +115,3 @@ def _value(line: bytes, column: str, most_chars: int) -> str | BadRow:
     if not isinstance(text, str):
         return BadRow(f"the line is no object with a text {column!r}")
     return _sound(text, most_chars)
-
-
-def _cells(span: Span, column: str) -> Iterator[bytes | BadRow]:
-    table = _opened(span.file)
-    groups = range(span.start, table.metadata.num_row_groups if span.stop is None else span.stop)
-    names = table.schema_arrow.names
-    kind = table.schema_arrow.field(column).type if column in names else None
-    if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        wrong = f"there is no column {column!r} of texts, only {', '.join(names)}"
-        for group in groups:
-            yield from [BadRow(wrong)] * table.metadata.row_group(group).num_rows
-        return
-    try:
-        for batch in table.iter_batches(_BATCH, row_groups=list(groups), columns=[column]):
-            for cell in pc.cast(batch.column(0), pa.large_binary()).to_pylist():
-                yield BadRow(f"{column} is null") if cell is None else cell
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(span.file, error) from error
-
-
-def _opened(file: UpstreamFile) -> pq.ParquetFile:
-    if file.member or file.path.endswith((".gz", ".bz2")):
-        raise PmdError(f"{file} is packed: unpack it, Parquet is read in pieces")
-    try:
-        return pq.ParquetFile(file.path)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: UpstreamFile, error: Exception) -> PmdError:
-    said = str(error).partition("\n")[0]
-    return PmdError(f"{file} is no whole Parquet file ({said}): download it again")

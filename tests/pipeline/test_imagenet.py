@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import built
 from PIL import Image
+from rich.console import Console
 from source_helpers import SAMPLES, needs_samples
 from toy import QUIET
 
+from pmd_pipeline import stats as statistics
 from pmd_pipeline.dataset import Order, Request, build_all
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.parallel import open_pool
@@ -260,3 +262,17 @@ def test_any_number_of_workers_gives_the_same_manifest(tmp_path, runner, write):
         together = built(order_of(tmp_path / "b", raw), pool)
 
     assert together.digest == alone.digest
+
+
+def test_statistics_are_those_of_images(tmp_path):
+    manifest = built(order_of(tmp_path, write_folder(tmp_path / "raw", images())))
+    console = Console(width=120, file=io.StringIO())
+
+    [row] = statistics.lengths(manifest)
+    console.print(*statistics.as_table([row], manifest))
+
+    assert (row.pairs, row.images, row.words_mean, row.sequences) == (12, 12, None, None)
+    assert "what became of the images" in console.file.getvalue()
+    assert "words in" not in console.file.getvalue()
+    with pytest.raises(PmdError, match="no captions to plot"):
+        statistics.plot([row], manifest, str(tmp_path / "a.png"))

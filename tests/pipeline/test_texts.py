@@ -1,6 +1,7 @@
 """Documents become sequences: none is lost, none too long, and always the same."""
 
 import hashlib
+import io
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ import pytest
 from corpora import article, built, order_of, sequences, write_lines, write_table, write_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from source_helpers import SAMPLES, needs_samples
 
+from pmd_pipeline import stats as statistics
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import open_pool
@@ -254,3 +257,22 @@ def test_a_killed_build_goes_on_to_the_same_manifest(tmp_path):
     subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
 
     assert load_manifest(str(tmp_path / "manifests" / "ccnews.json")).digest == whole.digest
+
+
+def test_statistics_are_those_of_documents_and_sequences(tmp_path):
+    write_table(tmp_path / "raw" / "a.parquet", [article(n) for n in range(60)])
+    order = order_of(tmp_path)
+    manifest = built(order)
+    rows = sequences(order, manifest)
+    console = Console(width=120, file=io.StringIO())
+
+    [row] = statistics.lengths(manifest)
+    console.print(*statistics.as_table([row], manifest))
+
+    assert (row.pairs, row.sequences) == (60, len(rows))
+    assert row.tokens == sum(one["tokens"] for one in rows)
+    assert row.words_mean == pytest.approx(
+        sum(len(article(n).split()) for n in range(60)) / 60, abs=1e-3
+    )
+    assert "words in a document" in console.file.getvalue()
+    assert "documents not kept" in console.file.getvalue()
