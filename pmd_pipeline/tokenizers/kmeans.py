@@ -20,7 +20,7 @@ _MIDDLE = 128.0
 _ROWS = 2048
 """Patches compared at a time, so that memory does not grow with images times codes."""
 
-_STEPS = 20
+_STEPS = 12
 _FITTING = 50
 """Patches per code that Lloyd's steps see, drawn from all."""
 

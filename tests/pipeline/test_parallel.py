@@ -37,6 +37,15 @@ def linger(task, tick):
     return task
 
 
+kept = []
+
+
+def keep(task, _tick):
+    """A task that finds what earlier ones have left in its process."""
+    kept.append(task)
+    return os.getpid(), len(kept)
+
+
 POOLS = [
     pytest.param("local", 1, id="here"),
     pytest.param("local", 2, id="processes"),
@@ -55,6 +64,20 @@ def test_every_task_gives_its_result_once(runner, workers):
         results = dict(pool.run(double, range(25), no_watch))
 
     assert results == {task: 2 * task for task in range(25)}
+
+
+@pytest.mark.parametrize(("runner", "workers"), POOLS[1:])
+def test_what_a_task_leaves_in_its_process_later_ones_find(runner, workers):
+    with open_pool(runner, workers, None) as pool:
+        results = dict(pool.run(keep, range(25), no_watch)).values()
+
+    processes = {pid for pid, _ in results}
+    assert len(processes) <= workers
+    assert sorted(results) == [
+        (pid, number + 1)
+        for pid in sorted(processes)
+        for number in range(sum(one == pid for one, _ in results))
+    ]
 
 
 @pytest.mark.parametrize(("runner", "workers"), POOLS)
@@ -104,6 +127,15 @@ def test_a_lone_task_needs_no_ray():
         assert dict(pool.run(double, [5], no_watch)) == {5: 10}
 
     assert "ray" not in sys.modules or not __import__("ray").is_initialized()
+
+
+@pytest.mark.slow
+def test_a_cluster_without_a_gpu_is_one_sentence():
+    with (
+        pytest.raises(PmdError, match="Ray has no GPU here"),
+        open_pool("ray", 2, None, gpus=64) as pool,
+    ):
+        list(pool.run(double, [1, 2], no_watch))
 
 
 def test_an_unreachable_cluster_is_one_sentence():

@@ -1,0 +1,124 @@
+"""Shards and manifests written by hand, for tests of what reads them."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from pmd_pipeline.format import WORKED, Counts, Manifest, ShardEntry, SourceEntry, canonical_json
+from pmd_pipeline.manifest import save_manifest
+from pmd_pipeline.shards import DigestingFile, ShardWriter, ledger_bytes
+
+
+@dataclass
+class Hand:
+    """One record of a shard written by hand.
+
+    Args:
+        key: sixteen hex digits.
+        image: RGB [h, w, 3], or the bytes that stand in its place.
+        boxes: of the captions.
+        described: laid over the JSON.
+        row: laid over the ledger row.
+    """
+
+    key: str
+    image: Any
+    captions: Sequence[str] = ("a caption",)
+    boxes: Sequence[Sequence[float]] | None = None
+    described: dict[str, Any] = field(default_factory=dict)
+    row: dict[str, Any] = field(default_factory=dict)
+
+
+def jpeg(image: np.ndarray) -> bytes:
+    """The image with as little loss as JPEG can."""
+    out = BytesIO()
+    Image.fromarray(image).save(out, "JPEG", quality=100, subsampling=0)
+    return out.getvalue()
+
+
+def tiles(colours: np.ndarray, side: int = 8) -> np.ndarray:
+    """An image of squares, one for each of `colours` [r, c, 3]."""
+    return np.asarray(colours, dtype=np.uint8).repeat(side, 0).repeat(side, 1)
+
+
+def write_shard(folder: Path, source: str, part: int, records: Sequence[Hand]) -> ShardEntry:
+    """A tar with its ledger; failed records are those without an image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = BytesIO()
+    tar = DigestingFile(out)
+    writer = ShardWriter(tar)
+    rows = []
+    for record in records:
+        row = dict.fromkeys(("width", "height", "image_offset", "image_size"))
+        if record.image is not None:
+            is_array = isinstance(record.image, np.ndarray)
+            content = jpeg(record.image) if is_array else record.image
+            described = {"captions": list(record.captions), **record.described}
+            if record.boxes is not None:
+                described["boxes"] = [list(box) for box in record.boxes]
+            places = writer.add(
+                record.key,
+                {"jpg": content, "json": canonical_json(described).encode(), "txt": b"a caption"},
+            )
+            height, width = record.image.shape[:2] if is_array else (8, 8)
+            row |= {
+                "width": width,
+                "height": height,
+                "image_offset": places["jpg"].offset,
+                "image_size": places["jpg"].size,
+                "json_offset": places["json"].offset,
+                "json_size": places["json"].size,
+            }
+        row |= {
+            "key": record.key,
+            "status": WORKED if record.image is not None else "failed_to_download",
+            "num_pairs": len(record.captions),
+        }
+        rows.append(row | record.row)
+    writer.close()
+    ledger = ledger_bytes(rows)
+    (folder / f"{part:05d}.tar").write_bytes(out.getvalue())
+    (folder / f"{part:05d}.parquet").write_bytes(ledger)
+    kept = [record for record in records if record.image is not None]
+    return ShardEntry(
+        source=source,
+        part=part,
+        path=str(folder / f"{part:05d}.tar"),
+        sha256=tar.hexdigest(),
+        num_bytes=tar.num_bytes,
+        ledger_sha256=hashlib.sha256(ledger).hexdigest(),
+        records=len(records),
+        images=len(kept),
+        pairs=sum(len(record.captions) for record in kept),
+    )
+
+
+def write_manifest(
+    path: Path, shards: Sequence[ShardEntry], kind: Literal["pairs", "images", "text"] = "pairs"
+) -> str:
+    """The manifest of these shards; its path."""
+    sources = {
+        name: SourceEntry(
+            licence="",
+            citation="",
+            counts=Counts(),
+            images=0,
+            unique_images=0,
+            words={},
+            rules={},
+            rules_sha256="",
+            upstream=[],
+            leakage="none",
+        )
+        for name in {shard.source for shard in shards}
+    }
+    manifest = Manifest(name="hand", kind=kind, sources=sources, shards=list(shards), versions={})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_manifest(str(path), manifest.model_copy(update={"digest": manifest.computed_digest()}))
+    return str(path)

@@ -1,0 +1,533 @@
+"""Codes of shards: of the right boxes, by the right tokenizer, the same however they are made."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hand import Hand, jpeg, tiles, write_manifest, write_shard
+from hypothesis import given
+from hypothesis import strategies as st
+from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+
+from pmd_pipeline import coding
+from pmd_pipeline.code_checks import code_tensors
+from pmd_pipeline.codes import codes_dependency
+from pmd_pipeline.coding import CodesRequest, code_manifest
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.format import CodesReport
+from pmd_pipeline.manifest import load_manifest, merged
+from pmd_pipeline.tokenizers.weights import tensor_file
+from pmd_pipeline.views import view_boxes
+
+COLOURS = np.array([[250, 20, 20], [20, 250, 20], [20, 20, 250], [240, 240, 240]], dtype=np.uint8)
+NAMES = np.array([[0, 1], [2, 3]])
+"""Codes of a picture of four colours, the first in the top left."""
+
+
+def key(number):
+    return f"{number:016x}"
+
+
+def painted(names, side=8):
+    return tiles(COLOURS[np.asarray(names)], side)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A k-means that knows four plain colours, by their numbers in `COLOURS`."""
+    centroids = np.broadcast_to(COLOURS[:, None, None], (4, 8, 8, 3))
+    path = tmp_path / "colours.safetensors"
+    path.write_bytes(tensor_file({"centroids": np.ascontiguousarray(centroids)}, {}))
+    return str(path)
+
+
+@pytest.fixture
+def order(tmp_path, weights):
+    """Asks for codes of shards written by hand."""
+
+    def ask(*shards, kind="pairs", **more):
+        manifest = write_manifest(tmp_path / "manifests" / "hand.json", shards, kind)
+        asked = {"weights": weights, "grid": 2, "runner": "local", "workers": 1} | more
+        return CodesRequest(manifest=manifest, **asked)
+
+    return ask
+
+
+def coded(request):
+    return code_manifest(request, QUIET)
+
+
+def tensors(shard):
+    content = Path(shard.path).with_suffix(".codes.safetensors").read_bytes()
+    found = code_tensors(content)
+    assert isinstance(found, dict), found
+    return found
+
+
+def random_shard(folder, part=0, count=6, source="toy", side=24):
+    """A shard of pictures in random tiles, every other one with two boxes, one failed."""
+    dice = np.random.default_rng(part)
+    records = [Hand(key(100 * part), None)]
+    for number in range(1, count):
+        boxes = ((0, 0, 0.5, 1), (0.25, 0.5, 0.75, 1)) if number % 2 else None
+        names = dice.integers(0, 4, (3, 4))
+        captions = ("one", "two") if boxes else ("one",)
+        records.append(Hand(key(100 * part + number), painted(names, side // 3), captions, boxes))
+    return write_shard(folder / source, source, part, records)
+
+
+def test_codes_say_which_patch_is_where(tmp_path, order):
+    shard = write_shard(tmp_path, "toy", 0, [Hand(key(1), painted(NAMES))])
+
+    coded(order(shard))
+
+    assert tensors(shard)["codes"].tolist() == [NAMES.tolist()]
+    assert tensors(shard)["boxes"].tolist() == [[0, 0, 1, 1]]
+    assert tensors(shard)["first"].tolist() == [0, 1]
+
+
+def test_an_image_with_boxes_has_a_view_for_each_caption_and_none_drawn(tmp_path, order):
+    left, low = (0, 0, 0.5, 1), (0, 0.5, 1, 1)
+    shard = write_shard(
+        tmp_path,
+        "toy",
+        0,
+        [
+            Hand(key(1), painted(NAMES), ("left", "low"), (left, low)),
+            Hand(key(2), None),
+            Hand(key(3), painted(NAMES.T)),
+        ],
+    )
+
+    coded(order(shard, views=3))
+
+    found = tensors(shard)
+    assert found["first"].tolist() == [0, 3, 6]
+    assert found["boxes"][:3].tolist() == [[0, 0, 1, 1], [*left], [*low]]
+    assert found["codes"][1].tolist() == [[0, 0], [2, 2]]
+    assert found["codes"][2].tolist() == [[2, 3], [2, 3]]
+    assert found["codes"][3].tolist() == NAMES.T.tolist()
+    assert len({tuple(box) for box in found["boxes"][3:].tolist()}) == 3
+
+
+def test_images_without_captions_get_codes_too(tmp_path, order):
+    shard = write_shard(tmp_path, "toy", 0, [Hand(key(1), painted(NAMES), captions=())])
+
+    found = coded(order(shard, kind="images", views=2)).manifest
+
+    assert found.shards[0].views == 2
+
+
+def test_a_shard_without_images_has_an_empty_file(tmp_path, order):
+    shard = write_shard(tmp_path, "toy", 0, [Hand(key(1), None)])
+
+    found = coded(order(shard)).manifest
+
+    assert found.codes is not None
+    assert tensors(shard)["first"].tolist() == [0]
+    assert tensors(shard)["codes"].shape == (0, 2, 2)
+
+
+@given(
+    number=st.integers(0, 2**64 - 1),
+    seed=st.integers(0, 2**64 - 1),
+    size=st.tuples(st.integers(1, 4000), st.integers(1, 4000)),
+)
+def test_drawn_views_are_as_large_and_as_flat_as_they_may(number, seed, size):
+    boxes = view_boxes(key(number), size, (), 5, seed).astype(float)
+
+    assert boxes[0].tolist() == [0, 0, 1, 1]
+    assert (boxes >= 0).all()
+    assert (boxes <= 1).all()
+    sides = boxes[1:, 2:] - boxes[1:, :2]
+    ratio = sides[:, 0] * size[0] / (sides[:, 1] * size[1])
+    area = sides.prod(1)
+    long = size[0] / size[1]
+    least = min(0.9, 4 / 3 / long, 4 / 3 * long)
+    assert (area >= least - 1e-4).all()
+    assert (ratio >= 3 / 4 - 1e-3).all()
+    assert (ratio <= 4 / 3 + 1e-3).all()
+
+
+def test_drawn_views_depend_on_seed_and_key_alone():
+    same = view_boxes(key(7), (40, 30), (), 4, 1)
+
+    assert np.array_equal(same, view_boxes(key(7), (40, 30), (), 4, 1))
+    assert np.array_equal(same[:3], view_boxes(key(7), (40, 30), (), 3, 1))
+    assert not np.array_equal(same, view_boxes(key(8), (40, 30), (), 4, 1))
+    assert not np.array_equal(same, view_boxes(key(7), (40, 30), (), 4, 2))
+
+
+def test_drawn_views_are_those_of_every_dataset_so_far():
+    """A change would move every drawn crop of every dataset."""
+    drawn = view_boxes(key(7), (40, 30), (), 2, 1)[1]
+
+    assert drawn.tolist() == pytest.approx(
+        [0.0001380917, 0.0000349480, 0.9924114347, 0.9999098182], abs=1e-6
+    )
+
+
+def test_drawn_views_spread_over_all_that_they_may_be():
+    boxes = np.stack([view_boxes(key(n), (400, 400), (), 2, 0)[1] for n in range(500)])
+
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    assert area.min() < 0.905
+    assert area.max() > 0.995
+    assert area.mean() == pytest.approx(0.95, abs=0.01)
+    assert np.corrcoef(boxes[:, 0], boxes[:, 1])[0, 1] == pytest.approx(0, abs=0.5)
+
+
+def world(folder):
+    return [
+        random_shard(folder, part, source=source) for source in ("one", "two") for part in range(3)
+    ]
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.codes.safetensors"))
+    }
+
+
+def test_a_second_run_does_nothing_and_says_the_same(tmp_path, order, monkeypatch):
+    request = order(*world(tmp_path), views=2)
+    first = coded(request).manifest
+
+    monkeypatch.setattr(coding, "code_shard", None)  # would fail if it were called
+
+    assert coded(request).manifest == first
+    assert load_manifest(request.manifest) == first
+
+
+@pytest.mark.parametrize("harm", ["lost", "cut", "no report", "old report"])
+def test_codes_that_are_harmed_are_made_again_and_no_others(tmp_path, order, harm):
+    request = order(*world(tmp_path), views=2)
+    first = coded(request).manifest
+    content = files(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.codes.*")}
+    victim = tmp_path / "one" / "00001.codes.safetensors"
+    report = victim.with_name("00001.codes.json")
+    if harm == "lost":
+        victim.unlink()
+    elif harm == "cut":
+        victim.write_bytes(victim.read_bytes()[:-1])
+    elif harm == "no report":
+        report.unlink()
+    else:
+        report.write_text('{"format": 0}')
+
+    assert coded(request).manifest == first
+
+    assert files(tmp_path) == content
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.codes.*")}
+    assert {path for path in after if after[path] != before[path]} == {victim, report}
+
+
+@pytest.mark.parametrize("change", [{"views": 3}, {"seed": 1}, {"grid": 3}])
+def test_other_rules_make_other_codes_of_another_digest(tmp_path, order, change):
+    shards = world(tmp_path)
+    first = coded(order(*shards, views=2)).manifest
+    other = coded(order(*shards, **{"views": 2, **change})).manifest
+
+    assert other.digest != first.digest
+    assert other.codes != first.codes
+    assert coded(order(*shards, views=2)).manifest == first
+
+
+def test_the_report_tells_of_the_file(tmp_path, order):
+    shard = random_shard(tmp_path, count=7)
+    manifest = coded(order(shard, views=2)).manifest
+
+    text = Path(shard.path).with_suffix(".codes.json").read_text()
+    report = CodesReport.model_validate_json(text)
+
+    content = Path(shard.path).with_suffix(".codes.safetensors").read_bytes()
+    assert report.file.sha256 == hashlib.sha256(content).hexdigest()
+    assert report.file.sha256 == manifest.shards[0].codes_sha256
+    assert report.rules == manifest.codes
+    assert (report.images, report.views) == (6, 3 * 3 + 3 * 2)
+    assert manifest.shards[0].views == report.views
+    assert manifest.digest == manifest.computed_digest()
+
+
+def refused(request, *words):
+    with pytest.raises(PmdError) as caught:
+        coded(request)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(Path(request.manifest).parent.parent.rglob("*.codes.*"))
+
+
+def test_a_shard_with_a_flipped_byte_is_refused_by_its_name(tmp_path, order):
+    shard = random_shard(tmp_path)
+    content = bytearray(Path(shard.path).read_bytes())
+    content[len(content) // 2] ^= 1
+    Path(shard.path).write_bytes(content)
+
+    refused(order(shard), shard.path, "its sha256 differs")
+
+
+def test_a_ledger_with_a_flipped_byte_is_refused_by_its_name(tmp_path, order):
+    shard = random_shard(tmp_path)
+    ledger = Path(shard.path).with_suffix(".parquet")
+    content = bytearray(ledger.read_bytes())
+    content[len(content) // 2] ^= 1
+    ledger.write_bytes(content)
+
+    refused(order(shard), str(ledger), "its sha256 differs")
+
+
+HOSTILE = {
+    "no image": ({"image": b"<html>"}, "cannot be decoded"),
+    "a PNG": ({"image": b"\x89PNG\r\n\x1a\n" + bytes(40)}, "cannot be decoded"),
+    "an image cut short": ({"image": None, "cut": 40}, "cannot be decoded"),
+    "another size": ({"row": {"width": 15}}, "is 16 x 16 pixels"),
+    "a bomb": ({"row": {"width": 1 << 30, "height": 1 << 30}}, "is 16 x 16 pixels"),
+    "an offset outside": ({"row": {"image_offset": 1 << 40}}, "lies outside the tar"),
+    "a size outside": ({"row": {"json_size": 1 << 30}}, "lies outside the tar"),
+    "no offset": ({"row": {"image_offset": None}}, "says nothing of where its image is"),
+    "a negative offset": ({"row": {"json_offset": -1}}, "says nothing of where its image is"),
+    "a key that is a path": ({"row": {"key": "../../../evil"}}, "says nothing of where"),
+    "a box outside": ({"boxes": [[0, 0, 1, 1.5]]}, "a box that is not inside it"),
+    "a box turned": ({"boxes": [[0.5, 0, 0.25, 1]]}, "a box that is not inside it"),
+    "a box of three": ({"boxes": [[0, 0, 1]]}, "a box that is not inside it"),
+    "a box without area": ({"boxes": [[0.5, 0, 0.5 + 1e-12, 1]]}, "a box that is not inside it"),
+    "a box too many": ({"boxes": [[0, 0, 1, 1], [0, 0, 1, 1]]}, "2 boxes for 1 captions"),
+    "boxes that are words": ({"described": {"boxes": ["abcd"]}}, "cannot be read"),
+    "boxes that are none": ({"described": {"boxes": 7}}, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_shard_is_one_sentence(tmp_path, order, kind):
+    given_record, words = HOSTILE[kind]
+    changes = dict(given_record)
+    if cut := changes.pop("cut", None):
+        changes["image"] = jpeg(painted(NAMES))[:-cut]
+        changes["row"] = {"width": 16, "height": 16}
+    record = Hand(key(1), **{"image": painted(NAMES), **changes})
+    shard = write_shard(tmp_path / "toy", "toy", 0, [record])
+
+    refused(order(shard), words)
+
+
+def test_a_ledger_with_another_number_of_images_is_refused(tmp_path, order):
+    shard = random_shard(tmp_path).model_copy(update={"images": 2})
+
+    refused(order(shard), "has 5 images, the manifest 2")
+
+
+def test_texts_and_nothing_get_no_codes(tmp_path, order):
+    refused(order(random_shard(tmp_path), kind="text"), "holds no images")
+    refused(order(), "holds no images")
+
+
+def test_shards_on_the_web_are_refused_at_once(tmp_path, order):
+    shard = random_shard(tmp_path).model_copy(update={"path": "https://a.test/00000.tar"})
+
+    refused(order(shard), "nothing can be written to https://a.test/00000.tar")
+
+
+def test_kmeans_has_no_dtype(tmp_path, order):
+    refused(order(random_shard(tmp_path), dtype="bfloat16"), "leave --dtype out")
+    refused(order(random_shard(tmp_path), tokenizer="dalle"), "not dalle")
+
+
+def fitting(request):
+    return CodesRequest(
+        request.manifest, vocabulary=4, grid=2, runner="local", workers=request.workers
+    )
+
+
+def test_without_weights_kmeans_is_fitted_once_and_kept_beside_the_manifest(
+    tmp_path, order, monkeypatch
+):
+    request = fitting(order(*world(tmp_path)))
+    first = coded(request)
+
+    kept = tmp_path / "manifests" / "hand.kmeans.safetensors"
+    assert first.weights == str(kept)
+    assert first.rules.sha256 == hashlib.sha256(kept.read_bytes()).hexdigest()
+    monkeypatch.setattr(coding, "fit", None)  # would fail if it were called
+    assert coded(request).manifest == first.manifest
+    monkeypatch.undo()
+    kept.unlink()
+    assert coded(request).manifest == first.manifest
+
+
+def test_kmeans_is_fitted_anew_when_the_shards_are_others(tmp_path, order):
+    shards = world(tmp_path)
+    first = coded(fitting(order(*shards[:3])))
+
+    second = coded(fitting(order(*shards)))
+
+    assert second.rules.sha256 != first.rules.sha256
+
+
+def test_kmeans_sees_the_images_of_the_lowest_keys_of_all_sources(tmp_path, monkeypatch):
+    shards = [(shard.path, shard) for shard in world(tmp_path)]
+    monkeypatch.setattr(coding, "_FITTED_IMAGES", 7)
+    read = []
+    monkeypatch.setattr(coding, "read_samples", noted(coding.read_samples, read))
+
+    seen = list(coding._first_images(shards, 16))
+
+    # keys of part 0 are 1 to 5 in both sources, so each gives three or four
+    assert len(seen) == 7
+    assert all(pixels.shape == (1, 16, 16, 3) for pixels in seen)
+    assert {Path(path).name for path in read} == {"00000.tar"}
+
+
+def noted(function, notes):
+    def noting(first, *rest):
+        notes.append(first)
+        return function(first, *rest)
+
+    return noting
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Twelve pictures in three parts, built."""
+    write_rows(tmp_path / "raw", toy_rows(12))
+    pictures = write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(12)])
+    return toy_order(tmp_path, toy_recipe(part_records=4), pictures=pictures)
+
+
+def test_a_build_run_again_keeps_the_codes(toy, weights):
+    bare = toy_build(toy)
+    request = CodesRequest(toy.manifest, weights, grid=2, views=2, runner="local", workers=1)
+    made = coded(request).manifest
+
+    assert made.digest != bare.digest
+    assert toy_build(toy) == made
+
+
+def test_a_build_keeps_no_codes_where_a_shard_lacks_them_or_has_others(toy, weights):
+    bare = toy_build(toy)
+    request = CodesRequest(toy.manifest, weights, grid=2, runner="local", workers=1)
+    coded(request)
+    first = Path(toy.shards) / "00000.codes.json"
+    kept = first.read_text()
+
+    first.unlink()
+    assert toy_build(toy) == bare
+
+    report = CodesReport.model_validate_json(kept)
+    rules = report.rules.model_copy(update={"seed": 9})
+    other = report.model_copy(
+        update={"rules": rules, "dependency": codes_dependency(bare.shards[0], rules)}
+    )
+    first.write_text(other.model_dump_json())
+    assert toy_build(toy) == bare
+
+    first.write_text(kept)
+    assert toy_build(toy).codes is not None
+
+
+def test_a_part_built_anew_has_no_codes_of_its_old_shard(toy, weights):
+    toy_build(toy)
+    coded(CodesRequest(toy.manifest, weights, grid=2, runner="local", workers=1))
+    smaller = toy_recipe(part_records=4, images={"size": 20})
+    changed = toy_order(Path(toy.data).parent, smaller, pictures=Path(toy.places[0]))
+
+    assert toy_build(changed).codes is None
+
+
+def test_a_merged_manifest_has_codes_if_all_have_them_by_one_rule(tmp_path, order):
+    shards = world(tmp_path)
+    both = []
+    for name in ("one", "two"):
+        request = order(*[shard for shard in shards if shard.source == name], views=2)
+        both.append((request.manifest, coded(request).manifest))
+    bare = load_manifest(order(*shards[3:]).manifest)
+
+    whole = merged("both", str(tmp_path / "both.json"), both)
+    partly = merged("both", str(tmp_path / "both.json"), [both[0], (both[1][0], bare)])
+
+    assert whole.codes == both[0][1].codes
+    assert all(shard.codes_sha256 and shard.views for shard in whole.shards)
+    assert partly.codes is None
+    assert not any(shard.codes_sha256 or shard.views for shard in partly.shards)
+
+
+SPREAD = [
+    pytest.param("local", 2, marks=pytest.mark.slow, id="processes"),
+    pytest.param("ray", 2, marks=pytest.mark.slow, id="ray"),
+]
+
+
+@pytest.mark.parametrize(("runner", "workers"), SPREAD)
+def test_codes_are_the_same_whoever_makes_them(tmp_path, order, runner, workers):
+    shards = world(tmp_path)
+    here = coded(order(*shards, views=3)).manifest
+    content = files(tmp_path)
+    for path in tmp_path.rglob("*.codes.*"):
+        path.unlink()
+
+    there = coded(order(*shards, views=3, runner=runner, workers=workers)).manifest
+
+    assert there == here
+    assert files(tmp_path) == content
+
+
+def test_decoding_threads_change_nothing(tmp_path, order, monkeypatch):
+    shard = random_shard(tmp_path, count=40)
+    first = coded(order(shard, views=3)).manifest
+    for path in tmp_path.rglob("*.codes.*"):
+        path.unlink()
+    code_one = coding.code_shard
+    monkeypatch.setattr(
+        coding, "code_shard", lambda task, tick: code_one(replace(task, threads=5), tick)
+    )
+
+    assert coded(order(shard, views=3)).manifest == first
+
+
+@pytest.mark.slow
+def test_codes_killed_anywhere_are_finished_by_the_same_command(tmp_path, order):
+    shards = [random_shard(tmp_path, part, count=60) for part in range(12)]
+    request = order(*shards, views=8)
+    whole = coded(request).manifest
+    content = files(tmp_path)
+    for path in tmp_path.rglob("*.codes.*"):
+        path.unlink()
+    request = order(*shards, views=8)
+    command = [
+        *(sys.executable, "-c", "from pmd_pipeline.cli import main; main()", "codes"),
+        *(request.manifest, "--weights", request.weights, "--grid", "2", "--views", "8"),
+        *("--runner", "local", "--workers", "1", "-q"),
+    ]
+    kills = 0
+    for done in (1, 4, 8):
+        with subprocess.Popen(command) as run:
+            while len(list(tmp_path.rglob("*.codes.json"))) < done and run.poll() is None:
+                time.sleep(0.005)
+            kills += run.poll() is None
+            run.send_signal(signal.SIGKILL)
+    assert kills
+    assert load_manifest(request.manifest).codes is None
+
+    subprocess.run(command, check=True, env=os.environ)
+
+    assert load_manifest(request.manifest) == whole
+    assert files(tmp_path) == content
+
+
+def test_a_codes_file_names_its_tokenizer_and_its_tar(tmp_path, order):
+    shard = random_shard(tmp_path)
+    manifest = coded(order(shard)).manifest
+
+    header = Path(shard.path).with_suffix(".codes.safetensors").read_bytes()[8:1200]
+
+    assert manifest.codes.sha256.encode() in header
+    assert shard.sha256.encode() in header

@@ -1,0 +1,134 @@
+"""Exported shards hold what other people's loaders read."""
+
+import gc
+import hashlib
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hand import Hand, tiles, write_manifest, write_shard
+from toy import QUIET
+
+from pmd_pipeline.code_checks import code_tensors
+from pmd_pipeline.coding import CodesRequest, code_manifest
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.export import export
+from pmd_pipeline.format import ShardEntry
+from pmd_pipeline.manifest import load_manifest, save_manifest
+from pmd_pipeline.parallel import open_pool
+
+
+def records(part):
+    dice = np.random.default_rng(part)
+    for number in range(12):
+        boxes = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)] if number % 3 == 1 else None
+        image = tiles(dice.integers(0, 256, (4, 4, 3))) if number % 5 else None
+        yield Hand(f"{part * 100 + number:016x}", image, ("one", "two"), boxes)
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """The path of a manifest of two shards with codes by k-means."""
+    shards = [
+        write_shard(tmp_path / "data" / "toy", "toy", part, list(records(part))) for part in (0, 1)
+    ]
+    path = write_manifest(tmp_path / "hand.json", shards)
+    code_manifest(
+        CodesRequest(path, vocabulary=16, grid=2, views=2, runner="local", workers=1), QUIET
+    )
+    return path
+
+
+def exported(manifest, out):
+    with open_pool("local", 1, None) as pool:
+        return {task.out: sha256 for task, sha256 in export(manifest, str(out), pool, QUIET)}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_reads_the_codes_that_lie_beside_the_shards(manifest, tmp_path):
+    written = exported(manifest, tmp_path / "out")
+
+    assert list(written) == [str(tmp_path / "out" / "toy" / f"0000{part}.tar") for part in (0, 1)]
+    for shard, path in zip(load_manifest(manifest).shards, written, strict=True):
+        codes = code_tensors(Path(shard.path).with_suffix(".codes.safetensors").read_bytes())
+        samples = list(webdataset.WebDataset(path, shardshuffle=False).decode())
+        assert len(samples) == shard.images
+        for number, sample in enumerate(samples):
+            own = slice(codes["first"][number], codes["first"][number + 1])
+            np.testing.assert_array_equal(sample["codes.npy"], codes["codes"][own])
+            np.testing.assert_array_equal(sample["boxes.npy"], codes["boxes"][own])
+            assert sample["codes.npy"].dtype == np.uint16
+    gc.collect()  # webdataset leaves its files to the collector, whose warnings are not ours
+
+
+def test_everything_else_is_as_it_was(manifest, tmp_path):
+    for shard, path in zip(
+        load_manifest(manifest).shards, exported(manifest, tmp_path / "out"), strict=True
+    ):
+        with tarfile.open(shard.path) as before, tarfile.open(path) as after:
+            for member in before.getmembers():
+                assert after.extractfile(member.name).read() == before.extractfile(member).read()
+            names = after.getnames()
+        assert names == sorted(names)
+        assert len(names) == 5 * shard.images
+
+
+def test_an_export_is_the_same_each_time(manifest, tmp_path):
+    first, second = (exported(manifest, tmp_path / name) for name in ("a", "b"))
+
+    assert list(first.values()) == list(second.values())
+
+
+def refused(manifest, out, *words):
+    with pytest.raises(PmdError) as caught:
+        exported(manifest, out)
+    for word in words:
+        assert word in str(caught.value)
+    assert not list(out.rglob("*"))
+
+
+def test_a_manifest_without_codes_is_refused(tmp_path):
+    shard = write_shard(tmp_path / "toy", "toy", 0, list(records(0)))
+    path = write_manifest(tmp_path / "bare.json", [shard])
+
+    refused(path, tmp_path / "out", f"run `pmd codes {path}` first")
+
+
+def rewritten(path, change):
+    """The manifest with its first shard changed, and its digest made to fit."""
+    manifest = load_manifest(path)
+    first = ShardEntry.model_validate(manifest.shards[0].model_dump() | change)
+    manifest = manifest.model_copy(update={"shards": [first, *manifest.shards[1:]]})
+    save_manifest(path, manifest.model_copy(update={"digest": manifest.computed_digest()}))
+
+
+def test_codes_that_were_changed_are_refused_by_their_name(manifest, tmp_path):
+    codes = tmp_path / "data" / "toy" / "00000.codes.safetensors"
+    codes.write_bytes(codes.read_bytes()[:-1] + b"\xff")
+
+    with pytest.raises(PmdError, match=r"00000\.codes\.safetensors is not the file of codes"):
+        exported(manifest, tmp_path / "out")
+
+
+def test_a_source_that_is_a_path_is_refused(manifest, tmp_path):
+    rewritten(manifest, {"source": "../../evil"})
+
+    refused(manifest, tmp_path / "out", "whose name is no name of a folder")
+
+
+@pytest.mark.parametrize("name", ["../../evil.jpg", "evil", "{key}.sh", "{key}.tar/../x.jpg"])
+def test_a_tar_with_strange_members_is_refused(manifest, tmp_path, name):
+    key = f"{1:016x}"
+    path = Path(load_manifest(manifest).shards[0].path)
+    out = BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo(name.format(key=key)))
+    path.write_bytes(out.getvalue())
+    rewritten(manifest, {"sha256": hashlib.sha256(out.getvalue()).hexdigest()})
+
+    with pytest.raises(PmdError, match="is no shard of `pmd build`"):
+        exported(manifest, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.tar"))

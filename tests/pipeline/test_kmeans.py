@@ -1,0 +1,111 @@
+"""Patch k-means finds what is there, and counts exactly."""
+
+import numpy as np
+import pytest
+
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.sample.scenes import draw, make_scene
+from pmd_pipeline.tokenizers import kmeans
+from pmd_pipeline.tokenizers.kmeans import KMeans, fit, patches
+
+
+def clusters(count, each, spread=4, seed=0):
+    """Patches around `count` random centres, and the number of the centre of each."""
+    dice = np.random.default_rng(seed)
+    centres = dice.integers(20, 236, (count, 192))
+    names = np.repeat(np.arange(count), each)
+    noise = dice.integers(-spread, spread + 1, (len(names), 192))
+    return (centres[names] + noise).astype(np.uint8), names, centres
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_known_clusters_are_found(seed):
+    seen, _, centres = clusters(12, 60, seed=seed)
+
+    centroids = fit(seen, 12, seed).reshape(12, 192).astype(int)
+
+    away = np.abs(centroids[:, None] - centres[None]).mean(2)
+    assert (away.min(1) < 2).all()
+    assert sorted(away.argmin(1)) == list(range(12))
+
+
+def test_a_fit_is_the_same_each_time_and_another_with_another_seed():
+    seen, _, _ = clusters(30, 20, spread=40)
+
+    assert np.array_equal(fit(seen, 8, 3), fit(seen, 8, 3))
+    assert not np.array_equal(fit(seen, 8, 3), fit(seen, 8, 4))
+
+
+def test_every_code_is_that_of_the_nearest_centroid_in_whole_numbers():
+    dice = np.random.default_rng(0)
+    centroids = dice.choice([0, 255, 127, 128], (50, 8, 8, 3)).astype(np.uint8)
+    images = dice.choice([0, 255, 126, 129], (3, 32, 32, 3)).astype(np.uint8)
+
+    codes = KMeans(centroids).codes(images)
+
+    seen, known = patches(images).astype(np.int64), centroids.reshape(50, 192).astype(np.int64)
+    away = ((seen[:, None] - known[None]) ** 2).sum(2)
+    assert codes.tolist() == away.argmin(1).reshape(3, 4, 4).tolist()
+
+
+def test_sums_stay_where_float32_counts_exactly():
+    farthest = np.array([[0] * 192, [255] * 192], dtype=np.uint8)
+    values = farthest.astype(np.int64) - 128
+
+    largest = (2 * np.abs(values) @ np.abs(values).T).max() + (values**2).sum(1).max()
+
+    assert largest < 2**24
+
+
+def test_codes_do_not_depend_on_what_else_is_in_the_batch(monkeypatch):
+    dice = np.random.default_rng(1)
+    tokenizer = KMeans(dice.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    images = dice.integers(0, 256, (9, 24, 24, 3), dtype=np.uint8)
+    together = tokenizer.codes(images)
+
+    monkeypatch.setattr(kmeans, "_ROWS", 7)
+    alone = np.concatenate([tokenizer.codes(image[None]) for image in images])
+
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_the_picture_of_codes_is_made_of_their_patches():
+    dice = np.random.default_rng(2)
+    centroids = dice.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    codes = np.array([[4, 0, 1], [1, 2, 3], [3, 3, 0]], dtype=np.uint16)
+    tokenizer = KMeans(centroids)
+
+    picture = tokenizer.picture(codes)
+
+    assert picture[:8, 8:16].tolist() == centroids[0].tolist()
+    assert tokenizer.codes(picture[None])[0].tolist() == codes.tolist()
+
+
+def test_patches_are_cut_row_by_row():
+    image = np.random.default_rng(3).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
+
+    cut = patches(image).reshape(4, 8, 8, 3)
+
+    assert cut[1].tolist() == image[0, :8, 8:].tolist()
+    assert cut[2].tolist() == image[0, 8:, :8].tolist()
+
+
+def test_too_few_different_patches_is_one_sentence():
+    seen = np.repeat(np.eye(3, 192, dtype=np.uint8), 50, axis=0)
+
+    with pytest.raises(PmdError, match=r"3 different patches, too few for 4 codes.*--vocabulary"):
+        fit(seen, 4, 0)
+    assert len(np.unique(fit(seen, 3, 0), axis=0)) == 3
+
+
+def test_a_scene_made_of_its_codes_is_like_it():
+    scenes = np.stack(
+        [np.asarray(draw(make_scene(f"scene {n}")).resize((112, 112))) for n in range(40)]
+    )
+    tokenizer = KMeans(fit(patches(scenes[:-1]), 256, 0))
+
+    again = tokenizer.picture(tokenizer.codes(scenes[-1:])[0])
+
+    plain = scenes[-1].mean((0, 1))
+    missed = np.abs(again.astype(float) - scenes[-1]).mean()
+    assert missed < 0.3 * np.abs(plain - scenes[-1]).mean()
