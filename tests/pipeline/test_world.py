@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -20,11 +21,14 @@ from toy import QUIET
 from pmd_pipeline.build import WEB
 from pmd_pipeline.corpus import learn_vocabulary
 from pmd_pipeline.dataset import Request, build_all
+from pmd_pipeline.lock import lock
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.rebuild import Rebuild, rebuild
 from pmd_pipeline.sample import World, serve, write_world
 from pmd_pipeline.story import stories
 from pmd_pipeline.telling import outcome, told
+from pmd_pipeline.verify import verify
 
 pytestmark = pytest.mark.slow
 
@@ -242,6 +246,61 @@ def test_an_address_finds_the_records_of_sources_that_have_other_ids(manifest, o
         found = stories(str(out / "data"), rows["url"][0], pool)
 
     assert [story.key for story in found if story.source == "coco"] == [rows["key"][0]]
+
+
+@pytest.fixture(scope="module")
+def kit(manifest, out):
+    with open_pool("local", 1, None) as pool:
+        lock(str(out / "manifests" / "pmd.json"), str(out / "kit"), pool, QUIET)
+    return out / "kit"
+
+
+def rebuild_at(origin, world, kit, folder):
+    order = Rebuild(
+        kit=str(kit),
+        out=str(folder / "data"),
+        manifests=str(folder / "manifests"),
+        places=(WEB, *(str(path) for paths in world.images.values() for path in paths)),
+        changes={"fetch": {"connect_to": {"*": origin}}},
+    )
+    with open_pool("local", 2, None) as pool:
+        return rebuild(order, pool, QUIET)
+
+
+def test_a_kit_makes_the_same_dataset_over_an_unchanged_web(manifest, world, origin, kit, tmp_path):
+    made = rebuild_at(origin, world, kit, tmp_path)
+
+    assert made.is_same
+    assert made.manifest.digest == manifest.digest
+
+
+def test_a_rebuild_names_exactly_the_tenth_that_has_changed_or_gone(world, kit, out, tmp_path):
+    ledgers = [pl.read_parquet(path) for path in (out / "data/shards").glob("*/[0-9]*.parquet")]
+    rows = pl.concat(ledgers).filter(
+        (pl.col("status") == "success") & (pl.col("url") == pl.col("final_url"))
+    )
+    chosen = rows.sample(fraction=0.1, seed=1).sort("key").to_dicts()
+    web, expected = dict(world.web), set()
+    for number, row in enumerate(chosen):
+        address = row["url"].split("://")[1]
+        expected.add(address)
+        if number % 2:
+            del web[address]
+        else:
+            web[address] = web[address]._replace(scene=another(world, web[address].scene))
+    with serve(replace(world, web=web)) as origin:
+        made = rebuild_at(origin, world, kit, tmp_path)
+
+    told = [json.loads(line) for line in Path(made.missing).read_text().splitlines()]
+    assert {row["url"].split("://")[1] for row in told} == expected
+    assert {row["reason"] for row in told} == {"changed", "http_404"}
+    with open_pool("local", 1, None) as pool:
+        assert list(verify(made.path, pool, QUIET)) == []
+
+
+def another(world, scene):
+    """Some other scene of the world."""
+    return next(one.scene for one in world.web.values() if one.scene and one.scene != scene)
 
 
 def tars(manifest, out, source):

@@ -1,0 +1,179 @@
+"""The image-free kit of a dataset: what it takes to fetch it again, and to prove it the same.
+
+A folder with `kit.json`, written last, and for each shard a Parquet file (`ROWS`) and, where there
+are any, its image codes.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from itertools import zip_longest
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.format import (
+    FORMAT,
+    WORKED,
+    CodesReport,
+    Counts,
+    FileDigest,
+    Manifest,
+    digest,
+    part_name,
+)
+from pmd_pipeline.shards import LEDGER
+from pmd_pipeline.storage import join, read_bytes
+
+KIT = "kit.json"
+
+_NAME = re.compile("[a-z0-9_]+")
+
+UNKNOWABLE = ("image_offset", "image_size", "json_offset", "json_size")
+"""Columns of the ledger that follow from the rest once the images are there."""
+
+ROWS = pa.schema(
+    [
+        *(field for field in LEDGER if field.name not in UNKNOWABLE),
+        ("file", pa.string()),
+        ("licence", pa.string()),
+        ("meta", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("fields", pa.list_(pa.string())),
+        ("boxes", pa.list_(pa.list_(pa.float32()))),
+        ("stored_sha256", pa.string()),
+    ]
+)
+"""One row per row of the ledger, in its order. `sha256` is of the bytes as fetched, `stored_sha256`
+of the JPEG that was made of them. What belongs to an image that is not in the shard is null. In a
+kit of hashes, `caption` and `captions` hold the sha256 of each caption as hex."""
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class KitPart(_Stored):
+    """One shard, without its images.
+
+    Args:
+        counts: pairs of the shard.
+        rows: the Parquet file.
+        codes: the report of its image codes, without times; the file has the name that it says.
+    """
+
+    source: str
+    part: int
+    counts: Counts
+    rows: FileDigest
+    codes: CodesReport | None = None
+
+
+class Kit(_Stored):
+    """What `kit.json` holds. `digest` covers all of it, and through it every file of the kit.
+
+    Args:
+        captions: whether the kit holds captions, or only their sha256.
+        manifest: of the dataset, with the paths that its shards have by default.
+        parts: in the order of the manifest's shards.
+    """
+
+    format: int = FORMAT
+    captions: Literal["text", "sha256"]
+    manifest: Manifest
+    parts: list[KitPart]
+    digest: str = ""
+
+    def computed_digest(self) -> str:
+        """sha256 of the canonical JSON of all but `digest`."""
+        return digest(self.model_dump(mode="json", exclude={"digest"}))
+
+
+def load_kit(folder: str) -> Kit:
+    """The kit in `folder`, its own digest checked; its files are checked as they are read.
+
+    Raises:
+        PmdError: there is no kit of this version, or somebody has changed it.
+    """
+    address = join(folder, KIT)
+    try:
+        kit = Kit.model_validate_json(read_bytes(address))
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].lower()
+        raise PmdError(f"{address} is no kit of this version: {said}") from error
+    if kit.digest != kit.computed_digest():
+        raise PmdError(
+            f"{address} was changed: its digest is not that of its content; get it again"
+        )
+    for part, shard in zip_longest(kit.parts, kit.manifest.shards):
+        if not (part and shard) or (part.source, part.part) != (shard.source, shard.part):
+            raise PmdError(f"{address} has other parts than its manifest has shards")
+        name = part_name(part.part)
+        names = [part.rows.name, *([part.codes.file.name] if part.codes else [])]
+        if not _NAME.fullmatch(part.source) or set(names) - {
+            f"{name}.parquet",
+            f"{name}.codes.safetensors",
+        }:
+            raise PmdError(f"{address} names files that no kit has: {part.source}, {names}")
+    return kit
+
+
+def kit_rows(folder: str, part: KitPart) -> list[dict[str, Any]]:
+    """The rows of one shard.
+
+    Raises:
+        PmdError: the file is not the one that the kit was made with.
+    """
+    content = kit_file(folder, part, part.rows)
+    return list(pq.read_table(BytesIO(content), schema=ROWS).to_pylist())
+
+
+def kit_file(folder: str, part: KitPart, file: FileDigest) -> bytes:
+    """The content of one of the files of a part.
+
+    Raises:
+        PmdError: it is not the one that the kit was made with.
+    """
+    return checked(join(folder, part.source, file.name), file.sha256)
+
+
+def rows_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The rows as Parquet."""
+    out = BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=ROWS), out, compression="zstd")
+    return out.getvalue()
+
+
+def counts_of(rows: Sequence[Mapping[str, Any]]) -> Counts:
+    """Pairs of the rows of a ledger, by what became of them."""
+    each = []
+    for row in rows:
+        pairs, lost = row["num_pairs"], {row["reason"]: row["num_pairs"]}
+        if row["status"] == WORKED:
+            each.append(Counts(pairs_in=pairs, kept=pairs))
+        elif row["status"] == "dropped":
+            each.append(Counts(pairs_in=pairs, dropped=lost))
+        else:
+            each.append(Counts(pairs_in=pairs, failed=lost))
+    return Counts.total(each)
+
+
+def caption_sha256(caption: str) -> str:
+    """What a kit of hashes has in place of a caption."""
+    return hashlib.sha256(caption.encode()).hexdigest()
+
+
+def checked(address: str, sha256: str) -> bytes:
+    """The content of the file at `address`.
+
+    Raises:
+        PmdError: its sha256 is another.
+    """
+    content = read_bytes(address)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise PmdError(f"{address} has other bytes than it should; pmd verify says more")
+    return content

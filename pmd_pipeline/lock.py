@@ -1,0 +1,203 @@
+"""A dataset becomes a kit: everything but its images."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import chain
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.format import (
+    CodesReport,
+    FileDigest,
+    Manifest,
+    ShardEntry,
+    Timing,
+    canonical_json,
+    part_name,
+)
+from pmd_pipeline.index import load_index
+from pmd_pipeline.kit import (
+    KIT,
+    UNKNOWABLE,
+    Kit,
+    KitPart,
+    caption_sha256,
+    checked,
+    counts_of,
+    rows_bytes,
+)
+from pmd_pipeline.manifest import load_manifest, located
+from pmd_pipeline.members import Members
+from pmd_pipeline.parallel import Pool, Tick, in_order
+from pmd_pipeline.progress import Show
+from pmd_pipeline.shards import LEDGER
+from pmd_pipeline.storage import join, open_read, read_bytes, write_whole
+
+
+@dataclass(frozen=True)
+class LockTask:
+    """One shard to take the images out of.
+
+    Args:
+        address: of the tar.
+        index: Parquet file of the index that has the same records, if there is one.
+        folder: of the kit.
+        hashed: leave captions out, too.
+    """
+
+    entry: ShardEntry
+    address: str
+    index: str | None
+    folder: str
+    hashed: bool
+
+    def __str__(self) -> str:
+        return f"part {self.entry.part} of {self.entry.source}"
+
+
+def lock(path: str, folder: str, pool: Pool, show: Show, *, hashed: bool = False) -> Kit:
+    """Write the kit of the dataset of the manifest at `path` into `folder`.
+
+    Of one dataset the kit is always the same, byte by byte, by one version of pyarrow. The names
+    that images have in upstream's archives come from the index, where `pmd build` has left it;
+    without it, images without an address cannot be found again.
+
+    Args:
+        hashed: write sha256 in place of captions. Such a kit proves what captions somebody has.
+
+    Raises:
+        PmdError: the shards are not those of the manifest, or hold texts.
+    """
+    manifest = load_manifest(path)
+    if manifest.kind == "text":
+        raise PmdError(f"{path} holds texts, and a kit is what is left of images: copy the shards")
+    indexes = {name: _index_files(path, manifest, name) for name in manifest.sources}
+    tasks = [
+        LockTask(
+            entry=shard,
+            address=located(path, shard.path),
+            index=indexes[shard.source].get(shard.part),
+            folder=folder,
+            hashed=hashed,
+        )
+        for shard in manifest.shards
+    ]
+    with show.stage("lock", "bytes", sum(shard.num_bytes for shard in manifest.shards)) as stage:
+        parts = in_order(pool, lock_part, tasks, stage.watch)
+        stage.settled({"bytes": sum(shard.num_bytes for shard in manifest.shards)})
+    shards = [
+        shard.model_copy(update={"path": f"shards/{shard.source}/{part_name(shard.part)}.tar"})
+        for shard in manifest.shards
+    ]
+    kit = Kit(
+        captions="sha256" if hashed else "text",
+        manifest=manifest.model_copy(update={"shards": shards}),
+        parts=parts,
+    )
+    kit = kit.model_copy(update={"digest": kit.computed_digest()})
+    write_whole(join(folder, KIT), (kit.model_dump_json(indent=1) + "\n").encode())
+    return kit
+
+
+def lock_part(task: LockTask, tick: Tick) -> KitPart:
+    """Write the files of one shard into the kit.
+
+    Raises:
+        PmdError: the shard is not the one of the manifest.
+    """
+    entry, name = task.entry, part_name(task.entry.part)
+    base = task.address.removesuffix(".tar")
+    ledger = checked(f"{base}.parquet", entry.ledger_sha256)
+    rows: list[dict[str, Any]] = pq.read_table(BytesIO(ledger), schema=LEDGER).to_pylist()
+    files = _files(task.index) if task.index else {}
+    samples = _samples(task.address, entry.sha256, tick)
+    locked = [_row(row, samples, files, hashed=task.hashed) for row in rows]
+    content = rows_bytes(locked)
+    write_whole(join(task.folder, entry.source, f"{name}.parquet"), content)
+    codes = None
+    if entry.codes_sha256:
+        report = CodesReport.model_validate_json(read_bytes(f"{base}.codes.json"))
+        codes = report.model_copy(update={"timing": Timing()})
+        write_whole(
+            join(task.folder, entry.source, report.file.name),
+            checked(f"{base}.codes.safetensors", entry.codes_sha256),
+        )
+    return KitPart(
+        source=entry.source,
+        part=entry.part,
+        counts=counts_of(rows),
+        rows=FileDigest.of(f"{name}.parquet", content),
+        codes=codes,
+    )
+
+
+def _index_files(path: str, manifest: Manifest, source: str) -> dict[int, str]:
+    """Where `pmd build` leaves the index beside the shards: its Parquet files by part."""
+    shard = next((one for one in manifest.shards if one.source == source), None)
+    if shard is None:
+        return {}
+    data = located(path, shard.path).rsplit("/", 3)[0]
+    folder = join(data, "index", source)
+    index = load_index(folder)
+    return {part.part: join(folder, part.kept.name) for part in index.parts} if index else {}
+
+
+def _files(index: str) -> dict[str, str]:
+    """The name that each record's image has in upstream's archives, by key."""
+    with open_read(index) as file:
+        batches = pq.ParquetFile(file).iter_batches(columns=["key", "file"])
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        return {row["key"]: row["file"] for row in rows if row["file"]}
+
+
+def _samples(address: str, sha256: str, tick: Tick) -> dict[str, dict[str, Any]]:
+    """The JSON of each sample of a tar by key, with the sha256 of its picture."""
+    pictures: dict[str, str] = {}
+    described: dict[str, bytes] = {}
+    with open_read(address) as tar:
+        members = Members(tar)
+        for member, content in members:
+            key, _, extension = member.name.partition(".")
+            if extension == "jpg":
+                pictures[key] = hashlib.sha256(content).hexdigest()
+            elif extension == "json":
+                described[key] = content
+            tick({"bytes": members.num_bytes})
+        if members.sha256 != sha256:
+            raise PmdError(f"{address} is not the shard of the manifest; pmd verify says more")
+    return {
+        key: {**json.loads(content), "stored_sha256": pictures[key]}
+        for key, content in described.items()
+    }
+
+
+def _row(
+    row: Mapping[str, Any],
+    samples: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, str],
+    *,
+    hashed: bool,
+) -> dict[str, Any]:
+    """A row of the ledger with what it takes to make its sample again."""
+    sample = samples.get(row["key"], {})
+    captions, caption = sample.get("captions"), row["caption"]
+    if hashed:
+        captions = None if captions is None else [caption_sha256(one) for one in captions]
+        caption = None if caption is None else caption_sha256(caption)
+    meta = sample.get("meta")
+    return {
+        **{name: row[name] for name in row if name not in UNKNOWABLE},
+        "caption": caption,
+        "file": files.get(row["key"]),
+        "licence": sample.get("licence"),
+        "meta": None if meta is None else canonical_json(meta),
+        "captions": captions,
+        "fields": sample.get("fields"),
+        "boxes": sample.get("boxes"),
+        "stored_sha256": sample.get("stored_sha256"),
+    }

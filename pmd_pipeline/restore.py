@@ -1,0 +1,291 @@
+"""One shard made again from a kit: fetched, accepted by its sha256, put where it was."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pmd_pipeline.build import PartTask, build_part, done_report
+from pmd_pipeline.code_checks import code_tensors
+from pmd_pipeline.codes import codes_dependency
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.format import (
+    FORMAT,
+    WORKED,
+    CodesReport,
+    Counts,
+    FileDigest,
+    Report,
+    ShardEntry,
+    digest,
+    part_name,
+)
+from pmd_pipeline.kit import KitPart, counts_of, kit_file, kit_rows
+from pmd_pipeline.parallel import Tick
+from pmd_pipeline.recipe import Recipe
+from pmd_pipeline.records import KEPT, IndexPart
+from pmd_pipeline.shards import LEDGER, ledger_bytes
+from pmd_pipeline.storage import join, open_read, read_bytes, remove, sizes, write_whole
+from pmd_pipeline.tokenizers.weights import tensor_file
+
+_NO_FILE = FileDigest(name="", sha256="", num_bytes=0)
+
+
+@dataclass(frozen=True)
+class RestoreTask:
+    """One shard of a kit.
+
+    Args:
+        kit: folder of the kit.
+        entry: what the kit's manifest says of the shard.
+        scratch: folder for what lies between kit and shard: the part's index, the list of what is
+            missing.
+        shards: folder of the source's shards.
+        places: where images are looked for, in order; see `PartTask`.
+        stamps: tell the places apart.
+    """
+
+    kit: str
+    part: KitPart
+    entry: ShardEntry
+    recipe: Recipe
+    scratch: str
+    shards: str
+    places: tuple[str, ...]
+    catalogues: tuple[tuple[str, str], ...]
+    stamps: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"part {self.name} of {self.part.source}"
+
+    @property
+    def name(self) -> str:
+        """What the files of the part share."""
+        return part_name(self.part.part)
+
+    @property
+    def missing(self) -> str:
+        """Where the images that could not be had are listed."""
+        return join(self.scratch, missing_name(self.part.part))
+
+    @property
+    def dependency(self) -> str:
+        """Digest of all that the shard depends on."""
+        rules = self.recipe.shard_rules()
+        rows = self.part.rows.sha256
+        return digest({"format": FORMAT, "kit": rows, "rules": rules, "places": self.stamps})
+
+
+@dataclass
+class Restored:
+    """What became of one shard of a kit.
+
+    Args:
+        entry: of the shard as it is now; its path is its address.
+        codes: of its images, if they could be taken over.
+        missing: images that the kit has and the shard has not, by reason.
+        otherwise: images made of the same bytes, but stored as another JPEG.
+        hashes: the first 64 bits of the sha256 of each image as fetched.
+    """
+
+    report: Report
+    entry: ShardEntry
+    codes: CodesReport | None = None
+    missing: Counter[str] = field(default_factory=Counter)
+    otherwise: int = 0
+    hashes: bytes = b""
+
+
+def missing_name(part: int) -> str:
+    """The name of the list of a part's missing images: a line of JSON each."""
+    return f"{part_name(part)}.missing.jsonl"
+
+
+def restore_part(task: RestoreTask, tick: Tick) -> Restored:
+    """The shard of one part of a kit, with its ledger, report and codes; built only once.
+
+    Raises:
+        PmdError: a file of the kit is not the one it was made with, or nothing can be written.
+    """
+    wanted = kit_rows(task.kit, task.part)
+    outer = _part_task(task, _NO_FILE, 0)
+    report = done_report(outer, sizes(task.shards)) or _built(task, wanted, tick)
+    ledger = read_bytes(join(task.shards, report.ledger.name))
+    rows = pq.read_table(BytesIO(ledger), schema=LEDGER).to_pylist()
+    entry = task.entry.model_copy(
+        update={
+            "path": join(task.shards, report.tar.name),
+            "sha256": report.tar.sha256,
+            "num_bytes": report.tar.num_bytes,
+            "ledger_sha256": report.ledger.sha256,
+            "records": report.records,
+            "images": report.images,
+            "pairs": report.counts.kept,
+        }
+    )
+    found = Restored(report, entry)
+    same = _same_pictures(task, entry, wanted, rows)
+    found.otherwise = entry.images - len(same)
+    hashes = {int(row["sha256"][:16], 16) for row in rows if row["status"] == WORKED}
+    found.hashes = np.array(sorted(hashes), dtype=np.uint64).tobytes()
+    _list_missing(task, wanted, rows, found)
+    if not found.otherwise:
+        found.codes = _codes(task, entry, wanted, same)
+    return found
+
+
+def _built(task: RestoreTask, wanted: Sequence[Mapping[str, Any]], tick: Tick) -> Report:
+    """Build the part from the records that have an image, then put the others into the ledger."""
+    index = _index_bytes([row for row in wanted if row["status"] == WORKED])
+    kept = FileDigest.of(f"kept-{task.name}.parquet", index)
+    write_whole(join(task.scratch, kept.name), index)
+    inner = _part_task(task, kept, sum(row["status"] == WORKED for row in wanted))
+    report = build_part(inner, tick)
+    remove(join(task.shards, f"{task.name}.json"))  # the ledger that it vouches for is replaced
+    content = read_bytes(join(task.shards, report.ledger.name))
+    made = {row["key"]: row for row in pq.read_table(BytesIO(content)).to_pylist()}
+    rows = [_ledger_row(row, made.get(row["key"])) for row in wanted]
+    ledger = ledger_bytes(rows)
+    write_whole(join(task.shards, report.ledger.name), ledger)
+    report = report.model_copy(
+        update={
+            "dependency": task.dependency,
+            "counts": counts_of(rows),
+            "records": len(rows),
+            "ledger": FileDigest.of(report.ledger.name, ledger),
+        }
+    )
+    write_whole(join(task.shards, f"{task.name}.json"), report.model_dump_json(indent=1).encode())
+    return report
+
+
+def _part_task(task: RestoreTask, kept: FileDigest, records: int) -> PartTask:
+    part = IndexPart(
+        part=task.part.part,
+        records=records,
+        bare=0,
+        counts=Counts(),
+        kept=kept,
+        dropped=_NO_FILE,
+    )
+    return PartTask(
+        recipe=task.recipe,
+        index=task.scratch,
+        part=part,
+        limit=None,
+        shards=task.shards,
+        places=task.places,
+        catalogues=task.catalogues,
+        dependency=task.dependency if kept is _NO_FILE else f"{task.dependency} unfinished",
+    )
+
+
+def _index_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows of a kit as an index file, so that the build takes them; `sha256` is now upstream's."""
+    unknown: dict[str, Any] = {"width": None, "height": None, "spans": [], "rows": []}
+    records = [{**row, **unknown} for row in rows]
+    out = BytesIO()
+    pq.write_table(pa.Table.from_pylist(records, schema=KEPT), out, compression="zstd")
+    return out.getvalue()
+
+
+def _ledger_row(wanted: Mapping[str, Any], made: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A row of the ledger: as it was where nothing was asked for, as it is now where it was.
+
+    A redirect that has another end today does not make another image.
+    """
+    if made is None:
+        return {name: wanted.get(name) for name in LEDGER.names}
+    if made["status"] != WORKED:
+        return dict(made)
+    return {**made, "final_url": wanted["final_url"]}
+
+
+def _same_pictures(
+    task: RestoreTask,
+    entry: ShardEntry,
+    wanted: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+) -> set[str]:
+    """Keys of the images that are stored with the very bytes that the kit speaks of."""
+    there = [row for row in rows if row["status"] == WORKED]
+    if entry.sha256 == task.entry.sha256:
+        return {row["key"] for row in there}
+    stored = {row["key"]: row["stored_sha256"] for row in wanted}
+    same: set[str] = set()
+    with open_read(entry.path) as tar:
+        for row in there:
+            tar.seek(row["image_offset"])
+            if hashlib.sha256(tar.read(row["image_size"])).hexdigest() == stored[row["key"]]:
+                same.add(row["key"])
+    return same
+
+
+def _list_missing(
+    task: RestoreTask,
+    wanted: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    found: Restored,
+) -> None:
+    """Count the images that are missing, and write a line of JSON for each."""
+    lines: list[str] = []
+    for before, now in zip(wanted, rows, strict=True):
+        if before["status"] == WORKED and now["status"] != WORKED:
+            found.missing[now["reason"]] += 1
+            told = {name: now[name] for name in ("key", "id", "url", "reason", "error_message")}
+            expected = {"source": task.part.source, "sha256": before["sha256"]}
+            lines.append(json.dumps({**expected, **told}, ensure_ascii=False) + "\n")
+    write_whole(task.missing, "".join(lines).encode())
+
+
+def _codes(
+    task: RestoreTask, entry: ShardEntry, wanted: Sequence[Mapping[str, Any]], same: set[str]
+) -> CodesReport | None:
+    """Take over the codes of the images that are there, all of them stored as they were."""
+    made = task.part.codes
+    if made is None:
+        return None
+    content = kit_file(task.kit, task.part, made.file)
+    if (entry.sha256, entry.ledger_sha256) != (task.entry.sha256, task.entry.ledger_sha256):
+        keys = [row["key"] for row in wanted if row["status"] == WORKED]
+        chosen = [number for number, key in enumerate(keys) if key in same]
+        content = _chosen_codes(task, made, content, chosen, entry.sha256)
+        tensors = code_tensors(content)
+        assert not isinstance(tensors, str)
+        made = made.model_copy(
+            update={
+                "dependency": codes_dependency(entry, made.rules),
+                "images": len(chosen),
+                "views": len(tensors["codes"]),
+                "file": FileDigest.of(made.file.name, content),
+            }
+        )
+    base = entry.path.removesuffix(".tar")
+    write_whole(f"{base}.codes.safetensors", content)
+    write_whole(f"{base}.codes.json", made.model_dump_json(indent=1).encode())
+    return made
+
+
+def _chosen_codes(
+    task: RestoreTask, made: CodesReport, content: bytes, chosen: Sequence[int], tar: str
+) -> bytes:
+    """The file of codes of some of the images."""
+    tensors = code_tensors(content)
+    if isinstance(tensors, str):
+        raise PmdError(f"{join(task.kit, task.part.source, made.file.name)} {tensors}")
+    first = tensors["first"]
+    views = [np.arange(first[number], first[number + 1]) for number in chosen]
+    rows = np.concatenate([np.empty(0, np.int64), *views])
+    picked = {
+        "boxes": tensors["boxes"][rows],
+        "codes": tensors["codes"][rows],
+        "first": np.cumsum([0, *map(len, views)], dtype=np.int64),
+    }
+    return tensor_file(picked, {"rules": made.rules.model_dump(mode="json"), "tar": tar})

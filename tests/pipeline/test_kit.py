@@ -1,0 +1,318 @@
+"""Lock and rebuild: the same dataset from a kit without images, or exactly what is missing."""
+
+import json
+import random
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+
+from pmd_pipeline import build, cli, images, restore
+from pmd_pipeline.code_checks import code_tensors
+from pmd_pipeline.coding import CodesRequest, code_manifest
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.kit import KIT, Kit, caption_sha256, kit_rows, load_kit
+from pmd_pipeline.lock import lock
+from pmd_pipeline.manifest import load_manifest, located
+from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.rebuild import Rebuild, rebuild
+from pmd_pipeline.record import key_of
+from pmd_pipeline.verify import verify
+
+
+def key(number):
+    return key_of("cc3m", f"http://a.test/{number}.jpg")
+
+
+def locked(manifest, folder, *, workers=1, hashed=False):
+    with open_pool("local", workers, None) as pool:
+        return lock(str(manifest), str(folder), pool, QUIET, hashed=hashed)
+
+
+def rebuilt(kit, folder, pictures, *, workers=1):
+    order = Rebuild(
+        kit=str(kit),
+        out=str(folder / "data"),
+        manifests=str(folder / "manifests"),
+        places=(str(pictures),),
+    )
+    with open_pool("local", workers, None) as pool:
+        return rebuild(order, pool, QUIET)
+
+
+def findings(manifest):
+    with open_pool("local", 1, None) as pool:
+        return [str(one) for one in verify(str(manifest), pool, QUIET)]
+
+
+def codes_by_key(manifest):
+    """The codes of each image of a dataset, by key."""
+    found = {}
+    for shard in load_manifest(str(manifest)).shards:
+        tar = Path(located(str(manifest), shard.path))
+        rows = pq.read_table(tar.with_suffix(".parquet")).to_pylist()
+        keys = [row["key"] for row in rows if row["status"] == "success"]
+        tensors = code_tensors(tar.with_suffix(".codes.safetensors").read_bytes())
+        for number, one in enumerate(keys):
+            first, stop = tensors["first"][number : number + 2]
+            found[one] = (
+                tensors["codes"][first:stop].tolist(),
+                tensors["boxes"][first:stop].tolist(),
+            )
+    return found
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A dataset of 40 pictures in five shards, of which 36 are there, with image codes."""
+    folder = tmp_path_factory.mktemp("original")
+    write_rows(folder / "raw", [*toy_rows(40), ("no address here", "nowhere")])
+    write_pictures(folder / "pictures", [f"{number}.jpg" for number in range(36)])
+    recipe = toy_recipe(part_records=8, images={"size": 32})
+    order = toy_order(folder, recipe, pictures=folder / "pictures")
+    toy_build(order)
+    request = CodesRequest(order.manifest, vocabulary=8, grid=2, views=2, runner="local", workers=1)
+    code_manifest(request, QUIET)
+    return Path(order.manifest)
+
+
+@pytest.fixture
+def kit(original, tmp_path):
+    locked(original, tmp_path / "kit")
+    return tmp_path / "kit"
+
+
+@pytest.fixture
+def pictures(original, tmp_path):
+    """A copy of the pictures, which a test may change."""
+    return Path(shutil.copytree(original.parents[1] / "pictures", tmp_path / "pictures"))
+
+
+def test_over_an_unchanged_web_the_digest_is_the_same(original, kit, pictures, tmp_path):
+    made = rebuilt(kit, tmp_path / "again", pictures)
+
+    assert made.is_same
+    assert made.manifest.digest == load_manifest(str(original)).digest
+    assert (made.missing, made.versions, made.codes_lost) == (None, [], False)
+    assert [str(one) for one in made.coverage] == ["cc3m: 36 of 36 images (100.00 %)"]
+    assert findings(made.path) == []
+    before, after = (
+        {path.name: path.read_bytes() for path in (folder / "data/shards/cc3m").iterdir()
+         if path.suffix in {".tar", ".parquet", ".safetensors"}}
+        for folder in (original.parents[1], tmp_path / "again")
+    )  # fmt: skip
+    assert before == after
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_has_changed_or_gone_is_named_exactly(original, kit, pictures, tmp_path, seed):
+    dice = random.Random(seed)
+    victims = dice.sample(range(36), 4)
+    changed, gone = set(victims[:2]), set(victims[2:])
+    for number in changed:
+        other = write_pictures(tmp_path / "other", [f"{number} new.jpg"]) / f"{number} new.jpg"
+        other.rename(pictures / f"{number}.jpg")
+    for number in gone:
+        (pictures / f"{number}.jpg").unlink()
+
+    made = rebuilt(kit, tmp_path / "again", pictures)
+
+    told = [json.loads(line) for line in Path(made.missing).read_text().splitlines()]
+    assert {(one["key"], one["reason"]) for one in told} == {
+        *((key(number), "changed") for number in changed),
+        *((key(number), "not_in_archive") for number in gone),
+    }
+    assert not made.is_same
+    assert str(made.coverage[0]) == ("cc3m: 32 of 36 images (88.89 %), 2 changed, 2 not_in_archive")
+    assert any("4 images are missing" in one for one in made.reasons())
+    assert findings(made.path) == []
+    before, after = codes_by_key(original), codes_by_key(made.path)
+    assert after == {one: before[one] for one in before if one not in {key(n) for n in victims}}
+    entry = made.manifest.sources["cc3m"]
+    assert entry.counts.unaccounted() == 0
+    assert entry.images == 32
+
+
+def test_what_had_failed_is_not_asked_for_again(original, kit, pictures, tmp_path):
+    write_pictures(pictures, [f"{number}.jpg" for number in range(36, 40)])
+
+    assert rebuilt(kit, tmp_path / "again", pictures).is_same
+
+
+def test_a_rebuild_goes_on_where_it_was(kit, pictures, tmp_path, monkeypatch):
+    rebuilt(kit, tmp_path / "again", pictures)
+    shards = tmp_path / "again" / "data" / "shards" / "cc3m"
+    (shards / "00002.json").unlink()
+    built = []
+
+    def counted(task, tick):
+        built.append(task.part.part)
+        return build.build_part(task, tick)
+
+    monkeypatch.setattr(restore, "build_part", counted)
+
+    assert rebuilt(kit, tmp_path / "again", pictures).is_same
+    assert built == [2]
+
+
+@pytest.mark.parametrize("file", ["00001.parquet", "00001.json", "00001.codes.json"])
+def test_a_rebuild_that_ends_at_any_file_is_no_harm(kit, pictures, tmp_path, monkeypatch, file):
+    times = Counter()
+
+    def write(address, content):
+        times[address.rpartition("/")[2]] += 1
+        if address.endswith(f"cc3m/{file}") and "shards" in address:
+            raise KeyboardInterrupt
+        original_write(address, content)
+
+    original_write = restore.write_whole
+    monkeypatch.setattr(restore, "write_whole", write)
+    with pytest.raises(KeyboardInterrupt):
+        rebuilt(kit, tmp_path / "again", pictures)
+    monkeypatch.undo()
+
+    assert rebuilt(kit, tmp_path / "again", pictures).is_same
+
+
+def test_a_kit_is_the_same_for_any_number_of_workers_and_anywhere(original, tmp_path):
+    shutil.copytree(original.parents[1], tmp_path / "moved")
+
+    one = locked(original, tmp_path / "one")
+    two = locked(tmp_path / "moved/manifests/cc3m.json", tmp_path / "two", workers=2)
+
+    assert one == two
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
+    assert len(files) == 1 + 2 * len(one.parts)
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_kit_works_under_any_address(original, kit, pictures, tmp_path):
+    made = locked(original, "memory://kits/toy")
+
+    assert load_kit("memory://kits/toy") == made
+    assert rebuilt("memory://kits/toy", tmp_path / "again", pictures).is_same
+
+
+def test_a_kit_holds_no_image_and_a_kit_of_hashes_no_caption(original, kit, tmp_path):
+    hashed = locked(original, tmp_path / "hashed", hashed=True)
+
+    for folder in (kit, tmp_path / "hashed"):
+        assert not [path for path in folder.rglob("*.*") if b"\xff\xd8\xff" in path.read_bytes()]
+    rows = kit_rows(str(tmp_path / "hashed"), hashed.parts[0])
+    with_captions = kit_rows(str(kit), load_kit(str(kit)).parts[0])
+    for row, other in zip(rows, with_captions, strict=True):
+        assert "picture" not in str({**row, "url": "", "id": ""})
+        assert row["caption"] == caption_sha256(other["caption"])
+        assert row["captions"] == (other["captions"] and [*map(caption_sha256, other["captions"])])
+    assert locked(original, tmp_path / "again", hashed=True).digest == hashed.digest
+    with pytest.raises(PmdError, match="lock yours with --hash-captions"):
+        rebuilt(tmp_path / "hashed", tmp_path / "none", tmp_path)
+
+
+def test_another_version_of_a_library_is_told(kit, pictures, tmp_path, monkeypatch):
+    told = {**build.versions(), "pillow": "0.1"}
+    monkeypatch.setattr(build, "versions", lambda: told)
+
+    made = rebuilt(kit, tmp_path / "again", pictures)
+
+    assert not made.is_same
+    assert any(one.startswith("made with pillow 0.1 instead of ") for one in made.reasons())
+
+
+def test_pictures_stored_otherwise_are_counted_and_get_no_codes(
+    kit, pictures, tmp_path, monkeypatch
+):
+    encode = images.jpeg
+    monkeypatch.setattr(images, "jpeg", lambda pixels, quality: encode(pixels, quality - 10))
+
+    made = rebuilt(kit, tmp_path / "again", pictures)
+
+    assert made.codes_lost
+    assert "36 stored as another JPEG" in str(made.coverage[0])
+    assert any("pmd codes" in one for one in made.reasons())
+    assert findings(made.path) == []
+
+
+def test_a_damaged_shard_is_not_locked(original, tmp_path):
+    shutil.copytree(original.parents[1], tmp_path / "copy")
+    tar = tmp_path / "copy" / "data" / "shards" / "cc3m" / "00001.tar"
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    tar.write_bytes(content)
+
+    with pytest.raises(PmdError, match=r"00001\.tar is not the shard of the manifest"):
+        locked(tmp_path / "copy" / "manifests" / "cc3m.json", tmp_path / "kit")
+    assert not (tmp_path / "kit" / KIT).exists()
+
+
+@pytest.mark.parametrize("name", ["cc3m/00003.parquet", "cc3m/00003.codes.safetensors"])
+def test_a_damaged_kit_is_one_sentence(kit, pictures, tmp_path, name):
+    content = bytearray((kit / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (kit / name).write_bytes(content)
+
+    with pytest.raises(PmdError, match=f"{name} has other bytes than it should"):
+        rebuilt(kit, tmp_path / "again", pictures)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda kit: kit["parts"][0].update(part=7), "was changed"),
+        (lambda kit: kit["parts"].pop(), "has other parts than its manifest has shards"),
+        (lambda kit: kit["parts"][0]["rows"].update(name="../../x"), "names files that no kit has"),
+        (lambda kit: kit.update(format="x"), "is no kit of this version"),
+    ],
+)
+def test_a_kit_that_somebody_made_up_is_one_sentence(kit, pictures, tmp_path, change, told):
+    content = json.loads((kit / KIT).read_text())
+    change(content)
+    if "changed" not in told and "version" not in told:
+        made = Kit.model_validate(content)
+        content["digest"] = made.computed_digest()
+    (kit / KIT).write_text(json.dumps(content))
+
+    with pytest.raises(PmdError, match=told):
+        rebuilt(kit, tmp_path / "again", pictures)
+    assert not (tmp_path / "again").exists()
+
+
+def test_texts_have_no_kit(original, tmp_path):
+    shutil.copytree(original.parents[1] / "manifests", tmp_path / "manifests")
+    path = tmp_path / "manifests" / "cc3m.json"
+    texts = load_manifest(str(path)).model_copy(update={"kind": "text"})
+    path.write_text(texts.model_copy(update={"digest": texts.computed_digest()}).model_dump_json())
+
+    with pytest.raises(PmdError, match="holds texts"):
+        locked(path, tmp_path / "kit")
+
+
+def test_the_commands_lock_and_rebuild(original, pictures, tmp_path, monkeypatch, capsys):
+    def pmd(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pmd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return left.value.code, capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    where = ["--images", pictures, "--runner", "local", "--workers", 1, "--quiet"]
+    code, printed = pmd("lock", original, "--out", "kit", "--workers", 1)
+    same, made = pmd("rebuild", "kit", *where)
+    (pictures / "7.jpg").unlink()
+    other, lacks = pmd("rebuild", "kit", "--out", "b", "--manifests", "b", *where, "--json")
+    none, refused = pmd("rebuild", "nowhere", *where)
+
+    digest = load_manifest(str(original)).digest
+    assert (code, printed.out.split()[0]) == (0, "kit")
+    assert (same, made.out.splitlines()[-1]) == (0, f"manifests/cc3m.json  {digest}")
+    assert made.err == "the same dataset: the digest is that of the kit\n"
+    facts = json.loads(lacks.out)
+    assert (other, facts["expected"], facts["same"]) == (1, digest, False)
+    assert facts["coverage"][0]["missing"] == {"not_in_archive": 1}
+    assert "1 images are missing; b/cc3m.missing.jsonl names each" in lacks.err
+    assert (none, refused.err.count("\n")) == (2, 1)
