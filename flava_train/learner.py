@@ -23,7 +23,7 @@ from flava_train.metrics import Figures
 from flava_train.model import Flava
 from flava_train.optimizer import learning_rate
 from flava_train.ranks import Ranks, gradient_norm, scale, total
-from flava_train.run import write_whole
+from flava_train.run import Stop, write_whole
 from flava_train.step import train_step
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -49,7 +49,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     progress: Progress
 
-    def learn(self, batch: Batch, *, stop: bool) -> tuple[Figures, bool]:
+    def learn(self, batch: Batch, stop: Stop) -> tuple[Figures, bool]:
         """Take one step; what it found, and whether any rank was told to stop.
 
         Raises:
@@ -59,7 +59,7 @@ class Learner:
         figures: dict[str, Any] = {"step": batch.step, "stream": batch.stream}
         if batch.step in self.config.skip:
             self._advance()
-            return figures | {"skipped": True}, bool(self._agreed([], stop=stop)[-1])
+            return figures | {"skipped": True}, bool(self._agreed([], stop)[-1])
         rate = learning_rate(self.config.optimizer, batch.step, self.config.steps)
         pieces = cut(batch.rows, self.config.micro, self._widths)
         losses = train_step(
@@ -69,7 +69,7 @@ class Learner:
             autocast=AUTOCAST[self.config.compute.precision],
             loss_scale=self._loss_scale(),
         )
-        *found, norm, temperature, stopping = self._agreed(list(losses.values()), stop=stop)
+        *found, norm, temperature, stopping = self._agreed(list(losses.values()), stop)
         named = dict(zip(losses, found, strict=True))
         updated = self._update(batch, rate, named, norm)
         self._advance()
@@ -112,13 +112,13 @@ class Learner:
         """Write a checkpoint."""
         save(run, self.progress, self.model, self.optimizer, keep=self.config.checkpoint.keep)
 
-    def _agreed(self, losses: Sequence[torch.Tensor], *, stop: bool) -> list[float]:
+    def _agreed(self, losses: Sequence[torch.Tensor], stop: Stop) -> list[float]:
         """Losses of the global batch, norm and temperature, and how many ranks were to stop.
 
         This waits for the device, once.
         """
         device = self.ranks.device
-        told = torch.tensor(float(stop), device=device)
+        told = torch.tensor(float(stop.signal is not None), device=device)
         summed = total(torch.stack([*losses, told]).double())
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = gradient_norm(gradients, device) / self.progress.loss_scale

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.live import Live
@@ -26,6 +25,7 @@ Figures = Mapping[str, Any]
 """Names and values of one step, or of one evaluation."""
 
 
+@runtime_checkable  # the tests check every argument
 class Board(Protocol):
     """Whoever is shown what steps and evaluations found."""
 
@@ -37,7 +37,7 @@ class Board(Protocol):
 
 
 class Metrics:
-    """Shows figures to all who want them; a context, which ends by closing.
+    """Shows figures to all who want them.
 
     Args:
         run: folder of the run.
@@ -54,19 +54,6 @@ class Metrics:
         self._terminal = Terminal(config.steps) if writes and not quiet else None
         found = [self._lines, self._terminal, *(boards(run, config, steps) if writes else ())]
         self._boards: list[Board] = [board for board in found if board]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with ExitStack() as closing:
-            for board in self._boards:
-                closing.callback(board.close)
 
     def show(self, figures: Figures) -> None:
         """Take up what a step or an evaluation found.
@@ -85,6 +72,12 @@ class Metrics:
         """Wait until all lines are on the disk; a checkpoint must not know more than they."""
         if self._lines:
             self._lines.sync()
+
+    def close(self) -> None:
+        """Finish with all."""
+        with ExitStack() as closing:
+            for board in self._boards:
+                closing.callback(board.close)
 
 
 class Lines:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812  # its name in all of PyTorch's documentation
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flava_train.shapes import Bool, Float, Int, Shaped
 
@@ -139,12 +140,17 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Blocks, and the normalisation that follows the last."""
+    """Blocks, and the normalisation that follows the last.
+
+    With `recompute`, activations inside blocks are not kept for the backward pass, but computed
+    again.
+    """
 
     def __init__(self, tower: TowerConfig, eps: float) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(tower, eps) for _ in range(tower.layers))
         self.norm = LayerNorm(tower.width, eps)
+        self.recompute = False
 
     def run(
         self,
@@ -162,7 +168,11 @@ class Encoder(nn.Module):
         mask = None if keep is None else _attention_mask(keep, x.dtype)
         last = len(self.blocks) - 1
         for number, block in enumerate(self.blocks):
-            x = block(x, mask, at if number == last else None)
+            where = at if number == last else None
+            if self.recompute:
+                x = checkpoint(block, x, mask, where, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, mask, where)
         return x
 
 

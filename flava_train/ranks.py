@@ -96,6 +96,7 @@ def shard(model: Flava, device: torch.device) -> None:
         fully_shard(part, mesh=mesh, reshard_after_forward=False)
         assert isinstance(part, FSDPModule)
         part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(enable=True)  # gloo has no other
     # about views changed in place, which no caller of a head does
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
 

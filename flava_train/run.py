@@ -1,10 +1,12 @@
-"""The folder of a run: what is in it besides checkpoints and metrics, and who may write there."""
+"""The folder of a run, who may write there, and who may stop it."""
 
 import fcntl
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from uuid import uuid4
 
 from flava_train.errors import FlavaError
@@ -23,6 +25,29 @@ def write_whole(path: Path, content: bytes) -> None:
         tmp.replace(path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+class Stop:
+    """Which signal told the run to stop, if one did."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def told_to_stop() -> Iterator[Stop]:
+    """Take note of SIGTERM and Ctrl-C; a second Ctrl-C ends at once."""
+    stop = Stop()
+
+    def note(number: int, _: FrameType | None) -> None:
+        stop.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The model as a run begins with it: drawn anew, or with weights of others in it."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -9,13 +8,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as computed_again
 
 from flava_train.checkpoint import find, load_progress, load_weights, newest
 from flava_train.config import ModelConfig, TrainConfig
 from flava_train.errors import FlavaError
 from flava_train.hf import load_hf
-from flava_train.model import Block, Flava, FlavaConfig, load_dino
+from flava_train.model import Flava, FlavaConfig, load_dino
 
 
 def beginning(config: TrainConfig, tokenizer: str, *, from_scratch: bool) -> Flava:
@@ -34,13 +32,8 @@ def beginning(config: TrainConfig, tokenizer: str, *, from_scratch: bool) -> Fla
     model = Flava(config.model)
     if from_scratch:
         _take_weights(model, config, tokenizer)
-    if config.compute.recompute:
-        for block in model.modules():
-            if isinstance(block, Block):
-                again = partial(
-                    computed_again, block.forward, use_reentrant=False, preserve_rng_state=False
-                )
-                block.forward = again  # type: ignore[method-assign]  # hooks and names stay
+    for encoder in (model.image, model.text, model.multimodal):
+        encoder.recompute = config.compute.recompute
     return model
 
 

@@ -1,11 +1,9 @@
 """A run: from a configuration to checkpoints and metrics. Read `train` first."""
 
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from flava_train.checkpoint import (
@@ -27,7 +25,7 @@ from flava_train.metrics import Metrics
 from flava_train.model import FlavaConfig
 from flava_train.optimizer import adamw
 from flava_train.ranks import Ranks, as_rank_0_has_it, joined, shard
-from flava_train.run import CONFIG, VOCABULARY, only_writer, write_whole
+from flava_train.run import CONFIG, VOCABULARY, only_writer, told_to_stop, write_whole
 from flava_train.shards import load_manifest
 from flava_train.start import beginning
 from flava_train.text import load_wordpiece
@@ -103,7 +101,7 @@ def train(
             workers=config.data.workers,
         )
         with (
-            Metrics(run, config, first, quiet=quiet, writes=ranks.writes) as metrics,
+            closing(Metrics(run, config, first, quiet=quiet, writes=ranks.writes)) as metrics,
             closing(steps),  # type: ignore[type-var]  # a generator
         ):
             metrics.say(f"{run}: step {first:,} of {config.steps:,}, {ranks.size} x {ranks.device}")
@@ -111,7 +109,7 @@ def train(
                 metrics.say(change)
             for batch in steps:
                 try:
-                    figures, stopping = learner.learn(batch, stop=stop.signal is not None)
+                    figures, stopping = learner.learn(batch, stop)
                 except NotFinite:
                     metrics.sync()
                     learner.save(run)  # what was learnt before is sound
@@ -154,29 +152,6 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, Streams]:
         model = replace(model, image_vocab=size)
     streams = Streams(data, config.objective, model, seed=config.seed, batch=config.batch)
     return replace(config, model=model), streams
-
-
-class Stop:
-    """Which signal told the run to stop, if one did."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def told_to_stop() -> Iterator[Stop]:
-    """Take note of SIGTERM and Ctrl-C; a second Ctrl-C ends at once."""
-    stop = Stop()
-
-    def note(number: int, _: FrameType | None) -> None:
-        stop.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _learner(

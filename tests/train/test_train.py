@@ -1,0 +1,428 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import command, losses, run, said, told, write_world
+from tiny import TINY
+
+from flava_train import learner
+from flava_train.checkpoint import find, load_progress, load_weights
+from flava_train.config import OptimizerConfig, checked
+from flava_train.errors import FlavaError
+from flava_train.loader import batches
+from flava_train.model import Flava
+from flava_train.optimizer import adamw, learning_rate
+from flava_train.run import only_writer
+from flava_train.start import beginning, read_tensors
+from flava_train.train import open_data, train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    """A run of eight steps that nobody disturbed."""
+    config = told(world, tmp_path_factory.mktemp("alone") / "run")
+    train(config, quiet=True)
+    return Path(config.out)
+
+
+def weights(place):
+    return read_tensors(find(place) / "model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+SHORT = OptimizerConfig(lr=8e-4, warmup=10, end=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_schedule_meets_its_ends_exactly(schedule):
+    config = replace(SHORT, schedule=schedule)
+
+    assert learning_rate(config, 0, 100) == 8e-5
+    assert learning_rate(config, 9, 100) == 8e-4
+    assert learning_rate(config, 100, 100) == 1e-5
+    rates = [learning_rate(config, step, 100) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_half_way_down_both_schedules_are_half_way():
+    for schedule in ("cosine", "linear"):
+        config = replace(SHORT, schedule=schedule, warmup=0, end=0.0)
+
+        assert learning_rate(config, 50, 100) == pytest.approx(4e-4, rel=1e-12)
+
+
+def test_a_constant_schedule_stays_at_the_top():
+    config = replace(SHORT, schedule="constant")
+
+    assert {learning_rate(config, step, 100) for step in range(9, 100)} == {8e-4}
+
+
+def test_only_weights_of_linear_layers_are_decayed():
+    model = Flava(TINY)
+    optimizer = adamw(model, OptimizerConfig(weight_decay=0.1))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    decayed, others = (
+        {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+        & {
+            names[id(p)]
+            for g in optimizer.param_groups
+            if g["weight_decay"] == d
+            for p in g["params"]
+        }
+        for d in (0.1, 0.0)
+    )
+
+    assert decayed | others == set(names.values())
+    assert all(name.endswith("weight") for name in decayed)
+    assert {"image.patches.weight", "text.blocks.0.qkv.weight", "itm_head.classifier.weight"} <= (
+        decayed
+    )
+    assert {
+        "logit_scale",
+        "image.cls",
+        "image.mask",
+        "image.positions",
+        "text.words.weight",
+        "text.positions.weight",
+        "text.blocks.0.norm1.weight",
+        "multimodal.cls",
+    } <= others
+
+
+def test_all_parameters_are_decayed_if_told_so():
+    optimizer = adamw(Flava(TINY), OptimizerConfig(weight_decay=0.1, decay_all=True))
+
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
+
+
+def test_losses_begin_where_guessing_leaves_them(alone):
+    seen = {name: loss for one in reversed(losses(alone)) for name, loss in one.items()}
+
+    assert seen["contrastive"] == pytest.approx(math.log(8), abs=0.3)
+    assert seen["mmm_image"] == pytest.approx(math.log(67), abs=0.3)
+    assert seen["itm"] == pytest.approx(math.log(2), abs=0.3)
+
+
+def test_every_step_is_told_once(alone):
+    assert [line["step"] for line in said(alone)] == list(range(8))
+
+
+def test_micro_batches_change_memory_and_not_losses(world, alone, tmp_path):
+    config = told(world, tmp_path / "run", {"micro": 3})
+
+    train(config, quiet=True)
+
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(alone), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_recomputing_activations_changes_nothing(world, alone, tmp_path):
+    train(told(world, tmp_path / "run", {"compute.recompute": True}), quiet=True)
+
+    assert losses(tmp_path / "run") == losses(alone)
+
+
+COMPILED = """
+import sys
+
+sys.path.insert(0, {here!r})
+import torch
+from tiny import farthest, flava, gradients, pairs
+
+from flava_train.losses import Objective
+from flava_train.step import train_step
+
+plain, model = flava(), flava()
+for encoder in (model.image, model.text, model.multimodal):
+    encoder.recompute = True
+model.compile_regions(backend="aot_eager")
+for one in (plain, model):
+    train_step(one, [pairs(4)], Objective())
+print(farthest(gradients(plain), gradients(model)) < 1e-10)
+"""
+
+
+@pytest.mark.slow
+def test_blocks_may_be_recomputed_and_compiled():
+    script = COMPILED.format(here=str(Path(__file__).parent))
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_about_the_same(world, alone, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr("flava_train.train.FIRST_LOSS_SCALE", 8.0)  # embeddings begin very alike
+    train(told(world, tmp_path / "run", {"compute.precision": precision}), quiet=True)
+
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(alone), strict=True):
+        assert ours == pytest.approx(theirs, abs=0.05)
+
+
+def test_an_overflow_of_float16_is_passed_over(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("flava_train.train.FIRST_LOSS_SCALE", 2.0**60)
+    config = told(world, tmp_path / "run", {"compute.precision": "fp16", "steps": 3})
+
+    train(config, quiet=True)
+
+    lines = said(tmp_path / "run")
+    assert [line["updated"] for line in lines] == [False, False, False]
+    assert [line["loss_scale"] for line in lines] == [2.0**59, 2.0**58, 2.0**57]
+    fresh = beginning(open_data(config)[0], "", from_scratch=True)
+    assert same(weights(tmp_path / "run"), dict(fresh.state_dict()))
+
+
+def test_the_loss_scale_doubles_after_enough_good_steps(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(learner, "LOSS_SCALE_STEPS", 2)
+    monkeypatch.setattr("flava_train.train.FIRST_LOSS_SCALE", 8.0)
+
+    train(told(world, tmp_path / "run", {"compute.precision": "fp16", "steps": 5}), quiet=True)
+
+    assert [line["loss_scale"] for line in said(tmp_path / "run")] == [
+        8.0,
+        16.0,
+        16.0,
+        32.0,
+        32.0,
+    ]
+
+
+def test_a_gradient_is_clipped_to_its_greatest_norm(world, tmp_path, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def noted(self, *rest):
+        gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+
+    train(told(world, tmp_path / "run", {"optimizer.clip": 0.5}), quiet=True)
+
+    assert norms == pytest.approx([min(0.5, line["grad_norm"]) for line in said(tmp_path / "run")])
+    assert max(line["grad_norm"] for line in said(tmp_path / "run")) > 0.5
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Makes the losses of the given call of `train_step` NaN."""
+
+    def poison(at):
+        real, calls = learner.train_step, []
+
+        def step(*rest, **more):
+            found = real(*rest, **more)
+            calls.append(1)
+            return {n: loss * math.nan for n, loss in found.items()} if len(calls) == at else found
+
+        monkeypatch.setattr(learner, "train_step", step)
+
+    return poison
+
+
+def test_nan_stops_before_the_update_and_names_the_keys(world, tmp_path, poisoned):
+    config = told(world, tmp_path / "run", {"checkpoint.every": 100})
+    poisoned(6)
+
+    with pytest.raises(FlavaError, match=r"step 5: .* not finite") as caught:
+        train(config, quiet=True)
+
+    found = json.loads((tmp_path / "run" / "not-finite-5.json").read_text())
+    _, streams = open_data(config)
+    assert found["keys"] == [row.key for row in streams.rows(5)]
+    assert found["keys"][0] in str(caught.value)
+    assert "skip=[5]" in str(caught.value)
+    assert find(tmp_path / "run").name == "step-00000005"
+
+
+def test_learning_goes_on_after_nan_as_if_nothing_had_been(world, alone, tmp_path, poisoned):
+    config = told(world, tmp_path / "run")
+    poisoned(6)
+    with pytest.raises(FlavaError):
+        train(config, quiet=True)
+
+    train(config, quiet=True)
+
+    assert said(tmp_path / "run") == said(alone)
+
+
+def test_an_infinite_gradient_is_refused_too(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(learner, "gradient_norm", lambda *_: torch.tensor(math.inf))
+
+    with pytest.raises(FlavaError, match="step 0: grad_norm"):
+        train(told(world, tmp_path / "run"), quiet=True)
+
+
+def test_a_step_can_be_passed_over(world, alone, tmp_path):
+    train(told(world, tmp_path / "run", {"skip": [2], "steps": 4}), quiet=True)
+
+    lines = said(tmp_path / "run")
+    assert lines[2] == {"step": 2, "stream": said(alone)[2]["stream"], "skipped": True}
+    assert lines[1]["losses"] == losses(alone)[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_middle_of_a_step_saves_after_it(
+    world, alone, tmp_path, monkeypatch, number
+):
+    real, calls = learner.train_step, []
+
+    def step(*rest, **more):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return real(*rest, **more)
+
+    monkeypatch.setattr(learner, "train_step", step)
+    config = told(world, tmp_path / "run")
+
+    outcome = train(config, quiet=True)
+
+    assert (outcome.steps, outcome.signal) == (2, number)
+    assert find(tmp_path / "run").name == "step-00000002"
+    assert train(config, quiet=True).signal is None
+    assert said(tmp_path / "run") == said(alone)
+    assert same(weights(tmp_path / "run"), weights(alone))
+
+
+def test_what_a_step_saw_can_be_explained(world, tmp_path):
+    config, streams = open_data(told(world, tmp_path / "run"))
+
+    for batch in batches(streams, 0, 8):
+        rows = streams.rows(batch.step)
+        assert [row.key for row in rows] == batch.keys
+        if batch.stream == "pairs":
+            texts = [row.text for row in rows]
+            assert [row.matched for row in rows] == batch.rows.matched.tolist()
+        elif batch.stream == "texts":
+            texts = [row.text for row in rows]
+        else:
+            continue
+        encode = (
+            streams.wordpiece.encode
+            if batch.stream == "pairs"
+            else (streams.wordpiece.encode_documents)
+        )
+        tokens = batch.rows.texts.tokens if batch.stream == "pairs" else batch.rows.tokens
+        expected, _ = encode(texts, tokens.shape[1])
+        assert torch.equal(tokens, torch.from_numpy(expected))
+    assert config.model.text_vocab == len(streams.wordpiece.vocabulary)
+
+
+def test_two_runs_do_not_write_into_one_folder(world, tmp_path):
+    with only_writer(tmp_path / "run"), pytest.raises(FlavaError, match="another flava-train"):
+        train(told(world, tmp_path / "run"), quiet=True)
+
+
+def test_vocabularies_are_as_large_as_the_data_says(world, tmp_path, alone):
+    config = checked(load_progress(find(alone)).config, where="there")
+
+    assert config.model.image_vocab == 67
+    assert config.model.text_vocab == len((alone / "vocab.txt").read_text().splitlines())
+
+
+def test_unimodal_encoders_must_be_named(world, tmp_path):
+    config = told(world, tmp_path / "run", {"objective.unimodal_init": True})
+
+    with pytest.raises(FlavaError, match="name DINO's file"):
+        train(config, quiet=True)
+
+
+def test_a_text_encoder_comes_from_its_own_run(world, alone, tmp_path):
+    changes = {
+        "objective.unimodal_init": True,
+        "model.init_image": "",
+        "model.init_text": str(alone),
+    }
+    config, streams = open_data(told(world, tmp_path / "run", changes))
+
+    model = beginning(config, streams.digests["tokenizer"], from_scratch=True)
+
+    theirs = weights(alone)
+    ours = model.state_dict()
+    assert all(
+        torch.equal(ours[n], theirs[n]) == n.startswith("text.") for n in ours if "words" in n
+    )
+    assert not torch.equal(ours["image.patches.weight"], theirs["image.patches.weight"])
+    with pytest.raises(FlavaError, match="has another tokenizer"):
+        beginning(config, "other", from_scratch=True)
+
+
+def test_a_whole_model_comes_from_a_run(world, alone, tmp_path):
+    config = open_data(told(world, tmp_path / "run", {"model.weights": str(alone)}))[0]
+
+    assert same(dict(beginning(config, "", from_scratch=True).state_dict()), weights(alone))
+
+
+def test_an_image_encoder_comes_from_a_file_that_runs_no_code(world, tmp_path):
+    path = tmp_path / "dino.pth"
+    torch.save({"cls_token": torch.zeros(1), "more": os.system}, path)
+    changes = {
+        "objective.unimodal_init": True,
+        "model.init_image": str(path),
+        "model.init_text": "",
+    }
+    config = open_data(told(world, tmp_path / "run", changes))[0]
+
+    with pytest.raises(FlavaError, match=r"cannot read .*dino.pth"):
+        beginning(config, "", from_scratch=True)
+    torch.save({"cls_token": torch.zeros(1)}, path)
+    with pytest.raises(FlavaError, match="not the weights of a DINO"):
+        beginning(config, "", from_scratch=True)
+
+
+def test_a_mistake_of_the_user_is_one_line(world, tmp_path):
+    config = told(world, tmp_path / "run", {"data.pairs": str(tmp_path / "none.json")})
+
+    refused = run(config)
+
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("flava-train: ")
+    assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_ranks_learn_what_one_does(world, alone, tmp_path, shard):
+    config = told(world, tmp_path / "run", {"compute.shard": shard, "optimizer.clip": 5.0})
+    one = told(world, tmp_path / "one", {"optimizer.clip": 5.0})
+    train(one, quiet=True)
+    words = command(config)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+    done = subprocess.run(
+        [*torchrun, *words[1:]],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+    )
+
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(said(tmp_path / "run"), said(tmp_path / "one"), strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    model = Flava(open_data(config)[0].model)
+    load_weights(find(tmp_path / "run"), model)  # whole, however it was shared out
+    assert load_progress(find(tmp_path / "run")).ranks == 2
