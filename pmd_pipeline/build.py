@@ -32,14 +32,24 @@ from pmd_pipeline.format import (
 )
 from pmd_pipeline.images import Picture
 from pmd_pipeline.img2dataset import open_img2dataset
+from pmd_pipeline.optout import OptOut, load_list
 from pmd_pipeline.outcomes import DROPPED, Maker, Outcome, judged
 from pmd_pipeline.parallel import Tick
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.record import url_id
 from pmd_pipeline.records import IndexPart, IndexRecord, read_part
+from pmd_pipeline.settled import Exclusions, Settled
 from pmd_pipeline.shards import DigestingFile, Place, ShardWriter, ledger_bytes
 from pmd_pipeline.shelves import open_shelf
-from pmd_pipeline.storage import join, load_model, local_path, remove, whole_file, write_whole
+from pmd_pipeline.storage import (
+    join,
+    load_model,
+    local_path,
+    remove,
+    sizes,
+    whole_file,
+    write_whole,
+)
 
 WEB = "web"
 """The place of images that stands for HTTP."""
@@ -64,6 +74,9 @@ class PartTask:
         places: where images are looked for, in order: `web`, or paths of shelves.
         catalogues: folder of the catalogue of each place that is img2dataset's.
         dependency: digest of all that the part depends on.
+        optout: address beside which the list of images to leave out lies; None has no list.
+        again: reasons under which what failed before is asked for again; everything else of an
+            earlier build by the same dependency is taken over.
     """
 
     recipe: Recipe
@@ -74,6 +87,8 @@ class PartTask:
     places: tuple[str, ...]
     catalogues: tuple[tuple[str, str], ...]
     dependency: str
+    optout: str | None = None
+    again: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         return f"part {part_name(self.part.part)} of {self.recipe.source}"
@@ -93,15 +108,20 @@ def build_part(task: PartTask, tick: Tick) -> Report:
     """Build the shard, the ledger and, last, the report of one part."""
     started, clock = time.time(), time.monotonic()
     recipe, name = task.recipe, part_name(task.part.part)
-    remove(join(task.shards, f"{name}.json"))  # nothing may vouch for files that are being replaced
+    before = done_report(task, sizes(task.shards))
+    exclusions = exclusions_of(task)
     tally, rows = _Tally(), list[dict[str, Any]]()
     with whole_file(join(task.shards, f"{name}.tar")) as raw_tar:
         tar = DigestingFile(raw_tar)
         writer = ShardWriter(tar)
-        for record, outcome in _outcomes(task):
-            rows.append(_stored(recipe.source, record, outcome, writer, tally))
-            tick(_progress(len(rows), tally))
+        with Settled.of(exclusions, task.again, task.shards, before) as settled:
+            tally.fetched_bytes = settled.fetched_bytes
+            for record, outcome in _outcomes(task, settled):
+                rows.append(_stored(recipe.source, record, outcome, writer, tally))
+                tick(_progress(len(rows), tally))
         writer.close()
+        # nothing may vouch for files that are replaced from here on
+        remove(join(task.shards, f"{name}.json"))
     ledger = ledger_bytes(rows)
     write_whole(join(task.shards, f"{name}.parquet"), ledger)
     report = Report(
@@ -142,16 +162,28 @@ def done_report(task: PartTask, there: dict[str, int]) -> Report | None:
     return report if whole and report.dependency == task.dependency else None
 
 
+def exclusions_of(task: PartTask) -> Exclusions:
+    """What the part leaves out, whatever its bytes."""
+    listed = load_list(task.optout) if task.optout else OptOut()
+    return Exclusions(listed, tuple(task.recipe.images.licences))
+
+
 def part_dependency(
     recipe: Recipe, part: IndexPart, limit: int | None, stamps: Sequence[str]
 ) -> str:
-    """Digest of what a part depends on; `stamps` tell the places of images apart."""
+    """Digest of what a part depends on; `stamps` tell the places of images apart.
+
+    Licences and the list of images to leave out are not in it: `Exclusions.hold` says whether a
+    part still obeys them.
+    """
+    rules = recipe.shard_rules()
+    rules.get("images", {}).pop("licences", None)  # texts have neither
     return digest(
         {
             "format": FORMAT,
             "index": part.kept.sha256,
             "limit": limit,
-            "rules": recipe.shard_rules(),
+            "rules": rules,
             "places": list(stamps),
         }
     )
@@ -168,10 +200,26 @@ def versions() -> dict[str, str]:
     }
 
 
-def _outcomes(task: PartTask) -> Iterator[tuple[IndexRecord, Outcome]]:
+def _outcomes(task: PartTask, settled: Settled) -> Iterator[tuple[IndexRecord, Outcome]]:
     """Records with what became of them, in order of key."""
-    recipe = task.recipe
     records = list(read_part(task.index, task.part, task.limit))
+    fetched = _fetched(task, settled.unknown(records))
+    for record in records:
+        known = settled.outcome(record)
+        if known:
+            yield record, known
+        else:
+            _, outcome = next(fetched)
+            yield record, settled.judged(judged(record, outcome))
+
+
+def _fetched(
+    task: PartTask, records: Sequence[IndexRecord]
+) -> Iterator[tuple[IndexRecord, Outcome]]:
+    """Records with what came of fetching them, in order of key."""
+    if not records:
+        return
+    recipe = task.recipe
     is_all_web = task.places == (WEB,)
     with web_for(recipe.fetch, recipe.images) as web, ThreadPoolExecutor(_READERS) as readers:
         flow = Flow(
@@ -184,10 +232,7 @@ def _outcomes(task: PartTask) -> Iterator[tuple[IndexRecord, Outcome]]:
             folder=_folder(task.shards),
         )
         keys = _web_key if is_all_web else _own_key
-        for record, outcome in flow.outcomes(
-            records, _host if WEB in task.places else _no_host, keys
-        ):
-            yield record, judged(record, outcome)
+        yield from flow.outcomes(records, _host if WEB in task.places else _no_host, keys)
 
 
 def _asker(

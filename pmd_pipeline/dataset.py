@@ -1,20 +1,30 @@
 """A whole source, from its annotation files to its manifest, through the stages."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pmd_pipeline import annotations, sources
-from pmd_pipeline.build import WEB, PartTask, build_part, done_report, part_dependency
+from pmd_pipeline.build import (
+    WEB,
+    PartTask,
+    build_part,
+    done_report,
+    exclusions_of,
+    part_dependency,
+)
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import Manifest, Report
+from pmd_pipeline.format import FAILED, Manifest, Report
+from pmd_pipeline.hub import dataset_folder, keep_dataset
 from pmd_pipeline.imagefiles import check_images, laid_out
 from pmd_pipeline.img2dataset import catalogue, is_img2dataset
 from pmd_pipeline.index import Index, build_index
 from pmd_pipeline.leakage import KARPATHY_FILE
 from pmd_pipeline.manifest import merged, save_manifest, source_manifest
+from pmd_pipeline.optout import add_to_list, load_list
 from pmd_pipeline.parallel import Pool, WorkerDied, open_pool
 from pmd_pipeline.progress import Show
 from pmd_pipeline.recipe import Recipe, load_recipe
@@ -33,6 +43,8 @@ class Order:
         manifest: address of the manifest to write.
         limit: build only so many records, in key order; None builds all.
         places: where images are looked for, in order: `web`, or paths of folders, zips and tars.
+        again: reasons under which what failed is asked for again, in parts that are built; then
+            nothing else is built.
     """
 
     recipe: Recipe
@@ -41,6 +53,7 @@ class Order:
     manifest: str
     limit: int | None = None
     places: tuple[str, ...] = (WEB,)
+    again: frozenset[str] = frozenset()
 
     @property
     def index(self) -> str:
@@ -65,6 +78,8 @@ class Request:
             `out/raw/SOURCE`, where what upstream gives freely is downloaded to.
         images: see `Order.places`.
         changes: laid over every recipe.
+        optout: file of images to leave out, now and in later builds; see `optout`.
+        again: see `Order`.
     """
 
     recipes: tuple[str, ...]
@@ -74,6 +89,8 @@ class Request:
     images: tuple[str, ...] = (WEB,)
     limit: int | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
+    optout: str | None = None
+    again: frozenset[str] = frozenset()
     runner: str = "ray"
     workers: int | None = None
     ray_address: str | None = None
@@ -85,6 +102,23 @@ class Built:
 
     manifests: list[tuple[str, Manifest]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+
+
+def reasons_of(words: Sequence[str]) -> frozenset[str]:
+    """The reasons that `words`, each one or several with commas, name.
+
+    Raises:
+        PmdError: one is no reason why an image may fail.
+    """
+    names = [name.strip() for word in words for name in word.split(",")]
+    for name in names:
+        if name not in FAILED:
+            near = get_close_matches(name, FAILED, n=1)
+            raise PmdError(
+                f"--reason {name}: "
+                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(FAILED))}")
+            )
+    return frozenset(names)
 
 
 def build_all(request: Request, show: Show) -> Built:
@@ -102,6 +136,8 @@ def build_all(request: Request, show: Show) -> Built:
         if chosen.setdefault(recipe.source, recipe) != recipe:
             raise PmdError(f"two recipes for {recipe.source} are asked for; give one of them")
     orders = [_order(request, recipe) for recipe in chosen.values()]
+    if request.optout:
+        add_to_list(request.out, request.optout)
     if request.raw is None:
         for order in orders:
             _download(order, show)
@@ -152,7 +188,9 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
     tasks = list(_tasks(order, index, catalogues))
     there = sizes(order.shards)
     reports = {task.part.part: report for task in tasks if (report := done_report(task, there))}
-    waiting = [task for task in tasks if task.part.part not in reports]
+    waiting = list(_waiting(order, tasks, reports))
+    for task in waiting:
+        reports.pop(task.part.part, None)
     failures: list[str] = []
     num_records = sum(_records(task) for task in tasks)
     with show.stage(f"{source} build", "records", num_records) as stage:
@@ -173,6 +211,7 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
         order.manifest,
         order.limit,
         [task.part.part for task in tasks],
+        load_list(order.data).digest,
     )
     save_manifest(order.manifest, manifest)
     return manifest, failures
@@ -201,7 +240,11 @@ def _order(request: Request, recipe: Recipe) -> Order:
     source = sources.load(recipe.source)
     recipe = with_tokenizer(recipe)
     raw = raw_folder(request.raw, request.out, recipe.source)
-    if recipe.kind == "images":
+    if recipe.texts.dataset and request.raw is not None:
+        raise PmdError(f"{recipe.source}: --raw and texts.dataset exclude each other; give one")
+    if recipe.texts.dataset:
+        raw = dataset_folder(recipe, raw)
+    elif recipe.kind == "images":
         check_images(raw)
     elif request.raw is not None or not source.downloadable(recipe.form):
         sources.find_spans(source, raw, recipe.form)  # says now what a later source lacks
@@ -212,6 +255,7 @@ def _order(request: Request, recipe: Recipe) -> Order:
         manifest=join(request.manifests, f"{recipe.source}.json"),
         limit=request.limit,
         places=request.images,
+        again=request.again,
     )
 
 
@@ -219,6 +263,10 @@ def _download(order: Order, show: Show) -> None:
     recipe, source = order.recipe, sources.load(order.recipe.source)
     if recipe.kind == "images":
         return  # its raw folder holds images, which are many
+    if recipe.texts.dataset:
+        with show.stage(f"{recipe.source} dataset", "rows") as stage:
+            keep_dataset(recipe, order.raw, stage.watch)
+        return
     with show.stage(f"{recipe.source} annotations", "bytes") as stage:
         contact = recipe.fetch.contact
         for sentence in annotations.ensure(source, order.raw, recipe.form, contact, stage.watch):
@@ -251,8 +299,42 @@ def _tasks(
             places=order.places,
             catalogues=catalogues,
             dependency=part_dependency(order.recipe, part, limit, stamps),
+            optout=order.data,
+            again=order.again,
         )
         left = None if left is None else left - part.records
+
+
+def _waiting(
+    order: Order, tasks: Sequence[PartTask], reports: Mapping[int, Report]
+) -> Iterator[PartTask]:
+    """The parts to build: not built, or not as what is to be left out or asked again wants.
+
+    Raises:
+        PmdError: something is to be asked again, but nothing is built by this order.
+    """
+    if order.again:
+        if tasks and not reports:
+            raise PmdError(
+                f"nothing of {order.recipe.source} is built by this recipe and these places: give "
+                "the options that it was built with, or build it first"
+            )
+        for task in tasks:
+            report = reports.get(task.part.part)
+            if report and report.counts.failed.keys() & order.again:
+                yield task
+        return
+    for task in tasks:
+        report = reports.get(task.part.part)
+        if report is None or not _leaves_out(task, report):
+            yield task
+
+
+def _leaves_out(task: PartTask, report: Report) -> bool:
+    """Say whether a part that is built leaves out what is to be left out, and nothing else."""
+    if task.recipe.kind == "text":
+        return True  # nobody lists texts
+    return exclusions_of(task).hold(task.index, task.part, task.shards, report)
 
 
 def _counts(report: Report) -> dict[str, int]:

@@ -146,7 +146,7 @@ class Report(_Stored):
         words: pairs kept by their number of words.
         sequences: rows of a shard of texts.
         tokens: pieces in them, [CLS] and [SEP]s too.
-        fetched_bytes: bytes of all images as they came.
+        fetched_bytes: bytes of all images as they came, those that an earlier build fetched too.
         tar: the shard.
         ledger: its ledger.
         versions: libraries that shape bytes.
@@ -238,6 +238,7 @@ class SourceEntry(_Stored):
         leakage: digest of the `dataset_coco.json` whose held-out images were left out, `none` where
             the source shares no images with COCO, `not checked` where no such file was there.
         limit: records asked for with `--limit`.
+        optout: digest of the list of images that were left out on demand.
     """
 
     licence: str
@@ -252,6 +253,7 @@ class SourceEntry(_Stored):
     upstream: list[FileDigest]
     leakage: str
     limit: int | None = None
+    optout: str | None = None
 
 
 class ShardEntry(_Stored):

@@ -37,6 +37,7 @@ def source_manifest(
     path: str,
     limit: int | None,
     planned: Sequence[int],
+    optout: str | None = None,
 ) -> Manifest:
     """The manifest of one source, from its index and the reports of its parts.
 
@@ -47,6 +48,7 @@ def source_manifest(
         path: where the manifest will lie; shard paths are relative to it.
         limit: records asked for; pairs beyond it count as dropped.
         planned: parts that the dataset is to have.
+        optout: digest of the list of images to leave out.
     """
     info = sources.load(recipe.source).info
     done = {report.part for report in reports}
@@ -67,6 +69,7 @@ def source_manifest(
         upstream=index.upstream,
         leakage=index.leakage,
         limit=limit,
+        optout=optout,
     )
     manifest = Manifest(
         name=recipe.source,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -22,6 +22,8 @@ from pmd_pipeline.format import Kind
 Signal: TypeAlias = Literal["robots", "tdm", "x-robots-tag"]
 SIGNALS: tuple[Signal, ...] = get_args(Signal)
 """Ways in which those who publish an image can say that they do not want it kept."""
+
+_Name = TypeVar("_Name", bound=str)
 
 Keywords = dict[str, Any]
 """Keyword arguments of a filter or of a source's `read`, checked against its signature."""
@@ -72,7 +74,7 @@ class Captions(_Section):
     drop_repeats: bool = False
 
 
-def _as_set(names: list[Signal]) -> list[Signal]:
+def _as_set(names: list[_Name]) -> list[_Name]:
     return sorted(set(names))  # the order says nothing, so no digest may depend on it
 
 
@@ -91,6 +93,8 @@ class Images(_Section):
         respect: signals of those who publish an image that are obeyed, by leaving it out: `robots`
             (robots.txt), `x-robots-tag`, `tdm` (TDM-Reservation). It stands here because it shapes
             what is kept; images from shelves were fetched by somebody else and carry none.
+        licences: globs, of which the licence that upstream states for an image must fit one;
+            empty allows all, and images without one.
         filters: predicates of `filters/image.py` by name with their keyword arguments, in order.
     """
 
@@ -101,6 +105,7 @@ class Images(_Section):
     max_bytes: Annotated[int, Field(ge=1)] = 64 << 20
     max_pixels: Annotated[int, Field(ge=1)] = 128_000_000
     respect: Annotated[list[Signal], AfterValidator(_as_set)] = sorted(SIGNALS)
+    licences: Annotated[list[str], AfterValidator(_as_set)] = Field(default_factory=list)
     filters: dict[str, Keywords] = Field(default_factory=dict)
 
 
@@ -159,11 +164,20 @@ class Texts(_Section):
         tokenizer: the `vocab.txt` or `tokenizer.json` whose pieces are counted.
         sha256: of its vocabulary; another than this one is refused. Filled in where it is empty.
         tokens: most pieces in a sequence, with one [CLS] and a [SEP] after each document.
+        dataset: folder, or id on the hub, of a dataset to read through the library `datasets`, in
+            place of files in the source's folder.
+        config: the dataset's configuration, if it has several.
+        revision: the dataset's commit on the hub.
+        split: of the dataset.
     """
 
     tokenizer: str = ""
     sha256: str = ""
     tokens: Annotated[int, Field(ge=128, le=8192)] = 512
+    dataset: str = ""
+    config: str = ""
+    revision: str = ""
+    split: str = "train"
 
 
 class Recipe(_Section):

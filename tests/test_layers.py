@@ -20,10 +20,10 @@ LAYERS = [
     {"runs", "stored", "shard_checks", "kit"},
     {"records", "fetch"},
     {"shelves", "annotations", "outcomes"},
-    {"img2dataset", "pile"},
+    {"img2dataset", "pile", "settled"},
     {"scatter", "imagefiles", "inputs", "flow"},
     {"index", "build", "codes"},
-    {"manifest", "trial", "texts", "restore"},
+    {"manifest", "trial", "texts", "hub", "restore"},
     {
         "stats",
         "story",

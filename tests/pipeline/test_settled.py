@@ -1,0 +1,290 @@
+"""What is left out later, or asked again, touches only its own parts, and ends as a fresh build."""
+
+import functools
+import http.server
+import json
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import pytest
+from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
+
+from pmd_pipeline import cli
+from pmd_pipeline.dataset import Request, build_all, reasons_of
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.manifest import load_manifest
+from pmd_pipeline.optout import LIST, REASON, add_to_list
+from pmd_pipeline.record import key_of, url_id
+
+NUM = 60
+LATE = range(0, NUM, 10)
+"""Pictures that are not there when they are asked for first."""
+
+
+class Web:
+    """A folder over HTTP; `asked` counts what is asked for by path."""
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, Counter()
+
+    @contextmanager
+    def __call__(self):
+        asked = self.asked
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                asked[self.path] += 1
+                super().do_GET()
+
+            def log_message(self, *_):
+                pass
+
+        handler = functools.partial(Handler, directory=str(self.folder))
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+            thread.start()
+            try:
+                yield f"http://127.0.0.1:{server.server_port}"
+            finally:
+                server.shutdown()
+                thread.join()
+
+    def pictures(self):
+        """What was asked for but for robots.txt; from now on counted anew."""
+        found = {path for path in self.asked if path.endswith(".jpg")}
+        self.asked.clear()
+        return found
+
+
+@pytest.fixture
+def web(tmp_path):
+    names = [f"{number}.jpg" for number in range(NUM)]
+    write_pictures(tmp_path / "web", names)
+    write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}") for n in names])
+    return Web(tmp_path / "web")
+
+
+@pytest.fixture
+def origin(web):
+    with web() as origin:
+        yield origin
+
+
+def order_in(tmp_path, name, origin, **changes):
+    """An order of its own folder, for six parts from the same rows."""
+    fetch = {"connect_to": {"*": origin}, "retries": 0}
+    recipe = toy_recipe(part_records=10, fetch=fetch, **changes)
+    (tmp_path / name).mkdir(exist_ok=True)
+    raw = tmp_path / name / "raw"
+    if not raw.exists():
+        raw.symlink_to(tmp_path / "raw")
+    order = toy_order(tmp_path / name, recipe, pictures=tmp_path)
+    return replace(order, places=("web",))
+
+
+def contents(order):
+    """The bytes of shards and ledgers."""
+    folder = Path(order.shards)
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
+
+
+def hide(web, numbers):
+    for number in numbers:
+        (web.folder / f"{number}.jpg").rename(web.folder / f"{number}.gone")
+
+
+def show(web, numbers):
+    for number in numbers:
+        (web.folder / f"{number}.gone").rename(web.folder / f"{number}.jpg")
+
+
+def test_asking_again_asks_only_for_what_failed_and_ends_as_a_fresh_build(tmp_path, web, origin):
+    order = order_in(tmp_path, "again", origin)
+    hide(web, LATE)
+    before = toy_build(order)
+    assert before.sources["cc3m"].counts.failed == {"http_404": len(LATE)}
+    show(web, LATE)
+    web.pictures()
+
+    now = toy_build(replace(order, again=frozenset({"http_404"})))
+
+    assert web.pictures() == {f"/{number}.jpg" for number in LATE}
+    assert now.sources["cc3m"].counts.failed == {}
+    fresh = order_in(tmp_path, "fresh", origin)
+    assert toy_build(fresh).digest == now.digest
+    assert contents(fresh) == contents(order)
+
+
+def test_asking_again_for_another_reason_asks_for_nothing(tmp_path, web, origin):
+    order = order_in(tmp_path, "again", origin)
+    hide(web, LATE)
+    before = toy_build(order)
+    web.pictures()
+
+    now = toy_build(replace(order, again=frozenset({"timeout"})))
+
+    assert web.pictures() == set()
+    assert now.digest == before.digest
+
+
+def test_asking_again_by_another_recipe_is_refused_before_anything_is_lost(tmp_path, web, origin):
+    order = order_in(tmp_path, "again", origin)
+    toy_build(order)
+    before = contents(order)
+    other = order_in(tmp_path, "again", origin, images={"size": 32})
+
+    with pytest.raises(PmdError, match="nothing of cc3m is built by this recipe"):
+        toy_build(replace(other, again=frozenset({"http_404"})))
+
+    assert contents(order) == before
+
+
+def test_an_earlier_shard_that_was_damaged_is_not_taken_over(tmp_path, web, origin):
+    order = order_in(tmp_path, "again", origin)
+    hide(web, LATE)
+    toy_build(order)
+    show(web, LATE)
+    for tar in Path(order.shards).glob("*.tar"):
+        content = bytearray(tar.read_bytes())
+        content[700] ^= 1
+        tar.write_bytes(content)
+
+    now = toy_build(replace(order, again=frozenset({"http_404"})))
+
+    touched = [shard for shard in now.shards if shard.part in _parts(order, LATE)]
+    fresh = toy_build(order_in(tmp_path, "fresh", origin))
+    assert touched
+    for shard in touched:
+        assert shard.sha256 == fresh.shards[shard.part].sha256
+
+
+def _parts(order, numbers):
+    """The parts that hold the pictures of these numbers."""
+    keys = {key_of("cc3m", url_id(f"http://a.test/{number}.jpg")) for number in numbers}
+    return {int(key, 16) * 6 >> 64 for key in keys}
+
+
+def sha256_of_picture(order, number):
+    ledgers = sorted(Path(order.shards).glob("*.parquet"))
+    rows = pl.concat([pl.read_parquet(path) for path in ledgers])
+    return rows.filter(pl.col("url") == f"http://a.test/{number}.jpg")["sha256"][0]
+
+
+@pytest.mark.parametrize("name", ["address", "sha256"])
+def test_who_opts_out_is_taken_from_their_shard_alone_and_it_ends_as_a_fresh_build(
+    tmp_path, web, origin, name
+):
+    order = order_in(tmp_path, "later", origin)
+    before = toy_build(order)
+    old = contents(order)
+    entry = "http://a.test/7.jpg" if name == "address" else sha256_of_picture(order, 7)
+    (tmp_path / "list.txt").write_text(f"{entry}\n")
+    web.pictures()
+
+    add_to_list(order.data, str(tmp_path / "list.txt"))
+    now = toy_build(order)
+
+    [part] = _parts(order, [7])
+    changed = {file for file, content in contents(order).items() if old[file] != content}
+    assert changed == {f"{part:05d}.tar", f"{part:05d}.parquet"}
+    assert web.pictures() == set(), "the rest of the shard is taken over"
+    counts = now.sources["cc3m"].counts
+    assert counts.dropped == {REASON: 1}
+    assert counts.kept == before.sources["cc3m"].counts.kept - 1
+    assert counts.unaccounted() == 0
+    assert now.sources["cc3m"].optout is not None
+    fresh = order_in(tmp_path, "fresh", origin)
+    add_to_list(fresh.data, str(tmp_path / "list.txt"))
+    assert toy_build(fresh).digest == now.digest
+    assert contents(fresh) == contents(order)
+
+
+def test_an_image_that_is_listed_is_not_even_asked_for(tmp_path, web, origin):
+    order = order_in(tmp_path, "listed", origin)
+    (tmp_path / "list.txt").write_text("host:a.test\n")
+    add_to_list(order.data, str(tmp_path / "list.txt"))
+
+    manifest = toy_build(order)
+
+    assert web.pictures() == set()
+    assert manifest.sources["cc3m"].counts.dropped == {REASON: NUM}
+
+
+def test_who_is_taken_from_the_list_by_hand_comes_back(tmp_path, web, origin):
+    order = order_in(tmp_path, "back", origin)
+    before = toy_build(order)
+    (tmp_path / "list.txt").write_text("http://a.test/7.jpg\n")
+    add_to_list(order.data, str(tmp_path / "list.txt"))
+    toy_build(order)
+    web.pictures()
+
+    Path(order.data, LIST).unlink()
+    now = toy_build(order)
+
+    assert now.digest == before.digest
+    assert web.pictures() == {"/7.jpg"}
+
+
+def test_a_choice_of_licences_is_a_choice_of_records_and_may_be_changed(tmp_path, web, origin):
+    order = order_in(tmp_path, "licences", origin)
+    before = toy_build(order)
+    web.pictures()
+
+    strict = order_in(tmp_path, "licences", origin, images={"licences": ["CC BY*"]})
+    none = toy_build(strict)
+
+    assert none.sources["cc3m"].counts.dropped == {"licence": NUM}
+    assert none.sources["cc3m"].rules["images"]["licences"] == ["CC BY*"]
+    assert web.pictures() == set()
+    assert toy_build(order).digest == before.digest
+
+
+def test_a_list_given_once_is_obeyed_by_builds_that_do_not_name_it(tmp_path, web, origin):
+    (tmp_path / "list.txt").write_text("http://a.test/7.jpg\n")
+    request = Request(
+        recipes=("cc3m",),
+        out=str(tmp_path / "data"),
+        manifests=str(tmp_path / "manifests"),
+        raw=str(tmp_path / "raw"),
+        changes={"fetch": {"connect_to": {"*": origin}, "retries": 0}},
+        optout=str(tmp_path / "list.txt"),
+        runner="local",
+        workers=1,
+    )
+    first = build_all(request, QUIET).manifests[-1][1]
+
+    second = build_all(replace(request, optout=None), QUIET).manifests[-1][1]
+
+    assert first.digest == second.digest
+    assert first.sources["cc3m"].counts.dropped == {REASON: 1}
+
+
+def test_reasons_are_those_that_are_counted():
+    assert reasons_of(["timeout,dns", "http_5xx"]) == {"timeout", "dns", "http_5xx"}
+    with pytest.raises(PmdError, match="did you mean timeout"):
+        reasons_of(["timeouts"])
+
+
+def test_retry_on_the_command_line_mends_what_failed(tmp_path, web, origin, capsys):
+    text = f'[fetch]\nretries = 0\nconnect_to = {{"*" = "{origin}"}}\n[images]\nsize = 64\n'
+    (tmp_path / "mine.toml").write_text(f'source = "cc3m"\n{text}')
+    options = ["--recipe", str(tmp_path / "mine.toml"), "--raw", str(tmp_path / "raw"), "-q"]
+    options += ["--runner", "local", "--workers", "1", "--out", str(tmp_path / "data")]
+    options += ["--manifests", str(tmp_path / "manifests")]
+    hide(web, LATE)
+    cli.app(["build", *options], standalone_mode=False)
+    show(web, LATE)
+
+    cli.app(["retry", "--reason", "http_404", *options], standalone_mode=False)
+
+    path, digest = capsys.readouterr().out.splitlines()[-1].split()
+    manifest = load_manifest(path)
+    assert manifest.digest == digest
+    assert manifest.sources["cc3m"].counts.kept == NUM
+    assert json.loads(Path(path).read_text())["sources"]["cc3m"]["counts"]["failed"] == {}
