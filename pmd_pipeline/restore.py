@@ -188,9 +188,13 @@ def _part_task(task: RestoreTask, kept: FileDigest, records: int) -> PartTask:
 
 
 def _index_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows of a kit as an index file, so that the build takes them; `sha256` is now upstream's."""
+    """Rows of a kit as an index file, so that the build takes them; `sha256` is now upstream's.
+
+    To the build, an image without captions is one with an empty caption.
+    """
     unknown: dict[str, Any] = {"width": None, "height": None, "spans": [], "rows": []}
-    records = [{**row, **unknown} for row in rows]
+    bare: dict[str, Any] = {"captions": [""], "fields": [""]}
+    records = [{**row, **unknown, **({} if row["captions"] else bare)} for row in rows]
     out = BytesIO()
     pq.write_table(pa.Table.from_pylist(records, schema=KEPT), out, compression="zstd")
     return out.getvalue()

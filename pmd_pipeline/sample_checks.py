@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pmd_pipeline.code_checks import Boxes
-from pmd_pipeline.format import WORKED, canonical_json
+import numpy as np
+from numpy.typing import NDArray
+
+from pmd_pipeline.format import WORKED, CodeRules, canonical_json
 from pmd_pipeline.members import Member
+from pmd_pipeline.views import view_boxes
 
 _COPIED = ("id", "url", "width", "height", "original_width", "original_height", "sha256")
 """What the JSON of a sample and its row of the ledger both hold."""
@@ -22,7 +25,7 @@ class Samples:
 
     What the tar should hold follows from the ledger to the last byte, except for what the pictures
     show and what the JSON says beyond the ledger. `words` counts captions by their length; `boxes`
-    are those of each sample in the ledger, None where it has none.
+    are those of the captions of each sample in the ledger.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class Samples:
         self._kind = kind
         self._tell = tell
         self._rows = {row["key"]: row for row in rows if row["status"] == WORKED}
-        self.boxes: dict[str, Boxes | None] = dict.fromkeys(self._rows)
+        self.boxes: dict[str, list[list[float]]] = {key: [] for key in self._rows}
         extensions = ("jpg", "json", "txt") if kind == "pairs" else ("jpg", "json")
         self._expected = [f"{key}.{extension}" for key in self._rows for extension in extensions]
         self._there: list[str] = []
@@ -58,6 +61,13 @@ class Samples:
                 self._say(member, sentence)
         elif extension == "txt" and content != (row["caption"] or "").encode():
             self._say(member, "is not the caption in the ledger")
+
+    def views(self, rules: CodeRules) -> list[NDArray[np.float32]]:
+        """The boxes of the views that each sample in the ledger should have."""
+        return [
+            view_boxes(key, (row["width"] or 1, row["height"] or 1), own, rules.views, rules.seed)
+            for (key, row), own in zip(self._rows.items(), self.boxes.values(), strict=True)
+        ]
 
     def compare(self, *, is_whole: bool) -> None:
         """Compare what is there with what should be, once all has been seen.
@@ -128,7 +138,7 @@ class Samples:
         if boxes is not None and not _are_boxes(boxes, len(captions)):
             yield "has boxes that are none"
         else:
-            self.boxes[row["key"]] = boxes
+            self.boxes[row["key"]] = boxes or []
 
 
 def _are_boxes(boxes: object, count: int) -> bool:

@@ -38,6 +38,9 @@ _MOST_FAULTS = 20
 """Told of one shard; who has as many needs no list."""
 
 _PLACES = ("image_offset", "image_size", "json_offset", "json_size")
+_TEXTS = pa.schema([("text", pa.string()), ("tokens", pa.int32()), ("keys", pa.list_(pa.string()))])
+"""Columns of a shard of texts: a sequence, its tokens, the documents that it is made of."""
+
 _FAILURES = ("failed_to_download", "failed_to_resize")
 
 
@@ -139,12 +142,13 @@ def _check_size(address: str, stated: int, found: Checked) -> None:
 def _check_report(task: ShardTask, report: Report, address: str, found: Checked) -> None:
     """The report against the manifest, and against itself."""
     entry, name = task.entry, task.address.rpartition("/")[2]
+    is_text = task.kind == "text"
     stated = {
         "source": (report.source, entry.source),
         "part": (report.part, entry.part),
-        "records": (report.records, entry.records),
+        "rows": (report.sequences if is_text else report.records, entry.records),
         "images": (report.images, entry.images),
-        "pairs": (report.counts.kept, entry.pairs),
+        "pairs": (report.sequences if is_text else report.counts.kept, entry.pairs),
         "the tar's name": (report.tar.name, name),
         "the tar's sha256": (report.tar.sha256, entry.sha256),
         "the tar's size": (report.tar.num_bytes, entry.num_bytes),
@@ -304,18 +308,27 @@ def _check_texts(task: ShardTask, found: Checked) -> None:
     with _told(found, task.address):
         content = read_bytes(task.address)
         entry, there = task.entry, FileDigest.of("", content)
-        stated = FileDigest(name="", sha256=entry.sha256, num_bytes=entry.num_bytes)
-        _check_digest(stated, task.address, there.sha256, there.num_bytes, found)
-    schema = pa.schema([("text", pa.string())])
-    table = read_parquet(content, task.address, schema, found) if content else None
+        digest = FileDigest(name="", sha256=entry.sha256, num_bytes=entry.num_bytes)
+        _check_digest(digest, task.address, there.sha256, there.num_bytes, found)
+    table = read_parquet(content, task.address, _TEXTS, found) if content else None
     if table is None:
         return
     if table.num_rows != task.entry.pairs:
-        found.add(
-            task.address, f"has {table.num_rows:,} rows, by the manifest {task.entry.pairs:,}"
-        )
-    if table["text"].null_count:
-        found.add(task.address, "has rows without text")
+        stated = f"by the manifest {task.entry.pairs:,}"
+        found.add(task.address, f"has {table.num_rows:,} rows, {stated}")
+    rows = table.to_pylist()
+    for number, row in enumerate(rows):
+        if not (row["text"] and row["keys"] and row["tokens"]):
+            found.add(task.address, f"row {number:,} has no text, no documents or no tokens")
+    tokens = sum(row["tokens"] or 0 for row in rows)
+    if found.report and tokens != found.report.tokens:
+        found.add(task.address, f"has {tokens:,} tokens, by the report {found.report.tokens:,}")
+    keys = [key for row in rows for key in row["keys"] or ()]
+    for before, after in pairwise(keys):
+        if before > after:  # a long document goes on in the next row
+            found.add(task.address, f"its documents are not in order: {after} after {before}")
+    if keys:
+        found.keys = keys[0], keys[-1]
 
 
 def _check_codes(
@@ -344,5 +357,5 @@ def _check_codes(
         content = read_bytes(address)
         there = FileDigest.of("", content)
         _check_digest(report.file, address, there.sha256, there.num_bytes, found)
-        for sentence in code_faults(content, rules, report.views, [*samples.boxes.values()]):
+        for sentence in code_faults(content, rules, report.views, samples.views(rules)):
             found.add(address, sentence)

@@ -123,10 +123,6 @@ def _source_faults(
         yield f"{lost:,} pairs came in and are neither kept, dropped nor failed"
     if digest(entry.rules) != entry.rules_sha256:
         yield "rules_sha256 is not that of the rules"
-    sums = {
-        "pairs kept": (entry.counts.kept, sum(shard.pairs for shard in shards)),
-        "images": (entry.images, sum(shard.images for shard in shards)),
-    }
     if both := {shard.part for shard in shards} & set(manifest.missing.get(source, [])):
         yield f"part {min(both)} is called missing, and is there"
     if manifest.codes is None and any(shard.codes_sha256 for shard in shards):
@@ -135,14 +131,26 @@ def _source_faults(
     if len(reports) == len(shards):
         yield from _report_faults(entry, reports)
         yield from _version_faults(manifest, reports)
-        if manifest.kind == "pairs":
-            sums["captions by length"] = (entry.counts.kept, sum(entry.words.values()))
-    if manifest.kind != "text" and tasks and not tasks[0].fast:
-        hashes = [np.frombuffer(found.images, dtype=np.uint64) for found in checked]
-        sums["unique images"] = (entry.unique_images, len(np.unique(np.concatenate(hashes))))
-    for name, (said, counted) in sums.items():
+    for name, (said, counted) in _sums(manifest, entry, tasks, checked).items():
         if said != counted:
             yield f"the manifest states {said:,} {name}, the shards have {counted:,}"
+
+
+def _sums(
+    manifest: Manifest, entry: SourceEntry, tasks: Sequence[ShardTask], checked: Sequence[Checked]
+) -> dict[str, tuple[int, int]]:
+    """Numbers of the manifest by name, each beside what its shards add up to."""
+    shards = [task.entry for task in tasks]
+    sums = {"images": (entry.images, sum(shard.images for shard in shards))}
+    if manifest.kind == "text":  # documents come in, and sequences go out
+        return sums
+    sums["pairs kept"] = (entry.counts.kept, sum(shard.pairs for shard in shards))
+    if manifest.kind == "pairs":
+        sums["captions by length"] = (entry.counts.kept, sum(entry.words.values()))
+    if tasks and not tasks[0].fast:
+        hashes = [np.frombuffer(found.images, dtype=np.uint64) for found in checked]
+        sums["unique images"] = (entry.unique_images, len(np.unique(np.concatenate(hashes))))
+    return sums
 
 
 def _report_faults(entry: SourceEntry, reports: Sequence[Report]) -> Iterator[str]:
@@ -151,6 +159,10 @@ def _report_faults(entry: SourceEntry, reports: Sequence[Report]) -> Iterator[st
     words = Counter[int]()
     for report in reports:
         words.update(report.words)
+    if parts.kept != entry.counts.kept:
+        yield f"the manifest states {entry.counts.kept:,} kept, the reports {parts.kept:,}"
+    if (tokens := sum(report.tokens for report in reports)) != entry.tokens:
+        yield f"the manifest states {entry.tokens:,} tokens, the reports {tokens:,}"
     if entry.words != words:
         yield "the manifest states other lengths of captions than the reports do"
     for reason, count in parts.dropped.items():

@@ -31,6 +31,7 @@ from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.shards import LEDGER, ledger_bytes
 from pmd_pipeline.storage import read_bytes, sizes, write_whole
 from pmd_pipeline.verify import verify
+from pmd_pipeline.views import view_boxes
 
 RULES = CodeRules(tokenizer="kmeans", sha256="0" * 64, vocabulary=16, size=16, grid=2, views=2)
 FILES = ("tar", "parquet", "codes.safetensors")
@@ -43,10 +44,15 @@ def findings(manifest, *, fast=False):
 
 def write_codes(base, images):
     """Codes of so many images beside the shard `base`, and their report."""
+    rows = pq.read_table(f"{base}.parquet").to_pylist()
+    views = [
+        view_boxes(row["key"], (row["width"], row["height"]), [], RULES.views, RULES.seed)
+        for row in rows
+        if row["status"] == "success"
+    ]
     dice = np.random.default_rng(images)
-    boxes = np.tile(np.array([[0, 0, 1, 1], [0.1, 0, 1, 0.9]], dtype=np.float32), (images, 1))
     tensors = {
-        "boxes": boxes,
+        "boxes": np.concatenate(views),
         "codes": dice.integers(0, 16, (2 * images, 2, 2)).astype(np.uint16),
         "first": np.arange(0, 2 * images + 1, 2),
     }
@@ -501,10 +507,11 @@ DAMAGE = {
     "codes_few": codes("codes", lambda codes: codes[1:], "has codes of the shape"),
     "codes_first": codes("first", set_at(1, 1), "other numbers of views"),
     "codes_start": codes("first", set_at(0, 1), "other numbers of views"),
-    "codes_whole": codes("boxes", set_at((0, 2), 0.5), "first view is not the whole image"),
-    "codes_boxes": codes("boxes", set_at((1, 2), 0.0), "has views that are no boxes"),
-    "codes_nan": codes("boxes", set_at((1, 2), np.nan), "has views that are no boxes"),
+    "codes_whole": codes("boxes", set_at((0, 2), 0.5), "neither whole images"),
+    "codes_boxes": codes("boxes", set_at((1, 2), 0.0), "nor those drawn"),
+    "codes_nan": codes("boxes", set_at((1, 2), np.nan), "nor those drawn"),
     "codes_type": codes("codes", lambda codes: codes.astype(np.int16), "holds codes as I16"),
+    "codes_moved": codes("boxes", lambda boxes: boxes[[0, 3, *range(2, len(boxes))]], "nor those"),
     "other_codes": other_codes,
     "more_codes": more_codes,
 }
@@ -622,21 +629,24 @@ def test_a_manifest_that_was_changed_by_hand_is_no_manifest(copy_of):
 
 def test_views_of_captions_are_held_against_the_boxes_of_their_captions():
     own = [[0.0, 0.25, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]]
-    boxes = np.array([[0, 0, 1, 1], *own, [0, 0, 1, 1], [0.1, 0, 1, 1]], dtype=np.float32)
+    expected = [
+        view_boxes("0" * 16, (40, 30), boxes, RULES.views, RULES.seed) for boxes in (own, [])
+    ]
+    boxes = np.concatenate(expected)
 
     def faults(boxes, first):
         tensors = {"boxes": boxes, "codes": np.zeros((5, 2, 2), np.uint16)}
         content = save(tensors | {"first": np.array(first)})
-        return list(code_faults(content, RULES, 5, [own, None]))
+        return list(code_faults(content, RULES, 5, expected))
 
     assert faults(boxes, [0, 3, 5]) == []
     assert "other numbers of views" in faults(boxes, [0, 2, 5])[0]
-    assert "not the boxes of their captions" in faults(boxes[[0, 2, 1, 3, 4]], [0, 3, 5])[0]
+    assert "nor their captions' boxes" in faults(boxes[[0, 2, 1, 3, 4]], [0, 3, 5])[0]
 
 
 @given(st.binary(max_size=300))
 def test_whatever_is_no_file_of_codes_is_told_in_one_sentence(content):
-    [said] = code_faults(content, RULES, 2, [None])
+    [said] = code_faults(content, RULES, 2, [])
 
     assert "\n" not in said
 
