@@ -38,7 +38,7 @@ LAYERS = [
         "lock",
         "rebuild",
     },
-    {"quickstart", "report", "telling"},
+    {"quickstart", "report", "telling", "bundle"},
     {"cli"},
 ]
 """Rooms of `pmd_pipeline`, lowest first. A room may import from lower ones, and from its own row
@@ -57,7 +57,8 @@ MAY_KNOW = {
     "simplejpeg": {"pixels"},
     "fsspec": {"storage"},
     "ijson": {"upstream"},
-    "jinja2": {"report"},
+    "jinja2": {"report", "bundle"},
+    "packaging": {"bundle"},
     "tokenizers": {"wordpiece", "texts"},
 }
 """Libraries that only these rooms may import."""
