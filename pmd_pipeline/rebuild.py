@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from pmd_pipeline.build import WEB
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Counts, Manifest, SourceEntry
 from pmd_pipeline.img2dataset import catalogue, is_img2dataset
+from pmd_pipeline.index import build_index
 from pmd_pipeline.kit import Kit, load_kit
 from pmd_pipeline.manifest import merged, save_manifest, with_codes
 from pmd_pipeline.parallel import Pool, WorkerDied
@@ -31,6 +33,8 @@ class Rebuild:
         out: address under which `shards/` lies.
         manifests: address for the manifest, and for the list of what is missing.
         places: where images are looked for, in order: `web`, or paths of folders, zips and tars.
+        raw: folder of upstream's annotation files, one source's or with a folder for each, which a
+            kit of hashes needs for its captions.
         changes: laid over the recipe of each source; only its `fetch` counts.
     """
 
@@ -38,6 +42,7 @@ class Rebuild:
     out: str
     manifests: str
     places: tuple[str, ...] = (WEB,)
+    raw: str | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -127,19 +132,22 @@ def rebuild(order: Rebuild, pool: Pool, show: Show) -> Rebuilt:
     same libraries, the manifest has the digest of the kit's.
 
     Raises:
-        PmdError: there is no kit, it holds hashes in place of captions, or one of its files has
-            changed; a place of images is not there; nothing can be written.
+        PmdError: there is no kit, or one of its files has changed; it holds hashes in place of
+            captions, and upstream's files are not there or others; a place of images is not there;
+            nothing can be written.
     """
     kit = load_kit(order.kit)
-    if kit.captions != "text":
+    if kit.captions != "text" and order.raw is None:
         raise PmdError(
-            f"{order.kit} holds the sha256 of captions, so it proves a dataset, but cannot make "
-            "one: lock yours with --hash-captions and compare the digests of both kits"
+            f"{order.kit} holds the sha256 of captions, so it proves a dataset (lock yours with "
+            "--hash-captions and compare the digests); to make one, give --raw, upstream's files"
         )
     results: dict[tuple[str, int], Restored] = {}
     coverage: list[Coverage] = []
     for source in kit.manifest.sources:
-        tasks = _tasks(kit, order, source, pool)
+        recipe = _recipe(kit.manifest.sources[source], source, order.changes)
+        index = _index(kit, order, recipe, pool, show) if kit.captions != "text" else None
+        tasks = _tasks(kit, order, recipe, index, pool)
         coverage.append(_run(tasks, source, pool, show, results))
     path = join(order.manifests, f"{kit.manifest.name}.json")
     manifest = _manifest(kit, results, path)
@@ -155,7 +163,30 @@ def rebuild(order: Rebuild, pool: Pool, show: Show) -> Rebuilt:
     )
 
 
-def _tasks(kit: Kit, order: Rebuild, source: str, pool: Pool) -> list[RestoreTask]:
+def _index(kit: Kit, order: Rebuild, recipe: Recipe, pool: Pool, show: Show) -> str:
+    """The folder of an index made of upstream's files, which must be those of the kit."""
+    source, raw = recipe.source, str(order.raw)
+    below = Path(raw) / source
+    folder = join(order.out, "index", source)
+    with show.stage(f"{source} index", "rows") as stage:
+        found = build_index(
+            recipe, str(below) if below.is_dir() else raw, folder, pool, stage.watch
+        )
+        stage.settled({"rows": found.rows})
+    there = {file.name: file.sha256 for file in found.upstream}
+    for file in kit.manifest.sources[source].upstream:
+        if there.get(file.name) != file.sha256:
+            raise PmdError(
+                f"--raw {raw}: the kit was made with {file.name} of sha256 {file.sha256}, and here "
+                f"is {there.get(file.name, 'no such file')}"
+            )
+    return folder
+
+
+def _tasks(
+    kit: Kit, order: Rebuild, recipe: Recipe, index: str | None, pool: Pool
+) -> list[RestoreTask]:
+    source = recipe.source
     scratch = _scratch(order, source)
     shards = join(order.out, "shards", source)
     sweep(shards)
@@ -166,13 +197,13 @@ def _tasks(kit: Kit, order: Rebuild, source: str, pool: Pool) -> list[RestoreTas
             catalogue(*catalogues[-1], pool)
         elif place != WEB:
             open_shelf(place)  # says what is wrong with it before anything is fetched
-    recipe = _recipe(kit.manifest.sources[source], source, order.changes)
     return [
         RestoreTask(
             kit=order.kit,
             part=part,
             entry=entry,
             recipe=recipe,
+            index=index,
             scratch=scratch,
             shards=shards,
             places=order.places,

@@ -27,10 +27,11 @@ from pmd_pipeline.format import (
     digest,
     part_name,
 )
-from pmd_pipeline.kit import KitPart, counts_of, kit_file, kit_rows
+from pmd_pipeline.index import load_index
+from pmd_pipeline.kit import KitPart, caption_sha256, counts_of, kit_file, kit_rows
 from pmd_pipeline.parallel import Tick
 from pmd_pipeline.recipe import Recipe
-from pmd_pipeline.records import KEPT, IndexPart
+from pmd_pipeline.records import KEPT, IndexPart, part_of, read_part
 from pmd_pipeline.shards import LEDGER, ledger_bytes
 from pmd_pipeline.storage import join, open_read, read_bytes, remove, sizes, write_whole
 from pmd_pipeline.tokenizers.weights import tensor_file
@@ -45,6 +46,7 @@ class RestoreTask:
     Args:
         kit: folder of the kit.
         entry: what the kit's manifest says of the shard.
+        index: folder of an index that has the captions of a kit of hashes; None for other kits.
         scratch: folder for what lies between kit and shard: the part's index, the list of what is
             missing.
         shards: folder of the source's shards.
@@ -56,6 +58,7 @@ class RestoreTask:
     part: KitPart
     entry: ShardEntry
     recipe: Recipe
+    index: str | None
     scratch: str
     shards: str
     places: tuple[str, ...]
@@ -112,9 +115,12 @@ def restore_part(task: RestoreTask, tick: Tick) -> Restored:
     """The shard of one part of a kit, with its ledger, report and codes; built only once.
 
     Raises:
-        PmdError: a file of the kit is not the one it was made with, or nothing can be written.
+        PmdError: a file of the kit is not the one it was made with, the index has other captions,
+            or nothing can be written.
     """
     wanted = kit_rows(task.kit, task.part)
+    if task.index:
+        wanted = _with_captions(task.index, wanted)
     outer = _part_task(task, _NO_FILE, 0)
     report = done_report(outer, sizes(task.shards)) or _built(task, wanted, tick)
     ledger = read_bytes(join(task.shards, report.ledger.name))
@@ -139,6 +145,32 @@ def restore_part(task: RestoreTask, tick: Tick) -> Restored:
     if not found.otherwise:
         found.codes = _codes(task, entry, wanted, same)
     return found
+
+
+def _with_captions(folder: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a kit of hashes with the captions themselves, which an index has."""
+    index = load_index(folder)
+    assert index is not None
+    parts = sorted({part_of(row["key"], len(index.parts)) for row in rows})
+    captions = {
+        record.key: [caption for caption in record.captions if caption]
+        for part in parts
+        for record in read_part(folder, index.parts[part])
+    }
+    return [_with_own(row, captions.get(row["key"], []), folder) for row in rows]
+
+
+def _with_own(row: dict[str, Any], own: list[str], folder: str) -> dict[str, Any]:
+    """A row with its own captions in place of their hashes."""
+    hashes = [caption_sha256(caption) for caption in own]
+    first = hashes[0] if hashes else None
+    if row["caption"] != first or row["captions"] not in (None, hashes):
+        raise PmdError(
+            f"the captions of {row['id']} in {folder} are not those that the kit was made of: was "
+            "the index made with another language model or another version?"
+        )
+    captions = None if row["captions"] is None else own
+    return {**row, "caption": own[0] if own else None, "captions": captions}
 
 
 def _built(task: RestoreTask, wanted: Sequence[Mapping[str, Any]], tick: Tick) -> Report:

@@ -26,7 +26,8 @@ def lock(
     hash_captions: Annotated[
         bool,
         typer.Option(
-            "--hash-captions", help="Leave captions out too: the kit then proves, but rebuilds not."
+            "--hash-captions",
+            help="Put only the sha256 of captions in; a rebuild then needs --raw.",
         ),
     ] = False,
     runner: RunnerOption = Runner.local,
@@ -61,6 +62,12 @@ def rebuild(
             "may be repeated, in order of preference [default: web].",
         ),
     ] = None,
+    raw: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Folder of annotation files, for a kit of hashed captions."
+        ),
+    ] = None,
     runner: RunnerOption = Runner.ray,
     workers: Workers = None,
     ray_address: RayAddress = None,
@@ -86,6 +93,7 @@ def rebuild(
         out=out,
         manifests=manifests,
         places=tuple(images or ("web",)),
+        raw=raw,
         changes={"fetch": {"contact": contact}} if contact else {},
     )
     with interruptible(), open_pool(runner.value, workers, ray_address) as pool:

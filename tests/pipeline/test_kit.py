@@ -33,12 +33,13 @@ def locked(manifest, folder, *, workers=1, hashed=False):
         return lock(str(manifest), str(folder), pool, QUIET, hashed=hashed)
 
 
-def rebuilt(kit, folder, pictures, *, workers=1):
+def rebuilt(kit, folder, pictures, *, workers=1, raw=None):
     order = Rebuild(
         kit=str(kit),
         out=str(folder / "data"),
         manifests=str(folder / "manifests"),
         places=(str(pictures),),
+        raw=raw and str(raw),
     )
     with open_pool("local", workers, None) as pool:
         return rebuild(order, pool, QUIET)
@@ -210,8 +211,30 @@ def test_a_kit_holds_no_image_and_a_kit_of_hashes_no_caption(original, kit, tmp_
         assert row["caption"] == caption_sha256(other["caption"])
         assert row["captions"] == (other["captions"] and [*map(caption_sha256, other["captions"])])
     assert locked(original, tmp_path / "again", hashed=True).digest == hashed.digest
+
+
+def test_a_kit_of_hashes_is_rebuilt_with_the_files_of_upstream(original, pictures, tmp_path):
+    locked(original, tmp_path / "kit", hashed=True)
+    raw = shutil.copytree(original.parents[1] / "raw", tmp_path / "raw")
+
+    made = rebuilt(tmp_path / "kit", tmp_path / "again", pictures, raw=raw)
+
+    assert made.is_same
+    assert findings(made.path) == []
     with pytest.raises(PmdError, match="lock yours with --hash-captions"):
-        rebuilt(tmp_path / "hashed", tmp_path / "none", tmp_path)
+        rebuilt(tmp_path / "kit", tmp_path / "none", pictures)
+    with (raw / "GCC-training.tsv").open("a") as file:
+        file.write("another caption\thttp://a.test/0.jpg\n")
+    with pytest.raises(PmdError, match=r"the kit was made with GCC-training\.tsv of sha256"):
+        rebuilt(tmp_path / "kit", tmp_path / "other", pictures, raw=raw)
+
+
+def test_an_index_with_other_captions_is_refused(original, pictures, tmp_path, monkeypatch):
+    locked(original, tmp_path / "kit", hashed=True)
+    monkeypatch.setattr(restore, "caption_sha256", lambda caption: caption_sha256(caption + "!"))
+
+    with pytest.raises(PmdError, match="are not those that the kit was made of"):
+        rebuilt(tmp_path / "kit", tmp_path / "again", pictures, raw=original.parents[1] / "raw")
 
 
 def test_another_version_of_a_library_is_told(kit, pictures, tmp_path, monkeypatch):

@@ -543,6 +543,16 @@ def test_changed_bytes_are_told_beside_what_is_wrong_with_them(copy_of, kind):
     assert any("its bytes have changed" in one or "that are stated" in one for one in found)
 
 
+def test_a_tar_that_is_cut_inside_a_member_says_in_which(copy_of):
+    copy = copy_of(0)
+    with tarfile.open(copy.path("tar")) as tar:
+        member = copy.dice.choice(tar.getmembers())
+    content = copy.path("tar").read_bytes()
+    copy.path("tar").write_bytes(content[: member.offset_data + member.size - 1])
+
+    assert any(f", inside {member.name}" in one for one in findings(copy.manifest))
+
+
 def test_a_report_of_another_version_is_told(copy_of):
     copy = copy_of(0)
     copy.change_report(format=lambda _: "one")
