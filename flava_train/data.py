@@ -320,7 +320,7 @@ class Streams:
 
     def _images(self, slots: _Slots, chosen: Sequence[_Chosen]) -> Images:
         size, grid = self.model.image_size, self.model.grid
-        pixels = np.empty((len(chosen), size, size, 3), np.uint8)
+        pixels = np.empty((len(chosen), 3, size, size), np.uint8)
         codes = np.zeros((len(chosen), grid**2), np.int64)
         needs_codes = _needs_codes(self.objective, slots.stream)
         for slot, one in enumerate(chosen):
@@ -331,8 +331,9 @@ class Streams:
         if slots.stream == "images" or self.objective.fuses:
             mask = mask_patches(self.seed, slots.numbers, self._patches)
             masked_at, wanted = fixed_width(mask, codes, self._patches.masked)
-        planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        return Images(planes, torch.from_numpy(masked_at), torch.from_numpy(wanted))
+        return Images(
+            torch.from_numpy(pixels), torch.from_numpy(masked_at), torch.from_numpy(wanted)
+        )
 
     def _captions(self, slots: _Slots, chosen: Sequence[_Chosen]) -> tuple[list[str], Array]:
         """The caption of each slot, of some another image's; and which are the image's own."""
@@ -413,7 +414,7 @@ def patch_masking(grid: int) -> PatchMasking:
     )
 
 
-def pixels_of(shard: OpenShard, sample: int, box: Box, size: int) -> UInt[Array, "s s 3"]:
+def pixels_of(shard: OpenShard, sample: int, box: Box, size: int) -> UInt[Array, "3 s s"]:
     """The pixels of a view of a sample.
 
     Raises:

@@ -64,7 +64,7 @@ def held_out(
         counts = [len(one.captions) for one in rows]
         pixels = np.stack([pixels_of(one.shard, one.sample, one.box, image_size) for one in rows])
         yield HeldOut(
-            torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+            torch.from_numpy(pixels),
             torch.from_numpy(tokens),
             torch.from_numpy(lengths),
             torch.from_numpy(np.repeat(np.arange(number, number + len(rows)), counts)),

@@ -16,6 +16,9 @@ from flava_train.batches import Images, Pairs, Texts
 from flava_train.data import Part, Streams
 from flava_train.errors import FlavaError
 
+_STEPS_AHEAD = 2
+"""Steps that the workers together load before they are asked for."""
+
 _Item: TypeAlias = tuple[int, range]
 
 
@@ -50,8 +53,8 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of the steps from `first` up to, without, `last`.
 
-    Workers load chunks of slots, a few ahead; neither their number nor the size of chunks changes
-    what a batch holds. Close the iterator to end the workers early.
+    Workers load chunks of slots, two steps ahead; neither their number nor the size of chunks
+    changes what a batch holds. Close the iterator to end the workers early.
 
     Args:
         streams: all data.
@@ -78,6 +81,7 @@ def batches(
             batch_size=None,
             sampler=_Items(first, last, chunks),
             num_workers=workers,
+            prefetch_factor=max(2, -(-_STEPS_AHEAD * len(chunks) // workers)) if workers else None,
             worker_init_fn=_set_up_worker if workers else None,
         )
         parts = iter(loader)
