@@ -44,7 +44,7 @@ from pmd_pipeline.views import view_boxes
 Pixels: TypeAlias = NDArray[np.uint8]
 Boxes: TypeAlias = NDArray[np.float32]
 
-_AHEAD = 4
+_AHEAD = 8
 """Images per thread that are decoded before they are asked for."""
 
 _log = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """Patch k-means: the code of a patch is the number of the nearest of some patches seen before.
 
 A stand-in for DALL-E's dVAE that needs no weights from anywhere: it knows colours and edges, not
-things. All its sums are whole numbers that float32 holds exactly, so that codes are bit-equal on
-every machine, whatever the order in which a BLAS adds.
+things. All its sums are whole numbers that float32 holds exactly (even ones up to 2**25, others up
+to 2**24), so that codes are bit-equal on every machine, whatever the order in which a BLAS adds.
 """
 
 import numpy as np
@@ -14,9 +14,6 @@ PATCH = 8
 """Pixels of a patch's side, as of a code of DALL-E's dVAE."""
 
 _VALUES = PATCH * PATCH * 3
-_MIDDLE = 128.0
-"""Taken from pixels so that 2 x·c - c·c stays under 2**24, up to where float32 counts exactly."""
-
 _ROWS = 2048
 """Patches compared at a time, so that memory does not grow with images times codes."""
 
@@ -88,7 +85,7 @@ def _far_apart(
     """The first centroids: each drawn with chances by its squared distance from those before."""
     order = np.argsort(dice.random_raw(len(distinct)), kind="stable")
     points = distinct[order[: _SEEDING * count]]
-    values = points.astype(np.float32) - np.float32(_MIDDLE)
+    values = points.astype(np.float32)
     squares = (values * values).sum(1)
     chosen = [0]
     away = np.full(len(points), np.inf, dtype=np.float32)
@@ -117,10 +114,10 @@ def _means(
 
 def _nearest(seen: NDArray[np.uint8], centroids: NDArray[np.uint8]) -> NDArray[np.int64]:
     """The nearest centroid of each patch, the first of equals."""
-    values = centroids.astype(np.float32) - np.float32(_MIDDLE)
+    values = centroids.astype(np.float32)
     twice, squares = 2 * values.T, (values * values).sum(1)
     nearest = np.empty(len(seen), dtype=np.int64)
     for start in range(0, len(seen), _ROWS):
-        rows = seen[start : start + _ROWS].astype(np.float32) - np.float32(_MIDDLE)
+        rows = seen[start : start + _ROWS].astype(np.float32)
         nearest[start : start + _ROWS] = (rows @ twice - squares).argmax(1)
     return nearest

@@ -166,8 +166,9 @@ def _downloaded(name: str, revision: str) -> str:
         return str(hf_hub_download(name, WEIGHTS, revision=revision))
     except (OSError, ValueError) as error:
         raise PmdError(
-            f"--weights {name}: {WEIGHTS} of {revision[:12]} cannot be had from the hub: "
-            f"{str(error).splitlines()[0]}"
+            f"--weights {name}: {WEIGHTS} of {revision[:12]} cannot be had from the hub "
+            f"({str(error).splitlines()[0]}); of a pickle that is there, `pmd codes convert` makes "
+            "a file to name here"
         ) from error
 
 

@@ -42,6 +42,13 @@ def jpeg(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+def png(image: np.ndarray) -> bytes:
+    """The image as PNG."""
+    out = BytesIO()
+    Image.fromarray(image).save(out, "PNG")
+    return out.getvalue()
+
+
 def tiles(colours: np.ndarray, side: int = 8) -> np.ndarray:
     """An image of squares, one for each of `colours` [r, c, 3]."""
     return np.asarray(colours, dtype=np.uint8).repeat(side, 0).repeat(side, 1)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hand import Hand, jpeg, tiles, write_manifest, write_shard
+from hand import Hand, jpeg, png, tiles, write_manifest, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline import coding
+from pmd_pipeline import coding, stored
 from pmd_pipeline.code_checks import code_tensors
 from pmd_pipeline.codes import codes_dependency
 from pmd_pipeline.coding import CodesRequest, code_manifest
@@ -288,7 +288,7 @@ def test_a_ledger_with_a_flipped_byte_is_refused_by_its_name(tmp_path, order):
 
 HOSTILE = {
     "no image": ({"image": b"<html>"}, "cannot be decoded"),
-    "a PNG": ({"image": b"\x89PNG\r\n\x1a\n" + bytes(40)}, "cannot be decoded"),
+    "a PNG": ({"image": png(painted(NAMES)), "row": {"width": 16, "height": 16}}, "cannot be dec"),
     "an image cut short": ({"image": None, "cut": 40}, "cannot be decoded"),
     "another size": ({"row": {"width": 15}}, "is 16 x 16 pixels"),
     "a bomb": ({"row": {"width": 1 << 30, "height": 1 << 30}}, "is 16 x 16 pixels"),
@@ -305,6 +305,12 @@ HOSTILE = {
     "boxes that are words": ({"described": {"boxes": ["abcd"]}}, "cannot be read"),
     "boxes that are none": ({"described": {"boxes": 7}}, "cannot be read"),
 }
+
+
+def test_a_member_larger_than_any_is_not_even_read(tmp_path, order, monkeypatch):
+    monkeypatch.setattr(stored, "_MOST_BYTES", 100)
+
+    refused(order(random_shard(tmp_path)), "lies outside the tar")
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

@@ -49,12 +49,16 @@ def test_every_code_is_that_of_the_nearest_centroid_in_whole_numbers():
 
 
 def test_sums_stay_where_float32_counts_exactly():
-    farthest = np.array([[0] * 192, [255] * 192], dtype=np.uint8)
-    values = farthest.astype(np.int64) - 128
+    brightest = np.full(192, 255)
 
-    largest = (2 * np.abs(values) @ np.abs(values).T).max() + (values**2).sum(1).max()
+    assert 2 * brightest @ brightest < 2**25  # all parts of this sum are even
+    assert brightest @ brightest < 2**24  # no distance, and no 2 x·c - c·c, is larger
 
-    assert largest < 2**24
+
+def test_the_patch_of_a_code_is_the_rounded_mean():
+    seen = np.repeat(np.array([[10], [11], [11]], dtype=np.uint8), 192, axis=1)
+
+    assert np.unique(fit(seen, 1, 0)).tolist() == [11]
 
 
 def test_codes_do_not_depend_on_what_else_is_in_the_batch(monkeypatch):
