@@ -8,7 +8,8 @@ import re
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from urllib.parse import urljoin, urlsplit, urlunsplit
+from functools import lru_cache
+from urllib.parse import urljoin, urlsplit
 
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.record import url_id
@@ -16,6 +17,7 @@ from pmd_pipeline.record import url_id
 RETRY = frozenset({"connect", "timeout", "http_429", "http_5xx"})
 """Kinds that may pass on their own; any other answer is final, so asking again is rude."""
 
+_PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _HOST = re.compile(r"([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")
 
@@ -50,22 +52,23 @@ class Unreached(Refused):
 
 @dataclass(frozen=True)
 class Target:
-    """An address that may be asked, in ASCII."""
+    """An address that may be asked, in ASCII.
 
-    url: str
+    Args:
+        origin: scheme, host, and port unless it is the scheme's.
+        path: what is asked of the host: path and query.
+    """
+
     scheme: str
     host: str
+    port: int
     origin: str
+    path: str
 
     @property
-    def path(self) -> str:
-        """What is asked of the host: path and query."""
-        return "/" + self.url.removeprefix(self.origin).removeprefix("/")
-
-    @property
-    def port(self) -> int:
-        """The port that is stated, or that of the scheme."""
-        return urlsplit(self.url).port or {"http": 80, "https": 443}[self.scheme]
+    def url(self) -> str:
+        """The whole address."""
+        return self.origin + self.path
 
     @classmethod
     def of(cls, url: str) -> "Target":
@@ -76,19 +79,21 @@ class Target:
         """
         try:
             named, asked = urlsplit(url.strip()), urlsplit(url_id(url))
-            port = named.port
+            port, host = named.port, named.hostname
         except ValueError as error:
             raise Refused("blocked_address", "not an address that can be asked") from error
-        if named.scheme not in {"http", "https"} or not named.hostname:
+        default = _PORTS.get(named.scheme)
+        if default is None or not host:
             raise Refused("blocked_address", "only http and https addresses are asked")
-        if named.username is not None or named.password is not None:
+        if "@" in named.netloc:
             raise Refused("blocked_address", "an address with a user name")
-        host = _ascii_host(named.hostname)
+        host = _ascii_host(host)
         place = f"[{host}]" if ":" in host else host
-        if port is not None and (named.scheme, port) not in {("http", 80), ("https", 443)}:
+        if port is not None and port != default:
             place = f"{place}:{port}"
-        address = urlunsplit((named.scheme, place, asked.path, asked.query, ""))
-        return cls(address, named.scheme, host, f"{named.scheme}://{place}")
+        path = asked.path + ("?" + asked.query if asked.query else "")
+        origin = f"{named.scheme}://{place}"
+        return cls(named.scheme, host, port or default, origin, path)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class Origin:
             host, port = parts.hostname, parts.port
         except ValueError:
             host, port = None, None
-        default = {"": port, "http": 80, "https": 443}.get(parts.scheme) if host else None
+        default = {"": port, **_PORTS}.get(parts.scheme) if host else None
         if not host or default is None or parts.path.strip("/"):
             raise PmdError(f"{where} = {place!r}: write address:port, or http://address:port")
         return cls(parts.scheme or None, host, port or default)
@@ -158,6 +163,7 @@ def may_be_public(host: str) -> bool:
         return True
 
 
+@lru_cache(maxsize=4096)
 def _ascii_host(host: str) -> str:
     try:
         ipaddress.IPv6Address(host)

@@ -72,7 +72,7 @@ class Ways:
         origin = self.origin(target.host)
         if origin:
             scheme = origin.scheme or target.scheme
-            url = urlsplit(target.url)._replace(scheme=scheme).geturl()
+            url = scheme + target.url.removeprefix(target.scheme)
             found = await self._found(origin.host, target.host, seconds)
             return Way(url, origin.host, origin.port, found, is_diverted=True)
         proxy = self._proxies.get(target.scheme)

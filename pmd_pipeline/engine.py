@@ -24,12 +24,20 @@ from pmd_pipeline.memory import Memory
 
 LONGEST_CONNECT = 10.0
 
-_BUFFER = 1 << 17
+_BUFFER = 1 << 18
 _SUPPRESS_CONNECT_HEADERS = 265  # pycurl lacks the name
 _SLOW_SECONDS = 15
 _MOST_HEADER_BYTES = 1 << 18
+_GRANT = 1 << 18
+"""Bytes of memory that a body may get ahead of those that have come."""
+
 _FIRST_GUESS = 1 << 18
-_GLANCE = 1.0
+_BREATH = 0.005
+"""Seconds between looks at the sockets: a look costs as much for many as for one."""
+
+_GLANCE = 0.01
+"""Seconds between looks at what waits for something of ours."""
+
 _NEWS = 0.05
 """Weight of the latest body in the mean size."""
 
@@ -149,17 +157,8 @@ class Engine:
         finally:
             if slot.curl in self._busy:  # nobody waits any more
                 self._end(slot)
-                self.memory.give(slot.size)
+                self.memory.give(slot.granted)
             self._idle.append(slot)
-
-    def resume(self) -> None:
-        """Let bodies go on that waited for memory."""
-        waiting, self._paused = self._paused, deque()
-        for slot in waiting:
-            if slot.curl in self._busy:
-                slot.deadline += self._loop.time() - slot.paused_at
-                slot.paused_at = 0.0
-                slot.curl.pause(pycurl.PAUSE_CONT)
 
     def close(self) -> None:
         """Break all connections off."""
@@ -172,15 +171,34 @@ class Engine:
         self._sockets.close()
 
     def may_take(self, slot: "_Slot", num_bytes: int) -> bool:
-        """Say whether a body may have more memory now; else it is resumed when it may."""
-        if self._exceeding is slot or self.memory.has_room(num_bytes):
-            return True
-        if self._exceeding is None and self.memory.used == sum(s.size for s in self._busy.values()):
-            self._exceeding = slot  # or all would wait for each other
-            return True
+        """Take more memory for a body, if there is room; else it is asked again soon."""
+        if self._exceeding is not slot and not self.memory.has_room(num_bytes):
+            if not self._is_stuck():
+                self._pause(slot)
+                return False
+            self._exceeding = slot
+        self.memory.take(num_bytes)
+        return True
+
+    def _pause(self, slot: "_Slot") -> None:
         slot.paused_at = self._loop.time()
+        if not self._paused:
+            self._loop.call_later(_GLANCE, self._resume)
         self._paused.append(slot)
-        return False
+
+    def _resume(self) -> None:
+        """Let bodies go on that waited for memory, if only to wait again."""
+        waiting, self._paused = self._paused, deque()
+        for slot in waiting:
+            if slot.curl in self._busy:
+                slot.deadline += self._loop.time() - slot.paused_at
+                slot.paused_at = 0.0
+                slot.curl.pause(pycurl.PAUSE_CONT)
+
+    def _is_stuck(self) -> bool:
+        """Say whether bodies wait only for each other."""
+        in_flight = sum(slot.granted for slot in self._busy.values())
+        return self._exceeding is None and self.memory.used == in_flight
 
     def _watch(self, what: int, fd: int, _multi: object, _state: object) -> None:
         if what == pycurl.POLL_REMOVE:
@@ -207,9 +225,14 @@ class Engine:
         self._collect()
 
     def _sockets_are_ready(self) -> None:
+        self._loop.remove_reader(self._sockets)
+        self._loop.call_later(_BREATH, self._look)
+
+    def _look(self) -> None:
         for key, events in self._sockets.select(0):
             self._multi.socket_action(key.fd, events)
         self._collect()
+        self._loop.add_reader(self._sockets, self._sockets_are_ready)
 
     def _collect(self) -> None:
         left = 1
@@ -223,14 +246,14 @@ class Engine:
     def _finish(self, slot: "_Slot", number: int, message: str) -> None:
         self._end(slot)
         if slot.done.cancelled():
-            self.memory.give(slot.size)
+            self.memory.give(slot.granted)
             return
         if slot.head is None or number in _OURS:
-            self.memory.give(slot.size)
+            self.memory.give(slot.granted)
             slot.done.set_exception(slot.failure(number, message))
             return
-        body = b"".join(slot.chunks)
-        slot.chunks.clear()
+        body = slot.body()
+        self.memory.give(slot.granted - len(body))
         if body and slot.head.status == 200:
             self.mean_bytes += _NEWS * (len(body) - self.mean_bytes)
         failure = slot.failure(number, message) if number and not slot.is_cut else None
@@ -252,8 +275,6 @@ class Engine:
         slot.end()
         if self._exceeding is slot:
             self._exceeding = None
-            if self._paused:
-                self._loop.call_soon(self.resume)
 
 
 class _Place(Protocol):
@@ -287,8 +308,9 @@ class _Slot:
         """Forget the last request and be ready for this one."""
         self.done = asyncio.get_running_loop().create_future()
         self.head = None
-        self.chunks = list[bytes]()
-        self.size = 0
+        self.granted = 0
+        self._chunks = list[bytes]()
+        self._size = 0
         self.is_cut = False
         self.paused_at = 0.0
         self._way = way
@@ -305,6 +327,12 @@ class _Slot:
         found = ",".join(map(_bracketed, way.found))
         setopt(pycurl.RESOLVE, [f"+{place}:{found}"] if found else [])
         setopt(pycurl.PROXY, way.proxy)
+
+    def body(self) -> bytes:
+        """What has come, which is then nobody's but the caller's."""
+        body = b"".join(self._chunks)
+        self._chunks.clear()
+        return body
 
     def end(self) -> None:
         """Let go of what the request held."""
@@ -365,15 +393,27 @@ class _Slot:
         return -1 if self.is_cut else None
 
     def _take_chunk(self, chunk: bytes) -> int | None:
-        if not self._engine.may_take(self, len(chunk)):
+        """A piece of the body; only what goes beyond the bytes granted so far needs a thought."""
+        self._size += len(chunk)
+        if self._size > self.granted:
+            return self._take_beyond(chunk)
+        self._chunks.append(chunk)
+        return None
+
+    def _take_beyond(self, chunk: bytes) -> int | None:
+        assert self.head is not None
+        too_much = max(self._size - self._wanted, 0)
+        least = self._size - too_much - self.granted
+        # a host may state any length: little is believed of it before it comes
+        stated = max(self.head.length() - self.granted, 0) or _GRANT
+        more = min(max(least, min(stated, _GRANT)), self._wanted - self.granted)
+        if not self._engine.may_take(self, more):
+            self._size -= len(chunk)
             return int(pycurl.WRITEFUNC_PAUSE)
-        self.is_cut = self.size + len(chunk) > self._wanted
-        if self.is_cut:
-            chunk = chunk[: self._wanted - self.size]
-        self._engine.memory.take(len(chunk))
-        self.size += len(chunk)
-        self.chunks.append(chunk)
-        return -1 if self.is_cut else None
+        self.granted += more
+        self._chunks.append(chunk[: len(chunk) - too_much])
+        self.is_cut = too_much > 0
+        return -1 if too_much else None
 
 
 def _error(number: int, message: str) -> Exception:

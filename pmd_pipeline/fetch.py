@@ -37,6 +37,12 @@ from pmd_pipeline.recipe import SIGNALS, Fetch, Images, Signal
 _BODIES = 96 << 20
 """Bytes that bodies may take, from their first byte until they are pictures."""
 
+_EXPECTED = 64 << 20
+"""Bytes that bodies are expected to take at most; they are larger than the mean now and then."""
+
+_GLANCE = 0.01
+"""Seconds after which those who wait for memory look again."""
+
 _MOST_REDIRECTS = 5
 _LONGEST_ROBOTS = 10.0
 
@@ -105,7 +111,8 @@ class Web:
         }
         agent = user_agent(manners.contact)
         self._ways = Ways(diverted, environment_proxies())
-        self.memory = Memory(_BODIES, self._memory_came_free)
+        self.memory = Memory(_BODIES)
+        self._is_looking = False
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="web", daemon=True)
         self._thread.start()
@@ -125,6 +132,10 @@ class Web:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
+
+    def is_idle(self) -> bool:
+        """Say whether nothing is in flight, and all that was fetched has been given back."""
+        return not (self._turns.in_flight or self.memory.used)
 
     def get(self, url: str) -> Fetched:
         """As `fetch`, for any thread but the event loop's own."""
@@ -239,16 +250,20 @@ class Web:
     def _has_room(self) -> bool:
         """Say whether one more request may be in flight."""
         now = self._turns.in_flight
-        if not now:
-            return True
-        expected = (now + 1) * self._engine.mean_bytes
-        return now < self._manners.concurrency and self.memory.has_room(expected)
+        if now >= self._manners.concurrency:
+            return False
+        if now and self.memory.used + (now + 1) * self._engine.mean_bytes > _EXPECTED:
+            self._look_again()
+            return False
+        return True
 
-    def _memory_came_free(self) -> None:
-        self.loop.call_soon_threadsafe(self._go_on)
+    def _look_again(self) -> None:
+        if not self._is_looking:
+            self._is_looking = True
+            self.loop.call_later(_GLANCE, self._look)
 
-    def _go_on(self) -> None:
-        self._engine.resume()
+    def _look(self) -> None:
+        self._is_looking = False
         self._turns.go_on()
 
     async def _new_engine(self, agent: str) -> Engine:
@@ -272,19 +287,17 @@ def web_for(manners: Fetch, images: Images) -> Iterator[Web]:
     """The client of this process for these manners and rules.
 
     It stays for the next who wants the same, with its connections, names and what it knows of
-    hosts, unless something went wrong or another was wanted in between.
+    hosts, unless it was left in the middle of something, or another was wanted in between.
     """
     proxies = tuple(environment_proxies().items())
     key = (manners.model_dump_json(), images.max_bytes, tuple(images.respect), proxies)
     if key not in _kept:
         _close_kept()
         _kept[key] = Web(manners, images.max_bytes, images.respect)
-    is_good = False
     try:
         yield _kept[key]
-        is_good = True
     finally:
-        if not is_good:
+        if key in _kept and not _kept[key].is_idle():
             _close_kept()
 
 

@@ -18,6 +18,9 @@ from pmd_pipeline.pile import Pile
 _PILED = 32 << 20
 """Bytes of pictures that wait in memory for those before them."""
 
+_GLANCE = 0.01
+"""Seconds after which to look whether more may be asked for."""
+
 _Item = TypeVar("_Item")
 _Ended = SimpleQueue[tuple[int, Future[Outcome]]]
 
@@ -67,6 +70,7 @@ class Flow(Generic[_Item]):
                 for source, item in zip(sources, items, strict=True):
                     while source not in pile:
                         number, future = ended.get()
+                        asking.num_ended += 1
                         outcome = future.result()
                         pile.put(number, outcome)
                         self.memory.give(_num_bytes(outcome))
@@ -100,13 +104,14 @@ class _Asking(Generic[_Item]):
         self._pool = pool
         self._ended = ended
         self._tasks: set[asyncio.Task[Fetched]] = set()
-        self._num_unmade = 0
+        self.num_ended = 0
+        self._num_begun = 0
         self._num_asked = Counter[str | None]()
         self._parked: dict[str | None, deque[_Work[_Item]]] = {}
 
     def go_on(self) -> None:
-        """Ask for as many items as may be."""
-        while self._num_unmade < self._flow.ahead:
+        """Ask for as many items as may be, and look again soon if more are left."""
+        while self._num_begun - self.num_ended < self._flow.ahead:
             work = next(self._left, None)
             if work is None:
                 return
@@ -114,6 +119,7 @@ class _Asking(Generic[_Item]):
                 self._parked.setdefault(work.host, deque()).append(work)
             else:
                 self._begin(work)
+        self._flow.loop.call_later(_GLANCE, self.go_on)
 
     async def stop(self) -> None:
         """Ask for nothing any more."""
@@ -124,7 +130,7 @@ class _Asking(Generic[_Item]):
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _begin(self, work: _Work[_Item]) -> None:
-        self._num_unmade += 1
+        self._num_begun += 1
         self._num_asked[work.host] += 1
         task = self._flow.loop.create_task(self._flow.ask(work.item))
         self._tasks.add(task)
@@ -160,11 +166,6 @@ class _Asking(Generic[_Item]):
         self._ended.put((number, making))
         if isinstance(found, Fetched):
             memory.give(len(found.body))
-        self._flow.loop.call_soon_threadsafe(self._count_made)
-
-    def _count_made(self) -> None:
-        self._num_unmade -= 1
-        self.go_on()
 
 
 def _num_bytes(outcome: Outcome) -> int:

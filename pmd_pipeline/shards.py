@@ -4,7 +4,7 @@ import hashlib
 import tarfile
 from collections.abc import Mapping
 from io import BytesIO
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,6 +36,7 @@ LEDGER = pa.schema(
 `num_pairs`; offsets are those of the content inside the tar."""
 
 _BLOCK = tarfile.BLOCKSIZE
+_BARE_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
 
 class Place(NamedTuple):
@@ -75,9 +76,7 @@ class ShardWriter:
     """
 
     def __init__(self, file: DigestingFile) -> None:
-        self._tar = tarfile.open(  # noqa: SIM115 - closed by `close`, within the caller's file
-            fileobj=cast("Any", file), mode="w", format=tarfile.USTAR_FORMAT
-        )
+        self._file = file
         self._last = ""
 
     def add(self, key: str, members: Mapping[str, bytes]) -> dict[str, Place]:
@@ -85,20 +84,33 @@ class ShardWriter:
         assert self._last < key, "samples come in order of their keys"
         self._last = key
         return {
-            extension: self._add(key, extension, members[extension])
+            extension: self._add(f"{key}.{extension}", members[extension])
             for extension in sorted(members)
         }
 
     def close(self) -> None:
         """Write the end of the tar."""
-        self._tar.close()
+        end = self._file.tell() + 2 * _BLOCK
+        self._file.write(bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE))
 
-    def _add(self, key: str, extension: str, content: bytes) -> Place:
-        member = tarfile.TarInfo(f"{key}.{extension}")
-        member.size = len(content)
-        place = Place(self._tar.offset + _BLOCK, len(content))
-        self._tar.addfile(member, BytesIO(content))
+    def _add(self, name: str, content: bytes) -> Place:
+        self._file.write(_header(name, len(content)))
+        place = Place(self._file.tell(), len(content))
+        self._file.write(content + bytes(-len(content) % _BLOCK))
         return place
+
+
+def _header(name: str, size: int) -> bytes:
+    """The header of a file as `tarfile` writes it, at a tenth of the cost.
+
+    All but name, size and checksum is the same in all of ours.
+    """
+    header = bytearray(_BARE_HEADER)
+    header[: len(name)] = name.encode("ascii")
+    header[124:135] = b"%011o" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
 
 
 def ledger_bytes(rows: list[dict[str, Any]]) -> bytes:

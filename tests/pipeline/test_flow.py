@@ -37,7 +37,7 @@ def drawn(found):
 
 
 def flow_of(loop, ask, **changes):
-    memory = Memory(1 << 30, lambda: None)
+    memory = Memory(1 << 30)
 
     async def asked(item):
         found = await ask(item)
@@ -172,7 +172,7 @@ def test_an_error_in_making_flies(loop):
     def make(found):
         raise ZeroDivisionError
 
-    flow = Flow(loop, Memory(1, lambda: None), ask, make, ahead=3, per_host=1)
+    flow = Flow(loop, Memory(1), ask, make, ahead=3, per_host=1)
 
     with pytest.raises(ZeroDivisionError):
         list(flow.outcomes(range(100), no_host, int))

@@ -1,0 +1,76 @@
+"""One build of a benchmark's addresses by us, measured; see `fetch.py`.
+
+Reads a line of JSON, builds one part from the addresses it names, and prints a line of JSON with
+the seconds of CPU and of the clock, the images, and the most memory that the process ever had.
+"""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pmd_pipeline.build import PartTask, build_part
+from pmd_pipeline.images import opened, picture
+from pmd_pipeline.index import build_index
+from pmd_pipeline.parallel import no_watch, open_pool
+from pmd_pipeline.recipe import Images, load_recipe
+
+
+def build(urls: list[str], places: dict[str, str], folder: Path, manners: dict[str, int]) -> dict:
+    """Seconds of CPU and of the clock, images and failures by reason of one part."""
+    rows = "".join(f"a caption of picture {n}\t{url}\n" for n, url in enumerate(urls))
+    (folder / "raw").mkdir()
+    (folder / "raw" / "GCC-training.tsv").write_text(rows)
+    fetch = {"connect_to": places, **manners}
+    (recipe,) = load_recipe("cc3m", {"part_records": 1_000_000, "fetch": fetch})
+    with open_pool("local", 1, None) as pool:
+        index = build_index(recipe, str(folder / "raw"), str(folder / "index"), pool, no_watch)
+    (part,) = index.parts
+    task = PartTask(
+        recipe=recipe,
+        index=str(folder / "index"),
+        part=part,
+        limit=None,
+        shards=str(folder / "shards"),
+        places=("web",),
+        catalogues=(),
+        dependency="",
+    )
+    cpu, clock = time.process_time(), time.monotonic()
+    report = build_part(task, lambda _: None)
+    return {
+        "cpu": time.process_time() - cpu,
+        "clock": time.monotonic() - clock,
+        "images": report.images,
+        "failed": report.counts.failed,
+        "fetched": report.fetched_bytes,
+    }
+
+
+def pure_seconds(photographs: list[Path], weights: list[int]) -> float:
+    """Seconds of CPU to decode, resize and encode each photograph so many times."""
+    rules, seconds = Images(), 0.0
+    for path, weight in zip(photographs, weights, strict=True):
+        body = path.read_bytes()
+        started = time.process_time()
+        picture(body, opened(body, rules), rules)
+        seconds += weight * (time.process_time() - started)
+    return seconds
+
+
+def main() -> None:
+    order = json.loads(sys.stdin.readline())
+    with tempfile.TemporaryDirectory() as folder:
+        found = build(order["urls"], order["places"], Path(folder), order["manners"])
+    found["mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    if order["photographs"]:
+        photographs = [Path(path) for path in order["photographs"]]
+        pure_seconds(photographs, order["weights"])  # warms up
+        found["pure"] = pure_seconds(photographs, order["weights"])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
