@@ -1,0 +1,423 @@
+"""Samples per CPU-second of our loader and of webdataset's pipeline, doing the same work.
+
+The same photographs and captions through each, in turn: read, decode, crop by a stored box to 224,
+one of the captions to 77 tokens, 75 of 196 patches masked with their codes, whole words masked. All
+in one process, so nothing is gained or lost by transport; CPU time, since others may be using the
+machine. Only the ratios mean anything elsewhere. Theirs is written as webdataset's users do: Pillow
+decodes, transformers' BertTokenizer takes a caption at a time, BEiT's and BERT's masks are drawn
+sample by sample in Python; and once more with our tokenizer and our masks, a batch at a time. Then,
+how long the first samples take at step 100,000 of 70 million pairs.
+
+    python benchmarks/loader.py --photos ../shared/samples/photos
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from safetensors.numpy import save_file
+from transformers import BertTokenizer
+
+from flava_train.data import DataConfig, Streams
+from flava_train.loader import batches
+from flava_train.losses import Objective, Shares
+from flava_train.masking import (
+    PatchMasking,
+    TokenMasking,
+    fixed_width,
+    mask_patches,
+    mask_tokens,
+    token_mask_width,
+    word_starts,
+)
+from flava_train.model import FlavaConfig
+from flava_train.order import Order
+from flava_train.text import load_wordpiece
+from pmd_pipeline.format import CodeRules, Manifest, ShardEntry, canonical_json, part_name
+from pmd_pipeline.shards import DigestingFile, Place, ShardWriter, ledger_bytes
+
+SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
+RULES = CodeRules(tokenizer="kmeans", sha256="0" * 64, vocabulary=8192, size=112, grid=14, views=2)
+SIZE, TOKENS, BATCH = 224, 77, 256
+OBJECTIVE = Objective(itm_rate=0.0, streams=Shares(1.0, 0.0, 0.0))
+SHARDS = 8
+
+
+# Shards: ours, and the same samples with their codes inside for webdataset.
+
+
+def photographs(folder: Path) -> list[tuple[bytes, list[str]]]:
+    """Every photograph with its captions."""
+    described = json.loads((folder / "captions.json").read_text())
+    captions: dict[int, list[str]] = {}
+    for one in described["annotations"]:
+        captions.setdefault(one["image_id"], []).append(one["caption"])
+    with zipfile.ZipFile(folder / "photos.zip") as archive:
+        return [
+            (archive.read(one["file_name"]), captions[one["id"]]) for one in described["images"]
+        ]
+
+
+def write_shards(folder: Path, found: list[tuple[bytes, list[str]]]) -> tuple[str, list[str]]:
+    """Our manifest, and webdataset's list of tars."""
+    rng = np.random.default_rng(0)
+    entries, tars = [], []
+    for part in range(SHARDS):
+        rows, views = [], []
+        ours, theirs = (folder / f"{name}{part}.tar" for name in ("ours", "theirs"))
+        with ours.open("wb") as our_file, theirs.open("wb") as their_file:
+            writers = [ShardWriter(DigestingFile(file)) for file in (our_file, their_file)]
+            for number, (jpeg, captions) in enumerate(found[part::SHARDS]):
+                key = f"{part:04x}{number:012x}"
+                x, y = rng.uniform(0, 0.04, 2)
+                boxes = np.array([[0, 0, 1, 1], [x, y, x + 0.95, y + 0.95]], np.float32)
+                codes = rng.integers(0, RULES.vocabulary, (2, 14, 14), np.uint16)
+                views.append((boxes, codes))
+                described = canonical_json({"captions": captions}).encode()
+                members = {"jpg": jpeg, "json": described, "txt": captions[0].encode()}
+                rows.append(ledger_row(key, jpeg, len(captions), writers[0].add(key, members)))
+                arrays = {"boxes.npy": npy(boxes), "codes.npy": npy(codes)}
+                writers[1].add(key, {"jpg": jpeg, "json": described} | arrays)
+            for writer in writers:
+                writer.close()
+        entries.append(shard_entry(ours, part, rows))
+        write_codes(ours, views)
+        tars.append(str(theirs))
+    return write_manifest(folder / "photos.json", entries), tars
+
+
+def ledger_row(key: str, jpeg: bytes, num_pairs: int, places: dict[str, Place]) -> dict[str, Any]:
+    image = Image.open(BytesIO(jpeg))
+    return {
+        "key": key,
+        "num_pairs": num_pairs,
+        "status": "success",
+        "width": image.width,
+        "height": image.height,
+        "sha256": hashlib.sha256(key.encode()).hexdigest(),
+        "image_offset": places["jpg"].offset,
+        "image_size": places["jpg"].size,
+        "json_offset": places["json"].offset,
+        "json_size": places["json"].size,
+    }
+
+
+def shard_entry(tar: Path, part: int, rows: list[dict[str, Any]]) -> ShardEntry:
+    """The ledger beside the tar, and what the manifest says of both."""
+    tar.with_suffix(".parquet").write_bytes(ledger_bytes(rows))
+    return ShardEntry(
+        source="photos",
+        part=part,
+        path=tar.name,
+        sha256="0" * 64,
+        num_bytes=tar.stat().st_size,
+        ledger_sha256="0" * 64,
+        records=len(rows),
+        images=len(rows),
+        pairs=sum(row["num_pairs"] for row in rows),
+        codes_sha256="0" * 64,
+        views=RULES.views * len(rows),
+    )
+
+
+def write_codes(tar: Path, views: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    save_file(
+        {
+            "boxes": np.concatenate([boxes for boxes, _ in views]),
+            "codes": np.concatenate([codes for _, codes in views]),
+            "first": np.arange(0, RULES.views * len(views) + 1, RULES.views),
+        },
+        tar.with_suffix(".codes.safetensors"),
+    )
+
+
+def write_manifest(path: Path, entries: list[ShardEntry]) -> str:
+    manifest = Manifest(name=path.stem, sources={}, shards=entries, versions={}, codes=RULES)
+    sealed = manifest.model_copy(update={"digest": manifest.computed_digest()})
+    path.write_text(sealed.model_dump_json())
+    return str(path)
+
+
+def npy(array: np.ndarray) -> bytes:
+    out = BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+# webdataset's pipeline.
+
+
+def beit_mask(rng: random.Random, rule: PatchMasking) -> np.ndarray:
+    """BEiT's algorithm 1, patch by patch, as its users have it."""
+    mask = np.zeros((rule.grid, rule.grid), bool)
+    count = 0
+    while count < rule.masked:
+        gained = 0
+        for _ in range(rule.attempts):
+            area = rng.uniform(rule.least, rule.masked - count)
+            ratio = math.exp(rng.uniform(math.log(rule.narrowest), -math.log(rule.narrowest)))
+            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if height >= rule.grid or width >= rule.grid:
+                continue
+            top, left = rng.randint(0, rule.grid - height), rng.randint(0, rule.grid - width)
+            block = mask[top : top + height, left : left + width]
+            fresh = height * width - int(block.sum())
+            if 0 < fresh <= rule.masked - count:
+                block[:] = True
+                gained = fresh
+                break
+        if not gained:
+            break
+        count += gained
+    return mask
+
+
+def word_mask(
+    rng: random.Random, tokens: list[int], starts: list[bool], rule: TokenMasking
+) -> tuple[list[int], list[int]]:
+    """BERT's whole-word masking of one caption, word by word; and the places masked."""
+    words: list[list[int]] = []
+    for place, token in enumerate(tokens):
+        if token in rule.never:
+            continue
+        if starts[token] or not words:
+            words.append([place])
+        else:
+            words[-1].append(place)
+    most = max(1, round(0.15 * sum(map(len, words))))
+    rng.shuffle(words)
+    masked, places = list(tokens), []
+    for word in words:
+        if len(places) + len(word) > most:
+            continue
+        places += word
+        for place in word:
+            action = rng.random()
+            if action < 0.8:
+                masked[place] = rule.mask
+            elif action < 0.9:
+                masked[place] = rng.randrange(rule.vocab)
+    return masked, sorted(places)
+
+
+class Theirs:
+    """Samples to rows: what a user of webdataset writes."""
+
+    def __init__(self, vocabulary: Path, *, vectorised: bool) -> None:
+        wordpiece = load_wordpiece(str(vocabulary))
+        self.wordpiece, self.vectorised = wordpiece, vectorised
+        self.bert = BertTokenizer(vocab=str(vocabulary), do_lower_case=True)
+        self.patches = PatchMasking()
+        self.tokens = TokenMasking(
+            len(wordpiece.vocabulary), wordpiece.mask, tuple(wordpiece.specials)
+        )
+        self.starts = word_starts(wordpiece.vocabulary)
+        self.starts_list = self.starts.tolist()
+        self.rng = random.Random(0)
+        self.drawn = 0
+
+    def pipeline(self, tars: list[str]) -> Iterable[Any]:
+        """One epoch of batches."""
+        collate = self.vectorised_batch if self.vectorised else self.batch
+        return (
+            wds.WebDataset(tars, shardshuffle=SHARDS, seed=0)
+            .shuffle(1000, initial=100)
+            .decode("pil")
+            .map(self.row)
+            .batched(BATCH, collation_fn=collate, partial=False)
+        )
+
+    def row(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """One sample, with its masks unless they are drawn a batch at a time."""
+        image, view = sample["jpg"], 1
+        x0, y0, x1, y1 = sample["boxes.npy"][view].tolist()
+        sides = (x0 * image.width, y0 * image.height, x1 * image.width, y1 * image.height)
+        made = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=sides)
+        row = {
+            "pixels": torch.from_numpy(np.array(made)).permute(2, 0, 1).contiguous(),
+            "codes": sample["codes.npy"][view].reshape(-1).astype(np.int64),
+        }
+        caption = self.rng.choice(sample["json"]["captions"])
+        if self.vectorised:
+            return row | {"caption": caption}
+        encoded = self.bert(caption, padding="max_length", truncation=True, max_length=TOKENS)
+        tokens = np.array(encoded["input_ids"])
+        row |= {"tokens": tokens, "length": np.array(sum(encoded["attention_mask"]))}
+        mask = beit_mask(self.rng, self.patches).reshape(-1)
+        row["masked_at"], row["masked_codes"] = padded(
+            np.flatnonzero(mask), row["codes"], self.patches.masked
+        )
+        short = tokens[: row["length"]].tolist()
+        masked, places = word_mask(self.rng, short, self.starts_list, self.tokens)
+        row["masked_tokens"] = np.zeros(TOKENS, np.int64)
+        row["masked_tokens"][: len(masked)] = masked
+        row["words_at"], row["labels"] = padded(
+            np.array(places, np.int64), tokens, token_mask_width(TOKENS)
+        )
+        return row
+
+    def batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rows one below the other."""
+        found: dict[str, Any] = {"keys": [row["__key__"] for row in rows]}
+        found["pixels"] = torch.stack([row["pixels"] for row in rows])
+        for name, value in rows[0].items():
+            if isinstance(value, np.ndarray):
+                found[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
+        return found
+
+    def vectorised_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The same, with our tokenizer and our masks."""
+        found = self.batch(rows)
+        tokens, found["length"] = self.wordpiece.encode([row["caption"] for row in rows], TOKENS)
+        numbers = self.drawn + np.arange(len(rows))
+        self.drawn += len(rows)
+        mask = mask_patches(0, numbers, self.patches)
+        seen, hidden = mask_tokens(0, numbers, tokens, self.tokens, starts=self.starts)
+        found["masked_at"] = fixed_width(mask, found["codes"].numpy(), self.patches.masked)
+        found["labels"] = fixed_width(hidden, tokens, token_mask_width(TOKENS))
+        found["masked_tokens"] = torch.from_numpy(seen)
+        return found
+
+
+def padded(places: np.ndarray, labels: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    at, kept = np.zeros(width, np.int64), np.full(width, -100, np.int64)
+    at[: len(places)], kept[: len(places)] = places, labels[places]
+    return at, kept
+
+
+# Measuring.
+
+
+def seconds_a_sample(loaded: Iterator[Any], num_batches: int) -> float:
+    """CPU seconds; the first batch warms up."""
+    next(loaded)
+    started = time.process_time()
+    for _ in islice(loaded, num_batches):
+        pass
+    return (time.process_time() - started) / (num_batches * BATCH)
+
+
+def endless(make: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    while True:
+        yield from make()
+
+
+def compare(folder: Path, photos: Path, vocabulary: Path, rounds: int) -> None:
+    manifest, tars = write_shards(folder, photographs(photos))
+    config = DataConfig(pairs=manifest, tokenizer=str(vocabulary), verify=False)
+    streams = Streams(config, OBJECTIVE, FlavaConfig(), seed=0, batch=BATCH)
+    plain, vectorised = (Theirs(vocabulary, vectorised=one) for one in (False, True))
+    loaders = {
+        "ours": batches(streams, 0, 10**6),
+        "webdataset": endless(lambda: plain.pipeline(tars)),
+        "webdataset, our masks": endless(lambda: vectorised.pipeline(tars)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in loaders}
+    for _ in range(rounds):
+        for name, loaded in loaders.items():
+            seconds[name].append(seconds_a_sample(loaded, 2))
+    for name, taken in seconds.items():
+        ratio = statistics.median(
+            theirs / ours for theirs, ours in zip(taken, seconds["ours"], strict=True)
+        )
+        rate = 1 / statistics.median(taken)
+        print(f"{name:21} {rate:6.0f} samples/s a core, ours is {ratio:.2f}x as fast", flush=True)
+
+
+def far_in(folder: Path, photos: Path, vocabulary: Path, *, step: int = 100_000) -> None:
+    """Time to the first samples, far into a run over 70 million pairs.
+
+    Only the shards of the window are there: real ledgers and codes, and sparse tars with a few
+    photographs at their head, to which all rows of the ledger point.
+    """
+    records, batch, shards = 10_000, 8192, 7_000
+    head = folder / "head.tar"
+    with head.open("wb") as file:
+        writer = ShardWriter(DigestingFile(file))
+        rows = []
+        for number, (jpeg, captions) in enumerate(photographs(photos)[:50]):
+            described = canonical_json({"captions": captions[:1]}).encode()
+            key = f"{number:016x}"
+            rows.append(ledger_row(key, jpeg, 1, writer.add(key, {"jpg": jpeg, "json": described})))
+        writer.close()
+    num_bytes = 300 << 20
+    rng = np.random.default_rng(0)
+    boxes = np.tile(np.array([[0, 0, 1, 1]], np.float32), (2 * records, 1))
+    codes = rng.integers(0, RULES.vocabulary, (2 * records, 14, 14), np.uint16)
+    write_codes(head, [(boxes, codes)])
+    first = np.arange(0, 2 * records + 1, 2)
+    save_file({"boxes": boxes, "codes": codes, "first": first}, folder / "head.codes.safetensors")
+    entries = [
+        ShardEntry(
+            source="photos", part=part, path=f"{part_name(part)}.tar", sha256="0" * 64,
+            num_bytes=num_bytes, ledger_sha256="0" * 64, records=records, images=records,
+            pairs=records, codes_sha256="0" * 64, views=2 * records,
+        )
+        for part in range(shards)
+    ]  # fmt: skip
+    manifest = write_manifest(folder / "far.json", entries)
+    order = Order((records,) * shards, batch, 0)
+    window = order.window(*order.place(step)[:2])
+    for piece in window.pieces:
+        tar = folder / entries[piece.shard].path
+        many = [
+            rows[n % len(rows)]
+            | {"key": f"{piece.shard:08x}{n:08x}", "sha256": rng.bytes(32).hex()}
+            for n in range(records)
+        ]
+        tar.with_suffix(".parquet").write_bytes(ledger_bytes(many))
+        tar.write_bytes(head.read_bytes())
+        os.truncate(tar, num_bytes)
+        os.link(folder / "head.codes.safetensors", tar.with_suffix(".codes.safetensors"))
+
+    began = time.perf_counter()
+    config = DataConfig(pairs=manifest, tokenizer=str(vocabulary), verify=False)
+    streams = Streams(config, OBJECTIVE, FlavaConfig(), seed=0, batch=batch)
+    opened = time.perf_counter()
+    streams.part(step, range(1))
+    ready = time.perf_counter()
+    ranks = batch // BATCH
+    next(batches(streams, step, step + 1, ranks=ranks))
+    done = time.perf_counter()
+    print(
+        f"step {step:,} of {records * shards:,} pairs in batches of {batch:,}: manifest and "
+        f"tokenizer {opened - began:.2f} s, window of {len(window.pieces)} shards "
+        f"{ready - opened:.2f} s, {BATCH} samples {done - ready:.2f} s, in all {done - began:.2f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path, default=SAMPLES / "photos")
+    parser.add_argument("--vocabulary", type=Path, default=SAMPLES / "bert_vocab" / "vocab.txt")
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    if not (given.photos / "photos.zip").exists():
+        parser.error(f"{given.photos}: no photos.zip there; name its folder with --photos")
+    torch.set_num_threads(1)
+    versions = f"webdataset {wds.__version__}, torch {torch.__version__}"
+    print(f"{platform.machine()}, Python {platform.python_version()}, {versions}")
+    with tempfile.TemporaryDirectory() as temporary:
+        far_in(Path(temporary), given.photos, given.vocabulary)
+        compare(Path(temporary), given.photos, given.vocabulary, given.rounds)
+
+
+if __name__ == "__main__":
+    main()

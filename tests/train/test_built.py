@@ -1,0 +1,120 @@
+"""What the pipeline builds is what the trainer reads: the sample world, from the web to batches."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from contextlib import closing
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import TINY
+
+from flava_train.data import DataConfig, Streams
+from flava_train.held_out import held_out
+from flava_train.loader import batches
+from flava_train.losses import Objective, Shares
+from flava_train.shards import stock
+from pmd_pipeline.build import WEB
+from pmd_pipeline.dataset import Request, build_all
+from pmd_pipeline.progress import Show
+from pmd_pipeline.sample import serve, write_world
+
+pytestmark = pytest.mark.slow
+QUIET = Show(Console(quiet=True), quiet=True)
+BATCH = 16
+TRUE_PAIRS = Objective(itm_rate=0.0, streams=Shares(1.0, 0.0, 0.0))
+
+
+def pmd(*words):
+    command = [sys.executable, "-m", "pmd_pipeline.cli", *map(str, words)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The nine sources of the sample world with codes and a tokenizer."""
+    out = tmp_path_factory.mktemp("built")
+    world = write_world(out / "world", scenes=40, seed=0)
+    with serve(world) as origin:
+        request = Request(
+            recipes=("pmd",),
+            out=str(out / "data"),
+            manifests=str(out / "manifests"),
+            raw=str(world.folder / "raw"),
+            images=(WEB, *(str(path) for paths in world.images.values() for path in paths)),
+            changes={"fetch": {"connect_to": {"*": origin}}, "part_records": 25},
+            runner="local",
+            workers=2,
+        )
+        assert build_all(request, QUIET).failures == []
+    manifest = out / "manifests" / "pmd.json"
+    pmd("codes", "make", manifest, "--grid", 4, "--vocabulary", 32, "--views", 3,
+        "--runner", "local", "-q")  # fmt: skip
+    pmd("tokenizer", manifest, "--size", 400, "--out", out / "vocab.txt", "-q")
+    return out
+
+
+@pytest.fixture
+def streams(built, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = DataConfig(
+        pairs=str(built / "manifests" / "pmd.json"),
+        tokenizer=str(built / "vocab.txt"),
+        caption_tokens=20,
+        window_shards=4,
+    )
+    model = dataclasses.replace(TINY, text_vocab=400)
+    return Streams(config, TRUE_PAIRS, model, seed=3, batch=BATCH)
+
+
+def test_an_epoch_is_every_pair_of_the_shards_but_for_a_rest(built, streams):
+    manifest, found = stock(built / "manifests" / "pmd.json")
+    pairs = Counter()
+    for shard in manifest.shards:
+        with tarfile.open(built / "manifests" / shard.path) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    captions = json.load(tar.extractfile(member))["captions"]
+                    pairs.update((member.name[:16], caption) for caption in captions)
+    total = sum(one.pairs for one in found)
+
+    seen = Counter(
+        (row.key, row.text) for step in range(total // BATCH) for row in streams.rows(step)
+    )
+
+    assert pairs.total() == total
+    assert seen <= pairs
+    assert seen.total() == total - total % BATCH
+
+
+def test_regions_of_visual_genome_have_a_view_each(streams):
+    rows = [row for step in range(40) for row in streams.rows(step)]
+
+    regions = Counter((row.key, row.view) for row in rows if row.source == "visual_genome")
+    assert regions
+    assert set(regions.values()) == {1}
+    assert {row.view for row in rows if row.source == "cc12m"} == {1, 2}
+
+
+def test_workers_read_it_as_one_process_does(streams):
+    with closing(batches(streams, 5, 12, workers=2, chunk=5)) as found:
+        for batch in found:
+            expected = streams.part(batch.step, range(BATCH))
+            assert batch.keys == expected.keys
+            assert torch.equal(batch.rows.images.pixels, expected.rows.images.pixels)
+            assert torch.equal(batch.rows.images.codes, expected.rows.images.codes)
+            assert torch.equal(batch.rows.texts.masked_tokens, expected.rows.texts.masked_tokens)
+
+
+def test_evaluation_sees_every_image_and_region(built, streams):
+    _, found = stock(built / "manifests" / "pmd.json")
+    expected = sum(one.pairs if one.source == "visual_genome" else one.images for one in found)
+
+    images = list(held_out(str(built / "manifests" / "pmd.json"), streams.wordpiece, 32, 20))
+
+    assert sum(len(one.keys) for one in images) == expected
+    assert sum(len(one.tokens) for one in images) == sum(one.pairs for one in found)
