@@ -16,6 +16,9 @@ from pmd_pipeline.views import view_boxes
 _COPIED = ("id", "url", "width", "height", "original_width", "original_height", "sha256")
 """What the JSON of a sample and its row of the ledger both hold."""
 
+_MOST_NAMES = 3
+"""Named of one fault; a shard that has a ledger of another part has it in every member."""
+
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """JPEG's markers that begin a frame and state its size."""
 
@@ -75,16 +78,12 @@ class Samples:
         Of a tar that could not be read to its end, what is missing is not told name by name.
         """
         expected, there = set(self._expected), Counter(self._there)
-        for name in self._there:
-            if name not in expected:
-                self._tell(f"{name} is there, but the ledger does not know it")
-        for name, count in there.items():
-            if count > 1:
-                self._tell(f"{name} is there {count} times")
+        unknown = [name for name in there if name not in expected]
         missing = [name for name in self._expected if name not in there]
+        self._list(unknown, "is there, but the ledger does not know it")
+        self._list([name for name in there if there[name] > 1], "is there more than once")
         if is_whole:
-            for name in missing:
-                self._tell(f"{name} is missing")
+            self._list(missing, "is missing")
         elif missing:
             self._tell(f"{len(missing):,} members could not be read")
         known = [name for name in dict.fromkeys(self._there) if name in expected]
@@ -93,6 +92,12 @@ class Samples:
             if name != other:
                 self._tell(f"{name} stands where {other} should be")
                 return  # what comes after it is moved too
+
+    def _list(self, names: Sequence[str], what: str) -> None:
+        for name in names[:_MOST_NAMES]:
+            self._tell(f"{name} {what}")
+        if len(names) > _MOST_NAMES:
+            self._tell(f"and {len(names) - _MOST_NAMES:,} members more, the last {names[-1]}")
 
     def _say(self, member: Member, sentence: str) -> None:
         self._tell(f"{member.name} {sentence}")

@@ -147,7 +147,7 @@ def _sums(
     sums["pairs kept"] = (entry.counts.kept, sum(shard.pairs for shard in shards))
     if manifest.kind == "pairs":
         sums["captions by length"] = (entry.counts.kept, sum(entry.words.values()))
-    if tasks and not tasks[0].fast:
+    if tasks and not tasks[0].fast and not any(found.faults for found in checked):
         hashes = [np.frombuffer(found.images, dtype=np.uint64) for found in checked]
         sums["unique images"] = (entry.unique_images, len(np.unique(np.concatenate(hashes))))
     return sums

@@ -51,7 +51,11 @@ def verify(
             json.dumps({"manifest": manifest, "findings": [asdict(one) for one in found]}, indent=1)
         )
     if found:
-        say(f"{manifest}: {len(found)} faults; build the sources that they name again")
+        shards = {(one.source, one.part) for one in found if one.part is not None}
+        say(
+            f"{manifest}: {len(found):,} faults in {len(shards):,} shards; delete the .json beside "
+            "each and run its build again, or copy the shards again"
+        )
         raise typer.Exit(1)
     say(f"{manifest}: {'sizes and reports are' if fast else 'all is'} as it should be")
 

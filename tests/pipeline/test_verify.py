@@ -260,7 +260,7 @@ def add_member(copy):
 def repeat_member(copy):
     members, number = copy.some_member()
     copy.write_members([*members, members[number]])
-    return f"{members[number][0].name} is there 2 times"
+    return f"{members[number][0].name} is there more than once"
 
 
 def reorder_members(copy):
