@@ -9,7 +9,7 @@ import hashlib
 import heapq
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """The first pieces of a learned vocabulary, and those that every vocabulary must have."""
 
-MOST_WORDS = 4_000_000
-"""Different words that are counted at a time: about half a GiB."""
+MOST_WORDS = 1_000_000
+"""Different words that are counted at a time; learning from as many takes about two GiB."""
 
 _LONGEST_WORD = 100
 """BERT's WordPiece takes a longer word as unknown, so nothing can be learned from it."""
@@ -183,9 +183,12 @@ class _Merging:
 
     def add(self, pieces: Sequence[str], count: int) -> None:
         """Add a word that occurs `count` times."""
-        self._words.append([self._numbers[piece] for piece in pieces])
+        word, index = [self._numbers[piece] for piece in pieces], len(self._words)
+        for first, second in pairwise(word):
+            self._pairs[first << _SHIFT | second] += count
+            self._where.setdefault(first << _SHIFT | second, []).append(index)
+        self._words.append(word)
         self._counts.append(count)
-        self._count(len(self._words) - 1, count)
 
     def merged(self, size: int) -> list[str]:
         """Merge until there are `size` pieces, or no pair occurs often enough."""
@@ -204,46 +207,35 @@ class _Merging:
         return self._pieces
 
     def _merge(self, pair: int) -> set[int]:
-        """Make one piece of a pair wherever it occurs; the pairs that are more frequent now."""
+        """Make one piece of a pair wherever it occurs; the pairs that may be more frequent now."""
         first, second = pair >> _SHIFT, pair & (1 << _SHIFT) - 1
         piece = self._pieces[first] + self._pieces[second].removeprefix(_INSIDE)
         number = self._numbers.setdefault(piece, len(self._pieces))
         if number == len(self._pieces):
             self._pieces.append(piece)
-        grown = set[int]()
+        more = set[int]()
         for index in set(self._where.pop(pair)):
-            word, count = self._words[index], self._counts[index]
-            joined = _joined(word, first, second, number)
-            if len(joined) < len(word):
-                for old in _pairs(word):
-                    self._pairs[old] -= count
-                self._words[index] = joined
-                grown |= self._count(index, count)
-        return {one for one in grown if number in {one >> _SHIFT, one & (1 << _SHIFT) - 1}}
-
-    def _count(self, index: int, count: int) -> set[int]:
-        found = _pairs(self._words[index])
-        for pair in found:
-            self._pairs[pair] += count
-            self._where.setdefault(pair, []).append(index)
-        return set(found)
+            for changed, by in _joined(self._words[index], first, second, number):
+                self._pairs[changed] += by * self._counts[index]
+                if by > 0:
+                    self._where.setdefault(changed, []).append(index)
+                    more.add(changed)
+        return more
 
 
-def _pairs(word: Sequence[int]) -> list[int]:
-    return [first << _SHIFT | second for first, second in pairwise(word)]
-
-
-def _joined(word: Sequence[int], first: int, second: int, number: int) -> list[int]:
-    joined: list[int] = []
+def _joined(word: list[int], first: int, second: int, number: int) -> Iterator[tuple[int, int]]:
+    """Make `number` of each pair in the word; the pairs that come (1) and go (-1) by that."""
     at = 0
-    while at < len(word):
-        if word[at] == first and at + 1 < len(word) and word[at + 1] == second:
-            joined.append(number)
-            at += 2
-        else:
-            joined.append(word[at])
-            at += 1
-    return joined
+    while at + 1 < len(word):
+        if word[at] == first and word[at + 1] == second:
+            if at:
+                yield word[at - 1] << _SHIFT | first, -1
+                yield word[at - 1] << _SHIFT | number, 1
+            word[at : at + 2] = [number]
+            if at + 1 < len(word):
+                yield second << _SHIFT | word[at + 1], -1
+                yield number << _SHIFT | word[at + 1], 1
+        at += 1
 
 
 def _alphabet(words: Mapping[str, int], most: int) -> set[str]:
