@@ -31,6 +31,9 @@ from pmd_pipeline.storage import join, read_bytes
 
 KIT = "kit.json"
 
+DEPENDENCY = b"pmd.dependency"
+"""Name in the metadata of a part's rows."""
+
 _NAME = re.compile("[a-z0-9_]+")
 
 UNKNOWABLE = ("image_offset", "image_size", "json_offset", "json_size")
@@ -141,10 +144,11 @@ def kit_file(folder: str, part: KitPart, file: FileDigest) -> bytes:
     return checked(join(folder, part.source, file.name), file.sha256)
 
 
-def rows_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The rows as Parquet."""
+def rows_bytes(rows: Sequence[Mapping[str, Any]], dependency: str) -> bytes:
+    """The rows as Parquet, which says what they depend on."""
     out = BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=ROWS), out, compression="zstd")
+    schema = ROWS.with_metadata({DEPENDENCY: dependency})
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), out, compression="zstd")
     return out.getvalue()
 
 

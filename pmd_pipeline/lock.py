@@ -8,21 +8,26 @@ from io import BytesIO
 from itertools import chain
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import (
+    FORMAT,
     CodesReport,
     FileDigest,
     Manifest,
     ShardEntry,
     Timing,
     canonical_json,
+    digest,
     part_name,
 )
 from pmd_pipeline.index import load_index
 from pmd_pipeline.kit import (
+    DEPENDENCY,
     KIT,
+    ROWS,
     UNKNOWABLE,
     Kit,
     KitPart,
@@ -36,7 +41,7 @@ from pmd_pipeline.members import Members
 from pmd_pipeline.parallel import Pool, Tick, in_order
 from pmd_pipeline.progress import Show
 from pmd_pipeline.shards import LEDGER
-from pmd_pipeline.storage import join, open_read, read_bytes, write_whole
+from pmd_pipeline.storage import join, open_read, read_bytes, sizes, write_whole
 
 
 @dataclass(frozen=True)
@@ -105,35 +110,69 @@ def lock(path: str, folder: str, pool: Pool, show: Show, *, hashed: bool = False
 
 
 def lock_part(task: LockTask, tick: Tick) -> KitPart:
-    """Write the files of one shard into the kit.
+    """Write the files of one shard into the kit; what is there already stays.
 
     Raises:
         PmdError: the shard is not the one of the manifest.
     """
-    entry, name = task.entry, part_name(task.entry.part)
-    base = task.address.removesuffix(".tar")
-    ledger = checked(f"{base}.parquet", entry.ledger_sha256)
-    rows: list[dict[str, Any]] = pq.read_table(BytesIO(ledger), schema=LEDGER).to_pylist()
     files = _files(task.index) if task.index else {}
-    samples = _samples(task.address, entry.sha256, tick)
-    locked = [_row(row, samples, files, hashed=task.hashed) for row in rows]
-    content = rows_bytes(locked)
-    write_whole(join(task.folder, entry.source, f"{name}.parquet"), content)
-    codes = None
-    if entry.codes_sha256:
-        report = CodesReport.model_validate_json(read_bytes(f"{base}.codes.json"))
-        codes = report.model_copy(update={"timing": Timing()})
-        write_whole(
-            join(task.folder, entry.source, report.file.name),
-            checked(f"{base}.codes.safetensors", entry.codes_sha256),
-        )
+    content = _done(task, files) or _written(task, files, tick)
+    name = part_name(task.entry.part)
     return KitPart(
-        source=entry.source,
-        part=entry.part,
-        counts=counts_of(rows),
+        source=task.entry.source,
+        part=task.entry.part,
+        counts=counts_of(pq.read_table(BytesIO(content), schema=ROWS).to_pylist()),
         rows=FileDigest.of(f"{name}.parquet", content),
-        codes=codes,
+        codes=_copied_codes(task),
     )
+
+
+def _done(task: LockTask, files: Mapping[str, str]) -> bytes | None:
+    """The content of the part's rows, if they are there and of this very shard."""
+    name = f"{part_name(task.entry.part)}.parquet"
+    folder = join(task.folder, task.entry.source)
+    if name not in sizes(folder):
+        return None
+    content = read_bytes(join(folder, name))
+    try:
+        metadata = pq.read_schema(BytesIO(content)).metadata or {}
+    except pa.ArrowException:
+        return None  # no file of ours
+    return content if metadata.get(DEPENDENCY) == _dependency(task, files).encode() else None
+
+
+def _dependency(task: LockTask, files: Mapping[str, str]) -> str:
+    """Digest of what the part's rows depend on."""
+    shard = [task.entry.sha256, task.entry.ledger_sha256]
+    return digest({"format": FORMAT, "shard": shard, "hashed": task.hashed, "files": files})
+
+
+def _written(task: LockTask, files: Mapping[str, str], tick: Tick) -> bytes:
+    """The content of the part's rows, made from the shard."""
+    base = task.address.removesuffix(".tar")
+    ledger = checked(f"{base}.parquet", task.entry.ledger_sha256)
+    samples = _samples(task.address, task.entry.sha256, tick)
+    rows = [
+        _row(row, samples, files, hashed=task.hashed)
+        for row in pq.read_table(BytesIO(ledger), schema=LEDGER).to_pylist()
+    ]
+    content = rows_bytes(rows, _dependency(task, files))
+    name = f"{part_name(task.entry.part)}.parquet"
+    write_whole(join(task.folder, task.entry.source, name), content)
+    return content
+
+
+def _copied_codes(task: LockTask) -> CodesReport | None:
+    """Copy the image codes, if there are any; their report without times."""
+    if task.entry.codes_sha256 is None:
+        return None
+    base = task.address.removesuffix(".tar")
+    report = CodesReport.model_validate_json(read_bytes(f"{base}.codes.json"))
+    write_whole(
+        join(task.folder, task.entry.source, report.file.name),
+        checked(f"{base}.codes.safetensors", task.entry.codes_sha256),
+    )
+    return report.model_copy(update={"timing": Timing()})
 
 
 def _index_files(path: str, manifest: Manifest, source: str) -> dict[int, str]:

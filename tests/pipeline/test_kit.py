@@ -12,6 +12,7 @@ import pytest
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline import build, cli, images, restore
+from pmd_pipeline import lock as lock_room
 from pmd_pipeline.code_checks import code_tensors
 from pmd_pipeline.coding import CodesRequest, code_manifest
 from pmd_pipeline.errors import PmdError
@@ -190,6 +191,28 @@ def test_a_kit_is_the_same_for_any_number_of_workers_and_anywhere(original, tmp_
     assert len(files) == 1 + 2 * len(one.parts)
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_kit_that_is_locked_again_reads_only_what_is_not_there(
+    original, kit, tmp_path, monkeypatch
+):
+    before = load_kit(str(kit))
+    read = []
+
+    def samples(address, *rest):
+        read.append(address[-9:])
+        return lock_samples(address, *rest)
+
+    lock_samples = lock_room._samples
+    monkeypatch.setattr(lock_room, "_samples", samples)
+    (kit / KIT).unlink()
+    (kit / "cc3m" / "00001.parquet").unlink()
+    (kit / "cc3m" / "00002.parquet").write_bytes(b"PAR1 of somebody else")
+
+    assert locked(original, kit) == before
+    assert read == ["00001.tar", "00002.tar"]
+    assert locked(original, kit, hashed=True).captions == "sha256"
+    assert len(read) == 2 + len(before.parts)
 
 
 def test_a_kit_works_under_any_address(original, kit, pictures, tmp_path):
