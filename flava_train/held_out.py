@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from flava_train.corpus import OpenShard, Place, open_ledger
-from flava_train.data import WHOLE, pixels_of
 from flava_train.errors import FlavaError
 from flava_train.files import Files
-from flava_train.ledgers import Box
 from flava_train.shapes import Int, UInt
 from flava_train.shards import load_manifest
+from flava_train.slots import WHOLE, Shown
 from flava_train.text import WordPiece
 
 
@@ -62,7 +61,7 @@ def held_out(
             [text for one in rows for text in one.captions], caption_tokens
         )
         counts = [len(one.captions) for one in rows]
-        pixels = np.stack([pixels_of(one.shard, one.sample, one.box, image_size) for one in rows])
+        pixels = np.stack([one.pixels(image_size) for one in rows])
         yield HeldOut(
             torch.from_numpy(pixels),
             torch.from_numpy(tokens),
@@ -73,22 +72,14 @@ def held_out(
         number += len(rows)
 
 
-@dataclass(frozen=True)
-class _Image:
-    shard: OpenShard
-    sample: int
-    box: Box
-    captions: list[str]
-
-
-def _images(places: list[Place], files: Files) -> Iterator[_Image]:
+def _images(places: list[Place], files: Files) -> Iterator[Shown]:
     """Every image with its captions; an image with boxes is as many regions, of one each."""
     for place in places:
         shard = OpenShard(place, open_ledger(place, files), files)
         for sample in range(place.entry.images):
             record = shard.record(sample)
             if record.boxes is None:
-                yield _Image(shard, sample, WHOLE, record.captions)
+                yield Shown(shard, sample, 0, WHOLE, record.captions, 0)
                 continue
-            for box, caption in zip(record.boxes, record.captions, strict=True):
-                yield _Image(shard, sample, box, [caption])
+            for nth, box in enumerate(record.boxes):
+                yield Shown(shard, sample, 1 + nth, box, [record.captions[nth]], 0)
