@@ -15,7 +15,6 @@ from pmd_pipeline.cli.app import (
     Workers,
     app,
     interruptible,
-    out_console,
     say,
     shown,
 )
@@ -192,30 +191,12 @@ def merge(
     typer.echo(f"{out}  {found.digest}")
 
 
-@app.command()
-def quickstart(
-    out: Annotated[
-        str, typer.Option("--out", metavar="DIR", help="Folder for everything.")
-    ] = "quickstart",
-    scenes: Annotated[int, typer.Option(min=40, metavar="N", help="Scenes per source.")] = 240,
-    runner: RunnerOption = Runner.ray,
-    workers: Workers = None,
-    quiet: Quiet = False,
-) -> None:
-    """Build all nine sources from a sample world, drawn and served on this machine.
-
-    Example: pmd quickstart --out quickstart
-    """
-    from pmd_pipeline import stats as statistics
-    from pmd_pipeline.quickstart import run
-
-    with interruptible():
-        built = run(Path(out), scenes, runner.value, workers, shown(quiet=quiet))
-    path, manifest = built.manifests[-1]
-    for table in statistics.as_table(statistics.lengths(manifest), manifest):
-        out_console.print(table)
-    typer.echo(f"{path}  {manifest.digest}")
-    _fail_if_parts_failed(built)
+def fail_if_parts_failed(built: "Built") -> None:
+    """Name the parts that a build could not finish, and exit with 1 if there are any."""
+    for failure in built.failures:
+        say(f"failed: {failure}; run the same command again")
+    if built.failures:
+        raise typer.Exit(1)
 
 
 def _changes(
@@ -239,11 +220,4 @@ def _build(request: "Request", lid_model: Path | None, *, quiet: bool) -> None:
         built = build_all(request, shown(quiet=quiet))
     for path, manifest in built.manifests:
         typer.echo(f"{path}  {manifest.digest}")
-    _fail_if_parts_failed(built)
-
-
-def _fail_if_parts_failed(built: "Built") -> None:
-    for failure in built.failures:
-        say(f"failed: {failure}; run the same command again")
-    if built.failures:
-        raise typer.Exit(1)
+    fail_if_parts_failed(built)

@@ -3,6 +3,7 @@
 import json
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +25,9 @@ _WRITERS = (
     *(coco, sbu, localized_narratives, cc3m, visual_genome, wit, cc12m, redcaps, yfcc100m),
     *(imagenet1k, ccnews, bookcorpus),
 )
+SOURCES = tuple(write.__name__ for write in _WRITERS)
+"""The nine, and those of images alone and texts alone."""
+
 _NOTE = "world.json"
 
 
@@ -51,15 +55,19 @@ class World:
     web: dict[str, OnWeb]
 
 
-def write_world(folder: Path, *, scenes: int = 240, seed: int = 0) -> World:
+def write_world(
+    folder: Path, *, scenes: int = 240, seed: int = 0, only: Sequence[str] = SOURCES
+) -> World:
     """Write the annotation files and archives of a world to `folder`; the same bytes each time.
+
+    What a source has does not depend on which others `only` names.
 
     Raises:
         PmdError: too few scenes for all that a world needs, or the folder cannot be written.
     """
     if scenes < LEAST_SCENES:
         raise PmdError(f"a sample world needs {LEAST_SCENES} scenes a source, not {scenes}")
-    plans = _plans(scenes, seed)
+    plans = _plans(scenes, seed, only)
     for plan in plans:
         for name, content in plan.files.items():
             write_whole(str(folder / "raw" / plan.source / name), content)
@@ -68,7 +76,8 @@ def write_world(folder: Path, *, scenes: int = 240, seed: int = 0) -> World:
         for name, drawn in _archives(plan).items():
             packed = _zipped(drawn) if name.endswith(".zip") else _tarred(drawn)
             write_whole(str(folder / "images" / plan.source / name), packed)
-    write_whole(str(folder / _NOTE), json.dumps({"scenes": scenes, "seed": seed}).encode())
+    note = {"scenes": scenes, "seed": seed, "only": list(only)}
+    write_whole(str(folder / _NOTE), json.dumps(note).encode())
     return _world(folder, scenes, seed, plans)
 
 
@@ -80,15 +89,15 @@ def load_world(folder: Path) -> World:
     """
     try:
         note = json.loads((folder / _NOTE).read_bytes())
-        scenes, seed = int(note["scenes"]), int(note["seed"])
+        scenes, seed, only = int(note["scenes"]), int(note["seed"]), list(map(str, note["only"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PmdError(f"{folder} holds no sample world: write one there first") from error
-    return _world(folder, scenes, seed, _plans(scenes, seed))
+    return _world(folder, scenes, seed, _plans(scenes, seed, only))
 
 
-def _plans(scenes: int, seed: int) -> list[Plan]:
+def _plans(scenes: int, seed: int, only: Sequence[str]) -> list[Plan]:
     plans = []
-    for write in _WRITERS:
+    for write in (one for one in _WRITERS if one.__name__ in only):
         plan = Plan(write.__name__, seed, scenes)
         write(plan)
         plans.append(plan)

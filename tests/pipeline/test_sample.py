@@ -144,6 +144,15 @@ def test_a_loaded_world_is_the_one_that_was_written(tmp_path):
     assert load_world(tmp_path) == written
 
 
+def test_a_source_is_the_same_whether_others_are_written_or_not(tmp_path):
+    whole = write_world(tmp_path / "whole", scenes=40)
+    alone = write_world(tmp_path / "alone", scenes=40, only=("coco",))
+
+    assert alone.planted == {"coco": whole.planted["coco"]}
+    assert load_world(tmp_path / "alone") == alone
+    assert files(tmp_path / "alone" / "raw").items() <= files(tmp_path / "whole" / "raw").items()
+
+
 def test_a_folder_without_a_world_is_named(tmp_path):
     with pytest.raises(PmdError, match="holds no sample world"):
         load_world(tmp_path)

@@ -1,0 +1,90 @@
+"""The command `pmd quickstart`: the whole product on a sample world."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pmd_pipeline.cli.app import (
+    Quiet,
+    Runner,
+    RunnerOption,
+    Workers,
+    app,
+    interruptible,
+    out_console,
+    say,
+    shown,
+)
+from pmd_pipeline.cli.build import fail_if_parts_failed
+
+if TYPE_CHECKING:
+    from pmd_pipeline.quickstart import Places
+
+
+@app.command()
+def quickstart(
+    out: Annotated[
+        str, typer.Option("--out", metavar="DIR", help="Folder for everything.")
+    ] = "quickstart",
+    scenes: Annotated[int, typer.Option(min=40, metavar="N", help="Scenes per source.")] = 240,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=10, metavar="N", help="Training steps [default: those of flava_tiny]."),
+    ] = None,
+    no_train: Annotated[bool, typer.Option("--no-train", help="End with the build.")] = False,
+    runner: RunnerOption = Runner.ray,
+    workers: Workers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Build all nine sources from a drawn world, train a small FLAVA on them, and test it.
+
+    Example: pmd quickstart --out quickstart
+    """
+    from pmd_pipeline import quickstart as whole
+    from pmd_pipeline import stats as statistics
+    from pmd_pipeline.learned import as_tables
+
+    folder, show = Path(out), shown(quiet=quiet)
+    with interruptible():
+        built = whole.run(folder, scenes, runner.value, workers, show)
+    path, manifest = built.manifests[-1]
+    for table in statistics.as_table(statistics.lengths(manifest), manifest):
+        out_console.print(table)
+    typer.echo(f"{path}  {manifest.digest}")
+    fail_if_parts_failed(built)
+    if no_train:
+        return
+    if lacking := whole.lacking():
+        say(
+            f"training is left out, since {' and '.join(lacking)} is not installed: "
+            'pip install "pmd-flava[train]"'
+        )
+        return
+    with interruptible():
+        whole.prepare(folder, workers, show)
+        learned = whole.train(folder, steps)
+        poster = whole.show_off(folder, learned)
+    for table in as_tables(learned):
+        out_console.print(table)
+    for words in _next_steps(whole.Places(folder), poster):
+        typer.echo(words)
+    if missed := learned.missed(whole.TIMES):
+        for sentence in missed:
+            say(f"not learned: {sentence}")
+        say("more --steps and another --out teach it more")
+        raise typer.Exit(1)
+
+
+def _next_steps(places: "Places", poster: str | None) -> list[str]:
+    """What to look at, and commands to go on with."""
+    if poster is None:
+        say('the picture is left out: it needs matplotlib, pip install "pmd-flava[plot]"')
+    held_out = places.held_out
+    query = "two large red stars on a striped grey background"
+    return [
+        *([f"look at   {poster}"] if poster else []),
+        f'ask it    flava-train search {places.trained} {held_out} "{query}"',
+        f"test it   flava-train eval {places.trained} {held_out}",
+        "go on     pmd sources, then pmd plan and pmd build on real data",
+    ]
