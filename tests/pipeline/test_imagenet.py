@@ -276,3 +276,11 @@ def test_statistics_are_those_of_images(tmp_path):
     assert "words in" not in console.file.getvalue()
     with pytest.raises(PmdError, match="no captions to plot"):
         statistics.plot([row], manifest, str(tmp_path / "a.png"))
+
+
+def test_another_layout_in_the_same_place_leaves_nothing_of_the_first(tmp_path):
+    built(order_of(tmp_path, write_tables(tmp_path / "tables", images())))
+
+    manifest = built(order_of(tmp_path, write_folder(tmp_path / "folder", images()[:3])))
+
+    assert manifest.sources["imagenet1k"].counts.pairs_in == 3
