@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flava_train.batches import Images, Pairs, Texts, on_device, take
+from flava_train.batches import Images, Pairs, Texts, take
 from flava_train.losses import (
     Objective,
     masked_image_sum,
@@ -46,7 +47,9 @@ class Operations:
 
     def __init__(self, config: FlavaConfig, objective: Objective) -> None:
         self.objective = objective
-        with torch.device("meta"):
+        # only shapes are computed; fake rather than meta, for which there is no autocast
+        self._shapes = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._shapes:
             self._model = Flava(config)
         self._each: dict[tuple[type, int], float] = {}
 
@@ -57,9 +60,10 @@ class Operations:
     def _of_row(self, piece: Pairs | Images | Texts) -> float:
         shape = type(piece), _width(piece)
         if shape not in self._each:
-            rows = on_device(take(piece, torch.arange(min(_ROWS, len(piece)))), "meta")
+            rows = take(piece, torch.arange(min(_ROWS, len(piece))))
             # the plain attention: fused ones are counted with what they compute again
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            plain = sdpa_kernel(SDPBackend.MATH)
+            with self._shapes, plain, FlopCounterMode(display=False) as counter:
                 self._sum(rows).backward()
             self._each[shape] = counter.get_total_flops() / len(rows)
         return self._each[shape]

@@ -110,10 +110,10 @@ def cut(path: Path, steps: int) -> None:
         for line in file:
             try:
                 figures = json.loads(line)
-            except ValueError:  # torn by a kill
-                break
-            past = figures.get("step", -1) >= steps or figures.get("after", 0) > steps
-            if past or not line.endswith(b"\n"):
+            except ValueError:
+                break  # torn by a kill
+            whole = isinstance(figures, dict) and line.endswith(b"\n")
+            if not whole or figures.get("step", -1) >= steps or figures.get("after", 0) > steps:
                 break
             size += len(line)
     os.truncate(path, size)
@@ -246,7 +246,7 @@ def numbers(figures: Figures) -> dict[str, float]:
         if isinstance(value, Mapping):
             found |= {f"{name}.{inner}": number for inner, number in numbers(value).items()}
         elif isinstance(value, int | float) and name not in {"step", "after"}:
-            found[name] = value
+            found[name] = float(value)
     return found
 
 

@@ -1,0 +1,282 @@
+import json
+import math
+from itertools import pairwise, permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stocks
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from runs import TOWER, told, write_world
+
+from flava_train import cli, evaluate
+from flava_train.config import EvaluationConfig
+from flava_train.data import DataConfig
+from flava_train.errors import FlavaError
+from flava_train.evaluate import (
+    RANKS,
+    Encoder,
+    check_evaluation,
+    class_names,
+    classification,
+    files_of,
+    retrieval,
+)
+from flava_train.held_out import held_out
+from flava_train.hf import load_hf
+from flava_train.model import Flava, FlavaConfig, TowerConfig
+from flava_train.templates import TEMPLATES
+from flava_train.text import load_wordpiece
+from flava_train.train import train
+from flava_train.trained import load_trained
+
+
+def brute_force(likeness, targets, rank):
+    """Share of queries with a target among the first, over all orders of what is equally near."""
+    hits = 0.0
+    for row, good in zip(likeness, targets, strict=True):
+        orders = {
+            order
+            for order in permutations(range(len(row)))
+            if all(row[a] >= row[b] for a, b in pairwise(order))
+        }
+        hits += sum(bool(good & set(order[:rank])) for order in orders) / len(orders)
+    return hits / len(likeness)
+
+
+@given(
+    st.integers(1, 4).flatmap(
+        lambda images: st.tuples(
+            st.just(images), st.lists(st.integers(0, images - 1), min_size=0, max_size=2)
+        )
+    ),
+    st.integers(0, 2**32),
+    st.integers(1, 3),
+)
+def test_recall_is_what_brute_force_says(shape, seed, levels):
+    images, more = shape
+    numbers = torch.tensor([*range(images), *more])
+    rng = np.random.default_rng(seed)
+    # few levels, so that many candidates are equally near
+    image = torch.from_numpy(rng.integers(-levels, levels + 1, (images, 2))).float()
+    text = torch.from_numpy(rng.integers(-levels, levels + 1, (len(numbers), 2))).float()
+
+    found = retrieval(image, text, numbers)
+
+    likeness = (text @ image.T).tolist()
+    to_image = [{int(number)} for number in numbers]
+    to_text = [set(torch.nonzero(numbers == one)[:, 0].tolist()) for one in range(images)]
+    for rank in RANKS:
+        expected = brute_force(likeness, to_image, rank)
+        assert found.figures[f"text_to_image_r{rank}"] == pytest.approx(expected)
+        expected = brute_force((image @ text.T).tolist(), to_text, rank)
+        assert found.figures[f"image_to_text_r{rank}"] == pytest.approx(expected)
+
+
+def test_chance_is_what_a_model_gets_that_finds_all_alike():
+    numbers = torch.arange(100).repeat_interleave(5)
+    alike = torch.ones(500, 3) / math.sqrt(3)
+
+    found = retrieval(alike[:100], alike, numbers)
+
+    assert found.figures == found.chance
+    assert found.chance["text_to_image_r5"] == pytest.approx(5 / 100)
+    # one of five right ones among ten of five hundred
+    miss = math.comb(495, 10) / math.comb(500, 10)
+    assert found.chance["image_to_text_r10"] == pytest.approx(1 - miss)
+
+
+def test_a_perfect_model_finds_all(monkeypatch):
+    monkeypatch.setattr(evaluate, "_ROWS", 7)  # more than one cut
+    image = torch.eye(40)
+    numbers = torch.arange(40).repeat_interleave(2)
+
+    found = retrieval(image, image[numbers], numbers)
+
+    assert set(found.figures.values()) == {1.0}
+
+
+def test_captions_need_not_lie_in_the_order_of_their_images():
+    image = torch.eye(12)
+    numbers = torch.randperm(24, generator=torch.Generator().manual_seed(0)) % 12
+
+    found = retrieval(image, image[numbers], numbers)
+
+    assert set(found.figures.values()) == {1.0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def encoder(world):
+    wordpiece = load_wordpiece(str(world / "vocab.txt"))
+    tower = TowerConfig(**TOWER)
+    config = FlavaConfig(
+        image=tower,
+        text=tower,
+        multimodal=tower,
+        image_size=32,
+        patch_size=8,
+        image_vocab=67,
+        text_vocab=len(wordpiece.vocabulary),
+        text_positions=20,
+        projection_dim=24,
+    )
+    torch.manual_seed(0)
+    model = Flava(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return Encoder(model, wordpiece, 16, 5, None)
+
+
+def test_held_out_pairs_are_embedded_whole_and_unmasked(world, encoder):
+    batches = list(held_out(str(world / "held-out.json"), encoder.wordpiece, 32, 16, batch=5))
+
+    images, texts, numbers = encoder.held_out(batches)
+
+    assert images.shape == (12, 24)
+    assert numbers.tolist() == [number // 2 for number in range(24)]
+    one = batches[1]
+    with torch.no_grad():
+        image = encoder.model.embed_images(one.pixels)
+        text = encoder.model.embed_texts(one.tokens, one.lengths)
+    assert torch.allclose(images[5:10], image, atol=1e-5)
+    assert torch.allclose(texts[10:20], text, atol=1e-5)
+
+
+def picture(path, number):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(stocks.jpeg(number))
+
+
+def test_classes_are_told_by_the_mean_of_80_sentences(tmp_path, encoder):
+    for number in range(14):
+        picture(tmp_path / f"big_{'abcdefg'[number % 7]}" / f"{number}.jpg", number)
+    names = [f"big {letter}" for letter in "abcdefg"]
+
+    found = classification(encoder, tmp_path)
+
+    vectors = []
+    for name in names:
+        sentences = encoder.texts([template.replace("{}", name) for template in TEMPLATES])
+        vectors.append(sentences.mean(0) / sentences.mean(0).norm())
+    hits = {1: 0, 5: 0}
+    for number in range(14):
+        path = tmp_path / names[number % 7].replace(" ", "_") / f"{number}.jpg"
+        square = Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
+        order = (encoder.images(pixels) @ torch.stack(vectors).T)[0].argsort(descending=True)
+        for rank in hits:
+            hits[rank] += number % 7 in order[:rank].tolist()
+    assert found.figures == {"zero_shot_top1": hits[1] / 14, "zero_shot_top5": hits[5] / 14}
+    assert found.chance == {"zero_shot_top1": 1 / 7, "zero_shot_top5": 5 / 7}
+
+
+def test_there_are_80_templates_and_each_has_one_place():
+    assert len(set(TEMPLATES)) == 80
+    assert all(template.count("{}") == 1 for template in TEMPLATES)
+
+
+def test_what_is_no_image_is_left_out_and_told(tmp_path, encoder):
+    picture(tmp_path / "cat" / "a.jpg", 1)
+    picture(tmp_path / "dog" / "b.jpg", 2)
+    (tmp_path / "dog" / "c.jpg").write_bytes(b"no picture")
+    (tmp_path / "dog" / "d.jpg").write_bytes(stocks.jpeg(3)[:200])
+
+    found = classification(encoder, tmp_path)
+
+    assert found.figures["zero_shot_unreadable"] == 0.5
+
+
+def test_classes_may_have_names_in_a_table(tmp_path):
+    for folder in ("n01440764", "n01443537"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "classes.tsv").write_text("n01443537\tgoldfish\nn01440764\ttench\n")
+
+    assert class_names(tmp_path) == {"n01440764": "tench", "n01443537": "goldfish"}
+    (tmp_path / "n9").mkdir()
+    with pytest.raises(FlavaError, match="names the class of the folder n9"):
+        class_names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"retrieval": "none.json"}, "cannot read none.json"),
+        ({"classes": "nowhere"}, "no such folder of classes"),
+        ({"classes": "empty"}, "it has no folder of a class"),
+        ({"classes": "full"}, "evaluation.metric = text_to_image_r1 needs evaluation.retrieval"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_known_before_the_first_step(
+    tmp_path, monkeypatch, section, says
+):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("full/cat").mkdir(parents=True)
+
+    with pytest.raises(FlavaError, match=says):
+        check_evaluation(EvaluationConfig(**section))
+
+
+def test_classes_without_any_image_are_refused(tmp_path, encoder):
+    (tmp_path / "cat").mkdir()
+
+    with pytest.raises(FlavaError, match="no images in the folders"):
+        classification(encoder, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    changes = {"evaluation.retrieval": str(world / "held-out.json"), "steps": 4}
+    train(told(world, out, changes), quiet=True)
+    return out
+
+
+def test_the_command_finds_what_the_run_found(trained, world, capsys):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+
+    cli.evaluate(trained, None, None, as_json=True)
+
+    assert {"after": 4} | json.loads(capsys.readouterr().out) == lines[-1]
+    cli.evaluate(trained, str(world / "held-out.json"))
+    words = capsys.readouterr().out
+    assert "text to image r1" in words
+    assert words.count("chance") == 6
+
+
+def test_a_run_is_evaluated_on_classes_too(trained, tmp_path, capsys):
+    picture(tmp_path / "a" / "a.jpg", 1)
+    picture(tmp_path / "b" / "b.jpg", 2)
+
+    cli.evaluate(trained, None, str(tmp_path), as_json=True)
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["zero_shot_top5"] == 1.0
+    assert found["chance"] == {"zero_shot_top1": 0.5, "zero_shot_top5": 1.0}
+
+
+def test_an_exported_run_has_the_weights_and_the_vocabulary(trained, tmp_path):
+    cli.export(trained, tmp_path / "hf")
+
+    assert (tmp_path / "hf" / "vocab.txt").read_bytes() == (trained / "vocab.txt").read_bytes()
+    ours = load_trained(trained).model.state_dict()
+    assert all(torch.equal(ours[name], one) for name, one in state(tmp_path / "hf").items())
+
+
+def state(folder):
+    return load_hf(folder).state_dict()
+
+
+def test_held_out_shards_are_looked_for_where_all_others_are(tmp_path):
+    files = files_of(DataConfig(cache=str(tmp_path), cache_gib=2.0, verify=False))
+
+    assert (files.cache, files.max_bytes, files.verify) == (tmp_path, 2 << 30, False)

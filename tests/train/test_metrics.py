@@ -1,0 +1,217 @@
+import json
+import sys
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from runs import told, write_world
+from tiny import TINY, images, pairs, texts
+from torch.utils.flop_counter import FlopCounterMode
+
+from flava_train import flops, metrics
+from flava_train.batches import micro_batches
+from flava_train.errors import FlavaError
+from flava_train.flops import Operations, peak_of
+from flava_train.losses import Objective
+from flava_train.metrics import METRICS, Metrics, Terminal, boards, cut, numbers
+from flava_train.model import Flava
+from flava_train.step import train_step
+from flava_train.train import train
+
+STEP = {"step": 0, "stream": "pairs", "losses": {"itm": 0.7, "mlm": 3.0}, "grad_norm": 2.0}
+
+
+def lines(*figures):
+    return "".join(json.dumps(one) + "\n" for one in figures)
+
+
+def test_lines_of_steps_that_come_again_go(tmp_path):
+    path = tmp_path / METRICS
+    kept = [{"step": 0}, {"step": 1}, {"after": 2, "r1": 0.5}]
+    path.write_text(lines(*kept, {"step": 2}, {"step": 3}, {"after": 4}))
+
+    cut(path, 2)
+
+    assert path.read_text() == lines(*kept)
+
+
+@pytest.mark.parametrize("torn", ['{"step": 1, "los', '{"step": 1}', "\0\0\0\0", "5\n", "[]\n"])
+def test_a_torn_line_goes(tmp_path, torn):
+    path = tmp_path / METRICS
+    path.write_text(lines({"step": 0}) + torn)
+
+    cut(path, 9)
+
+    assert path.read_text() == lines({"step": 0})
+
+
+def test_a_first_run_has_nothing_to_cut(tmp_path):
+    cut(tmp_path / METRICS, 0)
+
+    assert not (tmp_path / METRICS).exists()
+
+
+def test_an_evaluation_whose_checkpoint_was_never_written_goes(tmp_path):
+    path = tmp_path / METRICS
+    path.write_text(lines({"step": 0}, {"after": 1, "r1": 0.5}))
+
+    cut(path, 0)
+
+    assert path.read_text() == ""
+
+
+def shown(steps, *figures, terminal=False):
+    out = StringIO()
+    console = Console(file=out, force_terminal=terminal, width=200, color_system=None)
+    board = Terminal(steps, console)
+    for one in figures:
+        board.show(one)
+    board.close()
+    return out.getvalue()
+
+
+def test_where_nobody_draws_there_is_a_line_now_and_then():
+    words = shown(9, *({**STEP, "step": step} for step in range(5)))
+
+    assert words.splitlines()[0].startswith("step 1 of 9, itm 0.7000, mlm 3.0000, grad norm 2.000")
+    assert words.splitlines()[-1].startswith("step 5 of 9")
+    assert len(words.splitlines()) == 2
+
+
+def test_a_terminal_shows_the_losses_of_all_streams():
+    words = shown(9, STEP, {"step": 1, "stream": "images", "losses": {"mim": 4.0}}, terminal=True)
+
+    assert "itm 0.7000, mlm 3.0000, mim 4.0000" in words.splitlines()[-1]
+
+
+def test_an_evaluation_stands_beside_chance():
+    found = {"after": 1000, "text_to_image_r1": 0.5, "chance": {"text_to_image_r1": 0.01}}
+
+    words = shown(9, found)
+
+    assert "after 1,000 steps: text to image r1 0.5000 (chance 0.0100)" in words
+
+
+def test_only_the_writing_rank_tells_anything(tmp_path):
+    config = told(tmp_path, tmp_path / "run")
+
+    quiet = Metrics(tmp_path, config, 0, quiet=False, writes=False)
+    quiet.show(STEP)
+    quiet.say("nothing")
+    quiet.sync()
+    quiet.close()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
+    calls = []
+    writer = SimpleNamespace(
+        add_scalar=lambda *point: calls.append(point), close=lambda: calls.append("closed")
+    )
+    made = []
+    module = SimpleNamespace(SummaryWriter=lambda *w, **more: made.append((w, more)) or writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(metrics, "find_spec", lambda name: name == "tensorboard")
+
+    [board] = boards(tmp_path, told(tmp_path, "run"), 5)
+    board.show(STEP)
+    board.show({"after": 4, "r1": 0.5, "chance": {"r1": 0.1}})
+    board.close()
+
+    assert made == [((str(tmp_path / "tensorboard"),), {"purge_step": 5})]
+    assert calls == [
+        ("losses/itm", 0.7, 0),
+        ("losses/mlm", 3.0, 0),
+        ("grad_norm", 2.0, 0),
+        ("r1", 0.5, 4),
+        ("chance/r1", 0.1, 4),
+        "closed",
+    ]
+
+
+def test_a_resumed_run_goes_on_with_its_run_of_wandb(tmp_path, monkeypatch):
+    started, logged = [], []
+    one = SimpleNamespace(
+        id="abc", log=lambda found, step: logged.append((found, step)), finish=lambda: None
+    )
+    module = SimpleNamespace(init=lambda **more: started.append(more) or one)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(metrics, "find_spec", lambda name: name == "wandb")
+    config = told(tmp_path, "run", {"metrics.wandb": "flava"})
+
+    for _ in range(2):
+        [board] = boards(tmp_path, config, 0)
+        board.show(STEP)
+        board.close()
+
+    assert [more["id"] for more in started] == [None, "abc"]
+    assert started[0]["project"] == "flava"
+    assert started[0]["config"]["steps"] == 8
+    assert logged[0] == ({"losses.itm": 0.7, "losses.mlm": 3.0, "grad_norm": 2.0}, 0)
+
+
+def test_a_board_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "find_spec", lambda _: None)
+
+    assert boards(tmp_path, told(tmp_path, "run"), 0) == []
+    with pytest.raises(FlavaError, match="wandb is not installed"):
+        boards(tmp_path, told(tmp_path, "run", {"metrics.wandb": "flava"}), 0)
+
+
+def test_words_are_no_numbers():
+    assert numbers({"step": 1, "stream": "pairs", "updated": True, "a": {"b": 2}}) == {
+        "updated": True,
+        "a.b": 2,
+    }
+
+
+@pytest.mark.parametrize("make", [pairs, images, texts])
+def test_operations_are_those_that_a_step_does(make):
+    objective = Objective()
+    batch = make(6)
+    model = Flava(TINY).double()
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        train_step(model, [batch], objective)
+
+    found = Operations(TINY, objective).of([batch])
+
+    # the logits of the contrast, forward and backward, are left out
+    logits = 3 * 2 * 2 * 6 * 6 * TINY.projection_dim if make is pairs else 0
+    assert found + logits == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_operations_of_micro_batches_add_up_and_each_width_is_counted_once(monkeypatch):
+    batch = pairs(8, lengths=[16, 16, 15, 14, 9, 8, 7, 3])
+    pieces = micro_batches(batch, 2, widths=(8, 16))
+    operations = Operations(TINY, Objective(mmm_text=0.0))
+
+    both = operations.of(pieces)
+
+    assert both == sum(operations.of([piece]) for piece in pieces)
+    assert len(operations._each) == 2
+
+
+def test_the_peak_of_a_card_is_that_of_its_longest_name(monkeypatch):
+    cards = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA GH200": 989, "X": None}
+    for card, peak in cards.items():
+        monkeypatch.setattr(flops.torch.cuda, "get_device_name", lambda _, card=card: card)
+
+        assert peak_of(torch.device("cuda")) == peak
+    assert peak_of(torch.device("cpu")) is None
+
+
+def test_a_run_tells_its_share_of_a_known_peak(tmp_path):
+    world = write_world(tmp_path)
+    config = told(world, tmp_path / "run", {"metrics.peak": 0.001, "steps": 3})
+
+    train(config, quiet=True)
+
+    told_lines = (tmp_path / "run" / METRICS).read_text().splitlines()
+    shares = [json.loads(line)["mfu"] for line in told_lines]
+    assert all(0 < share < 10 for share in shares)
