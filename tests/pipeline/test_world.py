@@ -255,7 +255,7 @@ def kit(manifest, out):
     return out / "kit"
 
 
-def rebuild_at(origin, world, kit, folder):
+def rebuild_at(origin, world, kit, folder, runner="local"):
     order = Rebuild(
         kit=str(kit),
         out=str(folder / "data"),
@@ -263,12 +263,15 @@ def rebuild_at(origin, world, kit, folder):
         places=(WEB, *(str(path) for paths in world.images.values() for path in paths)),
         changes={"fetch": {"connect_to": {"*": origin}}},
     )
-    with open_pool("local", 2, None) as pool:
+    with open_pool(runner, 2, None) as pool:
         return rebuild(order, pool, QUIET)
 
 
-def test_a_kit_makes_the_same_dataset_over_an_unchanged_web(manifest, world, origin, kit, tmp_path):
-    made = rebuild_at(origin, world, kit, tmp_path)
+@pytest.mark.parametrize("runner", ["local", "ray"])
+def test_a_kit_makes_the_same_dataset_over_an_unchanged_web(
+    manifest, world, origin, kit, tmp_path, runner
+):
+    made = rebuild_at(origin, world, kit, tmp_path, runner)
 
     assert made.is_same
     assert made.manifest.digest == manifest.digest
