@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from hand import Hand, jpeg, png, tiles, write_manifest, write_shard
@@ -23,6 +25,7 @@ from pmd_pipeline.coding import CodesRequest, code_manifest
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import CodesReport
 from pmd_pipeline.manifest import load_manifest, merged
+from pmd_pipeline.parallel import WorkerDied
 from pmd_pipeline.tokenizers.weights import tensor_file
 from pmd_pipeline.views import view_boxes
 
@@ -464,6 +467,43 @@ def test_a_merged_manifest_has_codes_if_all_have_them_by_one_rule(tmp_path, orde
     assert all(shard.codes_sha256 and shard.views for shard in whole.shards)
     assert partly.codes is None
     assert not any(shard.codes_sha256 or shard.views for shard in partly.shards)
+
+
+def test_shards_elsewhere_get_their_codes_beside_them(tmp_path, order, weights):
+    far = fsspec.filesystem("memory")
+    shards = world(tmp_path)[:2]
+    for shard in shards:
+        for path in Path(shard.path).parent.glob(f"{shard.part:05d}.*"):
+            far.pipe(f"/far/{path.name}", path.read_bytes())
+    moved = [
+        shard.model_copy(update={"path": f"memory://far/{Path(shard.path).name}"})
+        for shard in shards
+    ]
+
+    there = coded(order(*moved, views=2)).manifest
+    again = coded(order(*moved, views=2)).manifest
+    here = coded(order(*shards, views=2)).manifest
+
+    assert there.digest == again.digest == here.digest
+    assert far.exists("/far/00001.codes.safetensors")
+
+
+def test_a_shard_that_kills_its_workers_leaves_the_manifest_as_it_is(tmp_path, order, monkeypatch):
+    request = order(*world(tmp_path))
+    bare = load_manifest(request.manifest)
+
+    class Deadly:
+        def run(self, function, tasks, _watch):
+            for number, task in enumerate(tasks):
+                yield task, function(task, lambda _: None) if number else WorkerDied(f"by {task}")
+
+    monkeypatch.setattr(coding, "open_pool", lambda *a, **k: nullcontext(Deadly()))
+    found = coded(request)
+    monkeypatch.undo()
+
+    assert found.failures == ["by codes of part 00000 of one"]
+    assert load_manifest(request.manifest) == found.manifest == bare
+    assert coded(request).manifest.codes is not None
 
 
 SPREAD = [

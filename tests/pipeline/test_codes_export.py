@@ -119,7 +119,9 @@ def test_a_source_that_is_a_path_is_refused(manifest, tmp_path):
     refused(manifest, tmp_path / "out", "whose name is no name of a folder")
 
 
-@pytest.mark.parametrize("name", ["../../evil.jpg", "evil", "{key}.sh", "{key}.tar/../x.jpg"])
+@pytest.mark.parametrize(
+    "name", ["../../evil.jpg", "evil", "{key}.sh", "{key}.tar/../x.jpg", "00000000000000ff.jpg"]
+)
 def test_a_tar_with_strange_members_is_refused(manifest, tmp_path, name):
     key = f"{1:016x}"
     path = Path(load_manifest(manifest).shards[0].path)
