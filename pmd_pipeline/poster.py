@@ -98,20 +98,13 @@ def _draw_loss(axes: "Axes", name: str, learned: Learned) -> None:
 def _draw_recall(axes: "Axes", learned: Learned) -> None:
     steps = sorted(learned.recall)
     for (direction, words), colour in zip(DIRECTIONS.items(), (_DARK, _GREEN), strict=True):
-        name = f"{direction}_r1"
-        values = [100 * learned.recall[step][name] for step in steps]
+        values = [100 * learned.recall[step][f"{direction}_r1"] for step in steps]
         axes.plot(steps, values, "o-", color=colour, label=words, markersize=4)
-        axes.axhline(100 * learned.last(name)[1], color=_RED, linestyle="--", linewidth=1)
-    axes.annotate(
-        "chance",
-        (steps[0], 100 * learned.last("text_to_image_r1")[1]),
-        xytext=(0, 3),
-        textcoords="offset points",
-        color=_RED,
-        fontsize=8,
-    )
+    chance = 100 * learned.last("text_to_image_r1")[1]
+    axes.axhline(chance, color=_RED, linestyle="--", linewidth=1.2, label="chance")
     _finish(axes, "R@1 on images never trained on", "%")
     axes.legend(fontsize=8, frameon=False)
+    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
 
 
@@ -133,36 +126,35 @@ def _draw_gallery(
     figure: "SubFigure", found: Sequence[Found], pictures: dict[str, "Image"]
 ) -> None:
     figure.suptitle(
-        "Captions of images never trained on, and the images found for them (green: its own)",
-        fontsize=13,
+        "Captions of images never trained on, and what was found for them, nearest first",
+        fontsize=15,
         color=_DARK,
         weight="bold",
     )
     columns = max(len(one.keys) for one in found)
-    rows = figure.subplots(
-        len(found), 2 + columns, width_ratios=[1.5, 1, *[1] * columns], squeeze=False
-    )
+    widths = [1.5, 1, 0.12, *[1] * columns]
+    rows = figure.subplots(len(found), len(widths), width_ratios=widths, squeeze=False)
+    for axes in chain.from_iterable(rows):
+        axes.axis("off")
     for axes, one in zip(rows, found, strict=True):
-        for panel in axes:
-            panel.set_xticks([])
-            panel.set_yticks([])
-            panel.spines[:].set_visible(False)
-        axes[0].text(
-            *(0.0, 0.5, fill(one.query, 24)), va="center", fontsize=11, color=_DARK, style="italic"
-        )
-        _show(axes[1], pictures[one.wanted], "its own", _GREY)
-        for panel, (place, key) in zip(axes[2:], enumerate(one.keys, start=1), strict=False):
-            is_own = key == one.wanted
-            _show(panel, pictures[key], f"{place}.", _GREEN if is_own else None)
+        said = fill(one.query, 24)
+        axes[0].text(0, 0.5, said, va="center", fontsize=12, color=_DARK, style="italic")
+        _show(axes[1], pictures[one.wanted])
+        for panel, key in zip(axes[3:], one.keys, strict=False):
+            _show(panel, pictures[key], is_hit=key == one.wanted)
+    rows[0][1].set_title("its image", fontsize=11, color=_DARK)
+    rows[0][3].set_title("found (green: its image)", fontsize=11, color=_GREEN, loc="left")
 
 
-def _show(axes: "Axes", image: "Image", title: str, frame: str | None) -> None:
+def _show(axes: "Axes", image: "Image", *, is_hit: bool = False) -> None:
+    """An image in the middle of a square, so that all rows and columns stand in line."""
     axes.imshow(np.asarray(image))
-    axes.set_title(title, fontsize=9, color=frame or _DARK, loc="left", pad=3)
-    for spine in axes.spines.values():
-        spine.set_visible(frame is not None)
-        spine.set_color(frame or _GREY)
-        spine.set_linewidth(4 if frame == _GREEN else 1)
+    width, height = image.size
+    reach = 0.53 * max(width, height)
+    axes.set_xlim(width / 2 - reach, width / 2 + reach)
+    axes.set_ylim(height / 2 + reach, height / 2 - reach)
+    corners = [0, width, width, 0, 0], [0, 0, height, height, 0]
+    axes.plot(*corners, color=_GREEN if is_hit else _GREY, linewidth=5 if is_hit else 0.8)
 
 
 def _finish(axes: "Axes", title: str, unit: str) -> None:

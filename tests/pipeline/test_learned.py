@@ -1,0 +1,87 @@
+"""What a run's metrics say it has learned."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.learned import DIRECTIONS, LOSSES, RANKS, as_tables, read_learned
+
+CHANCE = {1: 0.01, 5: 0.05, 10: 0.1}
+
+
+def evaluation(after, r1):
+    figures = {f"{way}_r{rank}": min(1.0, r1 * rank) for way in DIRECTIONS for rank in RANKS}
+    chance = {f"{way}_r{rank}": CHANCE[rank] for way in DIRECTIONS for rank in RANKS}
+    return {"after": after, **figures, "chance": chance}
+
+
+def write_metrics(folder, *, last_loss=1.0, r1=0.3, losses=tuple(LOSSES), evaluated=True):
+    """Sixty steps in which all losses go from 4 to `last_loss`."""
+    lines = [
+        {"step": step, "losses": dict.fromkeys(losses, 4 + (last_loss - 4) * step / 59)}
+        for step in range(60)
+    ]
+    if evaluated:
+        lines += [evaluation(30, r1 / 2), evaluation(60, r1)]
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_figures_are_those_of_the_last_evaluation(tmp_path):
+    learned = read_learned(write_metrics(tmp_path))
+
+    assert learned.steps == 60
+    assert learned.last("text_to_image_r1") == (0.3, 0.01)
+    assert sorted(learned.recall) == [30, 60]
+
+
+def test_a_loss_is_averaged_over_both_ends_of_the_run(tmp_path):
+    learned = read_learned(write_metrics(tmp_path, last_loss=4 - 59))  # 4 - step
+
+    assert learned.ends("itm") == (pytest.approx(4 - 9.5), pytest.approx(4 - 49.5))
+
+
+def test_a_run_that_has_learned_has_missed_nothing(tmp_path):
+    assert read_learned(write_metrics(tmp_path)).missed(10) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"r1": 0.09}, "R@1 text to image is 9.0 times chance, not 10"),
+        ({"last_loss": 4.0}, "the loss mim went from 4.00 to 4.00"),
+        ({"losses": tuple(LOSSES)[:-1]}, "no step had the loss mlm"),
+    ],
+)
+def test_what_was_not_learned_is_said(tmp_path, change, sentence):
+    assert sentence in read_learned(write_metrics(tmp_path, **change)).missed(10)
+
+
+def test_a_run_without_evaluation_is_told_to_end(tmp_path):
+    with pytest.raises(PmdError, match="no evaluation"):
+        read_learned(write_metrics(tmp_path, evaluated=False))
+
+
+def test_metrics_that_are_not_there_or_torn_are_named(tmp_path):
+    with pytest.raises(PmdError, match=r"metrics\.jsonl cannot be read"):
+        read_learned(tmp_path / "metrics.jsonl")
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "los')
+    with pytest.raises(PmdError, match=r"metrics\.jsonl cannot be read"):
+        read_learned(tmp_path / "metrics.jsonl")
+
+
+def test_tables_show_recall_beside_chance_and_every_loss(tmp_path):
+    console = Console(width=120, record=True, file=io.StringIO())
+
+    for table in as_tables(read_learned(write_metrics(tmp_path))):
+        console.print(table)
+    text = console.export_text()
+
+    assert "text to image   30.0%     1.0%             30" in text
+    for words in LOSSES.values():
+        assert words in text
