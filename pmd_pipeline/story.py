@@ -62,6 +62,7 @@ class Story:
     built: bool = False
     ledger: dict[str, Any] | None = None
     sample: dict[str, Any] | None = None
+    sequences: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def id(self) -> str:
@@ -71,11 +72,11 @@ class Story:
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a shard holds: its report, and the first of its samples' ledger rows."""
+    """What a shard holds: its report, and the first of its samples or sequences, by name."""
 
-    tar: str
+    shard: str
     report: Report
-    first: list[dict[str, Any]] = field(default_factory=list)
+    first: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ def stories(data: str, asked: str, pool: Pool, source: str | None = None) -> lis
     return [_story(data, index, key) for index, key in found]
 
 
-def holdings(tar: str) -> Holdings:
-    """What the shard at `tar` holds.
+def holdings(shard: str) -> Holdings:
+    """What the tar, or the Parquet file of texts, at `shard` holds.
 
     Raises:
-        PmdError: there is no shard with a report and a ledger at `tar`.
+        PmdError: there is no shard with a report and a ledger at `shard`.
     """
-    base = tar.removesuffix(".tar")
+    base = shard.removesuffix(".tar").removesuffix(".parquet")
     try:
         report = Report.model_validate_json(read_bytes(f"{base}.json"))
     except ValidationError as error:
@@ -129,8 +130,16 @@ def holdings(tar: str) -> Holdings:
             f"{base}.json is no report of this version: build the shard again"
         ) from error
     with open_read(f"{base}.parquet") as file:
-        kept = pq.read_table(file, filters=[("status", "=", WORKED)]).slice(0, _FIRST_SAMPLES)
-    return Holdings(tar, report, kept.to_pylist())
+        is_text = report.ledger == report.tar
+        kept = pq.read_table(file, filters=None if is_text else [("status", "=", WORKED)])
+    first = kept.slice(0, _FIRST_SAMPLES).to_pylist()
+    if is_text:
+        return Holdings(shard, report, {f"sequence {row}": one for row, one in enumerate(first)})
+    return Holdings(
+        shard,
+        report,
+        {one["key"]: {name: one[name] for name in ("caption", "url")} for one in first},
+    )
 
 
 def stored_image(story: Story) -> bytes:
@@ -212,9 +221,10 @@ def _story(data: str, index: Index, key: str) -> Story:
     kept = _rows(join(folder, part.kept.name), key)
     dropped = _rows(join(folder, part.dropped.name), key)
     shards, name = join(data, "shards", index.source), part_name(number)
-    shard = join(shards, f"{name}.tar")
+    is_text = sources.load(index.source).info.kind == "text"
+    shard = join(shards, f"{name}.parquet" if is_text else f"{name}.tar")
     built = f"{name}.json" in sizes(shards)
-    ledger = _rows(join(shards, f"{name}.parquet"), key) if built else []
+    ledger = _rows(join(shards, f"{name}.parquet"), key) if built and not is_text else []
     sample = None
     if ledger and ledger[0]["json_offset"] is not None:
         sample = json.loads(_content(shard, ledger[0]["json_offset"], ledger[0]["json_size"]))
@@ -230,7 +240,17 @@ def _story(data: str, index: Index, key: str) -> Story:
         built=built,
         ledger=ledger[0] if ledger else None,
         sample=sample,
+        sequences=list(_sequences(shard, key)) if built and is_text else [],
     )
+
+
+def _sequences(shard: str, key: str) -> Iterator[dict[str, Any]]:
+    """The rows of a shard of texts that a document is in, with their numbers."""
+    with open_read(shard) as file:
+        table = pq.read_table(file)
+    for number, keys in enumerate(table["keys"].to_pylist()):
+        if key in keys:
+            yield {"row": number, **table.slice(number, 1).to_pylist()[0]}
 
 
 def _upstream(

@@ -14,6 +14,8 @@ from pmd_pipeline.story import ReadRow, Story
 _MOST_TEXTS = 20
 """Told of one row, or of one reason; Visual Genome has rows of hundreds."""
 
+_MOST_CHARS = 1000
+
 _LEFT_OUT = "it lies beyond --limit in key order, or the shard is older than the index"
 
 _STEPS = {
@@ -39,13 +41,13 @@ def told(story: Story) -> Iterator[str]:
     yield f"index: part {part_name(story.part)}"
     if story.kept:
         captions = story.kept["captions"]
-        yield f"  keeps {_pairs(len(captions))}, the first: {captions[0]!r}"
+        yield f"  keeps {_pairs(len(captions))}, the first: {_start(captions[0])!r}"
     for reason in dict.fromkeys(row["reason"] for row in story.dropped):
         rows = [row for row in story.dropped if row["reason"] == reason]
         yield f"  drops {_pairs(len(rows))} as {reason}: {_meaning(reason)}"
         for row in rows[:_MOST_TEXTS]:
             if row["text"]:
-                yield f"    {row['field'] or 'the row'}: {row['text']!r}"
+                yield f"    {row['field'] or 'the row'}: {_start(row['text'])!r}"
     if story.kept:
         yield from _built(story)
 
@@ -57,6 +59,9 @@ def outcome(story: Story) -> str:
         return "dropped by the index: " + "; ".join(f"{one}, {_meaning(one)}" for one in reasons)
     if not story.built:
         return f"not built yet: its part is {part_name(story.part)}"
+    if story.sequences:
+        rows = ", ".join(f"{one['row']:,}" for one in story.sequences)
+        return f"kept: in sequence {rows} of {story.shard}"
     if story.ledger is None:
         return f"not in its shard: {_LEFT_OUT}"
     if story.ledger["status"] == WORKED:
@@ -146,7 +151,7 @@ def _candidate(said: Mapping[str, Any]) -> str:
         for one in said["filters"]
     ]
     detail = f" ({'; '.join(measured)})" if measured else ""
-    return f"{said['field']} {said['text']!r}: {said['verdict']}{detail}"
+    return f"{said['field']} {_start(said['text'])!r}: {said['verdict']}{detail}"
 
 
 def _built(story: Story) -> Iterator[str]:
@@ -172,6 +177,11 @@ def _built(story: Story) -> Iterator[str]:
             f"  {row['width']} x {row['height']} pixels, {row['image_size']:,} bytes from byte "
             f"{row['image_offset']:,}"
         )
+
+
+def _start(text: str) -> str:
+    """A text that fits on a screen: a document is told by its beginning."""
+    return text if len(text) <= _MOST_CHARS else f"{text[:_MOST_CHARS]} ..."
 
 
 def _pairs(count: int) -> str:

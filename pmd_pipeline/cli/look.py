@@ -95,20 +95,22 @@ def show(
     from pmd_pipeline.parallel import open_pool
     from pmd_pipeline.storage import write_whole
 
-    if key_or_shard.endswith(".tar"):
+    if key_or_shard.endswith((".tar", ".parquet")):
         shard = story.holdings(key_or_shard)
         facts = {
             "report": shard.report.model_dump(mode="json", exclude={"words"}),
-            **{row["key"]: {"caption": row["caption"], "url": row["url"]} for row in shard.first},
+            **shard.first,
         }
     else:
         with open_pool("local", 1, None) as pool:
             found = story.stories(out, key_or_shard, pool)[0]
         facts = {"ledger": found.ledger or {}, "sample": found.sample or {}}
+        if found.sequences:
+            facts = {f"sequence {one['row']}": one for one in found.sequences}
         if image:
             write_whole(str(image), story.stored_image(found))
             say(f"wrote {image}")
-        if not found.sample:
+        if not (found.sample or found.sequences):
             say(f"{key_or_shard} has no image in a shard: pmd why {key_or_shard} says why")
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))

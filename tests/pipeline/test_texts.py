@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import time
@@ -15,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from source_helpers import SAMPLES, needs_samples
+from typer.testing import CliRunner
 
 from pmd_pipeline import stats as statistics
+from pmd_pipeline.cli import app
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import open_pool
@@ -276,3 +279,24 @@ def test_statistics_are_those_of_documents_and_sequences(tmp_path):
     )
     assert "words in a document" in console.file.getvalue()
     assert "documents not kept" in console.file.getvalue()
+
+
+def test_a_document_is_told_of_with_the_sequences_it_is_in(tmp_path):
+    write_table(tmp_path / "raw" / "a.parquet", [article(n, num_words=300) for n in range(9)])
+    order = order_of(tmp_path)
+    rows = sequences(order, built(order))
+    key = rows[3]["keys"][0]
+    inside = [str(number) for number, row in enumerate(rows) if key in row["keys"]]
+    shard = str(tmp_path / "data" / "shards" / "ccnews" / "00000.parquet")
+
+    why, show, held = (
+        CliRunner().invoke(app, [*words, "--out", str(tmp_path / "data")]).stdout
+        for words in (["why", key, "--workers", "1"], ["show", key], ["show", shard])
+    )
+
+    assert len(inside) > 1
+    assert f"kept: in sequence {', '.join(inside)} of {shard}" in why
+    assert re.findall(r"^sequence (\d+)$", show, re.MULTILINE) == inside
+    assert rows[int(inside[0])]["text"] in show
+    assert f"sequences: {len(rows)}" in held
+    assert rows[0]["text"] in held
