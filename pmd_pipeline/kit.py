@@ -5,6 +5,7 @@ are any, its image codes.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -26,6 +27,8 @@ from pmd_pipeline.format import (
     digest,
     part_name,
 )
+from pmd_pipeline.record import key_of
+from pmd_pipeline.sample_checks import are_boxes
 from pmd_pipeline.shards import LEDGER
 from pmd_pipeline.storage import join, read_bytes
 
@@ -35,6 +38,7 @@ DEPENDENCY = b"pmd.dependency"
 """Name in the metadata of a part's rows."""
 
 _NAME = re.compile("[a-z0-9_]+")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 UNKNOWABLE = ("image_offset", "image_size", "json_offset", "json_size")
 """Columns of the ledger that follow from the rest once the images are there."""
@@ -112,6 +116,8 @@ def load_kit(folder: str) -> Kit:
         raise PmdError(
             f"{address} was changed: its digest is not that of its content; get it again"
         )
+    if kit.manifest.digest != kit.manifest.computed_digest():
+        raise PmdError(f"{address} has a manifest whose digest is not that of its content")
     for part, shard in zip_longest(kit.parts, kit.manifest.shards):
         if not (part and shard) or (part.source, part.part) != (shard.source, shard.part):
             raise PmdError(f"{address} has other parts than its manifest has shards")
@@ -126,13 +132,52 @@ def load_kit(folder: str) -> Kit:
 
 
 def kit_rows(folder: str, part: KitPart) -> list[dict[str, Any]]:
-    """The rows of one shard.
+    """The rows of one shard, as `pmd lock` writes them.
 
     Raises:
-        PmdError: the file is not the one that the kit was made with.
+        PmdError: the file is not the one that the kit was made with, or somebody made it up.
     """
     content = kit_file(folder, part, part.rows)
-    return list(pq.read_table(BytesIO(content), schema=ROWS).to_pylist())
+    address = join(folder, part.source, part.rows.name)
+    try:
+        table = pq.read_table(BytesIO(content))
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise PmdError(f"{address} is no whole Parquet file: get the kit again") from error
+    if not table.schema.equals(ROWS):
+        raise PmdError(f"{address} has other columns than a kit has: get the kit again")
+    rows: list[dict[str, Any]] = table.to_pylist()
+    keys = [row["key"] for row in rows]
+    wrong = next((row for row in rows if not _is_sound(part.source, row)), None)
+    if wrong or keys != sorted(set(keys)) or counts_of(rows) != part.counts:
+        what = f"the row of {wrong['key']}" if wrong else "order or counts"
+        raise PmdError(f"{address}: {what} is not what pmd lock writes, so nobody can rebuild it")
+    return rows
+
+
+def _is_sound(source: str, row: Mapping[str, Any]) -> bool:
+    """Say whether a row, which may come from a stranger, can be one of a kit.
+
+    Keys become names in a tar, and the JSON of samples is made of the rest.
+    """
+    if row["id"] is None or row["key"] != key_of(source, row["id"]) or (row["num_pairs"] or 0) < 1:
+        return False
+    if row["status"] != WORKED:
+        return isinstance(row["status"], str) and isinstance(row["reason"], str)
+    hashes = (row["sha256"] or "", row["stored_sha256"] or "")
+    captions, boxes, fields = row["captions"], row["boxes"], row["fields"]
+    if captions is None or fields is None or None in captions or None in fields:
+        return False
+    try:
+        meta = json.loads(row["meta"] or "")
+    except (ValueError, RecursionError):
+        return False
+    return (
+        all(_SHA256.fullmatch(one) for one in hashes)
+        and len(captions) in {row["num_pairs"], 0}
+        and (boxes is None or are_boxes(boxes, len(captions)))
+        and isinstance(meta, dict)
+    )
 
 
 def kit_file(folder: str, part: KitPart, file: FileDigest) -> bytes:

@@ -30,7 +30,7 @@ class Rebuild:
 
     Args:
         kit: folder of the kit.
-        out: address under which `shards/` lies.
+        out: address under which `shards/` lies, and the list of images to leave out, if any.
         manifests: address for the manifest, and for the list of what is missing.
         places: where images are looked for, in order: `web`, or paths of folders, zips and tars.
         raw: folder of upstream's annotation files, one source's or with a folder for each, which a
@@ -209,6 +209,7 @@ def _tasks(
             places=order.places,
             catalogues=tuple(catalogues),
             stamps=tuple(place if place == WEB else stamp(place) for place in order.places),
+            optout=order.out,
         )
         for part, entry in zip(kit.parts, kit.manifest.shards, strict=True)
         if part.source == source
@@ -242,7 +243,7 @@ def _recipe(entry: SourceEntry, source: str, changes: Mapping[str, Any]) -> Reci
     """The recipe behind a source of the kit, with the manners of today's."""
     fetch = load_recipe(source, changes)[0].fetch
     try:
-        return Recipe.model_validate({**entry.rules, "fetch": fetch})
+        return Recipe.model_validate({**entry.rules, "source": source, "fetch": fetch})
     except ValidationError as error:
         said = error.errors()[0]
         where = ".".join(str(step) for step in said["loc"])

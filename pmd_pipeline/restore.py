@@ -29,6 +29,7 @@ from pmd_pipeline.format import (
 )
 from pmd_pipeline.index import load_index
 from pmd_pipeline.kit import KitPart, caption_sha256, counts_of, kit_file, kit_rows
+from pmd_pipeline.optout import load_list
 from pmd_pipeline.parallel import Tick
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.records import KEPT, IndexPart, part_of, read_part
@@ -52,6 +53,7 @@ class RestoreTask:
         shards: folder of the source's shards.
         places: where images are looked for, in order; see `PartTask`.
         stamps: tell the places apart.
+        optout: address beside which the list of images to leave out lies.
     """
 
     kit: str
@@ -64,6 +66,7 @@ class RestoreTask:
     places: tuple[str, ...]
     catalogues: tuple[tuple[str, str], ...]
     stamps: tuple[str, ...]
+    optout: str
 
     def __str__(self) -> str:
         return f"part {self.name} of {self.part.source}"
@@ -77,13 +80,6 @@ class RestoreTask:
     def missing(self) -> str:
         """Where the images that could not be had are listed."""
         return join(self.scratch, missing_name(self.part.part))
-
-    @property
-    def dependency(self) -> str:
-        """Digest of all that the shard depends on."""
-        rules = self.recipe.shard_rules()
-        rows = self.part.rows.sha256
-        return digest({"format": FORMAT, "kit": rows, "rules": rules, "places": self.stamps})
 
 
 @dataclass
@@ -121,8 +117,9 @@ def restore_part(task: RestoreTask, tick: Tick) -> Restored:
     wanted = kit_rows(task.kit, task.part)
     if task.index:
         wanted = _with_captions(task.index, wanted)
-    outer = _part_task(task, _NO_FILE, 0)
-    report = done_report(outer, sizes(task.shards)) or _built(task, wanted, tick)
+    dependency = _dependency(task, wanted)
+    there = done_report(_part_task(task, _NO_FILE, dependency), sizes(task.shards))
+    report = there or _built(task, wanted, dependency, tick)
     ledger = read_bytes(join(task.shards, report.ledger.name))
     rows = pq.read_table(BytesIO(ledger), schema=LEDGER).to_pylist()
     entry = task.entry.model_copy(
@@ -173,13 +170,34 @@ def _with_own(row: dict[str, Any], own: list[str], folder: str) -> dict[str, Any
     return {**row, "caption": own[0] if own else None, "captions": captions}
 
 
-def _built(task: RestoreTask, wanted: Sequence[Mapping[str, Any]], tick: Tick) -> Report:
+def _dependency(task: RestoreTask, wanted: Sequence[Mapping[str, Any]]) -> str:
+    """Digest of all that the shard depends on; of the list of images to leave out, what it hits."""
+    listed = load_list(task.optout)
+    left_out = [
+        row["key"]
+        for row in wanted
+        if listed.has_record(row["key"], row["url"])
+        or listed.has_bytes(row["sha256"], row["final_url"])
+    ]
+    return digest(
+        {
+            "format": FORMAT,
+            "kit": task.part.rows.sha256,
+            "rules": task.recipe.shard_rules(),
+            "places": task.stamps,
+            "left_out": left_out,
+        }
+    )
+
+
+def _built(
+    task: RestoreTask, wanted: Sequence[Mapping[str, Any]], dependency: str, tick: Tick
+) -> Report:
     """Build the part from the records that have an image, then put the others into the ledger."""
     index = _index_bytes([row for row in wanted if row["status"] == WORKED])
     kept = FileDigest.of(f"kept-{task.name}.parquet", index)
     write_whole(join(task.scratch, kept.name), index)
-    inner = _part_task(task, kept, sum(row["status"] == WORKED for row in wanted))
-    report = build_part(inner, tick)
+    report = build_part(_part_task(task, kept, f"{dependency} unfinished"), tick)
     remove(join(task.shards, f"{task.name}.json"))  # the ledger that it vouches for is replaced
     content = read_bytes(join(task.shards, report.ledger.name))
     made = {row["key"]: row for row in pq.read_table(BytesIO(content)).to_pylist()}
@@ -188,7 +206,7 @@ def _built(task: RestoreTask, wanted: Sequence[Mapping[str, Any]], tick: Tick) -
     write_whole(join(task.shards, report.ledger.name), ledger)
     report = report.model_copy(
         update={
-            "dependency": task.dependency,
+            "dependency": dependency,
             "counts": counts_of(rows),
             "records": len(rows),
             "ledger": FileDigest.of(report.ledger.name, ledger),
@@ -198,10 +216,11 @@ def _built(task: RestoreTask, wanted: Sequence[Mapping[str, Any]], tick: Tick) -
     return report
 
 
-def _part_task(task: RestoreTask, kept: FileDigest, records: int) -> PartTask:
+def _part_task(task: RestoreTask, kept: FileDigest, dependency: str) -> PartTask:
+    """The part as the build takes it, its records in the index file `kept`."""
     part = IndexPart(
         part=task.part.part,
-        records=records,
+        records=task.entry.images,
         bare=0,
         counts=Counts(),
         kept=kept,
@@ -215,7 +234,8 @@ def _part_task(task: RestoreTask, kept: FileDigest, records: int) -> PartTask:
         shards=task.shards,
         places=task.places,
         catalogues=task.catalogues,
-        dependency=task.dependency if kept is _NO_FILE else f"{task.dependency} unfinished",
+        dependency=dependency,
+        optout=task.optout,
     )
 
 
@@ -313,15 +333,20 @@ def _chosen_codes(
     task: RestoreTask, made: CodesReport, content: bytes, chosen: Sequence[int], tar: str
 ) -> bytes:
     """The file of codes of some of the images."""
+    address = join(task.kit, task.part.source, made.file.name)
     tensors = code_tensors(content)
     if isinstance(tensors, str):
-        raise PmdError(f"{join(task.kit, task.part.source, made.file.name)} {tensors}")
+        raise PmdError(f"{address} {tensors}")
     first = tensors["first"]
-    views = [np.arange(first[number], first[number + 1]) for number in chosen]
-    rows = np.concatenate([np.empty(0, np.int64), *views])
+    is_sound = first[:1].tolist() == [0] and (np.diff(first) >= 0).all()
+    views = {len(tensors["boxes"]), len(tensors["codes"]), *first[-1:].tolist()}
+    if not is_sound or len(first) != task.entry.images + 1 or len(views) != 1:
+        raise PmdError(f"{address} has codes of other images than the kit: get it again")
+    ranges = [np.arange(first[number], first[number + 1]) for number in chosen]
+    rows = np.concatenate([np.empty(0, np.int64), *ranges])
     picked = {
         "boxes": tensors["boxes"][rows],
         "codes": tensors["codes"][rows],
-        "first": np.cumsum([0, *map(len, views)], dtype=np.int64),
+        "first": np.cumsum([0, *map(len, ranges)], dtype=np.int64),
     }
     return tensor_file(picked, {"rules": made.rules.model_dump(mode="json"), "tar": tar})

@@ -121,10 +121,11 @@ class Samples:
     def _json_faults(self, row: Mapping[str, Any], content: bytes) -> Iterator[str]:
         try:
             sample = json.loads(content)
-        except ValueError:
+            written = canonical_json(sample).encode()
+        except (ValueError, RecursionError):
             yield "is no JSON"
             return
-        if not isinstance(sample, dict) or canonical_json(sample).encode() != content:
+        if not isinstance(sample, dict) or written != content:
             yield "is not written as JSON is written here"
             return
         stated = {"source": self._source} | {name: row[name] for name in _COPIED}
@@ -140,13 +141,13 @@ class Samples:
             len(captions) != row["num_pairs"] or captions[0] != row["caption"]
         ):
             yield "has other captions than the ledger"
-        if boxes is not None and not _are_boxes(boxes, len(captions)):
+        if boxes is not None and not are_boxes(boxes, len(captions)):
             yield "has boxes that are none"
         else:
             self.boxes[row["key"]] = boxes or []
 
 
-def _are_boxes(boxes: object, count: int) -> bool:
+def are_boxes(boxes: object, count: int) -> bool:
     """Say whether `boxes` are that many boxes inside the image."""
     if not isinstance(boxes, list) or len(boxes) != count:
         return False

@@ -16,7 +16,8 @@ from pmd_pipeline import lock as lock_room
 from pmd_pipeline.code_checks import code_tensors
 from pmd_pipeline.coding import CodesRequest, code_manifest
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.kit import KIT, Kit, caption_sha256, kit_rows, load_kit
+from pmd_pipeline.format import FileDigest
+from pmd_pipeline.kit import KIT, Kit, caption_sha256, kit_rows, load_kit, rows_bytes
 from pmd_pipeline.lock import lock
 from pmd_pipeline.manifest import load_manifest, located
 from pmd_pipeline.parallel import open_pool
@@ -145,10 +146,26 @@ def test_what_had_failed_is_not_asked_for_again(original, kit, pictures, tmp_pat
     assert rebuilt(kit, tmp_path / "again", pictures).is_same
 
 
-def test_a_rebuild_goes_on_where_it_was(kit, pictures, tmp_path, monkeypatch):
-    rebuilt(kit, tmp_path / "again", pictures)
-    shards = tmp_path / "again" / "data" / "shards" / "cc3m"
-    (shards / "00002.json").unlink()
+def test_images_that_somebody_wants_left_out_do_not_come_back(kit, pictures, tmp_path, monkeypatch):
+    folder = tmp_path / "again"
+    assert rebuilt(kit, folder, pictures).is_same
+    part_of_3 = next(
+        part.part
+        for part in load_kit(str(kit)).parts
+        if key(3) in {row["key"] for row in kit_rows(str(kit), part)}
+    )
+    (folder / "data" / "optout.txt").write_text("http://a.test/3.jpg\n")
+    built = building(monkeypatch)
+
+    made = rebuilt(kit, folder, pictures)
+
+    assert [one.missing for one in made.coverage] == [{"optout_list": 1}]
+    assert built == [part_of_3]
+    assert findings(made.path) == []
+
+
+def building(monkeypatch):
+    """The numbers of the parts that are built from now on."""
     built = []
 
     def counted(task, tick):
@@ -156,6 +173,14 @@ def test_a_rebuild_goes_on_where_it_was(kit, pictures, tmp_path, monkeypatch):
         return build.build_part(task, tick)
 
     monkeypatch.setattr(restore, "build_part", counted)
+    return built
+
+
+def test_a_rebuild_goes_on_where_it_was(kit, pictures, tmp_path, monkeypatch):
+    rebuilt(kit, tmp_path / "again", pictures)
+    shards = tmp_path / "again" / "data" / "shards" / "cc3m"
+    (shards / "00002.json").unlink()
+    built = building(monkeypatch)
 
     assert rebuilt(kit, tmp_path / "again", pictures).is_same
     assert built == [2]
@@ -306,26 +331,76 @@ def test_a_damaged_kit_is_one_sentence(kit, pictures, tmp_path, name):
         rebuilt(kit, tmp_path / "again", pictures)
 
 
+def forged(kit, change):
+    """Change the content of `kit.json`, and let its digest vouch for it."""
+    content = json.loads((kit / KIT).read_text())
+    change(content)
+    content["digest"] = Kit.model_validate(content).computed_digest()
+    (kit / KIT).write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda kit: kit["parts"][0].update(part=7), "was changed"),
         (lambda kit: kit["parts"].pop(), "has other parts than its manifest has shards"),
         (lambda kit: kit["parts"][0]["rows"].update(name="../../x"), "names files that no kit has"),
-        (lambda kit: kit.update(format="x"), "is no kit of this version"),
+        (lambda kit: kit["manifest"].update(name="other"), "has a manifest whose digest is not"),
+        (lambda kit: kit["parts"][0]["counts"].update(kept=7), "order or counts is not what"),
     ],
 )
 def test_a_kit_that_somebody_made_up_is_one_sentence(kit, pictures, tmp_path, change, told):
-    content = json.loads((kit / KIT).read_text())
-    change(content)
-    if "changed" not in told and "version" not in told:
-        made = Kit.model_validate(content)
-        content["digest"] = made.computed_digest()
-    (kit / KIT).write_text(json.dumps(content))
+    forged(kit, change)
 
     with pytest.raises(PmdError, match=told):
         rebuilt(kit, tmp_path / "again", pictures)
-    assert not (tmp_path / "again").exists()
+    assert not (tmp_path / "again" / "data" / "shards").exists()
+
+
+def test_a_kit_that_was_changed_or_is_none_is_one_sentence(kit, pictures, tmp_path):
+    content = (kit / KIT).read_text()
+    for other, told in (
+        (content.replace('"part": 1', '"part": 9'), "was changed"),
+        ("{}", "no kit"),
+    ):
+        (kit / KIT).write_text(other)
+
+        with pytest.raises(PmdError, match=told):
+            rebuilt(kit, tmp_path / "again", pictures)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("key", "../../etc/passwd"),
+        ("id", "another"),
+        ("num_pairs", 0),
+        ("captions", None),
+        ("captions", ["one", "two", "three"]),
+        ("captions", [None]),
+        ("boxes", [[0.0, 0.0, 2.0, 1.0]]),
+        ("sha256", "no"),
+        ("stored_sha256", None),
+        ("meta", "[1]"),
+        ("meta", "[" * 100_000),
+        ("reason", None),
+    ],
+)
+def test_a_row_that_somebody_made_up_is_one_sentence(kit, pictures, tmp_path, name, value):
+    part = load_kit(str(kit)).parts[0]
+    rows = kit_rows(str(kit), part)
+    status = "failed_to_download" if name == "reason" else "success"
+    next(row for row in rows if row["status"] == status)[name] = value
+    content = rows_bytes(rows, "")
+    (kit / "cc3m" / part.rows.name).write_bytes(content)
+    forged(
+        kit,
+        lambda kit: kit["parts"][0].update(
+            rows=FileDigest.of(part.rows.name, content).model_dump()
+        ),
+    )
+
+    with pytest.raises(PmdError, match="is not what pmd lock writes"):
+        rebuilt(kit, tmp_path / "again", pictures)
 
 
 def test_texts_have_no_kit(original, tmp_path):

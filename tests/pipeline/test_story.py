@@ -111,6 +111,7 @@ def test_a_source_without_an_index_is_one_sentence(data):
 def test_filters_are_asked_again_and_say_what_they_measured(tmp_path):
     rows = [
         yfcc_row(1, "a fine title of five words", "IMG 1"),
+        yfcc_row(3, "a title that nobody looks at", "a dog lies on a warm beach"),
         yfcc_row(2, "two words", "ein Hund liegt am Strand und schläft in der warmen Sonne"),
     ]
     (tmp_path / "raw").mkdir()
@@ -126,7 +127,9 @@ def test_filters_are_asked_again_and_say_what_they_measured(tmp_path):
     )
     with open_pool("local", 1, None) as pool:
         build_source(order, pool, QUIET)
-        [kept], [dropped] = (stories(order.data, f"500000000{number}", pool) for number in (1, 2))
+        [kept], [dropped], [early] = (
+            stories(order.data, f"500000000{number}", pool) for number in (1, 2, 3)
+        )
 
     first, second = verdicts(kept, kept.rows[0].row)
     assert (first["verdict"], first["filters"][0]["measured"]) == ("has_words", "2 words")
@@ -135,6 +138,8 @@ def test_filters_are_asked_again_and_say_what_they_measured(tmp_path):
     one, two = verdicts(dropped, dropped.rows[0].row)
     assert (one["verdict"], one["filters"][1]["measured"][:5]) == ("is_language", "de at")
     assert (two["verdict"], two["filters"][0]["passes"]) == ("has_words", False)
+    found = [one["verdict"] for one in verdicts(early, early.rows[0].row)]
+    assert found == ["passes", "not looked at"]
     assert "has_words refuses: 2 words" in "\n".join(told(dropped))
     facts = json.loads(json.dumps(as_facts(dropped), default=str))
     assert facts["rows"][0]["verdicts"] == [one, two]
