@@ -17,6 +17,7 @@ import PIL
 import pyarrow as pa
 from PIL import features
 
+from pmd_pipeline.crashes import careful_maker
 from pmd_pipeline.errors import RecordError
 from pmd_pipeline.fetch import Fetched, Web, web_for
 from pmd_pipeline.flow import Flow
@@ -221,15 +222,20 @@ def _fetched(
         return
     recipe = task.recipe
     is_all_web = task.places == (WEB,)
-    with web_for(recipe.fetch, recipe.images) as web, ThreadPoolExecutor(_READERS) as readers:
+    folder, name = _folder(task.shards), part_name(task.part.part)
+    with (
+        web_for(recipe.fetch, recipe.images) as web,
+        ThreadPoolExecutor(_READERS) as readers,
+        careful_maker(Maker(recipe.images), folder, f"{recipe.source}-{name}") as maker,
+    ):
         flow = Flow(
             loop=web.loop,
             memory=web.memory,
             ask=_asker(task, records, web, readers),
-            make=Maker(recipe.images).outcome,
+            make=lambda record, found: maker.outcome(record.key, found),
             ahead=_AHEAD * recipe.fetch.concurrency if is_all_web else 2 * _READERS,
             per_host=recipe.fetch.per_host + 1,  # one waits, so that the host never does
-            folder=_folder(task.shards),
+            folder=folder,
         )
         keys = _web_key if is_all_web else _own_key
         yield from flow.outcomes(records, _host if WEB in task.places else _no_host, keys)

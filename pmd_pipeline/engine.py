@@ -260,10 +260,8 @@ class Engine:
         slot.done.set_result(Answer(slot.head, body, failure, slot.is_cut))
 
     def _expire(self, slot: "_Slot") -> None:
-        """End a request whose time is over; time that it waited for us does not count."""
+        """End a request whose time is over; it has more if it waited for us."""
         left = slot.deadline - self._loop.time()
-        if slot.paused_at:
-            left = max(left, _GLANCE)
         if left > 0:
             slot.expiry = self._loop.call_later(left, self._expire, slot)
         else:

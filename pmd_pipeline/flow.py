@@ -33,7 +33,7 @@ class Flow(Generic[_Item]):
         loop: the event loop on which to ask.
         memory: that of bodies; `ask` takes from it what it returns.
         ask: the bytes of an item; it may raise RecordError.
-        make: the outcome of what came of asking.
+        make: the outcome of an item, given what came of asking.
         ahead: most items that are asked for and not yet made.
         per_host: of these, most that are asked of one host, so that a slow one leaves room.
         threads: how many make outcomes at a time.
@@ -43,7 +43,7 @@ class Flow(Generic[_Item]):
     loop: asyncio.AbstractEventLoop
     memory: Memory
     ask: Callable[[_Item], Coroutine[Any, Any, Fetched]]
-    make: Callable[[Fetched | RecordError], Outcome]
+    make: Callable[[_Item, Fetched | RecordError], Outcome]
     ahead: int
     per_host: int
     threads: int = 1
@@ -144,7 +144,7 @@ class _Asking(Generic[_Item]):
         error = task.exception()
         found = error or task.result()
         if isinstance(found, Fetched | RecordError):
-            making = self._pool.submit(self._flow.make, found)
+            making = self._pool.submit(self._flow.make, work.item, found)
             making.add_done_callback(partial(self._made, work.number, found))
         else:
             failed = Future[Outcome]()

@@ -43,6 +43,7 @@ FAILED = {
     "caption_mismatch": "the local shard has another caption for this address",
     "changed": "the bytes are not those whose sha256 is known",
     "connect": "no connection, or it broke",
+    "crash": "decoding it kills the process that does",
     "dns": "the host has no address",
     "empty": "the answer has no body",
     "http_403": "forbidden",

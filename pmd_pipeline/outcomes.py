@@ -45,11 +45,7 @@ class Maker:
         """What becomes of an image, whichever record it is for; see `judged`."""
         if isinstance(found, RecordError):
             return Outcome(status="failed_to_download", reason=found.kind, detail=found.detail)
-        outcome = Outcome(
-            fetched_bytes=len(found.body),
-            sha256=found.sha256 or hashlib.sha256(found.body).hexdigest(),
-            final_url=found.final_url,
-        )
+        outcome = _fetched(found)
         try:
             if len(found.body) > self._rules.max_bytes:
                 raise RecordError("too_large", f"more than {self._rules.max_bytes} bytes")
@@ -62,6 +58,10 @@ class Maker:
             return replace(outcome, picture=picture(found.body, image, self._rules))
         except RecordError as error:
             return _failed(outcome, error.kind, error.detail)
+
+    def failed(self, found: Fetched, reason: str, detail: str) -> Outcome:
+        """The outcome of an image that is not even looked at."""
+        return _failed(_fetched(found), reason, detail)
 
 
 def judged(record: IndexRecord, outcome: Outcome) -> Outcome:
@@ -78,6 +78,14 @@ def judged(record: IndexRecord, outcome: Outcome) -> Outcome:
 
 def _checks(filters: Mapping[str, Mapping[str, Any]]) -> dict[str, Callable[..., bool]]:
     return {name: predicate(image_filters, name, keywords) for name, keywords in filters.items()}
+
+
+def _fetched(found: Fetched) -> Outcome:
+    return Outcome(
+        fetched_bytes=len(found.body),
+        sha256=found.sha256 or hashlib.sha256(found.body).hexdigest(),
+        final_url=found.final_url,
+    )
 
 
 def _failed(outcome: Outcome, reason: str, detail: str) -> Outcome:

@@ -20,7 +20,7 @@ LAYERS = [
     {"learned", "runs", "stored", "shard_checks", "kit"},
     {"records", "fetch"},
     {"shelves", "annotations", "outcomes"},
-    {"img2dataset", "pile", "settled"},
+    {"img2dataset", "pile", "crashes", "settled"},
     {"scatter", "imagefiles", "inputs", "flow"},
     {"index", "build", "codes"},
     {"manifest", "trial", "texts", "hub", "restore"},

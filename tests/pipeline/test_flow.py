@@ -30,7 +30,7 @@ def loop():
     loop.close()
 
 
-def drawn(found):
+def drawn(_item, found):
     if isinstance(found, RecordError):
         return Outcome(status="failed_to_download", reason=found.kind)
     return Outcome(Picture(found.body, 1, 1, 1, 1))
@@ -169,7 +169,7 @@ def test_an_error_in_making_flies(loop):
     async def ask(item):
         return Fetched(b"")
 
-    def make(found):
+    def make(_item, found):
         raise ZeroDivisionError
 
     flow = Flow(loop, Memory(1), ask, make, ahead=3, per_host=1)
