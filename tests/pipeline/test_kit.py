@@ -23,6 +23,7 @@ from pmd_pipeline.manifest import load_manifest, located
 from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.rebuild import Rebuild, rebuild
 from pmd_pipeline.record import key_of
+from pmd_pipeline.storage import remove
 from pmd_pipeline.verify import verify
 
 
@@ -198,6 +199,23 @@ def test_a_rebuild_that_ends_at_any_file_is_no_harm(kit, pictures, tmp_path, mon
 
     original_write = restore.write_whole
     monkeypatch.setattr(restore, "write_whole", write)
+    with pytest.raises(KeyboardInterrupt):
+        rebuilt(kit, tmp_path / "again", pictures)
+    monkeypatch.undo()
+
+    assert rebuilt(kit, tmp_path / "again", pictures).is_same
+
+
+def test_a_part_that_lacks_its_old_failures_is_not_taken_for_done(
+    kit, pictures, tmp_path, monkeypatch
+):
+    def killed(address):
+        part = load_kit(str(kit)).parts[int(address[-10:-5])]
+        if part.counts.failed:
+            raise KeyboardInterrupt
+        remove(address)
+
+    monkeypatch.setattr(restore, "remove", killed)
     with pytest.raises(KeyboardInterrupt):
         rebuilt(kit, tmp_path / "again", pictures)
     monkeypatch.undo()
