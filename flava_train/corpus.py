@@ -123,7 +123,7 @@ class OpenTexts:
 
     def texts(self, rows: Sequence[int]) -> list[str]:
         """The texts of the given rows."""
-        groups: dict[int, list[str | None]] = {}
+        groups: dict[int, list[object]] = {}
         found = []
         for row in rows:
             group = int(np.searchsorted(self._ends, row, side="right"))
@@ -139,12 +139,12 @@ class OpenTexts:
         """What names a row among all shards."""
         return f"{self._named}-{row}"
 
-    def _group(self, group: int) -> list[str | None]:
+    def _group(self, group: int) -> list[object]:
         try:
             column = self._file.read_row_group(group, columns=["text"])["text"]
         except (pa.ArrowException, KeyError, OSError) as error:
             raise self._unfit(str(error)) from error
-        texts: list[str | None] = column.to_pylist()
+        texts: list[object] = column.to_pylist()
         return texts
 
     def _unfit(self, detail: str) -> FlavaError:

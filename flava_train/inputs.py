@@ -85,19 +85,19 @@ def open_inputs(
         FlavaError: data is missing, or does not fit the model or the objective.
     """
     shares = _shares(config, objective.streams)
-    if not config.tokenizer:
-        raise FlavaError(
-            "data.tokenizer names no tokenizer: `pmd tokenizer` makes a vocab.txt for a dataset"
-        )
-    wordpiece = load_wordpiece(config.tokenizer, config.revision)
-    _check_text(config, model, wordpiece)
-    digests, corpora = {"tokenizer": wordpiece.sha256}, {}
+    digests, corpora = dict[str, str](), dict[str, Corpus]()
     for stream in STREAMS:
         if getattr(shares, stream):
             fits = model if needs_codes(objective, stream) else None
             places, digests[stream] = _places(config, stream, fits)
             corpora[stream] = _corpus(config, places, stream, seed=seed, batch=batch)
-    return Inputs(shares, wordpiece, corpora, digests)
+    if not config.tokenizer:
+        raise FlavaError(
+            "data.tokenizer names no tokenizer: `pmd tokenizer` makes a vocab.txt for a dataset"
+        )
+    wordpiece = load_wordpiece(config.tokenizer, config.revision)  # last: the hub may be slow
+    _check_text(config, model, wordpiece)
+    return Inputs(shares, wordpiece, corpora, digests | {"tokenizer": wordpiece.sha256})
 
 
 def needs_codes(objective: Objective, stream: str) -> bool:

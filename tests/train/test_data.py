@@ -10,6 +10,8 @@ from itertools import count
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,6 +49,7 @@ from flava_train.masking import (
     word_starts,
 )
 from flava_train.order import draw
+from flava_train.shards import stock
 from flava_train.step import train_step
 
 ONLY_PAIRS = Objective(streams=Shares(1.0, 0.0, 0.0))
@@ -633,6 +636,46 @@ def test_every_jpeg_that_a_build_stores_is_read_as_pillow_reads_it(
 
     expected = Image.open(BytesIO(stored)).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
     assert found.permute(1, 2, 0).tolist() == np.asarray(expected).tolist()
+
+
+ONLY_TEXTS = Objective(streams=Shares(0.0, 0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"text": ["a"] * 29}, "another number of rows"),
+        ({"words": ["a"] * 30}, "00000.parquet is not the shard"),
+        ({"text": ["a", None] * 15}, "has no text"),
+        ({"text": list(range(30))}, "has no text"),
+    ],
+)
+def test_texts_that_are_none_are_refused(config, tmp_path, table, says):
+    pq.write_table(pa.table(table), tmp_path / "texts" / "00000.parquet")
+
+    refused(dataclasses.replace(config, verify=False), says, ONLY_TEXTS)
+
+
+def test_a_shard_of_texts_that_is_no_parquet_is_refused(config, tmp_path):
+    (tmp_path / "texts" / "00000.parquet").write_bytes(b"PAR1")
+
+    refused(dataclasses.replace(config, verify=False), "00000.parquet is not the shard", ONLY_TEXTS)
+    refused(config, "is not the file that the manifest names", ONLY_TEXTS)
+
+
+def test_data_is_looked_at_before_the_tokenizer_which_may_be_far(config):
+    far = dataclasses.replace(config, tokenizer="some/where", revision="0" * 40)
+
+    refused(dataclasses.replace(far, pairs="nothing.json"), "cannot read nothing.json")
+
+
+def test_the_stock_is_counted_wherever_it_is(config, remote):
+    for given_config in (config, remote):
+        _, found = stock(given_config.pairs)
+        assert [(one.source, one.pairs, one.images, one.shards) for one in found] == [
+            ("coco", 78, 34, 3)
+        ]
+        assert stock(given_config.texts[0])[1][0].pairs == 30
 
 
 # Evaluation.
