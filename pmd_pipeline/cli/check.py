@@ -53,8 +53,8 @@ def verify(
     if found:
         shards = {(one.source, one.part) for one in found if one.part is not None}
         say(
-            f"{manifest}: {len(found):,} faults in {len(shards):,} shards; delete the .json beside "
-            "each and run its build again, or copy the shards again"
+            f"{manifest}: {_counted(len(found), 'fault')} in {_counted(len(shards), 'shard')}; "
+            "delete the .json beside each and run its build again, or copy the shard again"
         )
         raise typer.Exit(1)
     say(f"{manifest}: {'sizes and reports are' if fast else 'all is'} as it should be")
@@ -78,3 +78,7 @@ def diff(
     typer.echo(compare.as_json(found) if as_json else "\n".join(compare.as_lines(found)))
     if not found.are_equal:
         raise typer.Exit(1)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

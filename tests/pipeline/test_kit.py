@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from pmd_pipeline.format import FileDigest
 from pmd_pipeline.kit import KIT, Kit, caption_sha256, kit_rows, load_kit, rows_bytes
 from pmd_pipeline.lock import lock
 from pmd_pipeline.manifest import load_manifest, located
-from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.parallel import WorkerDied, open_pool
 from pmd_pipeline.rebuild import Rebuild, rebuild
 from pmd_pipeline.record import key_of
 from pmd_pipeline.storage import remove
@@ -220,6 +221,39 @@ def test_a_part_that_lacks_its_old_failures_is_not_taken_for_done(
         rebuilt(kit, tmp_path / "again", pictures)
     monkeypatch.undo()
 
+    assert rebuilt(kit, tmp_path / "again", pictures).is_same
+
+
+class DyingPool:
+    """A pool whose worker dies of part 1."""
+
+    workers = 1
+
+    def run(self, function, tasks, watch):
+        for task in tasks:
+            if task.part.part == 1:
+                yield task, WorkerDied(f"a worker process died 3 times of {task}")
+            else:
+                yield task, function(task, partial(watch, str(task)))
+
+
+def test_a_part_that_kills_its_workers_is_called_missing(kit, pictures, tmp_path):
+    order = Rebuild(
+        kit=str(kit),
+        out=str(tmp_path / "again" / "data"),
+        manifests=str(tmp_path / "again" / "manifests"),
+        places=(str(pictures),),
+    )
+
+    made = rebuild(order, DyingPool(), QUIET)
+
+    assert not made.is_same
+    assert made.manifest.missing == {"cc3m": [1]}
+    assert "part 1 failed: run the same command again" in str(made.coverage[0])
+    counts = made.manifest.sources["cc3m"].counts
+    assert counts.unaccounted() == 0
+    assert counts.failed["no_part"] == load_kit(str(kit)).parts[1].counts.pairs_in
+    assert findings(made.path) == []
     assert rebuilt(kit, tmp_path / "again", pictures).is_same
 
 

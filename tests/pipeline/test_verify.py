@@ -4,8 +4,10 @@ import io
 import json
 import random
 import shutil
+import sys
 import tarfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
+from pmd_pipeline import cli
 from pmd_pipeline.code_checks import code_faults
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import (
@@ -27,7 +30,7 @@ from pmd_pipeline.format import (
     canonical_json,
 )
 from pmd_pipeline.manifest import load_manifest, save_manifest
-from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.parallel import WorkerDied, open_pool
 from pmd_pipeline.shards import LEDGER, ledger_bytes
 from pmd_pipeline.storage import read_bytes, sizes, write_whole
 from pmd_pipeline.verify import verify
@@ -635,6 +638,55 @@ def test_a_manifest_that_was_changed_by_hand_is_no_manifest(copy_of):
 
     with pytest.raises(PmdError, match="was changed"):
         findings(copy.manifest)
+
+
+class DyingPool:
+    """A pool whose worker dies of the part `culprit`."""
+
+    workers = 1
+
+    def __init__(self, culprit):
+        self.culprit = culprit
+
+    def run(self, function, tasks, watch):
+        for task in tasks:
+            if task.entry.part == self.culprit:
+                yield task, WorkerDied(f"a worker process died 3 times of {task}")
+            else:
+                yield task, function(task, partial(watch, str(task)))
+
+
+def test_a_shard_that_kills_its_reader_is_a_finding_and_no_end(healthy):
+    found = [str(one) for one in verify(str(healthy), DyingPool(2), QUIET)]
+
+    assert len(found) == 1
+    assert "/00002.tar: a worker process died 3 times of part 2 of cc3m" in found[0]
+
+
+def test_the_command_exits_with_one_over_damage_and_prints_a_line_for_each(
+    copy_of, monkeypatch, capsys
+):
+    def pmd(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pmd", "verify", *map(str, arguments), "--workers", "1"])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return left.value.code, capsys.readouterr()
+
+    copy = copy_of(0)
+    healthy, said = pmd(copy.manifest)
+    copy.path("codes.json").unlink()
+    damaged, told = pmd(copy.manifest, "--quiet")
+    as_json, found = pmd(copy.manifest, "--json", "--fast")
+    copy.manifest.write_text("{}")
+    wrong, refused = pmd(copy.manifest)
+
+    assert (healthy, said.out) == (0, "")
+    assert said.err.endswith("all is as it should be\n")
+    assert (damaged, told.out) == (1, f"{copy.path('codes.json')}: there is no such file\n")
+    assert "1 fault in 1 shard; delete the .json beside each" in told.err
+    assert as_json == 1
+    assert [one["part"] for one in json.loads(found.out)["findings"]] == [copy.part]
+    assert (wrong, refused.out, refused.err.count("\n")) == (2, "", 1)
 
 
 def test_views_of_captions_are_held_against_the_boxes_of_their_captions():
