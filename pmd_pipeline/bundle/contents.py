@@ -29,6 +29,7 @@ CONFIGS = "flava*.toml"
 FIRST_CONFIG = "flava_pmd.toml"
 """The one that the README's command takes where the user gives none: the paper's."""
 
+_KNOWN = {*sources.names(), *sources.UNIMODAL}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -99,12 +100,13 @@ def placed(manifest: Manifest) -> Manifest:
 
 def build_commands(manifest: Manifest) -> Iterator[str]:
     """The commands that build the dataset from upstream: one, unless sources differ in limit."""
+    packed = " --tokenizer vocab.txt" if manifest.kind == "text" else ""
     limits = {entry.limit for entry in manifest.sources.values()}
     if len(limits) == 1:
-        yield _build_command(f"recipes/{manifest.name}.toml", limits.pop())
+        yield _build_command(f"recipes/{manifest.name}.toml", limits.pop()) + packed
         return
     for source, entry in manifest.sources.items():
-        yield _build_command(f"recipes/sources/{source}.toml", entry.limit)
+        yield _build_command(f"recipes/sources/{source}.toml", entry.limit) + packed
     inputs = " ".join(f"manifests/{source}.json" for source in manifest.sources)
     yield f"pmd merge {inputs} --out manifests/{manifest.name}.json"
 
@@ -185,12 +187,13 @@ def _facts(manifest: Manifest, members: dict[str, Content], wanted: Wanted) -> d
         "thing": {"pairs": "pairs", "images": "images", "text": "texts"}[manifest.kind],
         "row_of": by_name,
         "total": rows[-1] if rows else None,
-        "infos": {
-            name: sources.load(name).info for name in manifest.sources if name in sources.names()
-        },
+        "infos": {name: sources.load(name).info for name in manifest.sources if name in _KNOWN},
         "remarks": remarks(manifest),
         "build": list(build_commands(manifest)),
         "codes": codes_command(manifest),
+        "tokenizers": sorted(
+            {entry.rules.get("texts", {}).get("sha256", "") for entry in manifest.sources.values()}
+        ),
         "kit": kit,
         "has_hashes": wanted.hashes is not None,
         "wheel": next(name for name in members if name.startswith("wheel/")),

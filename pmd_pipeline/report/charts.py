@@ -84,8 +84,8 @@ def lengths_chart(words: Mapping[int, int], paper: float | None) -> Histogram | 
         names,
         [Tick(_x((at + 0.5) / span), str(at)) for at in range(0, most + 1, by)],
         marks,
-        "words in a caption",
-        f"Caption lengths: {mean:.1f} words in the mean{beside}, at most {max(words):,}.",
+        "words",
+        f"Lengths: {mean:.1f} words in the mean{beside}, at most {max(words):,}.",
     )
 
 

@@ -10,8 +10,8 @@ from pmd_pipeline.format import WORKED, Manifest
 from pmd_pipeline.manifest import located
 from pmd_pipeline.report.ledgers import read_columns
 
-MOST_HASHES = 4_000_000
-"""Different images that are held at once, some 50 MB."""
+MOST_HASHES = 1_000_000
+"""Images that are held at once; a few hundred MB while they are summed."""
 
 _HEX_DIGITS = 15
 _HASHES = 1 << 4 * _HEX_DIGITS
@@ -88,15 +88,16 @@ def _together(waiting: list[pl.DataFrame]) -> pl.DataFrame:
 
 def _summed(found: tuple[pl.DataFrame, int], names: list[str]) -> Copies:
     held, limit = found
-    images = held.group_by("hash").agg(pl.col("copies").sum(), pl.col("source").sort())
-    repeated = images.filter(pl.col("copies") > 1).sort(
-        ["copies", "hash"], descending=[True, False]
+    images = held.group_by("hash").agg(
+        pl.col("copies").sum(),
+        pl.lit(2, pl.UInt64).pow(pl.col("source")).sum().alias("sources"),  # a bit for each
     )
+    repeated = images.filter(pl.col("copies") > 1)
+    repeated = repeated.sort(["copies", "hash"], descending=[True, False])
     shared: dict[tuple[str, str], int] = {}
-    several = repeated.filter(pl.col("source").list.len() > 1)["source"].value_counts()
-    for sources, count in several.iter_rows():
-        for one, other in combinations(sources, 2):
-            pair = names[one], names[other]
+    for sources, count in repeated["sources"].value_counts().iter_rows():
+        there = [name for at, name in enumerate(names) if sources >> at & 1]
+        for pair in combinations(there, 2):
             shared[pair] = shared.get(pair, 0) + count
     return Copies(
         share=limit / _HASHES,

@@ -26,6 +26,7 @@ MOST_LICENCES = 8
 MOST_CHARACTERS = 320
 """Of a caption or an address on the page; longer ones say how long they are."""
 
+_KNOWN = {*sources.names(), *sources.UNIMODAL}
 _UNITS = ("kB", "MB", "GB", "TB")
 _HIDDEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that are no text, or that turn the text around them: shown by their number."""
@@ -91,7 +92,7 @@ def source_part(path: str, manifest: Manifest, row: Lengths, data: str | None) -
     """What the page on the manifest at `path` says of the source of `row`."""
     name = row.dataset
     entry = manifest.sources[name]
-    info = sources.load(name).info if name in sources.names() else None
+    info = sources.load(name).info if name in _KNOWN else None
     sampled = ledgers.sample(path, manifest, name)
     index = ledgers.matching_index(data, name, entry) if data else None
     dropped = ledgers.dropped_pairs(data, index, sampled.parts) if data and index else ()

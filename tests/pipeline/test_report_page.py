@@ -1,5 +1,6 @@
 import base64
 import hashlib
+import io
 import re
 import sys
 from dataclasses import replace
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from browser import CHROMIUM, open_browser
 from hypothesis import given
@@ -17,10 +20,12 @@ from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_r
 from pmd_pipeline import cli, quickstart
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.filters import caption as caption_filters
+from pmd_pipeline.format import Counts, Manifest, ShardEntry, SourceEntry
 from pmd_pipeline.manifest import load_manifest, save_manifest
 from pmd_pipeline.report import charts, copies, gallery, ledgers, losses
 from pmd_pipeline.report.page import link, page, percent, short_bytes, source_part, visible
 from pmd_pipeline.stats import lengths
+from pmd_pipeline.storage import write_whole
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -202,6 +207,61 @@ def test_a_stored_picture_that_cannot_be_read_is_shown_as_trouble(built):
 
     assert shown
     assert all(one.image is None and "cannot be read" in one.trouble for one in shown)
+
+
+def manifest_of(folder, **changes):
+    """A manifest of one shard at `folder`; its path."""
+    path = str(folder / "manifest.json")
+    stated = {"licence": "x", "citation": "y", "images": 0, "unique_images": 0, "upstream": []}
+    entry = SourceEntry(
+        **stated,
+        counts=Counts(pairs_in=3, kept=2, dropped={"no_text": 1}),
+        words={3: 1, 4: 1},
+        rules={},
+        rules_sha256="",
+        leakage="none",
+    )
+    made = Manifest(name="toy", sources={"ccnews": entry}, versions={}, **changes)
+    save_manifest(path, made.model_copy(update={"digest": made.computed_digest()}))
+    return path
+
+
+def test_texts_are_shown_as_texts(tmp_path):
+    out = io.BytesIO()
+    pq.write_table(pa.table({"text": ["one <b>text</b> here", "and another text there"]}), out)
+    (tmp_path / "00000.parquet").write_bytes(out.getvalue())
+    sha256 = hashlib.sha256(out.getvalue()).hexdigest()
+    stated = {"source": "ccnews", "part": 0, "num_bytes": 1, "records": 2, "images": 0, "pairs": 2}
+    shard = ShardEntry(path="00000.parquet", sha256=sha256, ledger_sha256=sha256, **stated)
+
+    seen = Seen(page(manifest_of(tmp_path, kind="text", shards=[shard]), None))
+
+    assert "one <b>text</b> here" in seen.text
+    assert "texts kept" in seen.text
+    assert "caption" not in seen.text.partition("How it was made")[0].partition("To the content")[2]
+    assert "Copies" not in seen.text
+
+
+def test_a_manifest_without_shards_has_a_page(tmp_path):
+    seen = Seen(page(manifest_of(tmp_path, shards=[]), None))
+
+    assert "toy" in seen.text
+    assert not [tag for tag, _ in seen.elements if tag == "img"]
+
+
+def test_shards_elsewhere_give_the_same_page(built):
+    data, manifest = Path(built).parents[1] / "data", load_manifest(built)
+    for path in data.rglob("*"):
+        if path.is_file():
+            address = f"memory://report/data/{path.relative_to(data).as_posix()}"
+            write_whole(address, path.read_bytes())
+    far = [
+        shard.model_copy(update={"path": shard.path.replace("../", "memory://report/")})
+        for shard in manifest.shards
+    ]
+    save_manifest("memory://report/cc3m.json", manifest.model_copy(update={"shards": far}))
+
+    assert page("memory://report/cc3m.json", None) == page(built, None)
 
 
 def test_regions_of_one_box_share_a_tag():
