@@ -105,7 +105,7 @@ class Rebuilt:
         found = [f"not the same dataset: the kit was made of {self.expected}"]
         if self.missing:
             count = sum(sum(one.missing.values()) for one in self.coverage)
-            found.append(f"{count:,} images are missing; {self.missing} names each")
+            found.append(f"images missing: {count:,}; {self.missing} names each")
         found += [f"made with {sentence}" for sentence in self.versions]
         if self.codes_lost:
             found.append(f"image codes were not taken over: pmd codes {self.path} makes them")
@@ -299,7 +299,7 @@ def _entry(
 
 
 def _changed(whole: Counts, before: Counts, now: Counts) -> Counts:
-    """The counts of a source of which some parts counted `before`, and count `now`."""
+    """The counts of a source whose parts counted `before`, and count `now`; all kept lie in parts."""
 
     def moved(name: str) -> dict[str, int]:
         counts = Counter[str](getattr(whole, name))
@@ -309,7 +309,7 @@ def _changed(whole: Counts, before: Counts, now: Counts) -> Counts:
 
     return Counts(
         pairs_in=whole.pairs_in,
-        kept=whole.kept - before.kept + now.kept,
+        kept=now.kept,
         dropped=moved("dropped"),
         failed=moved("failed"),
     )

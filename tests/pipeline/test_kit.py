@@ -133,7 +133,7 @@ def test_what_has_changed_or_gone_is_named_exactly(original, kit, pictures, tmp_
     }
     assert not made.is_same
     assert str(made.coverage[0]) == ("cc3m: 32 of 36 images (88.89 %), 2 changed, 2 not_in_archive")
-    assert any("4 images are missing" in one for one in made.reasons())
+    assert any("images missing: 4; " in one for one in made.reasons())
     assert findings(made.path) == []
     before, after = codes_by_key(original), codes_by_key(made.path)
     assert after == {one: before[one] for one in before if one not in {key(n) for n in victims}}
@@ -487,5 +487,5 @@ def test_the_commands_lock_and_rebuild(original, pictures, tmp_path, monkeypatch
     facts = json.loads(lacks.out)
     assert (other, facts["expected"], facts["same"]) == (1, digest, False)
     assert facts["coverage"][0]["missing"] == {"not_in_archive": 1}
-    assert "1 images are missing; b/cc3m.missing.jsonl names each" in lacks.err
+    assert "images missing: 1; b/cc3m.missing.jsonl names each" in lacks.err
     assert (none, refused.err.count("\n")) == (2, 1)
