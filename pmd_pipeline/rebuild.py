@@ -299,7 +299,10 @@ def _entry(
 
 
 def _changed(whole: Counts, before: Counts, now: Counts) -> Counts:
-    """The counts of a source whose parts counted `before`, and count `now`; all kept lie in parts."""
+    """The counts of a source whose parts counted `before`, and count `now`.
+
+    All that is kept lies in parts; what the index dropped does not.
+    """
 
     def moved(name: str) -> dict[str, int]:
         counts = Counter[str](getattr(whole, name))
