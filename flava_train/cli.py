@@ -1,6 +1,7 @@
 """The command `flava-train`: parses, calls one function, prints."""
 
 import json
+import os
 import signal
 import sys
 from dataclasses import asdict
@@ -249,6 +250,8 @@ def _explain(config: "TrainConfig", step: int) -> None:
 
 def main() -> None:
     """Run `flava-train`: exit 0 done or told to stop, 2 fix the input, 130 after Ctrl-C."""
+    # before torch is loaded: threads that wait shall not hold the cores that load batches
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except FlavaError as error:
