@@ -18,10 +18,11 @@ from pmd_pipeline.bundle.requirements import pins, requirements_text, with_hashe
 from pmd_pipeline.bundle.wheel import wheel
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import FileDigest, Manifest, ShardEntry, part_name
+from pmd_pipeline.kit import Kit, load_kit
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.recipe import recipe_folder
 from pmd_pipeline.stats import lengths, remarks
-from pmd_pipeline.storage import read_bytes
+from pmd_pipeline.storage import read_bytes, sha256_of
 
 CONFIGS = "flava*.toml"
 """Training configurations among the recipes of the package."""
@@ -38,7 +39,7 @@ class Wanted:
     """What a user wants in the bundle of the manifest at `manifest`.
 
     Args:
-        kit: folder or file that `pmd lock` wrote.
+        kit: folder that `pmd lock` wrote.
         configs: training configurations; none takes those of the package.
         wheel: a wheel to take instead of making one of what is installed.
         hashes: pip's report on the requirements, which has their sha256.
@@ -81,9 +82,11 @@ def contents(wanted: Wanted) -> dict[str, Content]:
         f"wheel/{name}": content,
         **_recipes(manifest),
         **_configs(wanted.configs),
-        **(_kit(Path(wanted.kit)) if wanted.kit else {}),
     }
-    facts = _facts(manifest, members, wanted)
+    kit = load_kit(wanted.kit) if wanted.kit else None
+    if wanted.kit and kit:
+        members |= _kit(wanted.kit, kit, manifest)
+    facts = _facts(manifest, members, kit, has_hashes=wanted.hashes is not None)
     for page in ("README.md", "DATA_CARD.md"):
         members[page] = _TEMPLATES.get_template(page).render(facts).encode()
     return members
@@ -166,20 +169,29 @@ def _configs(given: Sequence[str]) -> dict[str, Content]:
     return {f"configs/{name}": read_bytes(path) for name, path in zip(names, paths, strict=True)}
 
 
-def _kit(kit: Path) -> dict[str, Content]:
-    if kit.is_file():
-        return {f"kit/{kit.name}": kit}
-    files = sorted(path for path in kit.rglob("*") if path.is_file())
-    if not files:
-        raise PmdError(f"--kit {kit}: there is no kit; write one with pmd lock")
-    return {f"kit/{path.relative_to(kit).as_posix()}": path for path in files}
+def _kit(folder: str, kit: Kit, manifest: Manifest) -> dict[str, Content]:
+    """The kit's files, as it names them; what else lies in its folder stays there."""
+    if kit.manifest.digest != manifest.digest:
+        raise PmdError(
+            f"--kit {folder} is of {kit.manifest.name} {kit.manifest.digest[:16]}, not of "
+            f"{manifest.name} {manifest.digest[:16]}: write it again with pmd lock"
+        )
+    members: dict[str, Content] = {"kit/kit.json": Path(folder, "kit.json")}
+    for part in kit.parts:
+        for file in (part.rows, *([part.codes.file] if part.codes else [])):
+            path = Path(folder, part.source, file.name)
+            if sha256_of(str(path)) != file.sha256:
+                raise PmdError(
+                    f"{path} is not the file that its kit names: pmd lock writes it again"
+                )
+            members[f"kit/{part.source}/{file.name}"] = path
+    return members
 
 
-def _facts(manifest: Manifest, members: dict[str, Content], wanted: Wanted) -> dict[str, Any]:
+def _facts(
+    manifest: Manifest, members: dict[str, Content], kit: Kit | None, *, has_hashes: bool
+) -> dict[str, Any]:
     """What the pages say."""
-    kit = None
-    if wanted.kit:
-        kit = f"kit/{Path(wanted.kit).name}" if Path(wanted.kit).is_file() else "kit"
     rows = lengths(manifest)
     by_name = {row.dataset: row for row in rows}
     return {
@@ -195,7 +207,7 @@ def _facts(manifest: Manifest, members: dict[str, Content], wanted: Wanted) -> d
             {entry.rules.get("texts", {}).get("sha256", "") for entry in manifest.sources.values()}
         ),
         "kit": kit,
-        "has_hashes": wanted.hashes is not None,
+        "has_hashes": has_hashes,
         "wheel": next(name for name in members if name.startswith("wheel/")),
         "configs": [name for name in members if name.startswith("configs/")],
         "num_bytes": sum(shard.num_bytes for shard in manifest.shards),

@@ -43,6 +43,8 @@ from pmd_pipeline.bundle.wheel import wheel
 from pmd_pipeline.dataset import Order, build_source
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import CodeRules, Manifest, ShardEntry, SourceEntry, digest
+from pmd_pipeline.kit import load_kit
+from pmd_pipeline.lock import lock
 from pmd_pipeline.manifest import load_manifest, merged, save_manifest
 from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.recipe import load_recipe
@@ -476,20 +478,44 @@ def test_every_file_of_a_wheel_is_in_its_record():
     assert not [path for path in there if "__pycache__" in path]
 
 
-def test_a_kit_is_packed_as_it_is(built, tmp_path):
-    kit = tmp_path / "kit"
-    (kit / "cc3m").mkdir(parents=True)
-    (kit / "cc3m" / "00000.parquet").write_bytes(b"kit")
+@pytest.fixture(scope="module")
+def kit(built, tmp_path_factory):
+    """The kit of that build."""
+    folder = tmp_path_factory.mktemp("kit") / "kit"
+    with open_pool("local", 1, None) as pool:
+        lock(str(built / "manifests" / "cc3m.json"), str(folder), pool, QUIET)
+    return folder
+
+
+def test_a_kit_is_packed_as_it_is(built, kit, tmp_path):
+    (kit / ".00000.parquet.1234.tmp").write_bytes(b"left by a killed process")
     path = str(built / "manifests" / "cc3m.json")
 
     made = contents(Wanted(path, kit=str(kit)))
     pack(made, str(tmp_path / "bundle"))
 
-    assert (tmp_path / "bundle" / "kit" / "cc3m" / "00000.parquet").read_bytes() == b"kit"
-    assert "pmd rebuild kit --out data" in made["README.md"].decode()
+    assert load_kit(str(tmp_path / "bundle" / "kit")) == load_kit(str(kit))
+    assert "pmd rebuild kit --out data\n" in made["README.md"].decode()
+    assert not [name for name in made if name.endswith(".tmp")]
     digests_agree(tmp_path / "bundle")
-    with pytest.raises(PmdError, match="there is no kit"):
-        contents(Wanted(path, kit=str(tmp_path / "nothing")))
+
+
+def test_a_kit_of_another_version_is_refused(manifest, kit, tmp_path):
+    other = manifest.model_copy(update={"name": "other"})
+    other = other.model_copy(update={"digest": other.computed_digest()})
+    save_manifest(str(tmp_path / "other.json"), other)
+
+    with pytest.raises(PmdError, match="not of other"):
+        contents(Wanted(str(tmp_path / "other.json"), kit=str(kit)))
+
+
+def test_a_damaged_kit_is_refused(built, kit, tmp_path):
+    shutil.copytree(kit, tmp_path / "kit")
+    rows = next((tmp_path / "kit" / "cc3m").glob("*.parquet"))
+    rows.write_bytes(rows.read_bytes()[:-1])
+
+    with pytest.raises(PmdError, match="is not the file that its kit names"):
+        contents(Wanted(str(built / "manifests" / "cc3m.json"), kit=str(tmp_path / "kit")))
 
 
 @pytest.mark.parametrize(
@@ -498,6 +524,7 @@ def test_a_kit_is_packed_as_it_is(built, tmp_path):
         (["--published", "yesterday"], "YYYY-MM-DD"),
         (["--wheel", "other-1.0.whl"], "pmd_flava"),
         (["--config", "nothing.toml"], "nothing.toml"),
+        (["--kit", "nowhere"], "nowhere"),
         (["--hashes", "nothing.json"], "nothing.json"),
     ],
 )
@@ -535,6 +562,22 @@ pairs = 1.0
 images = 0.0
 texts = 0.0
 """
+
+
+def test_the_kit_in_a_bundle_rebuilds_the_dataset(built, kit, manifest, tmp_path, monkeypatch):
+    made = contents(Wanted(str(built / "manifests" / "cc3m.json"), kit=str(kit)))
+    pack(made, str(tmp_path / "bundle"))
+    command = re.search(r"^pmd rebuild .*$", made["README.md"].decode(), re.MULTILINE)[0].split()
+    pictures = write_pictures(tmp_path / "p", [f"{number}.jpg" for number in range(PICTURES - 2)])
+    here = ["--images", str(pictures), "--runner", "local", "--workers", "1"]
+    monkeypatch.chdir(tmp_path / "bundle")
+    monkeypatch.setattr(sys, "argv", [*command, *here])
+
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+
+    assert left.value.code == 0
+    assert load_manifest("manifests/cc3m.json").digest == manifest.digest
 
 
 @pytest.mark.slow
