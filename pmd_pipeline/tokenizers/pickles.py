@@ -8,12 +8,14 @@ every other name is refused. torch itself is not asked.
 
 import io
 import pickle
+import pickletools
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -44,11 +46,10 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 """What the older container starts with, as a pickle."""
 
 _PROTOCOL = 1001
-_MOST_DEPTH = 16
 _MALFORMED = (
     pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, ImportError, LookupError,
-    MemoryError, RecursionError, TypeError, ValueError, struct.error, zipfile.BadZipFile,
-    NotImplementedError, AssertionError,
+    MemoryError, RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile,
+    AssertionError,
 )  # fmt: skip
 """What reading bytes that only look like a pickle or a zip is known to raise."""
 
@@ -64,7 +65,7 @@ def read_pickle(address: str) -> dict[str, NDArray[Any]]:
     content = read_bytes(address)
     try:
         read = _read_zip if zipfile.is_zipfile(io.BytesIO(content)) else _read_row
-        tensors = dict(_tensors(read(content), "", 0))
+        tensors = dict(_tensors(read(content), "", set()))
         if sum(array.nbytes for array in tensors.values()) > len(content):
             raise ValueError("its tensors hold more numbers than it has bytes for")
         return {name: np.array(array) for name, array in tensors.items()}
@@ -141,15 +142,17 @@ class _Tensor:
         return as_strided(values[self.offset :], self.shape, steps, writeable=False)
 
 
+_StorageOf: TypeAlias = Callable[[str, np.dtype[Any], int], _Storage]
+"""Gives the storage of a key, of a kind of numbers and a count of them."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Reads one pickle; names lead to stand-ins of ours, or to a refusal.
 
     Functions are given as methods of this object, which a pickle can call but not change.
     """
 
-    def __init__(
-        self, content: io.BytesIO, storage: Callable[[str, np.dtype[Any], int], _Storage]
-    ) -> None:
+    def __init__(self, content: io.BytesIO, storage: _StorageOf) -> None:
         super().__init__(content, encoding="utf-8")
         self._storage = storage
 
@@ -220,7 +223,7 @@ def _read_zip(content: bytes) -> object:
                 found[key] = _Storage(dtype, count, _numbers(member(f"data/{key}"), dtype, count))
             return found[key]
 
-        return _Unpickler(io.BytesIO(member("data.pkl")), storage).load()
+        return _load(io.BytesIO(member("data.pkl")), storage)
 
 
 def _read_row(content: bytes) -> object:
@@ -232,7 +235,7 @@ def _read_row(content: bytes) -> object:
         return found.setdefault(key, _Storage(dtype, count))
 
     def next_pickle() -> object:
-        return _Unpickler(file, storage).load()
+        return _load(file, storage)
 
     if next_pickle() != _MAGIC or next_pickle() != _PROTOCOL:
         raise ValueError("it does not begin as one")
@@ -249,21 +252,38 @@ def _read_row(content: bytes) -> object:
     return root
 
 
+def _load(file: io.BytesIO, storage: _StorageOf) -> object:
+    """The object of the pickle that begins here; reading ends behind it."""
+    start, most = file.tell(), len(file.getbuffer())
+    with warnings.catch_warnings(action="ignore"):  # Python's words on strings of protocol 0
+        for opcode, argument, _ in pickletools.genops(file):
+            # room for all numbers up to that of an entry is made and filled, be it a billion
+            if "PUT" in opcode.name and isinstance(argument, int) and argument > most:
+                raise ValueError("it numbers more things than it has bytes for")
+        file.seek(start)
+        return _Unpickler(file, storage).load()
+
+
 def _numbers(content: bytes, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     if len(content) != count * dtype.itemsize:
         raise ValueError("numbers are missing")
     return np.frombuffer(content, dtype=dtype)
 
 
-def _tensors(root: object, at: str, depth: int) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Tensors below `root` by their dotted names, as `state_dict` gives them."""
-    if depth > _MOST_DEPTH:
-        raise ValueError("modules lie too deep in each other")
+def _tensors(root: object, at: str, seen: set[int]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Tensors below `root` by their dotted names, as `state_dict` gives them.
+
+    What is there twice is entered once, or a few lines could lead to more paths than years.
+    """
     if isinstance(root, _Tensor):
         yield at, root.array()
-    elif isinstance(root, _Module):
+        return
+    if id(root) in seen or not isinstance(root, _Module | Mapping):
+        return
+    seen.add(id(root))
+    if isinstance(root, _Module):
         for part in ("_parameters", "_modules"):
-            yield from _tensors(root.state.get(part), at, depth)
-    elif isinstance(root, Mapping):
+            yield from _tensors(root.state.get(part), at, seen)
+    else:
         for name, inner in root.items():
-            yield from _tensors(inner, f"{at}.{name}" if at else str(name), depth + 1)
+            yield from _tensors(inner, f"{at}.{name}" if at else str(name), seen)

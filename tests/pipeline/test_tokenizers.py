@@ -4,11 +4,15 @@ import hashlib
 import importlib
 import os
 import pickle
+import random
+import struct
 import sys
 import warnings
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,6 +270,40 @@ def lying_tensor(shape, strides, offset=0, count=4):
     return out.getvalue()
 
 
+def locked(content):
+    """The zip with every member marked as encrypted."""
+    changed = bytearray(content)
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = -1
+        while (place := changed.find(mark, place + 1)) >= 0:
+            changed[place + flags] |= 1
+    return bytes(changed)
+
+
+def bomb(many):
+    """A row of pickles that asks for room for `many` numbered things."""
+    head = b"".join(pickle.dumps(one, 2) for one in (0x1950A86A20F9469CFC6C, 1001, {}))
+    return head + b"\x80\x02}r" + struct.pack("<I", many) + b"."
+
+
+@pytest.mark.timeout(20)
+def test_a_pickle_that_asks_for_room_for_billions_gets_none(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(bomb(3_000_000_000))
+
+    with pytest.raises(PmdError, match="it numbers more things than it has bytes for"):
+        read_pickle(str(tmp_path / "a.pkl"))
+
+
+@pytest.mark.timeout(20)
+def test_what_is_there_many_times_is_entered_once(tmp_path):
+    nested = {"weight": torch.ones(2)}
+    for _ in range(15):
+        nested = dict.fromkeys("abcdefghij", nested)
+    path = write(tmp_path / "a.pkl", nested, new=True)
+
+    assert [array.tolist() for array in read_pickle(path).values()] == [[1, 1]]
+
+
 def test_a_tensor_of_a_pickle_has_its_numbers(tmp_path):
     (tmp_path / "a.pkl").write_bytes(lying_tensor((2, 2), (1, 2)))
 
@@ -288,6 +326,7 @@ def test_a_tensor_of_a_pickle_has_its_numbers(tmp_path):
         lying_tensor((2, 2), (1,)),
         lying_tensor(("a",), (1,)),
         lying_tensor((2,), (1,), count=9),
+        locked(lying_tensor((2,), (1,))),
     ],
     ids=str,
 )
@@ -308,6 +347,20 @@ def test_every_cut_of_a_pickle_is_one_sentence(openai, tmp_path, new):
 
         with pytest.raises(PmdError):
             read_pickle(str(cut))
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_a_pickle_with_changed_bytes_is_read_or_one_sentence(tmp_path, new):
+    path = tmp_path / "w.pkl"
+    content = Path(write(path, codebook().state_dict(), new=new)).read_bytes()
+    for seed in range(150):
+        dice, changed = random.Random(seed), bytearray(content)
+        for _ in range(3):
+            changed[dice.randrange(min(len(changed), 4000))] = dice.randrange(256)
+        path.write_bytes(changed)
+
+        with suppress(PmdError):
+            read_pickle(str(path))
 
 
 def test_weights_are_named_by_the_sha256_of_our_file_wherever_they_come_from(tmp_path):
