@@ -29,6 +29,9 @@ TIMES = 10
 HELD_OUT_SCENES = 240
 """Scenes that are never trained on; with their number, chance is fixed."""
 
+LEAST_SCENES = 80
+"""To train: with fewer, there would not be a batch of images alone."""
+
 _HELD_OUT_SEED = 1
 _ALONE = ("imagenet1k", "ccnews", "bookcorpus")
 _CONFIG = "flava_tiny"

@@ -17,6 +17,7 @@ from pmd_pipeline.cli.app import (
     shown,
 )
 from pmd_pipeline.cli.build import fail_if_parts_failed
+from pmd_pipeline.errors import PmdError
 
 if TYPE_CHECKING:
     from pmd_pipeline.quickstart import Places
@@ -46,6 +47,13 @@ def quickstart(
     from pmd_pipeline.learned import as_tables
 
     folder, show = Path(out), shown(quiet=quiet)
+    lacking = whole.lacking()
+    trains = not (no_train or lacking)
+    if trains and scenes < whole.LEAST_SCENES:
+        raise PmdError(
+            f"{scenes} scenes are too few to train on: give --scenes {whole.LEAST_SCENES}, or "
+            "--no-train"
+        )
     with interruptible():
         built = whole.run(folder, scenes, runner.value, workers, show)
     path, manifest = built.manifests[-1]
@@ -53,13 +61,12 @@ def quickstart(
         out_console.print(table)
     typer.echo(f"{path}  {manifest.digest}")
     fail_if_parts_failed(built)
-    if no_train:
-        return
-    if lacking := whole.lacking():
+    if lacking and not no_train:
         say(
-            f"training is left out, since {' and '.join(lacking)} is not installed: "
+            f"training is left out, since there is no {' and no '.join(lacking)}: "
             'pip install "pmd-flava[train]"'
         )
+    if not trains:
         return
     with interruptible():
         whole.prepare(folder, workers, show)
@@ -85,6 +92,7 @@ def _next_steps(places: "Places", poster: str | None) -> list[str]:
     return [
         *([f"look at   {poster}"] if poster else []),
         f'ask it    flava-train search {places.trained} {held_out} "{query}"',
+        f"see one   pmd show KEY --out {places.folder / 'held_out' / 'data'} --image found.jpg",
         f"test it   flava-train eval {places.trained} {held_out}",
         "go on     pmd sources, then pmd plan and pmd build on real data",
     ]
