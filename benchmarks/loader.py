@@ -387,7 +387,7 @@ def far_in(folder: Path, photos: Path, vocabulary: Path, *, step: int = 100_000)
         os.truncate(tar, num_bytes)
         os.link(folder / "head.codes.safetensors", tar.with_suffix(".codes.safetensors"))
 
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     config = DataConfig(pairs=manifest, tokenizer=str(vocabulary), verify=False)
     streams = Streams(config, OBJECTIVE, FlavaConfig(), seed=0, batch=batch)
     opened = time.perf_counter()
@@ -399,7 +399,8 @@ def far_in(folder: Path, photos: Path, vocabulary: Path, *, step: int = 100_000)
     print(
         f"step {step:,} of {records * shards:,} pairs in batches of {batch:,}: manifest and "
         f"tokenizer {opened - began:.2f} s, window of {len(window.pieces)} shards "
-        f"{ready - opened:.2f} s, {BATCH} samples {done - ready:.2f} s, in all {done - began:.2f} s"
+        f"{ready - opened:.2f} s, {BATCH} samples {done - ready:.2f} s, in all "
+        f"{done - began:.2f} s, {time.process_time() - cpu:.2f} s of them on the CPU"
     )
 
 
