@@ -7,7 +7,7 @@ INPUTS := $(shell cat requirements.lock pyproject.toml | cat - Makefile | cksum 
 HERE := $(shell printf %s "$(CURDIR)" | cksum | tr -d ' ')
 STAMP := $(VENV)/.installed-$(INPUTS)-$(HERE)
 
-.PHONY: quickstart test unit slow check format bare bench bench-env lock clean
+.PHONY: quickstart test unit slow check docs format bare bench bench-env lock clean
 
 quickstart: $(STAMP)
 	$(BIN)/pmd quickstart
@@ -25,6 +25,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layers.py
+
+# The pages that the code knows: commands and reasons. Fails if one was stale; commit it then.
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     invoke_without_command=True,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -62,9 +62,10 @@ def recorded(recipe: Recipe, data: str, workers: int) -> Plan:
         workers: tasks at a time, with a core each.
 
     Raises:
-        PmdError: the recipe records nothing.
+        PmdError: the recipe records nothing, or nothing of the source is fetched.
     """
     expected = recipe.expected
+    _check(recipe)
     if expected is None:
         raise PmdError(
             f"the recipe of {recipe.source} has no section [expected]: give --probe N to measure"
@@ -86,8 +87,10 @@ def probed(recipe: Recipe, raw: str, data: str, num: int, workers: int, show: Sh
     rows from all over its annotation files.
 
     Raises:
-        PmdError: there is neither an index nor an annotation file, or too few records.
+        PmdError: there is neither an index nor an annotation file, too few records, or nothing of
+            the source is fetched.
     """
+    _check(recipe)
     index = list(_of_index(join(data, "index", recipe.source), num))
     records = index or _of_rows(recipe, raw, num)
     if len(records) < GROUPS:
@@ -124,6 +127,11 @@ def total(plans: Sequence[Plan]) -> Plan:
         hours=_sum([plan.hours for plan in plans]),
         lost={},
     )
+
+
+def _check(recipe: Recipe) -> None:
+    if recipe.kind != "pairs":
+        raise PmdError(f"{recipe.source} is read from files you have: there is nothing to plan")
 
 
 def _plan(recipe: Recipe, data: str, trial: Trial, basis: str, workers: int) -> Plan:

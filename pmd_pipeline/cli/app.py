@@ -4,20 +4,52 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from pmd_pipeline.progress import Show
 
+ORDER = (
+    "quickstart",
+    "sources",
+    "plan",
+    "build",
+    "retry",
+    "merge",
+    "stats",
+    "report",
+    "show",
+    "why",
+    "verify",
+    "diff",
+    "codes",
+    "tokenizer",
+    "lock",
+    "rebuild",
+    "bundle",
+)
+"""Commands as one needs them, for `pmd --help`."""
+
+
+class InOrder(TyperGroup):
+    """Commands in `ORDER`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 - typer's own click is private
+        """Names of the commands; one that has no place yet comes last."""
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+
 app = typer.Typer(
+    cls=InOrder,
     help="Rebuild the Public Multimodal Datasets: nine sources to shards, manifest, statistics.\n\n"
     "Example: pmd quickstart",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -105,6 +105,13 @@ def test_a_source_that_nobody_has_recorded_asks_for_a_probe():
         recorded(recipe, "nowhere", 1)
 
 
+def test_what_is_read_from_files_at_hand_has_no_plan():
+    [recipe] = load_recipe("ccnews")
+
+    with pytest.raises(PmdError, match="nothing to plan"):
+        recorded(recipe, "nowhere", 1)
+
+
 def test_recorded_figures_are_those_of_the_recipe_and_more_workers_take_less_time(tmp_path):
     recipe = toy_recipe(expected={"pixels": 40_000, "image_bytes": 10_000})
 
