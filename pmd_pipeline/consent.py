@@ -6,7 +6,7 @@ Nothing here asks anybody: `fetch` brings what was said and the time.
 import re
 import string
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PRODUCT = "pmd-flava"
 """What robots.txt and X-Robots-Tag call us, and how our User-Agent begins."""
@@ -21,6 +21,10 @@ _TO_US = frozenset({PRODUCT, "*", "robots"})
 _VALUED = re.compile(r"unavailable_after|max-[a-z-]+")
 _BOT = re.compile(r"[a-z*][a-z0-9*._/-]*")
 _PRODUCT = re.compile(r"[A-Za-z_-]+|\*")
+
+_RULES = frozenset({b"allow", b"disallow", b"crawl-delay"})
+_DELAY = re.compile(rb"[0-9]{1,6}(\.[0-9]{1,6})?")
+_LONGEST_DELAY = 30.0
 
 _UNRESERVED = frozenset((string.ascii_letters + string.digits + "-._~").encode())
 _RESERVED = frozenset(b":/?#[]@!$&'()*+,;=")  # RFC 3986, sections 2.2 and 2.3
@@ -74,9 +78,12 @@ class Robots:
     Args:
         rules: patterns, in the form that `_pattern` gives, and whether they allow; those that come
             first decide.
+        delay: seconds that it wants between requests (`Crawl-delay`, which many write and no RFC
+            knows), up to what anybody can wait.
     """
 
     rules: tuple[tuple[bytes, bool], ...] = ()
+    delay: float = 0.0
 
     @classmethod
     def of(cls, content: bytes) -> "Robots":
@@ -86,9 +93,8 @@ class Robots:
         >>> robots.allows("/private/1.jpg"), robots.allows("/private/1.jpg?x")
         (True, False)
         """
-        ours = dict[bytes, bool]()
-        everybodys = dict[bytes, bool]()
-        groups = list[dict[bytes, bool]]()
+        ours, everybodys = _Group(), _Group()
+        groups = list[_Group]()
         is_named, naming = False, False
         for key, value in _lines(content):
             if key == b"user-agent":
@@ -102,12 +108,12 @@ class Robots:
                 elif name == "*":
                     groups.append(everybodys)
             else:
-                naming = False
-                pattern = _pattern(value)
+                naming = naming and key == b"crawl-delay"  # it is no rule, so it ends no list
                 for group in groups:
-                    group[pattern] = group.get(pattern, False) or key == b"allow"
-        rules = ours if is_named else everybodys
-        return cls(tuple(sorted(rules.items(), key=lambda rule: (-len(rule[0]), not rule[1]))))
+                    group.add(key, value)
+        group = ours if is_named else everybodys
+        rules = sorted(group.rules.items(), key=lambda rule: (-len(rule[0]), not rule[1]))
+        return cls(tuple(rules), group.delay)
 
     def allows(self, path: str) -> bool:
         """Say whether we may ask for `path`, query included, in ASCII."""
@@ -118,6 +124,21 @@ class Robots:
         return next((allow for pattern, allow in self.rules if _matches(pattern, plain)), True)
 
 
+@dataclass
+class _Group:
+    """What a robots.txt says to somebody."""
+
+    rules: dict[bytes, bool] = field(default_factory=dict)
+    delay: float = 0.0
+
+    def add(self, key: bytes, value: bytes) -> None:
+        if key != b"crawl-delay":
+            pattern = _pattern(value)
+            self.rules[pattern] = self.rules.get(pattern, False) or key == b"allow"
+        elif _DELAY.fullmatch(value):
+            self.delay = max(self.delay, min(float(value), _LONGEST_DELAY))
+
+
 def _lines(content: bytes) -> Iterable[tuple[bytes, bytes]]:
     """Keys and values of the lines that make rules; an empty pattern is no rule."""
     if len(content) > ROBOTS_BYTES:
@@ -125,7 +146,7 @@ def _lines(content: bytes) -> Iterable[tuple[bytes, bytes]]:
     for line in re.split(rb"[\r\n]+", content.removeprefix(b"\xef\xbb\xbf")):
         key, colon, value = line.partition(b"#")[0].partition(b":")
         key, value = key.strip().lower(), value.strip()
-        if colon and (key == b"user-agent" or (key in {b"allow", b"disallow"} and value)):
+        if colon and (key == b"user-agent" or (key in _RULES and value)):
             yield key, value
 
 

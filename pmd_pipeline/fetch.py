@@ -242,10 +242,16 @@ class Web:
         return robots
 
     def _delay(self, host: str) -> float:
-        if self._ways.origin(host):
-            return 0.0  # who stands in for the host is the user's own
-        delays = self._manners.delay.items()
-        return max((d for pattern, d in delays if fnmatchcase(host, pattern)), default=0.0)
+        """The least seconds between requests: the host's own wish, and what the recipe says of it.
+
+        The recipe speaks of the host itself, not of who stands in for it.
+        """
+        origins = (f"{scheme}://{host}" for scheme in ("http", "https"))
+        known = (self._robots.get(origin, time.monotonic()) for origin in origins)
+        delays = [robots.delay for robots in known if robots]
+        if not self._ways.origin(host):
+            delays += (d for p, d in self._manners.delay.items() if fnmatchcase(host, p))
+        return max(delays, default=0.0)
 
     def _has_room(self) -> bool:
         """Say whether one more request may be in flight."""

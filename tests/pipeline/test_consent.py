@@ -205,6 +205,25 @@ def test_the_group_for_us_speaks_before_that_for_everybody(lines, allowed, befor
     assert Robots.of(content).allows("/1.jpg") is allowed
 
 
+@pytest.mark.parametrize(
+    ("lines", "seconds"),
+    [
+        ("Crawl-delay: 2", 2),
+        ("crawl-DELAY:0.5 # please", 0.5),
+        ("Crawl-delay: 86400", 30),
+        ("Crawl-delay: soon", 0),
+        ("Crawl-delay: -1", 0),
+        ("Crawl-delay: 1e9", 0),
+        ("Crawl-delay:", 0),
+        ("Crawl-delay: 1|Crawl-delay: 3", 3),
+        ("Crawl-delay: 9||User-agent: pmd-flava|Crawl-delay: 1", 1),
+        ("Crawl-delay: 9||User-agent: pmd-flava|Disallow: /x", 0),
+    ],
+)
+def test_a_host_may_ask_for_time_between_requests(lines, seconds):
+    assert Robots.of(everybody(*lines.split("|"))).delay == seconds
+
+
 def test_what_lies_beyond_the_limit_is_not_read_and_half_a_rule_is_none():
     start = everybody("Disallow: /a", "")
     rule = b"Disallow: /private\n"
@@ -416,3 +435,14 @@ def test_a_recipe_may_respect_less(respect, kind):
     with host_with(answer(body=FORBIDDEN), image) as host:
         assert kind_of(web(host, respect=respect)) == kind
         assert web(host).get("http://a.example/1.jpg").body == BODY
+
+
+def test_requests_keep_the_distance_that_the_host_asks_for():
+    waits = []
+    with host_with(answer(body=everybody("Crawl-delay: 2"))) as host:
+        client = web(host, waits, respect=SIGNALS)
+        for _ in range(3):
+            client.get("http://a.example/1.jpg")
+        web(host, waits).get("http://a.example/1.jpg")
+
+    assert waits == [2, 2]

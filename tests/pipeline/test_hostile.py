@@ -52,6 +52,31 @@ def header_only_png(side):
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
 
 
+def png_with(name, content):
+    """A PNG with a chunk more."""
+    body, head = drawn("PNG"), 8 + 25
+    checksum = struct.pack(">I", zlib.crc32(name + content))
+    return body[:head] + struct.pack(">I", len(content)) + name + content + checksum + body[head:]
+
+
+def jpeg_with_exif(entries):
+    """A JPEG whose EXIF is a directory with `entries`."""
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + entries
+    body = drawn()
+    return body[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + body[2:]
+
+
+def tiff_of_many_strips():
+    """A TIFF that says it has 2**32 - 1 strips."""
+    tags = [(256, 1, 40), (257, 1, 30), (273, 2**32 - 1, 8), (279, 2**32 - 1, 8)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, count, at) for tag, count, at in tags)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+BOMB = zlib.compress(bytes(50 << 20), 9)
+CIRCLE = struct.pack("<HHHII", 1, 0x8769, 4, 1, 8) + struct.pack("<I", 8)
+CROWD = struct.pack("<H", 65_535) + struct.pack("<HHII", 0x0112, 3, 2**32 - 1, 2**32 - 16) * 5000
+
 JPEG = drawn()
 CHUNKED = answer(body=b"", Content_Length="", Transfer_Encoding="chunked")
 
@@ -195,6 +220,13 @@ BEHAVIOURS = [
         1,
     ),
     B("brotli", lambda: answer(body=b"\x1b\xff\xff\xff", Content_Encoding="br"), "not_an_image"),
+    B(
+        "gzip in gzip",
+        lambda: answer(body=gzip.compress(gzip.compress(JPEG)), Content_Encoding="gzip, gzip"),
+        "not_an_image",
+        1,
+    ),
+    B("zstd", lambda: answer(body=b"\x28\xb5\x2f\xfd\0", Content_Encoding="zstd"), "not_an_image"),
     # no HTTP
     B("nothing", lambda: last(b""), "connect", 3),
     B("HTTP/0.9", lambda: last(b"<html>hello</html>"), "connect", 3),
@@ -285,6 +317,11 @@ BEHAVIOURS = [
         1,
     ),
     B("JPEG that says HTML", lambda: answer(body=JPEG, Content_Type="text/html"), WORKED, 1),
+    B("ICC bomb", lambda: answer(body=png_with(b"iCCP", b"x\0\0" + BOMB)), "not_an_image", 1),
+    B("text bomb", lambda: answer(body=png_with(b"zTXt", b"x\0\0" + BOMB)), "not_an_image", 1),
+    B("EXIF that is a circle", lambda: answer(body=jpeg_with_exif(CIRCLE)), WORKED, 1),
+    B("EXIF of a crowd", lambda: answer(body=jpeg_with_exif(CROWD)), WORKED, 1),
+    B("TIFF of 2**32 strips", lambda: answer(body=tiff_of_many_strips()), "not_an_image", 1),
     B("PNG of 65,500 a side", lambda: answer(body=header_only_png(65_500)), "bomb", 1),
     B("PNG of 2**31 - 1 a side", lambda: answer(body=header_only_png(2**31 - 1)), "bomb", 1),
 ]
@@ -307,6 +344,7 @@ def client_of(host, **manners):
     return new_web(Fetch(**manners), MOST_BYTES)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as `images` has it outside of tests
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
 def test_whatever_a_host_does_it_has_its_reason_and_soon(behaviour):
     with Host(behaviour.answer()) as host:

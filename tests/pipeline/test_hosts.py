@@ -3,6 +3,8 @@
 import asyncio
 import math
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hosts import BODY, Host, Still, answer, in_turn, kind_of, new_web, web
@@ -524,3 +526,27 @@ def test_the_least_delay_is_for_the_hosts_that_the_recipe_names():
     assert client._delay("imgur.example") == 0
     with Host(answer()) as host:
         assert web(host, delay={"*": 0.5})._delay("i.imgur.com") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [10, 40])
+def test_a_host_that_bears_so_many_a_second_gives_all_and_is_asked_by_nobody_too_early(rate):
+    asked, refused = [], []
+
+    def limited(head):
+        now = time.monotonic()
+        asked.append(now)
+        if sum(now - 1 < one for one in asked if one not in refused) > rate:
+            refused.append(now)
+            return answer(429, Retry_After="1")
+        return answer()
+
+    urls = [f"http://a.example/{number}.jpg" for number in range(5 * rate)]
+    with Host(limited) as host, ThreadPoolExecutor(64) as pool:
+        client = new_web(Fetch(connect_to={"*": host.origin}), clock=Clock())
+        bodies = [fetched.body for fetched in pool.map(client.get, urls)]
+
+    early = [(no, one) for no in refused for one in asked if no + 0.2 < one < no + 1]
+    assert bodies == [BODY] * len(urls)
+    assert refused
+    assert not early

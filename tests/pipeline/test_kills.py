@@ -1,0 +1,20 @@
+"""Twenty kills of workers and drivers; `benchmarks/kills.py` does any number."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kills.py"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_build_with_twenty_kills_comes_to_what_it_comes_to_in_peace():
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--kills", "20"], check=False, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "came to the undisturbed digest" in done.stdout
