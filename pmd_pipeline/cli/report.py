@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pmd_pipeline.cli.app import app, say
+from pmd_pipeline.cli.app import Quiet, app, interruptible, say, shown
 
 
 @app.command()
@@ -23,6 +23,7 @@ def report(
             help="Folder or address with the index; default: beside the shards.",
         ),
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write one HTML page on a dataset: counts, reasons, lengths, hosts, samples kept and lost.
 
@@ -31,6 +32,7 @@ def report(
     from pmd_pipeline.report.page import page
     from pmd_pipeline.storage import write_whole
 
-    html = page(manifest, data).encode()
+    with interruptible(), shown(quiet=quiet).stage("report", "ledgers") as stage:
+        html = page(manifest, data, stage.watch).encode()
     write_whole(out, html)
     say(f"wrote {out}, {len(html) / 1e6:.1f} MB")

@@ -1,6 +1,6 @@
 """Images that are there more than once, within a source and in several, in bounded memory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -8,6 +8,7 @@ import polars as pl
 
 from pmd_pipeline.format import WORKED, Manifest
 from pmd_pipeline.manifest import located
+from pmd_pipeline.parallel import Watch
 from pmd_pipeline.report.ledgers import read_columns
 
 MOST_HASHES = 1_000_000
@@ -38,19 +39,14 @@ class Copies:
     most: tuple[str, int] | None
 
 
-def find_copies(path: str, manifest: Manifest) -> Copies:
+def find_copies(path: str, manifest: Manifest, watch: Watch) -> Copies:
     """Look through all ledgers of the manifest at `path`, column by column.
 
     Raises:
         PmdError: a ledger is not there.
     """
     names = sorted(manifest.sources)
-    number = {name: at for at, name in enumerate(names)}
-    found = counted(
-        (number[shard.source], _hashes(located(path, shard.ledger_path)))
-        for shard in manifest.shards
-        if shard.images
-    )
+    found = counted(_ledgers(path, manifest, names, watch))
     return _summed(found, names)
 
 
@@ -73,6 +69,17 @@ def counted(ledgers: Iterable[tuple[int, pl.Series]]) -> tuple[pl.DataFrame, int
                 held = held.filter(pl.col("hash") < limit)
             waiting = [held]
     return _together(waiting), limit
+
+
+def _ledgers(
+    path: str, manifest: Manifest, names: list[str], watch: Watch
+) -> Iterator[tuple[int, pl.Series]]:
+    """The number of the source and the hashes of every shard with images."""
+    number = {name: at for at, name in enumerate(names)}
+    for done, shard in enumerate(manifest.shards, 1):
+        if shard.images:
+            yield number[shard.source], _hashes(located(path, shard.ledger_path))
+        watch("copies", {"ledgers": done})
 
 
 def _hashes(address: str) -> pl.Series:

@@ -16,6 +16,7 @@ from pmd_pipeline import sources
 from pmd_pipeline.format import Manifest, SourceEntry
 from pmd_pipeline.index import Index
 from pmd_pipeline.manifest import load_manifest
+from pmd_pipeline.parallel import Watch
 from pmd_pipeline.report import charts, gallery, ledgers, losses, texts
 from pmd_pipeline.report.charts import Histogram
 from pmd_pipeline.report.copies import Copies, find_copies
@@ -64,8 +65,8 @@ class SourcePart:
     has_index: bool
 
 
-def page(path: str, data: str | None) -> str:
-    """The page on the manifest at `path`, as HTML.
+def page(path: str, data: str | None, watch: Watch = lambda *_: None) -> str:
+    """The page on the manifest at `path`, as HTML; ledgers are told to `watch` as they are read.
 
     Args:
         data: folder or address with the `index` that the shards were built from; None looks for it
@@ -79,13 +80,12 @@ def page(path: str, data: str | None) -> str:
     rows = lengths(manifest)
     by_name = {row.dataset: row for row in rows}
     folder = data or ledgers.data_folder(path, manifest)
-    names = [row.dataset for row in rows if row.dataset in manifest.sources]
-    return render(
-        manifest,
-        rows,
-        [source_part(path, manifest, by_name[name], folder) for name in names],
-        find_copies(path, manifest) if manifest.kind != "text" else None,
-    )
+    parts = []
+    for name in (row.dataset for row in rows if row.dataset in manifest.sources):
+        parts.append(source_part(path, manifest, by_name[name], folder))
+        watch(name, {"ledgers": sum(shard.source == name for shard in manifest.shards)})
+    copies = find_copies(path, manifest, watch) if manifest.kind != "text" else None
+    return render(manifest, rows, parts, copies)
 
 
 def source_part(path: str, manifest: Manifest, row: Lengths, data: str | None) -> SourcePart:
