@@ -35,7 +35,7 @@ LEAST_SCENES = 80
 _HELD_OUT_SEED = 1
 _ALONE = ("imagenet1k", "ccnews", "bookcorpus")
 _CONFIG = "flava_tiny"
-_NEEDED = ("torch", "safetensors", "tokenizers")
+_NEEDED = ("torch", "tokenizers")
 _MOST_PIECES = 1000
 _CODES = 256
 _VIEWS = 4
@@ -130,8 +130,13 @@ def prepare(folder: Path, workers: int | None, show: Show) -> None:
     _check_apart(places)
 
 
-def train(folder: Path, steps: int | None) -> Learned:
+def train(folder: Path, steps: int | None, *, quiet: bool) -> Learned:
     """Train on what `prepare` made, in a process of its own, and read what was learned.
+
+    Args:
+        folder: of the quickstart.
+        steps: to take; None takes those of the configuration.
+        quiet: let the trainer show nothing.
 
     Raises:
         PmdError: the trainer stopped with an error, which it has told.
@@ -151,6 +156,7 @@ def train(folder: Path, steps: int | None) -> Learned:
     # strings and lists of JSON are those of TOML
     said = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
     command = ["--shards", places.manifest("pmd"), "--config", _CONFIG, "--out", places.trained]
+    said += ["--quiet"] if quiet else []
     code = _wait_for(_trainer([*command, *said], stdout=sys.stderr.fileno()))
     if code == 130:
         raise KeyboardInterrupt

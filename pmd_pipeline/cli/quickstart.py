@@ -70,7 +70,7 @@ def quickstart(
         return
     with interruptible():
         whole.prepare(folder, workers, show)
-        learned = whole.train(folder, steps)
+        learned = whole.train(folder, steps, quiet=quiet)
         poster = whole.show_off(folder, learned)
     for table in as_tables(learned):
         out_console.print(table)

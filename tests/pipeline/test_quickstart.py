@@ -118,9 +118,10 @@ def test_run_again_it_finds_everything_done(out, done):
 
 
 @pytest.mark.slow
-def test_without_torch_it_ends_with_the_build_and_says_so(out, done, tmp_path):
+def test_without_what_training_needs_it_ends_with_the_build_and_says_so(out, done, tmp_path):
     shutil.copytree(out / "data", tmp_path / "data")  # so that all is built already
-    code = "import sys; sys.modules['torch'] = None; from pmd_pipeline.cli import main; main()"
+    hidden = "sys.modules |= dict.fromkeys(['torch', 'tokenizers', 'matplotlib'])"
+    code = f"import sys; {hidden}; from pmd_pipeline.cli import main; main()"
     words = [*command(tmp_path)[3:], "--quiet"]
 
     ended = subprocess.run(
@@ -129,7 +130,8 @@ def test_without_torch_it_ends_with_the_build_and_says_so(out, done, tmp_path):
 
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == (
-        'training is left out, since there is no torch: pip install "pmd-flava[train]"\n'
+        "training is left out, since there is no torch and no tokenizers: "
+        'pip install "pmd-flava[train]"\n'
     )
     assert not (tmp_path / "run").exists()
 
