@@ -1,5 +1,6 @@
 """The versions installed here as a requirements file, with hashes where they are known."""
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
@@ -111,8 +112,9 @@ def with_hashes(pinned: list[Pin], report: str) -> list[Pin]:
 
 
 def requirements_text(pinned: list[Pin]) -> str:
-    """The requirements file."""
-    start = "# Written by `pmd bundle` from what was installed where it ran.\n"
+    """The requirements file, which says where it holds: other machines need other packages."""
+    here = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    start = f"# Written by `pmd bundle` from what was installed where it ran: {here}.\n"
     return start + "".join(f"{pin}\n" for pin in pinned)
 
 

@@ -616,3 +616,7 @@ def test_the_commands_of_the_readme_rebuild_the_same_dataset_and_train(
     assert learned.returncode == 0, learned.stderr
     trained = run(blocks["Train"])
     assert trained.returncode == 0, trained.stderr
+    again = run("pmd bundle manifest.json --config configs/mine.toml --out ../again")
+    assert again.returncode == 0, again.stderr
+    wheels = [next((one / "wheel").glob("*.whl")) for one in (folder, tmp_path / "again")]
+    assert wheels[0].read_bytes() == wheels[1].read_bytes()
