@@ -19,7 +19,7 @@ from PIL import features
 
 from pmd_pipeline.crashes import careful_maker
 from pmd_pipeline.errors import RecordError
-from pmd_pipeline.fetch import Fetched, Web, web_for
+from pmd_pipeline.fetch import Fetched, Web, shared, web_for
 from pmd_pipeline.flow import Flow
 from pmd_pipeline.format import (
     FORMAT,
@@ -78,6 +78,7 @@ class PartTask:
         optout: address beside which the list of images to leave out lies; None has no list.
         again: reasons under which what failed before is asked for again; everything else of an
             earlier build by the same dependency is taken over.
+        workers: how many tasks run at a time and ask the same hosts.
     """
 
     recipe: Recipe
@@ -90,6 +91,7 @@ class PartTask:
     dependency: str
     optout: str | None = None
     again: frozenset[str] = frozenset()
+    workers: int = 1
 
     def __str__(self) -> str:
         return f"part {part_name(self.part.part)} of {self.recipe.source}"
@@ -223,8 +225,9 @@ def _fetched(
     recipe = task.recipe
     is_all_web = task.places == (WEB,)
     folder, name = _folder(task.shards), part_name(task.part.part)
+    manners = shared(recipe.fetch, task.workers)
     with (
-        web_for(recipe.fetch, recipe.images) as web,
+        web_for(manners, recipe.images) as web,
         ThreadPoolExecutor(_READERS) as readers,
         careful_maker(Maker(recipe.images), folder, f"{recipe.source}-{name}") as maker,
     ):
@@ -234,7 +237,7 @@ def _fetched(
             ask=_asker(task, records, web, readers),
             make=lambda record, found: maker.outcome(record.key, found),
             ahead=_AHEAD * recipe.fetch.concurrency if is_all_web else 2 * _READERS,
-            per_host=recipe.fetch.per_host + 1,  # one waits, so that the host never does
+            per_host=manners.per_host + 1,  # one waits, so that the host never does
             folder=folder,
         )
         keys = _web_key if is_all_web else _own_key

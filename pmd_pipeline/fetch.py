@@ -307,6 +307,17 @@ def web_for(manners: Fetch, images: Images) -> Iterator[Web]:
             _close_kept()
 
 
+def shared(manners: Fetch, workers: int) -> Fetch:
+    """Manners for each of so many workers, that together ask a host no more often than one would.
+
+    A host of which each worker may ask nothing at all is asked by one request of each; the delays
+    still hold for all of them together.
+    """
+    delay = {host: seconds * workers for host, seconds in manners.delay.items()}
+    per_host = max(1, manners.per_host // workers)
+    return manners.model_copy(update={"per_host": per_host, "delay": delay})
+
+
 def user_agent(contact: str) -> str:
     """What we call ourselves: honest, and with the user's contact where they gave one.
 

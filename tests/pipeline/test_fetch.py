@@ -10,11 +10,11 @@ from hosts import BODY, Host, answer, by_path, detail_of, in_turn, kind_of, redi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmd_pipeline import answers
+from pmd_pipeline import answers, fetch
 from pmd_pipeline.errors import PmdError, RecordError
-from pmd_pipeline.fetch import Web
+from pmd_pipeline.fetch import Web, web_for
 from pmd_pipeline.format import FAILED
-from pmd_pipeline.recipe import Fetch
+from pmd_pipeline.recipe import Fetch, Images
 
 
 def test_a_body_comes_with_the_address_it_came_from():
@@ -440,3 +440,31 @@ def test_no_connection_reads_the_same_on_every_run():
         details.add(detail_of(client))
 
     assert details == {"no connection to a.example"}
+
+
+@pytest.mark.parametrize(("workers", "per_host"), [(1, 8), (2, 4), (3, 2), (8, 1), (100, 1)])
+def test_workers_together_ask_a_host_no_more_often_than_one_would(workers, per_host):
+    manners = Fetch(per_host=8, delay={"*.imgur.com": 0.5}, timeout=7)
+
+    each = fetch.shared(manners, workers)
+
+    assert each.per_host == per_host
+    assert each.delay == {"*.imgur.com": 0.5 * workers}
+    assert each.timeout == 7
+
+
+def test_the_client_of_a_process_stays_until_another_is_wanted_or_it_is_left_in_the_middle():
+    with web_for(Fetch(), Images()) as first:
+        pass
+    with web_for(Fetch(), Images()) as again:
+        again.memory.take(1)  # and never given back
+    with web_for(Fetch(), Images()) as fresh:
+        pass
+    with web_for(Fetch(timeout=1), Images()) as other:
+        pass
+
+    assert first is again
+    assert fresh is not first
+    assert first.loop.is_closed()
+    assert fresh.loop.is_closed()
+    assert not other.loop.is_closed()
