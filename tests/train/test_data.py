@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from stocks import (
     RULES,
     jpeg,
@@ -564,6 +565,18 @@ def test_a_ledger_of_another_shard_is_refused(config, tmp_path, lie):
     refused(config, r"ledger pairs/00001\.parquet does not fit its shard")
 
 
+@pytest.mark.parametrize("counts", [[2, 2, 2, 2], [0, 1, 1, 2]])
+def test_a_ledger_that_counts_otherwise_than_the_manifest_is_refused(tmp_path, counts):
+    config = simple(tmp_path, [samples(4)])
+    file = tmp_path / "pairs" / "00000.parquet"
+    table = pq.read_table(file)
+    place = table.column_names.index("num_pairs")
+    pq.write_table(table.set_column(place, "num_pairs", pa.array(counts, pa.int32())), file)
+
+    says = "its pairs are not as many as the manifest's"
+    refused(dataclasses.replace(config, verify=False), says, batch=2)
+
+
 @pytest.mark.parametrize("lie", ["first", b"", b"\xff" * 100])
 def test_codes_of_another_shard_are_refused(config, tmp_path, lie):
     if lie == "first":
@@ -571,6 +584,23 @@ def test_codes_of_another_shard_are_refused(config, tmp_path, lie):
     spoil(config, tmp_path, ".codes.safetensors", lambda _: lie, field="codes_sha256")
 
     refused(config, "run `pmd codes` again")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codes": np.zeros((32, 5, 5), np.uint16)},
+        {"codes": np.zeros((32, 4, 4), np.int16)},
+        {"boxes": np.zeros((32, 4), np.float64)},
+        {"first": np.arange(5)},
+    ],
+)
+def test_codes_of_another_form_are_refused(tmp_path, change):
+    config = simple(tmp_path, [samples(16)], rules=RULES.model_copy(update={"views": 2}))
+    file = tmp_path / "pairs" / "00000.codes.safetensors"
+    save_file(load_file(file) | change, file)
+
+    refused(dataclasses.replace(config, verify=False), "does not hold the codes of", batch=2)
 
 
 def test_a_tar_of_another_shard_is_refused(config, tmp_path):
