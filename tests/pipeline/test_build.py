@@ -2,23 +2,29 @@
 
 import hashlib
 import json
+import random
 import tarfile
+import threading
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import polars as pl
 import pytest
+from hosts import Host, answer, by_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline import dataset
+from pmd_pipeline.build import WEB, PartTask, _fetched
 from pmd_pipeline.dataset import Order
 from pmd_pipeline.format import Report
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.recipe import load_recipe
+from pmd_pipeline.records import IndexPart, IndexRecord
 
 KINDS = ("good", "missing", "html", "empty", "truncated", "tiny")
 
@@ -144,6 +150,64 @@ def test_bytes_do_not_depend_on_how_many_threads_fetch(toy, tmp_path, concurrenc
     toy_build(other)
 
     assert digests(other) == digests(toy)
+
+
+@pytest.fixture
+def dawdling(tmp_path):
+    """A host of thirty pictures, two of them missing, that answers when it likes."""
+    names = [f"{n}.jpg" for n in range(28)]
+    pictures = write_pictures(tmp_path / "there", names)
+    bodies = {f"/{name}": (pictures / name).read_bytes() for name in names}
+    pause, dice = threading.Event(), random.Random()
+
+    def late(head):
+        pause.wait(dice.uniform(0, 0.02))
+        body = bodies.get(head.split(" ")[1])
+        return answer(404) if body is None else answer(body=body)
+
+    with Host(late) as host:
+        yield host
+
+
+def test_bytes_do_not_depend_on_how_many_are_asked_for_at_once_nor_on_who_answers_first(
+    dawdling, tmp_path
+):
+    found = []
+    for concurrency in (1, 16, 256, 256):
+        folder = tmp_path / str(len(found))
+        write_rows(folder / "raw", toy_rows(30))
+        manners = {"concurrency": concurrency, "per_host": 64}
+        places = {"connect_to": {"*": dawdling.origin}}
+        recipe = toy_recipe(part_records=12, fetch={**manners, **places})
+        order = replace(toy_order(folder, recipe, pictures=folder), places=(WEB,))
+        manifest = toy_build(order)
+        found.append((manifest.digest, digests(order)))
+
+    assert manifest.sources["cc3m"].counts.failed == {"http_404": 2}
+    assert all(one == found[0] for one in found)
+
+
+def test_an_address_that_several_records_share_is_asked_once(tmp_path):
+    body = (write_pictures(tmp_path / "there", ["1.jpg"]) / "1.jpg").read_bytes()
+    names = ["1.jpg", "1.jpg#a", "1.jpg#b"]
+    records = [record(f"{n:016x}", f"http://a.test/{name}") for n, name in enumerate(names)]
+    with Host(by_path({"/robots.txt": answer(404), "/1.jpg": answer(body=body)})) as host:
+        recipe = toy_recipe(fetch={"connect_to": {"*": host.origin}})
+        task = PartTask(recipe, "", None, None, str(tmp_path), (WEB,), (), "")
+        task = replace(task, part=IndexPart.model_construct(part=0))
+
+        outcomes = [outcome for _, outcome in _fetched(task, records)]
+
+    assert host.paths == ["/robots.txt", "/1.jpg"]
+    assert [outcome.picture.jpeg for outcome in outcomes] == [body] * 3
+
+
+def record(key, url):
+    """A record as an index has it, with one caption."""
+    unknown = dict.fromkeys(("file", "licence", "width", "height", "sha256", "meta", "boxes"), None)
+    return IndexRecord(
+        key=key, id=key, url=url, captions=["a"], fields=["caption"], spans=[0], rows=[0], **unknown
+    )
 
 
 def test_two_builds_of_one_part_do_not_meet(toy):
