@@ -24,6 +24,7 @@ from flava_train.loader import batches
 from flava_train.metrics import Metrics
 from flava_train.model import FlavaConfig
 from flava_train.optimizer import adamw
+from flava_train.order import STREAMS
 from flava_train.ranks import Ranks, as_rank_0_has_it, joined, shard
 from flava_train.run import CONFIG, VOCABULARY, only_writer, told_to_stop, write_whole
 from flava_train.shards import load_manifest
@@ -140,16 +141,21 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, Streams]:
     Raises:
         FlavaError: data is missing, is not to be trusted, or does not fit.
     """
-    data, model = config.data, config.model
-    if not model.text_vocab and data.tokenizer:
-        wordpiece = load_wordpiece(data.tokenizer, data.revision)
-        model = replace(model, text_vocab=len(wordpiece.vocabulary))
+    data, model, shares = config.data, config.model, config.objective.streams
+    manifests = [
+        load_manifest(address)
+        for stream in STREAMS
+        for address in data.manifests(stream)
+        if getattr(shares, stream)
+    ]
     if not model.image_vocab:
-        manifests = [load_manifest(one) for one in (data.pairs, data.images) if one]
         sizes = {one.codes.vocabulary for one in manifests if one.codes is not None}
         # where nothing has codes, nothing needs them, or `Streams` will say so
         size = max(sizes, default=FlavaConfig().image_vocab)
         model = replace(model, image_vocab=size)
+    if not model.text_vocab and data.tokenizer:  # after the manifests: the hub may be slow
+        wordpiece = load_wordpiece(data.tokenizer, data.revision)
+        model = replace(model, text_vocab=len(wordpiece.vocabulary))
     streams = Streams(data, config.objective, model, seed=config.seed, batch=config.batch)
     return replace(config, model=model), streams
 
