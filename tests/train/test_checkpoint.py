@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import stocks
 import torch
-from runs import command, losses, run, said, told, write_world
+from trials import command, losses, run, said, told, write_world
 
 from flava_train import checkpoint
 from flava_train.checkpoint import find, load_progress, newest

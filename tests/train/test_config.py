@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import told
+from trials import told
 
 from flava_train.config import as_toml, checked, config_names, load_config
 from flava_train.errors import FlavaError

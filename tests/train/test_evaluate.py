@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from runs import TOWER, told, write_world
+from trials import TOWER, told, write_world
 
 from flava_train import cli, evaluate
 from flava_train.config import EvaluationConfig

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from runs import told, write_world
 from tiny import TINY, images, pairs, texts
 from torch.utils.flop_counter import FlopCounterMode
+from trials import told, write_world
 
 from flava_train import flops, metrics
 from flava_train.batches import micro_batches

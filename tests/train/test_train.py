@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import command, losses, run, said, told, write_world
 from tiny import TINY
+from trials import command, losses, run, said, told, write_world
 
 from flava_train import learner
-from flava_train.checkpoint import find, load_progress, load_weights
+from flava_train.checkpoint import find, load_progress
 from flava_train.config import OptimizerConfig, checked
 from flava_train.errors import FlavaError
 from flava_train.loader import batches
@@ -403,16 +403,16 @@ def test_a_mistake_of_the_user_is_one_line(world, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [False, True])
-def test_two_ranks_learn_what_one_does(world, alone, tmp_path, shard):
-    config = told(world, tmp_path / "run", {"compute.shard": shard, "optimizer.clip": 5.0})
-    one = told(world, tmp_path / "one", {"optimizer.clip": 5.0})
+@pytest.mark.parametrize("more", [{}, {"compute.shard": True, "compute.recompute": True}])
+def test_two_ranks_learn_what_one_does_and_one_goes_on(world, tmp_path, more):
+    changes = {"optimizer.clip": 5.0, "optimizer.schedule": "constant"}
+    one = told(world, tmp_path / "one", changes)
     train(one, quiet=True)
-    words = command(config)
+    config = told(world, tmp_path / "run", changes | more | {"steps": 5})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
     done = subprocess.run(
-        [*torchrun, *words[1:]],
+        [*torchrun, *command(config)[1:]],
         check=False,
         capture_output=True,
         text=True,
@@ -420,9 +420,8 @@ def test_two_ranks_learn_what_one_does(world, alone, tmp_path, shard):
     )
 
     assert done.returncode == 0, done.stderr
+    assert load_progress(find(tmp_path / "run")).ranks == 2
+    train(told(world, tmp_path / "run", changes), quiet=True)  # whole, however it was shared out
     for ours, theirs in zip(said(tmp_path / "run"), said(tmp_path / "one"), strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    model = Flava(open_data(config)[0].model)
-    load_weights(find(tmp_path / "run"), model)  # whole, however it was shared out
-    assert load_progress(find(tmp_path / "run")).ranks == 2
