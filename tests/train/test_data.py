@@ -142,6 +142,19 @@ def test_every_pair_is_seen_once_an_epoch(tmp_path_factory, captions, batch, see
     assert len(pairs) - len(seen) < min(batch, total)
 
 
+def test_epochs_of_several_windows_have_every_pair_once_each_in_an_order_of_their_own(tmp_path):
+    config = simple(tmp_path, [samples(80), samples(70, start=80)])
+    given_streams = streams(dataclasses.replace(config, window_shards=1), TRUE_PAIRS, batch=1)
+
+    epochs = [
+        [given_streams.rows(step)[0].key for step in range(150 * epoch, 150 * (epoch + 1))]
+        for epoch in range(2)
+    ]
+
+    assert len(set(epochs[0])) == len(set(epochs[1])) == 150
+    assert epochs[0] != epochs[1]
+
+
 def test_no_image_is_twice_in_a_batch_not_even_from_two_sources(tmp_path):
     copies = [
         sample(n, [f"cat {n} {i}" for i in range(3)], image=n - 1000) for n in range(1000, 1020)
