@@ -36,7 +36,7 @@ class Server(asyncio.Protocol):
             asyncio.get_running_loop().call_later(self._latency, self._answer, path)
 
     def _answer(self, path: str) -> None:
-        if path.startswith("/endless/"):
+        if "/endless/" in path:
             self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n")
             self._send(int(path.rsplit("/", 1)[1]))
             return

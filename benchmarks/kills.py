@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from pmd_pipeline.format import Manifest
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.sample import World, serve, write_world
 
@@ -45,9 +46,18 @@ def command(world: World, origin: str, folder: Path) -> list[str]:
     return [str(word) for word in words]
 
 
-def digest(folder: Path) -> str:
-    """The digest of a finished build."""
-    return load_manifest(str(folder / "manifests" / "kills.json")).digest
+def manifest(folder: Path) -> Manifest:
+    """The manifest of a finished build."""
+    return load_manifest(str(folder / "manifests" / "kills.json"))
+
+
+def differences(one: Manifest, other: Manifest) -> str:
+    """What two builds counted otherwise."""
+    return "\n".join(
+        f"{source}: {counts} or {other.sources[source].counts}"
+        for source, entry in one.sources.items()
+        if (counts := entry.counts) != other.sources[source].counts
+    )
 
 
 def disturbed(built: list[str], dice: random.Random, longest: float) -> Counter[str]:
@@ -94,18 +104,20 @@ def main() -> None:
             built = command(world, origin, folder)
             started = time.monotonic()
             subprocess.run(built, check=True, stdout=subprocess.DEVNULL)
-            seconds, expected = time.monotonic() - started, digest(folder)
+            seconds, expected = time.monotonic() - started, manifest(folder)
             killed, builds = Counter[str](), 0
             while killed["driver"] + killed["worker"] < given.kills:
                 shutil.rmtree(folder)
                 folder.mkdir()
                 killed += disturbed(built, dice, seconds / 3)
                 builds += 1
-                if digest(folder) != expected:
-                    sys.exit(f"after {dict(killed)} the digest is {digest(folder)}")
+                found = manifest(folder)
+                if found.digest != expected.digest:
+                    print(differences(expected, found))
+                    sys.exit(f"after {dict(killed)} the digest is another")
     print(
         f"{killed['driver']} drivers and {killed['worker']} workers killed in {builds} builds, "
-        f"each of which came to the undisturbed digest {expected[:12]}"
+        f"each of which came to the undisturbed digest {expected.digest[:12]}"
     )
 
 

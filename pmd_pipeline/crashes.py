@@ -4,16 +4,18 @@ import mmap
 import multiprocessing
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from uuid import uuid4
 
 from pmd_pipeline.errors import RecordError
 from pmd_pipeline.fetch import Fetched
 from pmd_pipeline.outcomes import Maker, Outcome
+
+_TRIES = 3
+"""How often a picture must kill a process of its own, which too may be killed by chance."""
 
 _KEY_BYTES = 16
 _NOBODY = b"-" * _KEY_BYTES
@@ -47,12 +49,11 @@ class CarefulMaker:
         return outcome
 
     def _outcome_apart(self, found: Fetched) -> Outcome:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as apart:
-            try:
-                return apart.submit(self.maker.outcome, found).result()
-            except BrokenProcessPool:
-                return self.maker.failed(found, "crash", "a process died of decoding it")
+        for _ in range(_TRIES):
+            outcome = _made_apart(self.maker, found)
+            if outcome:
+                return outcome
+        return self.maker.failed(found, "crash", "a process died of decoding it")
 
 
 @contextmanager
@@ -91,3 +92,25 @@ def _noted(notes: list[Path]) -> frozenset[str]:
             for start in range(0, len(content), _KEY_BYTES)
         )
     return frozenset(found - {_NOBODY.decode()})
+
+
+def _made_apart(maker: Maker, found: Fetched) -> Outcome | None:
+    """What a process of its own makes of an image; None if it is killed."""
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_make, args=(maker, found, sender))
+    process.start()
+    sender.close()  # so that its end is the end
+    with receiver:
+        try:
+            outcome: Outcome | None = receiver.recv()
+        except EOFError:
+            outcome = None
+    process.join()
+    if process.exitcode is not None and process.exitcode > 0:
+        return maker.outcome(found)  # a mistake of ours, which is to be seen here
+    return outcome
+
+
+def _make(maker: Maker, found: Fetched, sender: Connection) -> None:
+    sender.send(maker.outcome(found))

@@ -92,8 +92,8 @@ class Answer:
     """What came of a request that was answered.
 
     Args:
-        body: as much of it as was wanted. Its bytes are taken from the memory until the caller
-            gives them back.
+        body: the whole, or as much of it as was wanted, or nothing of it. Its bytes are taken from
+            the memory until the caller gives them back.
         trouble: what went wrong after the head.
         is_cut: there was more than was wanted.
     """
@@ -136,18 +136,22 @@ class Engine:
         self._paused: deque[_Slot] = deque()
         self._exceeding: _Slot | None = None
 
-    async def ask(self, way: Way, seconds: float, most: Callable[[Head], int]) -> Answer:
+    async def ask(
+        self, way: Way, seconds: float, most: Callable[[Head], int], *, takes_parts: bool = False
+    ) -> Answer:
         """The answer to a GET, redirects not followed.
 
         Args:
             seconds: for the whole answer.
             most: how many bytes of the body are wanted, given its head; 0 breaks the answer off.
+            takes_parts: give what was wanted of a body that has more; else it is given up.
 
         Raises:
             Refused: there is no answer.
         """
         slot = self._idle.pop() if self._idle else _Slot(self, self._agent, self._least_rate)
         slot.start(way, seconds, most)
+        slot.takes_parts = takes_parts
         self._busy[slot.curl] = slot
         self._multi.add_handle(slot.curl)
         slot.deadline = self._loop.time() + seconds
@@ -293,6 +297,7 @@ class _Slot:
     expiry: asyncio.TimerHandle | None = None
     deadline = 0.0
     paused_at = 0.0
+    takes_parts = False
 
     def __init__(self, engine: "Engine", agent: str, least_rate: int) -> None:
         self._engine = engine
@@ -328,7 +333,7 @@ class _Slot:
 
     def body(self) -> bytes:
         """What has come, which is then nobody's but the caller's."""
-        body = b"".join(self._chunks)
+        body = b"" if self.is_cut and not self.takes_parts else b"".join(self._chunks)
         self._chunks.clear()
         return body
 

@@ -104,7 +104,12 @@ class Web:
         self._robots = RobotsCache()
         self._asking: dict[str, asyncio.Task[Robots]] = {}
         self._image = _Errand(self._admit, self._wanted, self._fetched)
-        self._rules = _Errand(_admit_all, lambda _: ROBOTS_BYTES + 1, lambda _, a: robots_rules(a))
+        self._rules = _Errand(
+            _admit_all,
+            lambda _: ROBOTS_BYTES + 1,
+            lambda _, answer: robots_rules(answer),
+            takes_parts=True,
+        )
         diverted = {
             pattern: Origin.of(place, f"fetch.connect_to, {pattern!r}")
             for pattern, place in manners.connect_to.items()
@@ -189,7 +194,9 @@ class Web:
                 with allowance.spent() as seconds:
                     way = await self._ways.to(target, min(seconds, LONGEST_CONNECT))
                 with allowance.spent() as seconds:
-                    answer = await self._engine.ask(way, seconds, errand.most)
+                    answer = await self._engine.ask(
+                        way, seconds, errand.most, takes_parts=errand.takes_parts
+                    )
                 turn.ending = Ending.ANSWERED
                 if kind := busy_kind(answer.head):
                     turn.ending, turn.kind = Ending.BUSY, kind
@@ -361,11 +368,13 @@ class _Errand(Generic[_Taken]):
         admit: refuses addresses on the way.
         most: bytes of the body that are wanted, given the head.
         take: what the last answer comes to.
+        takes_parts: the beginning of a body that is too long is worth having.
     """
 
     admit: Callable[[Target, _Allowance], Coroutine[Any, Any, None]]
     most: Callable[[Head], int]
     take: Callable[[Target, Answer], _Taken]
+    takes_parts: bool = False
 
 
 @dataclass(frozen=True)
