@@ -76,15 +76,15 @@ def save(
 
     It appears in one rename, when all of it is on the disk. Where it exists, nothing happens: a
     run that is at these steps has come from it, or has just written it. Every rank must call
-    this; all but the first only bring their parts of shared tensors, and pass no `run` that is
-    written to.
+    this; all but the first only bring their parts of shared tensors.
 
     Raises:
         FlavaError: it cannot be written.
     """
-    weights = {name: _at_hand(tensor) for name, tensor in model.state_dict().items()}
-    moments = _moments(model, optimizer)
-    if progress.ranks > 1 and torch.distributed.get_rank():
+    writes = progress.ranks == 1 or torch.distributed.get_rank() == 0
+    weights = _gathered(model.state_dict(), keep=writes)
+    moments = _gathered(_moments(model, optimizer), keep=writes)
+    if not writes:
         return
     folder = run / "checkpoints" / checkpoint_name(progress.steps)
     if not folder.exists():
@@ -188,15 +188,21 @@ def load_moments(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Opti
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{part}.{name}": _at_hand(state[part])
+        f"{part}.{name}": state[part]
         for name, parameter in model.named_parameters()
         if (state := optimizer.state.get(parameter))
         for part in _PARTS_OF_ADAM
     }
 
 
-def _at_hand(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).cpu().contiguous()
+def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU; one at a time, so that ranks that keep none need no memory."""
+    found = {}
+    for name, tensor in tensors.items():
+        everything = whole(tensor.detach())
+        if keep:
+            found[name] = everything.cpu().contiguous()
+    return found
 
 
 def _write(

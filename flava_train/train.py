@@ -1,6 +1,6 @@
 """A run: from a configuration to checkpoints and metrics. Read `train` first."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +20,13 @@ from flava_train.data import Streams
 from flava_train.errors import FlavaError
 from flava_train.evaluate import check_evaluation
 from flava_train.learner import FIRST_LOSS_SCALE, Learner, NotFinite
-from flava_train.loader import batches
+from flava_train.loader import Batch, batches
 from flava_train.metrics import Metrics
 from flava_train.model import FlavaConfig
 from flava_train.optimizer import adamw
 from flava_train.order import STREAMS
 from flava_train.ranks import Ranks, as_rank_0_has_it, joined, shard
-from flava_train.run import CONFIG, VOCABULARY, only_writer, told_to_stop, write_whole
+from flava_train.run import CONFIG, VOCABULARY, Stop, only_writer, told_to_stop, write_whole
 from flava_train.shards import load_manifest
 from flava_train.start import beginning
 from flava_train.text import load_wordpiece
@@ -83,6 +83,8 @@ def train(
         joined(config.compute) as ranks,
         only_writer(run) if ranks.writes else nullcontext(),
     ):
+        if config.batch % ranks.size:
+            raise FlavaError(f"{ranks.size} ranks cannot share a batch of {config.batch} equally")
         config, streams = open_data(config)
         check_evaluation(config.evaluation)
         learner, changes = _learner(
@@ -108,31 +110,36 @@ def train(
             metrics.say(f"{run}: step {first:,} of {config.steps:,}, {ranks.size} x {ranks.device}")
             for change in changes:
                 metrics.say(change)
-            for batch in steps:
-                try:
-                    figures, stopping = learner.learn(batch, stop)
-                except NotFinite:
-                    metrics.sync()
-                    learner.save(run)  # what was learnt before is sound
-                    raise
-                metrics.show(figures)
-                done = learner.progress.steps
-                improved = False
-                if done == config.steps or (_every(config.evaluation.every, done) and not stopping):
-                    found, improved = learner.evaluate()
-                    if found:
-                        metrics.show(found)
-                if (
-                    done == config.steps
-                    or improved
-                    or stopping
-                    or _every(config.checkpoint.every, done)
-                ):
-                    metrics.sync()
-                    learner.save(run)
-                if stopping:
-                    break
+            _loop(learner, steps, stop, metrics)
         return Outcome(learner.progress.steps, stop.signal)
+
+
+def _loop(learner: Learner, steps: Iterable[Batch], stop: Stop, metrics: Metrics) -> None:
+    """Take the steps; between them evaluate, save and stop, as it is time to."""
+    config = learner.config
+    for batch in steps:
+        try:
+            figures, stopping = learner.learn(batch, stop)
+        except NotFinite:
+            _save(learner, metrics)  # what was learnt before is sound
+            raise
+        metrics.show(figures)
+        done = learner.progress.steps
+        last = done == config.steps
+        improved = False
+        if last or (_every(config.evaluation.every, done) and not stopping):
+            found, improved = learner.evaluate()
+            if found:
+                metrics.show(found)
+        if last or improved or stopping or _every(config.checkpoint.every, done):
+            _save(learner, metrics)
+        if stopping:
+            break
+
+
+def _save(learner: Learner, metrics: Metrics) -> None:
+    metrics.sync()  # first: a run that goes on from here takes none of these steps again
+    learner.save(Path(learner.config.out))
 
 
 def open_data(config: TrainConfig) -> tuple[TrainConfig, Streams]:
