@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_model import dino
 from tiny import TINY
 from trials import command, losses, run, said, told, write_world
 
@@ -16,12 +18,15 @@ from flava_train import learner
 from flava_train.checkpoint import find, load_progress
 from flava_train.config import OptimizerConfig, checked
 from flava_train.errors import FlavaError
+from flava_train.hf import export_hf
 from flava_train.loader import batches
 from flava_train.model import Flava
 from flava_train.optimizer import adamw, learning_rate
+from flava_train.ranks import Ranks
 from flava_train.run import only_writer
 from flava_train.start import beginning, read_tensors
 from flava_train.train import open_data, train
+from flava_train.trained import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -391,6 +396,44 @@ def test_an_image_encoder_comes_from_a_file_that_runs_no_code(world, tmp_path):
     torch.save({"cls_token": torch.zeros(1)}, path)
     with pytest.raises(FlavaError, match="not the weights of a DINO"):
         beginning(config, "", from_scratch=True)
+
+
+def test_an_image_encoder_comes_from_dino(world, tmp_path):
+    changes = {
+        "objective.unimodal_init": True,
+        "model.init_image": str(tmp_path / "dino.pth"),
+        "model.init_text": "",
+    }
+    config = open_data(told(world, tmp_path / "run", changes))[0]
+    state = {name: tensor.float() for name, tensor in dino(config.model).items()}
+    torch.save(state, tmp_path / "dino.pth")
+
+    model = beginning(config, "", from_scratch=True)
+
+    assert torch.equal(model.image.cls, state["cls_token"])
+    assert torch.equal(model.image.blocks[1].fc2.weight, state["blocks.1.mlp.fc2.weight"])
+
+
+def test_a_whole_model_comes_from_a_folder_of_transformers(world, alone, tmp_path):
+    trained = load_trained(alone)
+    export_hf(trained.model, tmp_path / "hf")
+    config = open_data(told(world, tmp_path / "run", {"model.weights": str(tmp_path / "hf")}))[0]
+
+    assert same(dict(beginning(config, "", from_scratch=True).state_dict()), weights(alone))
+    other = replace(config, model=replace(config.model, projection_dim=12))
+    with pytest.raises(FlavaError, match="has projection_dim = 24, and the configuration 12"):
+        beginning(other, "", from_scratch=True)
+
+
+def test_ranks_that_cannot_share_a_batch_are_refused(world, tmp_path, monkeypatch):
+    @contextmanager
+    def joined(_):
+        yield Ranks(1, 3, torch.device("cpu"))
+
+    monkeypatch.setattr("flava_train.train.joined", joined)
+
+    with pytest.raises(FlavaError, match="3 ranks cannot share a batch of 8 equally"):
+        train(told(world, tmp_path / "run"), quiet=True)
 
 
 def test_a_mistake_of_the_user_is_one_line(world, tmp_path):
