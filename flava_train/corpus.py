@@ -141,7 +141,7 @@ class OpenTexts:
 
     def _group(self, group: int) -> list[object]:
         try:
-            column = self._file.read_row_group(group, columns=["text"])["text"]
+            column = self._file.read_row_group(group, columns=["text"], use_threads=False)["text"]
         except (pa.ArrowException, KeyError, OSError) as error:
             raise self._unfit(str(error)) from error
         texts: list[object] = column.to_pylist()

@@ -73,7 +73,9 @@ def read_ledger(file: BinaryIO, shard: ShardEntry) -> Ledger:
     """
     columns = ["key", "status", "sha256", *_NUMBERS]
     try:
-        table = pq.read_table(file, columns=columns)
+        # in this thread: one of Arrow's may ask for the file when the interpreter is ending
+        with pq.ParquetFile(file, pre_buffer=False) as parquet:
+            table = parquet.read(columns, use_threads=False)
         records = len(table)
         table = table.filter(pc.equal(table["status"], WORKED))
         numbers = {name: _numbers(table, name) for name in _NUMBERS}

@@ -8,7 +8,6 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic_core import to_jsonable_python
 
 from pmd_pipeline.errors import PmdError
@@ -16,6 +15,7 @@ from pmd_pipeline.format import WORKED, Manifest, ShardEntry, SourceEntry
 from pmd_pipeline.manifest import load_manifest, located
 from pmd_pipeline.progress import Stage
 from pmd_pipeline.storage import open_read
+from pmd_pipeline.tables import read_batches
 
 EXAMPLES = 5
 """Keys that are named of each kind of change, the first ones."""
@@ -225,7 +225,7 @@ def _ledgers(addresses: Sequence[str]) -> Iterator[pl.DataFrame]:
     for address in addresses:
         with open_read(address) as file:
             try:
-                for batch in pq.ParquetFile(file).iter_batches(_ROWS, columns=list(_COLUMNS)):
+                for batch in read_batches(file, _COLUMNS, _ROWS):
                     if batch.num_rows:
                         yield pl.DataFrame(batch.select(_COLUMNS))
             except (pa.ArrowException, KeyError) as error:

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import WORKED, Manifest
 from pmd_pipeline.manifest import load_manifest, located
 from pmd_pipeline.parallel import Watch
 from pmd_pipeline.storage import open_read
+from pmd_pipeline.tables import read_batches
 from pmd_pipeline.wordpiece import MOST_WORDS, Vocabulary, WordCounts, learned
 
 _TICK_TEXTS = 10_000
@@ -63,7 +63,7 @@ def texts(path: str, manifest: Manifest) -> Iterator[str]:
 
 def _sequences(shard: str) -> Iterator[str]:
     with open_read(shard) as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS, columns=["text"]):
+        for batch in read_batches(file, ["text"], _ROWS):
             yield from batch.column("text").to_pylist()
 
 
@@ -71,7 +71,7 @@ def _captions(shard: str, ledger: str) -> Iterator[str]:
     """The captions of a shard, from the JSON members that its ledger points at."""
     columns = ["status", "json_offset", "json_size"]
     with open_read(ledger) as rows, open_read(shard) as tar:
-        for batch in pq.ParquetFile(rows).iter_batches(batch_size=_ROWS, columns=columns):
+        for batch in read_batches(rows, columns, _ROWS):
             for row in batch.to_pylist():
                 if row["status"] == WORKED:
                     tar.seek(row["json_offset"])

@@ -31,6 +31,7 @@ from pmd_pipeline.record import key_of
 from pmd_pipeline.sample_checks import are_boxes
 from pmd_pipeline.shards import LEDGER
 from pmd_pipeline.storage import join, read_bytes
+from pmd_pipeline.tables import read_table
 
 KIT = "kit.json"
 
@@ -140,7 +141,7 @@ def kit_rows(folder: str, part: KitPart) -> list[dict[str, Any]]:
     content = kit_file(folder, part, part.rows)
     address = join(folder, part.source, part.rows.name)
     try:
-        table = pq.read_table(BytesIO(content))
+        table = read_table(BytesIO(content))
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise PmdError(f"{address} is no whole Parquet file: get the kit again") from error

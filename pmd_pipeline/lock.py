@@ -27,7 +27,6 @@ from pmd_pipeline.index import load_index
 from pmd_pipeline.kit import (
     DEPENDENCY,
     KIT,
-    ROWS,
     UNKNOWABLE,
     Kit,
     KitPart,
@@ -40,8 +39,8 @@ from pmd_pipeline.manifest import load_manifest, located
 from pmd_pipeline.members import Members
 from pmd_pipeline.parallel import Pool, Tick, in_order
 from pmd_pipeline.progress import Show
-from pmd_pipeline.shards import LEDGER
 from pmd_pipeline.storage import join, open_read, read_bytes, sizes, write_whole
+from pmd_pipeline.tables import read_batches, read_table
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def lock_part(task: LockTask, tick: Tick) -> KitPart:
     return KitPart(
         source=task.entry.source,
         part=task.entry.part,
-        counts=counts_of(pq.read_table(BytesIO(content), schema=ROWS).to_pylist()),
+        counts=counts_of(read_table(BytesIO(content)).to_pylist()),
         rows=FileDigest.of(f"{name}.parquet", content),
         codes=_copied_codes(task),
     )
@@ -154,7 +153,7 @@ def _written(task: LockTask, files: Mapping[str, str], tick: Tick) -> bytes:
     samples = _samples(task.address, task.entry.sha256, tick)
     rows = [
         _row(row, samples, files, hashed=task.hashed)
-        for row in pq.read_table(BytesIO(ledger), schema=LEDGER).to_pylist()
+        for row in read_table(BytesIO(ledger)).to_pylist()
     ]
     content = rows_bytes(rows, _dependency(task, files))
     name = f"{part_name(task.entry.part)}.parquet"
@@ -189,7 +188,7 @@ def _index_files(path: str, manifest: Manifest, source: str) -> dict[int, str]:
 def _files(index: str) -> dict[str, str]:
     """The name that each record's image has in upstream's archives, by key."""
     with open_read(index) as file:
-        batches = pq.ParquetFile(file).iter_batches(columns=["key", "file"])
+        batches = read_batches(file, ["key", "file"])
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         return {row["key"]: row["file"] for row in rows if row["file"]}
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pmd_pipeline import sources
@@ -27,6 +26,7 @@ from pmd_pipeline.format import (
 from pmd_pipeline.index import Index
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.storage import join, local_path, open_read, read_bytes, sizes, write_whole
+from pmd_pipeline.tables import read_table
 
 
 def source_manifest(
@@ -213,7 +213,7 @@ def _unique_images(ledgers: Iterable[str]) -> int:
     found = [np.array([], dtype=np.uint64)]
     for ledger in ledgers:
         with open_read(ledger) as file:
-            table = pq.read_table(file, columns=["sha256", "status"])
+            table = read_table(file, ["sha256", "status"])
         hashes = table.filter(pc.equal(table["status"], WORKED))["sha256"].to_pylist()
         found.append(np.unique(np.array([int(one[:16], 16) for one in hashes], dtype=np.uint64)))
     return len(np.unique(np.concatenate(found)))

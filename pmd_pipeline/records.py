@@ -15,6 +15,7 @@ from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Counts, FileDigest, part_name
 from pmd_pipeline.runs import KEYS
 from pmd_pipeline.storage import join, open_read, sizes, write_whole
+from pmd_pipeline.tables import read_batches
 
 KEPT = pa.schema(
     [
@@ -134,7 +135,7 @@ def read_part(folder: str, part: IndexPart, limit: int | None = None) -> Iterato
     """The records of a part in order of key, at most `limit`."""
     taken = 0
     with open_read(join(folder, part.kept.name)) as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
+        for batch in read_batches(file, rows=1000):
             for row in batch.to_pylist():
                 if taken == limit:
                     return

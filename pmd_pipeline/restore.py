@@ -35,6 +35,7 @@ from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.records import KEPT, IndexPart, part_of, read_part
 from pmd_pipeline.shards import LEDGER, ledger_bytes
 from pmd_pipeline.storage import join, open_read, read_bytes, remove, sizes, write_whole
+from pmd_pipeline.tables import read_table
 from pmd_pipeline.tokenizers.weights import tensor_file
 
 _NO_FILE = FileDigest(name="", sha256="", num_bytes=0)
@@ -121,7 +122,7 @@ def restore_part(task: RestoreTask, tick: Tick) -> Restored:
     there = done_report(_part_task(task, _NO_FILE, dependency), sizes(task.shards))
     report = there or _built(task, wanted, dependency, tick)
     ledger = read_bytes(join(task.shards, report.ledger.name))
-    rows = pq.read_table(BytesIO(ledger), schema=LEDGER).to_pylist()
+    rows = read_table(BytesIO(ledger)).to_pylist()
     entry = task.entry.model_copy(
         update={
             "path": join(task.shards, report.tar.name),
@@ -200,7 +201,7 @@ def _built(
     report = build_part(_part_task(task, kept, f"{dependency} unfinished"), tick)
     remove(join(task.shards, f"{task.name}.json"))  # the ledger that it vouches for is replaced
     content = read_bytes(join(task.shards, report.ledger.name))
-    made = {row["key"]: row for row in pq.read_table(BytesIO(content)).to_pylist()}
+    made = {row["key"]: row for row in read_table(BytesIO(content)).to_pylist()}
     rows = [_ledger_row(row, made.get(row["key"])) for row in wanted]
     ledger = ledger_bytes(rows)
     write_whole(join(task.shards, report.ledger.name), ledger)

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from pmd_pipeline.code_checks import code_faults
@@ -31,6 +30,7 @@ from pmd_pipeline.record import key_of
 from pmd_pipeline.sample_checks import Samples
 from pmd_pipeline.shards import LEDGER
 from pmd_pipeline.storage import open_read, read_bytes
+from pmd_pipeline.tables import read_table
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -201,7 +201,7 @@ def read_parquet(
 ) -> pa.Table | None:
     """The table that a Parquet file holds; None, and a fault, where it is damaged or another."""
     try:
-        table = pq.read_table(BytesIO(content))
+        table = read_table(BytesIO(content))
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         found.add(address, f"is no whole Parquet file ({str(error).partition(chr(10))[0]})")

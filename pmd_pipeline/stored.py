@@ -12,13 +12,13 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import WORKED, ShardEntry
 from pmd_pipeline.shards import Place
 from pmd_pipeline.storage import read_bytes, sha256_of
+from pmd_pipeline.tables import read_table
 
 _COLUMNS = (
     "key", "status", "num_pairs", "width", "height",
@@ -83,7 +83,7 @@ def read_samples(shard: str, entry: ShardEntry) -> list[Sample]:
             "and build it again, or copy it again"
         )
     try:
-        table = pq.read_table(BytesIO(content), columns=list(_COLUMNS))
+        table = read_table(BytesIO(content), _COLUMNS)
         rows = table.filter(pc.equal(table["status"], WORKED)).to_pylist()
     except (pa.ArrowException, KeyError, OSError) as error:
         raise PmdError(f"{address} is no ledger: {str(error).splitlines()[0]}") from error

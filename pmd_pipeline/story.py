@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pmd_pipeline import sources
@@ -20,6 +19,7 @@ from pmd_pipeline.parallel import Pool, Tick, in_order, no_watch
 from pmd_pipeline.record import BadRow, Row, key_of, url_id
 from pmd_pipeline.records import part_of
 from pmd_pipeline.storage import folders, join, open_read, read_bytes, sizes
+from pmd_pipeline.tables import read_batches, read_table
 from pmd_pipeline.upstream import Span
 
 _FIRST_SAMPLES = 5
@@ -131,7 +131,9 @@ def holdings(shard: str) -> Holdings:
         ) from error
     with open_read(f"{base}.parquet") as file:
         is_text = report.ledger == report.tar
-        kept = pq.read_table(file, filters=None if is_text else [("status", "=", WORKED)])
+        kept = read_table(file)
+    if not is_text:
+        kept = kept.filter(pc.equal(kept["status"], WORKED))
     first = kept.slice(0, _FIRST_SAMPLES).to_pylist()
     if is_text:
         return Holdings(shard, report, {f"sequence {row}": one for row, one in enumerate(first)})
@@ -209,7 +211,7 @@ def scan(task: _ScanTask, _tick: Tick) -> list[str]:
     wanted, found = pa.array(task.addresses), set[str]()
     for address in task.files:
         with open_read(address) as file:
-            for batch in pq.ParquetFile(file).iter_batches(columns=["key", "url"]):
+            for batch in read_batches(file, ["key", "url"]):
                 hits = batch.filter(pc.is_in(batch["url"], value_set=wanted))
                 found.update(hits["key"].to_pylist())
     return sorted(found)
@@ -247,7 +249,7 @@ def _story(data: str, index: Index, key: str) -> Story:
 def _sequences(shard: str, key: str) -> Iterator[dict[str, Any]]:
     """The rows of a shard of texts that a document is in, with their numbers."""
     with open_read(shard) as file:
-        table = pq.read_table(file)
+        table = read_table(file)
     for number, keys in enumerate(table["keys"].to_pylist()):
         if key in keys:
             yield {"row": number, **table.slice(number, 1).to_pylist()[0]}
@@ -297,5 +299,5 @@ def _content(address: str, offset: int, size: int) -> bytes:
 
 def _rows(address: str, key: str) -> list[dict[str, Any]]:
     with open_read(address) as file:
-        table = pq.read_table(file, filters=[("key", "=", key)])
-    return list(table.to_pylist())
+        table = read_table(file)
+    return list(table.filter(pc.equal(table["key"], key)).to_pylist())

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     {"errors"},
-    {"record", "storage", "format", "filters", "memory"},
+    {"record", "storage", "tables", "format", "filters", "memory"},
     {"upstream", "cleaning", "progress", "parallel", "addresses", "consent", "hosts"},
     {"connections", "pixels", "views"},
     {"sources", "sample", "wordpiece", "members", "code_checks"},

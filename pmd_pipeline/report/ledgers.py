@@ -9,13 +9,13 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import WORKED, Manifest, ShardEntry, SourceEntry
 from pmd_pipeline.index import Index, load_index
 from pmd_pipeline.manifest import located
 from pmd_pipeline.storage import join, open_read, sha256_of
+from pmd_pipeline.tables import read_batches, read_table
 
 MOST_RECORDS = 100_000
 """Records of a source that are looked at one by one; all of them count in the manifest."""
@@ -82,9 +82,9 @@ def read_columns(address: str, columns: Sequence[str]) -> pl.DataFrame:
     """
     try:
         with open_read(address) as file:
-            parquet = pq.ParquetFile(file)
-            there = [name for name in columns if name in parquet.schema_arrow.names]
-            frame = pl.DataFrame(parquet.read(there))
+            table = read_table(file)
+            there = [name for name in columns if name in table.schema.names]
+            frame = pl.DataFrame(table.select(there))
     except pa.ArrowException as error:
         raise PmdError(f"{address} is no Parquet that can be read: build its part again") from error
     missing = [pl.lit(None).alias(name) for name in columns if name not in there]
@@ -114,7 +114,7 @@ def dropped_pairs(data: str, index: Index, parts: Sequence[int]) -> Iterator[dic
     for part in parts:
         address = join(data, "index", index.source, index.parts[part].dropped.name)
         with open_read(address) as file:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
+            for batch in read_batches(file, rows=1000):
                 yield from batch.to_pylist()
                 left -= len(batch)
                 if left <= 0:

@@ -1,0 +1,50 @@
+"""Parquet is read in the thread that asks, whole, and never with a column left out unsaid."""
+
+import threading
+from io import BytesIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pmd_pipeline.tables import read_batches, read_table
+
+TABLE = pa.table({"key": [f"{n:016x}" for n in range(5000)], "num_pairs": list(range(5000))})
+
+
+class Watched(BytesIO):
+    """Remembers the threads that read it."""
+
+    def __init__(self, content):
+        super().__init__(content)
+        self.threads = set()
+
+    def read(self, size=-1):
+        self.threads.add(threading.get_ident())
+        return super().read(size)
+
+
+@pytest.fixture
+def file():
+    out = BytesIO()
+    pq.write_table(TABLE, out, row_group_size=500)
+    return Watched(out.getvalue())
+
+
+def test_a_table_is_read_by_nobody_but_the_caller(file):
+    assert read_table(file).equals(TABLE)
+    assert file.threads == {threading.get_ident()}
+
+
+def test_batches_are_read_by_nobody_but_the_caller(file):
+    batches = list(read_batches(file, ["num_pairs"], 300))
+
+    assert pa.Table.from_batches(batches).equals(TABLE.select(["num_pairs"]))
+    assert max(map(len, batches)) <= 300
+    assert file.threads == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("read", [read_table, lambda *args: list(read_batches(*args))])
+def test_a_column_that_is_not_there_is_told(file, read):
+    with pytest.raises(pa.ArrowException, match="no column caption"):
+        read(file, ["key", "caption"])
