@@ -24,7 +24,7 @@ from pmd_pipeline.shelves import open_shelf, stamp
 from pmd_pipeline.storage import join, read_bytes, remove, sweep, whole_file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rebuild:
     """What to make again, and where.
 
