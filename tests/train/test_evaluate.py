@@ -167,6 +167,8 @@ def test_classes_are_told_by_the_mean_of_80_sentences(tmp_path, encoder):
     for name in names:
         sentences = encoder.texts([template.replace("{}", name) for template in TEMPLATES])
         vectors.append(sentences.mean(0) / sentences.mean(0).norm())
+    for name, vector in zip(names, vectors, strict=True):
+        assert torch.allclose(evaluate._class_vector(encoder, name), vector, atol=1e-6)
     hits = {1: 0, 5: 0}
     for number in range(14):
         path = tmp_path / names[number % 7].replace(" ", "_") / f"{number}.jpg"
