@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from flava_train.errors import FlavaError
 from flava_train.files import located, read_bytes, size_of
-from pmd_pipeline.format import Manifest
+from pmd_pipeline.format import FORMAT, Manifest
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ def load_manifest(path: str | Path) -> Manifest:
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         raise FlavaError(f"{path} is no manifest of this version; build it again") from error
+    if manifest.format != FORMAT:
+        raise FlavaError(
+            f"{path} is of format {manifest.format}, this version has {FORMAT}: build it again"
+        )
     if manifest.digest != manifest.computed_digest():
         raise FlavaError(f"{path} was changed: its digest is not that of its content")
     if manifest.missing:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Kind: TypeAlias = Literal["pairs", "images", "text"]
 """What a sample of a dataset is."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of everything below; a change makes every part stale."""
 
 DROPPED = {

@@ -1,6 +1,7 @@
 """Reports become a manifest: which shards make a dataset, proved by one digest."""
 
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from pmd_pipeline import sources
 from pmd_pipeline.codes import done_codes
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import (
+    FORMAT,
     WORKED,
     CodeRules,
     CodesReport,
@@ -149,6 +151,10 @@ def load_manifest(path: str) -> Manifest:
         raise PmdError(
             f"{path} is no manifest of this version: {error.errors()[0]['msg'].lower()}"
         ) from error
+    if manifest.format != FORMAT:
+        raise PmdError(
+            f"{path} is of format {manifest.format}, this version has {FORMAT}: build it again"
+        )
     if manifest.digest != manifest.computed_digest():
         raise PmdError(f"{path} was changed: its digest is not that of its content; build it again")
     return manifest
@@ -163,7 +169,10 @@ def located(manifest_path: str, path: str) -> str:
     """The address of a shard that a manifest at `manifest_path` calls `path`."""
     if "://" in path or Path(path).is_absolute():
         return path
-    return join(manifest_path.rpartition("/")[0] or ".", path)
+    folder = manifest_path.rpartition("/")[0] or "."
+    scheme, colon, rest = folder.rpartition("://")
+    # an object store knows no "..", and a folder of this machine may be a link
+    return f"{scheme}{colon}{posixpath.normpath(join(rest, path))}" if colon else join(folder, path)
 
 
 def _codes_there(manifest: Manifest, shards: str) -> Iterator[CodesReport]:

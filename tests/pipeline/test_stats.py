@@ -12,8 +12,8 @@ from rich.console import Console
 
 from pmd_pipeline import sources
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import Counts, Manifest, SourceEntry
-from pmd_pipeline.manifest import load_manifest, save_manifest
+from pmd_pipeline.format import FORMAT, Counts, Manifest, SourceEntry
+from pmd_pipeline.manifest import load_manifest, located, save_manifest
 from pmd_pipeline.recipe import load_recipe
 from pmd_pipeline.stats import (
     PAPER_ORDER,
@@ -226,3 +226,27 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path):
 
 def test_the_papers_table_adds_up():
     assert sum(sources.load(name).info.paper_pairs for name in PAPER_ORDER) == 70_000_000
+
+
+def test_a_manifest_of_another_version_is_told_from_one_that_was_changed(tmp_path):
+    path = tmp_path / "toy.json"
+    save_manifest(str(path), manifest(coco=entry({3: 1})))
+    path.write_text(path.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
+
+    with pytest.raises(PmdError, match=rf"toy\.json is of format 1, this version has {FORMAT}"):
+        load_manifest(str(path))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "path", "address"),
+    [
+        ("manifests/pmd.json", "../data/a.tar", "manifests/../data/a.tar"),
+        ("pmd.json", "data/a.tar", "./data/a.tar"),
+        ("s3://bucket/pmd/manifests/pmd.json", "../data/a.tar", "s3://bucket/pmd/data/a.tar"),
+        ("memory://manifests/pmd.json", "../data/a.tar", "memory://data/a.tar"),
+        ("manifests/pmd.json", "s3://bucket/a.tar", "s3://bucket/a.tar"),
+        ("s3://bucket/pmd.json", "/data/a.tar", "/data/a.tar"),
+    ],
+)
+def test_a_shard_is_where_its_manifest_says_in_a_store_without_dots_too(manifest, path, address):
+    assert located(manifest, path) == address
