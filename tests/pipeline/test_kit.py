@@ -259,6 +259,9 @@ def test_a_part_that_kills_its_workers_is_called_missing(kit, pictures, tmp_path
 
 def test_a_kit_is_the_same_for_any_number_of_workers_and_anywhere(original, tmp_path):
     shutil.copytree(original.parents[1], tmp_path / "moved")
+    for path in (tmp_path / "moved" / "data").rglob("*.codes.json"):
+        later = json.loads(path.read_text()) | {"timing": {"host": "another", "seconds": 9.0}}
+        path.write_text(json.dumps(later))
 
     one = locked(original, tmp_path / "one")
     two = locked(tmp_path / "moved/manifests/cc3m.json", tmp_path / "two", workers=2)
