@@ -109,7 +109,7 @@ def main() -> None:
             while killed["driver"] + killed["worker"] < given.kills:
                 shutil.rmtree(folder)
                 folder.mkdir()
-                killed += disturbed(built, dice, seconds / 3)
+                killed += disturbed(built, dice, 0.75 * seconds)
                 builds += 1
                 found = manifest(folder)
                 if found.digest != expected.digest:

@@ -7,6 +7,7 @@ decided here is whom to ask, when, and whether again.
 import asyncio
 import atexit
 import random
+import resource
 import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Hashable, Iterator
@@ -42,6 +43,9 @@ _EXPECTED = 64 << 20
 
 _GLANCE = 0.01
 """Seconds after which those who wait for memory look again."""
+
+_OTHER_FILES = 256
+"""Files that a process has open besides connections in flight and idle ones."""
 
 _MOST_REDIRECTS = 5
 _LONGEST_ROBOTS = 10.0
@@ -86,7 +90,8 @@ class Web:
             address is not measured by it.
 
     Raises:
-        PmdError: `contact` cannot be sent, or `connect_to` or a proxy is no address.
+        PmdError: `contact` cannot be sent, `connect_to` or a proxy is no address, or the system
+            does not allow so many connections.
     """
 
     def __init__(
@@ -115,6 +120,7 @@ class Web:
             for pattern, place in manners.connect_to.items()
         }
         agent = user_agent(manners.contact)
+        _allow_files(2 * manners.concurrency + _OTHER_FILES)
         self._ways = Ways(diverted, environment_proxies())
         self.memory = Memory(_BODIES)
         self._is_looking = False
@@ -335,6 +341,19 @@ def user_agent(contact: str) -> str:
         raise PmdError(f"fetch.contact = {contact!r}: write it in ASCII, without line breaks")
     name = f"{PRODUCT}/{version('pmd-flava')} (research dataset builder"
     return f"{name}; {contact})" if contact else f"{name})"
+
+
+def _allow_files(count: int) -> None:
+    """Have the system allow so many open files, which often it does only when asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= count or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise PmdError(
+            f"fetch.concurrency needs {count} open files, and this system allows {hard}: "
+            "lower it, or raise the limit (ulimit -n)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 @dataclass

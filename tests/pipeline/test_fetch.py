@@ -468,3 +468,16 @@ def test_the_client_of_a_process_stays_until_another_is_wanted_or_it_is_left_in_
     assert first.loop.is_closed()
     assert fresh.loop.is_closed()
     assert not other.loop.is_closed()
+
+
+def test_more_open_files_are_asked_for_and_too_many_are_a_mistake(monkeypatch):
+    limits = [(300, 1000)]
+    monkeypatch.setattr(fetch.resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(fetch.resource, "setrlimit", lambda _, both: limits.append(both))
+
+    fetch._allow_files(256)
+    fetch._allow_files(700)
+
+    assert limits == [(300, 1000), (700, 1000)]
+    with pytest.raises(PmdError, match=r"fetch\.concurrency needs 1001 open files"):
+        fetch._allow_files(1001)
