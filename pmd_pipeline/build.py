@@ -19,7 +19,7 @@ from PIL import features
 
 from pmd_pipeline.crashes import careful_maker
 from pmd_pipeline.errors import RecordError
-from pmd_pipeline.fetch import Fetched, Web, shared, web_for
+from pmd_pipeline.fetch.web import Fetched, Web, shared, web_for
 from pmd_pipeline.flow import Flow
 from pmd_pipeline.format import (
     FORMAT,

@@ -11,7 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from pmd_pipeline.errors import RecordError
-from pmd_pipeline.fetch import Fetched
+from pmd_pipeline.fetch.web import Fetched
 from pmd_pipeline.outcomes import Maker, Outcome
 
 _TRIES = 3

@@ -10,8 +10,8 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from pmd_pipeline.errors import RecordError
-from pmd_pipeline.fetch import Fetched
-from pmd_pipeline.memory import Memory
+from pmd_pipeline.fetch.memory import Memory
+from pmd_pipeline.fetch.web import Fetched
 from pmd_pipeline.outcomes import Outcome
 from pmd_pipeline.pile import Pile
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pmd_pipeline.errors import PmdError, RecordError
-from pmd_pipeline.fetch import Fetched
+from pmd_pipeline.fetch.web import Fetched
 from pmd_pipeline.format import WORKED, part_name
 from pmd_pipeline.parallel import Pool, Tick, WorkerDied, no_watch
 from pmd_pipeline.record import one_line, url_id

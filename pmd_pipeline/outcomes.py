@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pmd_pipeline.errors import RecordError
-from pmd_pipeline.fetch import Fetched
+from pmd_pipeline.fetch.web import Fetched
 from pmd_pipeline.filters import image as image_filters
 from pmd_pipeline.format import WORKED
 from pmd_pipeline.images import Picture, opened, picture, upright_size

@@ -14,7 +14,7 @@ from typing import TypeVar
 from urllib.parse import unquote
 
 from pmd_pipeline.errors import PmdError, RecordError
-from pmd_pipeline.fetch import Fetched
+from pmd_pipeline.fetch.web import Fetched
 from pmd_pipeline.records import IndexRecord
 
 Shelf = Callable[[IndexRecord], Fetched | None]

@@ -8,9 +8,9 @@ from contextlib import suppress
 import pytest
 
 from pmd_pipeline.errors import RecordError
-from pmd_pipeline.fetch import Web
+from pmd_pipeline.fetch.hosts import Clock
+from pmd_pipeline.fetch.web import Web
 from pmd_pipeline.format import FAILED
-from pmd_pipeline.hosts import Clock
 from pmd_pipeline.recipe import Fetch
 
 BODY = b"\xff\xd8 not really a picture \xff\xd9"

@@ -11,7 +11,7 @@ import pytest
 from toy import toy_rows, write_pictures, write_rows
 
 from pmd_pipeline.crashes import _KEY_BYTES, careful_maker
-from pmd_pipeline.fetch import Fetched
+from pmd_pipeline.fetch.web import Fetched
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.outcomes import Maker
 from pmd_pipeline.recipe import Images

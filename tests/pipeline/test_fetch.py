@@ -10,9 +10,10 @@ from hosts import BODY, Host, answer, by_path, detail_of, in_turn, kind_of, redi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmd_pipeline import answers, fetch
 from pmd_pipeline.errors import PmdError, RecordError
-from pmd_pipeline.fetch import Web, web_for
+from pmd_pipeline.fetch import answers
+from pmd_pipeline.fetch import web as fetch
+from pmd_pipeline.fetch.web import Web, web_for
 from pmd_pipeline.format import FAILED
 from pmd_pipeline.recipe import Fetch, Images
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from pmd_pipeline import pile as piles
 from pmd_pipeline.errors import PmdError, RecordError
-from pmd_pipeline.fetch import Fetched
+from pmd_pipeline.fetch.memory import Memory
+from pmd_pipeline.fetch.web import Fetched
 from pmd_pipeline.flow import Flow
 from pmd_pipeline.images import Picture
-from pmd_pipeline.memory import Memory
 from pmd_pipeline.outcomes import Outcome
 from pmd_pipeline.pile import Pile
 

@@ -17,8 +17,9 @@ from fnmatch import fnmatchcase
 from importlib.metadata import version
 from typing import Any, Generic, Self, TypeVar
 
-from pmd_pipeline.addresses import Origin, Refused, Target, Unreached, joined
-from pmd_pipeline.answers import (
+from pmd_pipeline.errors import PmdError, RecordError
+from pmd_pipeline.fetch.addresses import Origin, Refused, Target, Unreached, joined
+from pmd_pipeline.fetch.answers import (
     busy_kind,
     image_body,
     is_placeholder_url,
@@ -27,12 +28,11 @@ from pmd_pipeline.answers import (
     robots_rules,
     wanted_bytes,
 )
-from pmd_pipeline.connections import Ways, environment_proxies
-from pmd_pipeline.consent import PRODUCT, ROBOTS_BYTES, Robots, RobotsCache
-from pmd_pipeline.engine import LONGEST_CONNECT, Answer, Engine, Head
-from pmd_pipeline.errors import PmdError, RecordError
-from pmd_pipeline.hosts import Clock, Ending, GivenUp, Hosts, Turn, Turns
-from pmd_pipeline.memory import Memory
+from pmd_pipeline.fetch.connections import Ways, environment_proxies
+from pmd_pipeline.fetch.consent import PRODUCT, ROBOTS_BYTES, Robots, RobotsCache
+from pmd_pipeline.fetch.engine import LONGEST_CONNECT, Answer, Engine, Head
+from pmd_pipeline.fetch.hosts import Clock, Ending, GivenUp, Hosts, Turn, Turns
+from pmd_pipeline.fetch.memory import Memory
 from pmd_pipeline.recipe import SIGNALS, Fetch, Images, Signal
 
 _BODIES = 96 << 20

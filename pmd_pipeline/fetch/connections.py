@@ -12,8 +12,15 @@ from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from pmd_pipeline.addresses import Origin, Refused, Target, Unreached, is_public, may_be_public
 from pmd_pipeline.errors import PmdError
+from pmd_pipeline.fetch.addresses import (
+    Origin,
+    Refused,
+    Target,
+    Unreached,
+    is_public,
+    may_be_public,
+)
 
 _NUM_RESOLVERS = 32
 _MOST_NAMES = 20_000

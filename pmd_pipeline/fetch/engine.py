@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 import certifi
 import pycurl
 
-from pmd_pipeline.addresses import Refused, Unreached, is_public
-from pmd_pipeline.connections import Way
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.memory import Memory
+from pmd_pipeline.fetch.addresses import Refused, Unreached, is_public
+from pmd_pipeline.fetch.connections import Way
+from pmd_pipeline.fetch.memory import Memory
 
 LONGEST_CONNECT = 10.0
 

@@ -7,9 +7,9 @@ import time
 import zlib
 from collections.abc import Collection
 
-from pmd_pipeline.addresses import Refused
-from pmd_pipeline.consent import ROBOTS_BYTES, Robots, is_reserved, refusal_in_tags
-from pmd_pipeline.engine import Answer, Head
+from pmd_pipeline.fetch.addresses import Refused
+from pmd_pipeline.fetch.consent import ROBOTS_BYTES, Robots, is_reserved, refusal_in_tags
+from pmd_pipeline.fetch.engine import Answer, Head
 
 PLACEHOLDER_URLS = ("imgur.com/removed.png", "/photo_unavailable.png", "/photo_unavailable_l.png")
 """Ends of the addresses that Imgur and Flickr send to in place of a removed picture."""
