@@ -16,7 +16,7 @@ import urllib3
 from pmd_pipeline import sources
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.fetch.web import user_agent
-from pmd_pipeline.leakage import KARPATHY_FILE, find_heldout
+from pmd_pipeline.index.leakage import KARPATHY_FILE, find_heldout
 from pmd_pipeline.parallel import Watch
 from pmd_pipeline.sources import Published, Source
 from pmd_pipeline.upstream import find, fits

@@ -33,12 +33,12 @@ from pmd_pipeline.format import (
 )
 from pmd_pipeline.images import Picture
 from pmd_pipeline.img2dataset import open_img2dataset
+from pmd_pipeline.index.records import IndexPart, IndexRecord, read_part
 from pmd_pipeline.optout import OptOut, load_list
 from pmd_pipeline.outcomes import DROPPED, Maker, Outcome, judged
 from pmd_pipeline.parallel import Tick
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.record import url_id
-from pmd_pipeline.records import IndexPart, IndexRecord, read_part
 from pmd_pipeline.settled import Exclusions, Settled
 from pmd_pipeline.shards import DigestingFile, Place, ShardWriter, ledger_bytes
 from pmd_pipeline.shelves import open_shelf

@@ -21,8 +21,8 @@ from pmd_pipeline.format import FAILED, Manifest, Report
 from pmd_pipeline.hub import dataset_folder, keep_dataset
 from pmd_pipeline.imagefiles import check_images, laid_out
 from pmd_pipeline.img2dataset import catalogue, is_img2dataset
-from pmd_pipeline.index import Index, build_index
-from pmd_pipeline.leakage import KARPATHY_FILE
+from pmd_pipeline.index.build import Index, build_index
+from pmd_pipeline.index.leakage import KARPATHY_FILE
 from pmd_pipeline.manifest import merged, save_manifest, source_manifest
 from pmd_pipeline.optout import add_to_list, load_list
 from pmd_pipeline.parallel import Pool, WorkerDied, open_pool

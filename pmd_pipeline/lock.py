@@ -23,7 +23,7 @@ from pmd_pipeline.format import (
     digest,
     part_name,
 )
-from pmd_pipeline.index import load_index
+from pmd_pipeline.index.build import load_index
 from pmd_pipeline.kit import (
     DEPENDENCY,
     KIT,

@@ -25,7 +25,7 @@ from pmd_pipeline.format import (
     SourceEntry,
     digest,
 )
-from pmd_pipeline.index import Index
+from pmd_pipeline.index.build import Index
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.storage import join, local_path, open_read, read_bytes, sizes, write_whole
 from pmd_pipeline.tables import read_table

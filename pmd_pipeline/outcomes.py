@@ -10,8 +10,8 @@ from pmd_pipeline.fetch.web import Fetched
 from pmd_pipeline.filters import image as image_filters
 from pmd_pipeline.format import WORKED
 from pmd_pipeline.images import Picture, opened, picture, upright_size
+from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.recipe import Images, predicate
-from pmd_pipeline.records import IndexRecord
 
 DROPPED = "dropped"
 """`status` of a record that a filter refuses."""

@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 from itertools import islice
 
 from pmd_pipeline import sources
-from pmd_pipeline.choose import Chooser
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.index import load_index
+from pmd_pipeline.index.build import load_index
+from pmd_pipeline.index.choose import Chooser
+from pmd_pipeline.index.records import IndexRecord, read_part
 from pmd_pipeline.progress import Show
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.record import Row, key_of
-from pmd_pipeline.records import IndexRecord, read_part
 from pmd_pipeline.storage import join
 from pmd_pipeline.trial import GROUPS, Range, Trial, calibrated, tried
 from pmd_pipeline.upstream import Span

@@ -13,7 +13,7 @@ from pmd_pipeline.build import WEB
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Counts, Manifest, SourceEntry
 from pmd_pipeline.img2dataset import catalogue, is_img2dataset
-from pmd_pipeline.index import build_index
+from pmd_pipeline.index.build import build_index
 from pmd_pipeline.kit import Kit, load_kit
 from pmd_pipeline.manifest import merged, save_manifest, with_codes
 from pmd_pipeline.parallel import Pool, WorkerDied

@@ -27,12 +27,12 @@ from pmd_pipeline.format import (
     digest,
     part_name,
 )
-from pmd_pipeline.index import load_index
+from pmd_pipeline.index.build import load_index
+from pmd_pipeline.index.records import KEPT, IndexPart, part_of, read_part
 from pmd_pipeline.kit import KitPart, caption_sha256, counts_of, kit_file, kit_rows
 from pmd_pipeline.optout import load_list
 from pmd_pipeline.parallel import Tick
 from pmd_pipeline.recipe import Recipe
-from pmd_pipeline.records import KEPT, IndexPart, part_of, read_part
 from pmd_pipeline.shards import LEDGER, ledger_bytes
 from pmd_pipeline.storage import join, open_read, read_bytes, remove, sizes, write_whole
 from pmd_pipeline.tables import read_table

@@ -15,9 +15,9 @@ import polars as pl
 
 from pmd_pipeline.format import Report
 from pmd_pipeline.images import Picture
+from pmd_pipeline.index.records import IndexPart, IndexRecord
 from pmd_pipeline.optout import REASON, OptOut
 from pmd_pipeline.outcomes import DROPPED, Outcome
-from pmd_pipeline.records import IndexPart, IndexRecord
 from pmd_pipeline.storage import join, open_read, read_bytes, sha256_of
 
 LICENCE = "licence"

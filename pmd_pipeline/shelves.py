@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from pmd_pipeline.errors import PmdError, RecordError
 from pmd_pipeline.fetch.web import Fetched
-from pmd_pipeline.records import IndexRecord
+from pmd_pipeline.index.records import IndexRecord
 
 Shelf = Callable[[IndexRecord], Fetched | None]
 """Looks for a record's image; None where the shelf does not have it."""

@@ -13,7 +13,7 @@ from rich.table import Table
 from pmd_pipeline import sources
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Manifest
-from pmd_pipeline.leakage import KARPATHY_FILE
+from pmd_pipeline.index.leakage import KARPATHY_FILE
 from pmd_pipeline.storage import whole_file
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from pmd_pipeline import sources
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import WORKED, Report, part_name
-from pmd_pipeline.index import Index, load_index
+from pmd_pipeline.index.build import Index, load_index
+from pmd_pipeline.index.records import part_of
 from pmd_pipeline.parallel import Pool, Tick, in_order, no_watch
 from pmd_pipeline.record import BadRow, Row, key_of, url_id
-from pmd_pipeline.records import part_of
 from pmd_pipeline.storage import folders, join, open_read, read_bytes, sizes
 from pmd_pipeline.tables import read_batches, read_table
 from pmd_pipeline.upstream import Span

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pmd_pipeline.cleaning import clean
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.format import DROPPED, FAILED, WORKED, part_name
+from pmd_pipeline.index.cleaning import clean
 from pmd_pipeline.recipe import Captions, predicate
 from pmd_pipeline.record import BadRow, Candidate, Row, one_line
 from pmd_pipeline.story import ReadRow, Story

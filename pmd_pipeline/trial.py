@@ -25,9 +25,9 @@ from PIL import Image
 
 from pmd_pipeline.build import WEB, PartTask, build_part
 from pmd_pipeline.format import Counts, FileDigest, Report, part_name
+from pmd_pipeline.index.records import KEPT, IndexPart, IndexRecord
 from pmd_pipeline.recipe import Fetch, Images, Recipe
 from pmd_pipeline.record import key_of
-from pmd_pipeline.records import KEPT, IndexPart, IndexRecord
 
 GROUPS = 8
 """Small parts that a trial is cut into, so that it shows how much its figures scatter."""

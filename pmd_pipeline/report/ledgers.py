@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import WORKED, Manifest, ShardEntry, SourceEntry
-from pmd_pipeline.index import Index, load_index
+from pmd_pipeline.index.build import Index, load_index
 from pmd_pipeline.manifest import located
 from pmd_pipeline.storage import join, open_read, sha256_of
 from pmd_pipeline.tables import read_batches, read_table

@@ -9,7 +9,7 @@ import polars as pl
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.filters import image as image_filters
 from pmd_pipeline.format import DROPPED, FAILED, Counts, SourceEntry
-from pmd_pipeline.index import Index
+from pmd_pipeline.index.build import Index
 from pmd_pipeline.report.ledgers import Sample
 
 MOST_HOSTS = 8

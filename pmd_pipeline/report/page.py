@@ -14,7 +14,7 @@ import polars as pl
 
 from pmd_pipeline import sources
 from pmd_pipeline.format import Manifest, SourceEntry
-from pmd_pipeline.index import Index
+from pmd_pipeline.index.build import Index
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import Watch
 from pmd_pipeline.report import charts, gallery, ledgers, losses, texts

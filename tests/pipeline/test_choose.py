@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmd_pipeline.choose import Chooser, Pair
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.filters.caption import (
     LID_MODEL_VARIABLE,
@@ -17,6 +16,7 @@ from pmd_pipeline.filters.caption import (
     lid_model,
 )
 from pmd_pipeline.filters.image import is_compact, is_large
+from pmd_pipeline.index.choose import Chooser, Pair
 from pmd_pipeline.recipe import Captions, load_recipe
 from pmd_pipeline.record import Candidate, Row
 
@@ -247,7 +247,7 @@ def test_a_wrong_language_model_is_one_sentence(named_model, tmp_path):
 
 def test_recipes_that_ask_for_no_language_load_no_model():
     code = (
-        "import sys; from pmd_pipeline.choose import Chooser; "
+        "import sys; from pmd_pipeline.index.choose import Chooser; "
         "from pmd_pipeline.recipe import load_recipe; "
         "[Chooser(recipe.captions) for recipe in load_recipe('pmd')]; "
         "print('fasttext' in sys.modules)"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmd_pipeline.cleaning import clean, is_camera_name
+from pmd_pipeline.index.cleaning import clean, is_camera_name
 from pmd_pipeline.recipe import Clean
 
 OFF = Clean().model_dump()

@@ -12,8 +12,8 @@ import pytest
 
 from pmd_pipeline.errors import PmdError, RecordError
 from pmd_pipeline.img2dataset import catalogue, is_img2dataset, open_img2dataset
+from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.parallel import open_pool
-from pmd_pipeline.records import IndexRecord
 
 COLUMNS = (
     "url", "caption", "key", "status", "error_message",

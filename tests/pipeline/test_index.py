@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import toy_recipe, toy_rows, write_rows
 
-from pmd_pipeline import index as index_module
-from pmd_pipeline import runs, scatter, upstream
+from pmd_pipeline import upstream
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.index import Index, build_index, load_index
+from pmd_pipeline.index import build as stage
+from pmd_pipeline.index import runs, scatter
+from pmd_pipeline.index.build import Index, build_index, load_index
+from pmd_pipeline.index.records import part_of, read_part
+from pmd_pipeline.index.scatter import estimated_records
 from pmd_pipeline.parallel import no_watch, open_pool
 from pmd_pipeline.recipe import load_recipe
 from pmd_pipeline.record import key_of
-from pmd_pipeline.records import part_of, read_part
-from pmd_pipeline.scatter import estimated_records
 
 words = st.sampled_from(["a dog", "two cats", "", "ein Hund", "\u2028", "x" * 50, "  blank  "])
 addresses = st.sampled_from(
@@ -101,7 +102,7 @@ def test_the_index_does_not_depend_on_how_the_work_was_cut(
     whole = build(tmp_path / "one", raw, part_records=30)
     monkeypatch.setattr(upstream, "SPAN_BYTES", span_bytes)
     monkeypatch.setattr(runs, "_FLUSH_LINES", flush_lines)
-    monkeypatch.setattr(index_module, "GATHER_BYTES", gather_bytes)
+    monkeypatch.setattr(stage, "GATHER_BYTES", gather_bytes)
 
     cut = build(tmp_path / "two", raw, part_records=30)
 
@@ -117,7 +118,7 @@ def test_an_index_is_not_made_again_while_it_is_true(tmp_path, monkeypatch):
     raw = write_rows(tmp_path / "raw", toy_rows(20))
     first = build(tmp_path / "index", raw)
 
-    monkeypatch.setattr(index_module, "scatter", None)  # would fail if it were called
+    monkeypatch.setattr(stage, "scatter", None)  # would fail if it were called
 
     assert build(tmp_path / "index", raw) == first
 
@@ -217,12 +218,12 @@ def test_a_killed_index_goes_on_from_the_runs_it_has(tmp_path, monkeypatch):
     monkeypatch.setattr(upstream, "SPAN_BYTES", 300)
     raw = write_rows(tmp_path / "raw", toy_rows(100))
     whole = build(tmp_path / "whole", raw)
-    gather = index_module.gather
-    monkeypatch.setattr(index_module, "gather", None)
+    gather = stage.gather
+    monkeypatch.setattr(stage, "gather", None)
     with pytest.raises(TypeError):
         build(tmp_path / "index", raw)
     left = {path.name for path in (tmp_path / "index" / "runs").iterdir()}
-    monkeypatch.setattr(index_module, "gather", gather)
+    monkeypatch.setattr(stage, "gather", gather)
     monkeypatch.setattr(scatter, "_usable", None)  # reading again would fail
 
     resumed = build(tmp_path / "index", raw)

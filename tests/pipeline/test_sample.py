@@ -14,10 +14,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from pmd_pipeline import sources
-from pmd_pipeline.choose import Chooser
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.filters.caption import identify
 from pmd_pipeline.format import DROPPED, FAILED
+from pmd_pipeline.index.choose import Chooser
 from pmd_pipeline.recipe import load_recipe
 from pmd_pipeline.record import BadRow, one_line
 from pmd_pipeline.sample import load_world, serve, write_world

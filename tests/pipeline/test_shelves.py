@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pmd_pipeline import shelves
 from pmd_pipeline.errors import PmdError, RecordError
-from pmd_pipeline.records import IndexRecord
+from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.shelves import names_of, open_shelf, stamp
 
 FILES = {

@@ -3,8 +3,8 @@
 import pytest
 
 from pmd_pipeline import sources
-from pmd_pipeline.choose import Chooser
-from pmd_pipeline.index import build_index
+from pmd_pipeline.index.build import build_index
+from pmd_pipeline.index.choose import Chooser
 from pmd_pipeline.parallel import no_watch, open_pool
 from pmd_pipeline.recipe import load_recipe, recipe_names
 from pmd_pipeline.record import BadRow, Row

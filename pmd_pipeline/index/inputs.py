@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from pmd_pipeline.format import FileDigest
-from pmd_pipeline.leakage import HeldOut
+from pmd_pipeline.index.leakage import HeldOut
 from pmd_pipeline.parallel import Pool, Tick, Watch, in_order
 from pmd_pipeline.storage import join, load_model, sha256_of, write_whole
 from pmd_pipeline.upstream import Span

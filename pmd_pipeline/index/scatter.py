@@ -10,13 +10,13 @@ from itertools import chain, islice
 from pydantic import BaseModel, ConfigDict
 
 from pmd_pipeline import sources
-from pmd_pipeline.choose import Chooser, Pair
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.leakage import HeldOut
+from pmd_pipeline.index.choose import Chooser, Pair
+from pmd_pipeline.index.leakage import HeldOut
+from pmd_pipeline.index.runs import KEYS, Run, RunWriter
 from pmd_pipeline.parallel import Tick
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.record import BadRow, Row, key_of
-from pmd_pipeline.runs import KEYS, Run, RunWriter
 from pmd_pipeline.storage import load_model, write_whole
 from pmd_pipeline.upstream import Span
 

@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict
 from pmd_pipeline import sources
 from pmd_pipeline.filters.caption import lid_model
 from pmd_pipeline.format import FORMAT, Counts, FileDigest, digest
-from pmd_pipeline.inputs import upstream_digests
-from pmd_pipeline.leakage import HeldOut, find_heldout
+from pmd_pipeline.index.inputs import upstream_digests
+from pmd_pipeline.index.leakage import HeldOut, find_heldout
+from pmd_pipeline.index.records import IndexPart, is_whole, part_bounds, write_parts
+from pmd_pipeline.index.runs import Stretch, read_range, stretches
+from pmd_pipeline.index.scatter import Scattered, ScatterTask, by_field, estimated_records, scatter
 from pmd_pipeline.parallel import Pool, Tick, Watch, in_order
 from pmd_pipeline.recipe import Recipe
-from pmd_pipeline.records import IndexPart, is_whole, part_bounds, write_parts
-from pmd_pipeline.runs import Stretch, read_range, stretches
-from pmd_pipeline.scatter import Scattered, ScatterTask, by_field, estimated_records, scatter
 from pmd_pipeline.storage import join, load_model, remove, write_whole
 from pmd_pipeline.upstream import SPAN_BYTES, Span, UpstreamFile
 

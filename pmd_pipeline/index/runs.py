@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pmd_pipeline.choose import Pair
 from pmd_pipeline.format import canonical_json
+from pmd_pipeline.index.choose import Pair
 from pmd_pipeline.record import Box, Row
 from pmd_pipeline.storage import open_read, whole_file
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Counts, FileDigest, part_name
-from pmd_pipeline.runs import KEYS
+from pmd_pipeline.index.runs import KEYS
 from pmd_pipeline.storage import join, open_read, sizes, write_whole
 from pmd_pipeline.tables import read_batches
 
