@@ -11,10 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from pmd_pipeline.build import PartTask, build_part
-from pmd_pipeline.images import opened, picture
+from pmd_pipeline.images.pictures import opened, picture
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.parallel import no_watch, open_pool
+from pmd_pipeline.parts.build import PartTask, build_part
 from pmd_pipeline.recipe import Images, load_recipe
 
 

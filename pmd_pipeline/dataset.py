@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pmd_pipeline import annotations, sources
-from pmd_pipeline.build import (
+from pmd_pipeline.errors import PmdError
+from pmd_pipeline.format import FAILED, Manifest, Report
+from pmd_pipeline.hub import dataset_folder, keep_dataset
+from pmd_pipeline.index.build import Index, build_index
+from pmd_pipeline.index.leakage import KARPATHY_FILE
+from pmd_pipeline.manifest import merged, save_manifest, source_manifest
+from pmd_pipeline.parallel import Pool, WorkerDied, open_pool
+from pmd_pipeline.parts.build import (
     WEB,
     PartTask,
     build_part,
@@ -16,19 +23,12 @@ from pmd_pipeline.build import (
     exclusions_of,
     part_dependency,
 )
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import FAILED, Manifest, Report
-from pmd_pipeline.hub import dataset_folder, keep_dataset
-from pmd_pipeline.imagefiles import check_images, laid_out
-from pmd_pipeline.img2dataset import catalogue, is_img2dataset
-from pmd_pipeline.index.build import Index, build_index
-from pmd_pipeline.index.leakage import KARPATHY_FILE
-from pmd_pipeline.manifest import merged, save_manifest, source_manifest
-from pmd_pipeline.optout import add_to_list, load_list
-from pmd_pipeline.parallel import Pool, WorkerDied, open_pool
+from pmd_pipeline.parts.optout import add_to_list, load_list
 from pmd_pipeline.progress import Show
 from pmd_pipeline.recipe import Recipe, load_recipe
-from pmd_pipeline.shelves import open_shelf, stamp
+from pmd_pipeline.shelves.files import open_shelf, stamp
+from pmd_pipeline.shelves.imagenet import check_images, laid_out
+from pmd_pipeline.shelves.img2dataset import catalogue, is_img2dataset
 from pmd_pipeline.storage import is_local, join, sizes, sweep
 from pmd_pipeline.texts import build_texts, with_tokenizer
 
@@ -78,7 +78,7 @@ class Request:
             `out/raw/SOURCE`, where what upstream gives freely is downloaded to.
         images: see `Order.places`.
         changes: laid over every recipe.
-        optout: file of images to leave out, now and in later builds; see `optout`.
+        optout: file of images to leave out, now and in later builds; see `parts.optout`.
         again: see `Order`.
     """
 

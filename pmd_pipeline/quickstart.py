@@ -11,12 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pmd_pipeline.build import WEB
 from pmd_pipeline.coding import CodesRequest, code_manifest
 from pmd_pipeline.corpus import learn_vocabulary
 from pmd_pipeline.dataset import Built, Request, build_all
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.learned import Learned, read_learned
+from pmd_pipeline.parts.build import WEB
 from pmd_pipeline.poster import Found, draw, fingerprints, first_captions
 from pmd_pipeline.progress import Show
 from pmd_pipeline.recipe import recipe_folder

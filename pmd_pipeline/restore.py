@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pmd_pipeline.build import PartTask, build_part, done_report
 from pmd_pipeline.code_checks import code_tensors
 from pmd_pipeline.codes import codes_dependency
 from pmd_pipeline.errors import PmdError
@@ -30,8 +29,9 @@ from pmd_pipeline.format import (
 from pmd_pipeline.index.build import load_index
 from pmd_pipeline.index.records import KEPT, IndexPart, part_of, read_part
 from pmd_pipeline.kit import KitPart, caption_sha256, counts_of, kit_file, kit_rows
-from pmd_pipeline.optout import load_list
 from pmd_pipeline.parallel import Tick
+from pmd_pipeline.parts.build import PartTask, build_part, done_report
+from pmd_pipeline.parts.optout import load_list
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.shards import LEDGER, ledger_bytes
 from pmd_pipeline.storage import join, open_read, read_bytes, remove, sizes, write_whole

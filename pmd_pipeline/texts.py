@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pmd_pipeline.build import PartTask
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Counts, FileDigest, Report, Timing, part_name
 from pmd_pipeline.index.records import read_part
 from pmd_pipeline.parallel import Tick
+from pmd_pipeline.parts.build import PartTask
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.storage import is_local, join, remove, write_whole
 from pmd_pipeline.wordpiece import load_vocabulary

@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pmd_pipeline.build import WEB, PartTask, build_part
 from pmd_pipeline.format import Counts, FileDigest, Report, part_name
 from pmd_pipeline.index.records import KEPT, IndexPart, IndexRecord
+from pmd_pipeline.parts.build import WEB, PartTask, build_part
 from pmd_pipeline.recipe import Fetch, Images, Recipe
 from pmd_pipeline.record import key_of
 

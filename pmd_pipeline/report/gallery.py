@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pmd_pipeline.errors import RecordError
 from pmd_pipeline.format import WORKED
-from pmd_pipeline.images import opened, picture
-from pmd_pipeline.pixels import jpeg
+from pmd_pipeline.images.pictures import opened, picture
+from pmd_pipeline.images.pixels import jpeg
 from pmd_pipeline.recipe import Images
 from pmd_pipeline.report.ledgers import Sample
 from pmd_pipeline.storage import open_read

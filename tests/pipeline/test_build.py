@@ -18,12 +18,12 @@ from PIL import Image
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline import dataset
-from pmd_pipeline.build import WEB, PartTask, _fetched
 from pmd_pipeline.dataset import Order
 from pmd_pipeline.format import Report
 from pmd_pipeline.index.records import IndexPart, IndexRecord
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.parts.build import WEB, PartTask, _fetched
 from pmd_pipeline.recipe import load_recipe
 
 KINDS = ("good", "missing", "html", "empty", "truncated", "tiny")

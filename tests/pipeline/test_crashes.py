@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 from toy import toy_rows, write_pictures, write_rows
 
-from pmd_pipeline.crashes import _KEY_BYTES, careful_maker
 from pmd_pipeline.fetch.web import Fetched
+from pmd_pipeline.images.crashes import _KEY_BYTES, careful_maker
+from pmd_pipeline.images.outcomes import Maker
 from pmd_pipeline.manifest import load_manifest
-from pmd_pipeline.outcomes import Maker
 from pmd_pipeline.recipe import Images
 
 MARK = b"this one kills"

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pmd_pipeline.errors import RecordError
 from pmd_pipeline.format import FAILED, WORKED
-from pmd_pipeline.images import opened, picture
+from pmd_pipeline.images.pictures import opened, picture
 from pmd_pipeline.recipe import Fetch, Images
 
 TIMEOUT = 0.5

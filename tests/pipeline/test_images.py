@@ -21,7 +21,7 @@ from source_helpers import SAMPLES
 
 from pmd_pipeline.errors import RecordError
 from pmd_pipeline.format import FAILED
-from pmd_pipeline.images import FORMATS, opened, picture, target_size, upright_size
+from pmd_pipeline.images.pictures import FORMATS, opened, picture, target_size, upright_size
 from pmd_pipeline.recipe import Images
 
 PHOTOGRAPHS = sorted((SAMPLES / "coco" / "mini" / "train2017").glob("*.jpg"))[:12]
@@ -648,7 +648,7 @@ def test_pillow_is_heard_of_neither_as_noise_nor_as_a_failure(tmp_path):
     (tmp_path / "3").write_bytes(encoded(palette, transparency=b"\0\x80"))
     code = (
         "import sys\n"
-        "from pmd_pipeline.images import opened, picture\n"
+        "from pmd_pipeline.images.pictures import opened, picture\n"
         "from pmd_pipeline.recipe import Images\n"
         "for name in sys.argv[1:]:\n"
         "    body = open(name, 'rb').read()\n"

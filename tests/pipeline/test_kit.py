@@ -12,16 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline import build, cli, images, restore
+from pmd_pipeline import cli, restore
 from pmd_pipeline import lock as lock_room
 from pmd_pipeline.code_checks import code_tensors
 from pmd_pipeline.coding import CodesRequest, code_manifest
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import FileDigest
+from pmd_pipeline.images import pictures as making
 from pmd_pipeline.kit import KIT, Kit, caption_sha256, kit_rows, load_kit, rows_bytes
 from pmd_pipeline.lock import lock
 from pmd_pipeline.manifest import load_manifest, located
 from pmd_pipeline.parallel import WorkerDied, open_pool
+from pmd_pipeline.parts import build
 from pmd_pipeline.rebuild import Rebuild, rebuild
 from pmd_pipeline.record import key_of
 from pmd_pipeline.storage import remove
@@ -353,8 +355,8 @@ def test_another_version_of_a_library_is_told(kit, pictures, tmp_path, monkeypat
 def test_pictures_stored_otherwise_are_counted_and_get_no_codes(
     kit, pictures, tmp_path, monkeypatch
 ):
-    encode = images.jpeg
-    monkeypatch.setattr(images, "jpeg", lambda pixels, quality: encode(pixels, quality - 10))
+    encode = making.jpeg
+    monkeypatch.setattr(making, "jpeg", lambda pixels, quality: encode(pixels, quality - 10))
 
     made = rebuilt(kit, tmp_path / "again", pictures)
 

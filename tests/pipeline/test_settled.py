@@ -17,7 +17,7 @@ from pmd_pipeline import cli
 from pmd_pipeline.dataset import Request, build_all, reasons_of
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.manifest import load_manifest
-from pmd_pipeline.optout import LIST, REASON, add_to_list
+from pmd_pipeline.parts.optout import LIST, REASON, add_to_list
 from pmd_pipeline.record import key_of, url_id
 
 NUM = 60

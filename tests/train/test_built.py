@@ -18,8 +18,8 @@ from flava_train.held_out import held_out
 from flava_train.loader import batches
 from flava_train.losses import Objective, Shares
 from flava_train.shards import stock
-from pmd_pipeline.build import WEB
 from pmd_pipeline.dataset import Request, build_all
+from pmd_pipeline.parts.build import WEB
 from pmd_pipeline.progress import Show
 from pmd_pipeline.sample import serve, write_world
 

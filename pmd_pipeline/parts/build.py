@@ -17,10 +17,8 @@ import PIL
 import pyarrow as pa
 from PIL import features
 
-from pmd_pipeline.crashes import careful_maker
 from pmd_pipeline.errors import RecordError
 from pmd_pipeline.fetch.web import Fetched, Web, shared, web_for
-from pmd_pipeline.flow import Flow
 from pmd_pipeline.format import (
     FORMAT,
     Counts,
@@ -31,17 +29,19 @@ from pmd_pipeline.format import (
     digest,
     part_name,
 )
-from pmd_pipeline.images import Picture
-from pmd_pipeline.img2dataset import open_img2dataset
+from pmd_pipeline.images.crashes import careful_maker
+from pmd_pipeline.images.outcomes import DROPPED, Maker, Outcome, judged
+from pmd_pipeline.images.pictures import Picture
 from pmd_pipeline.index.records import IndexPart, IndexRecord, read_part
-from pmd_pipeline.optout import OptOut, load_list
-from pmd_pipeline.outcomes import DROPPED, Maker, Outcome, judged
 from pmd_pipeline.parallel import Tick
+from pmd_pipeline.parts.flow import Flow
+from pmd_pipeline.parts.optout import OptOut, load_list
+from pmd_pipeline.parts.settled import Exclusions, Settled
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.record import url_id
-from pmd_pipeline.settled import Exclusions, Settled
 from pmd_pipeline.shards import DigestingFile, Place, ShardWriter, ledger_bytes
-from pmd_pipeline.shelves import open_shelf
+from pmd_pipeline.shelves.files import open_shelf
+from pmd_pipeline.shelves.img2dataset import open_img2dataset
 from pmd_pipeline.storage import (
     join,
     load_model,

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO, Self
 import polars as pl
 
 from pmd_pipeline.format import Report
-from pmd_pipeline.images import Picture
+from pmd_pipeline.images.outcomes import DROPPED, Outcome
+from pmd_pipeline.images.pictures import Picture
 from pmd_pipeline.index.records import IndexPart, IndexRecord
-from pmd_pipeline.optout import REASON, OptOut
-from pmd_pipeline.outcomes import DROPPED, Outcome
+from pmd_pipeline.parts.optout import REASON, OptOut
 from pmd_pipeline.storage import join, open_read, read_bytes, sha256_of
 
 LICENCE = "licence"

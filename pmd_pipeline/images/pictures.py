@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from pmd_pipeline.errors import RecordError
-from pmd_pipeline.pixels import Pixels, is_whole, jpeg, jpeg_pixels
+from pmd_pipeline.images.pixels import Pixels, is_whole, jpeg, jpeg_pixels
 from pmd_pipeline.recipe import Images
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")

@@ -9,7 +9,7 @@ from pmd_pipeline.errors import RecordError
 from pmd_pipeline.fetch.web import Fetched
 from pmd_pipeline.filters import image as image_filters
 from pmd_pipeline.format import WORKED
-from pmd_pipeline.images import Picture, opened, picture, upright_size
+from pmd_pipeline.images.pictures import Picture, opened, picture, upright_size
 from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.recipe import Images, predicate
 

@@ -23,7 +23,7 @@ from pmd_pipeline.format import WORKED, part_name
 from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.parallel import Pool, Tick, WorkerDied, no_watch
 from pmd_pipeline.record import one_line, url_id
-from pmd_pipeline.shelves import Extent, Shelf, tar_body, tar_extents
+from pmd_pipeline.shelves.files import Extent, Shelf, tar_body, tar_extents
 from pmd_pipeline.storage import join, remove, whole_file
 
 _CATALOG = pa.schema(

@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 from pmd_pipeline.errors import RecordError
 from pmd_pipeline.fetch.memory import Memory
 from pmd_pipeline.fetch.web import Fetched
-from pmd_pipeline.outcomes import Outcome
-from pmd_pipeline.pile import Pile
+from pmd_pipeline.images.outcomes import Outcome
+from pmd_pipeline.parts.pile import Pile
 
 _PILED = 32 << 20
 """Bytes of pictures that wait in memory for those before them."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import IO, Self
 
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.outcomes import Outcome
+from pmd_pipeline.images.outcomes import Outcome
 
 
 class Pile:

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from pmd_pipeline.errors import RecordError
 from pmd_pipeline.fetch.web import Fetched
-from pmd_pipeline.outcomes import Maker, Outcome
+from pmd_pipeline.images.outcomes import Maker, Outcome
 
 _TRIES = 3
 """How often a picture must kill a process of its own, which too may be killed by chance."""

@@ -1,0 +1,1 @@
+"""Second stage: a part of an index becomes a shard, resumed, in order and within memory."""

@@ -1,0 +1,1 @@
+"""Images that the user already has, wherever they came from: no request is made for them."""
