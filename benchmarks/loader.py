@@ -51,7 +51,7 @@ from flava_train.model import FlavaConfig
 from flava_train.order import Order
 from flava_train.text import load_wordpiece
 from pmd_pipeline.format import CodeRules, Manifest, ShardEntry, canonical_json, part_name
-from pmd_pipeline.shards import DigestingFile, Place, ShardWriter, ledger_bytes
+from pmd_pipeline.shards.write import DigestingFile, Place, ShardWriter, ledger_bytes
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
 RULES = CodeRules(tokenizer="kmeans", sha256="0" * 64, vocabulary=8192, size=112, grid=14, views=2)

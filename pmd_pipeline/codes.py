@@ -15,21 +15,18 @@ import PIL
 from numpy.typing import NDArray
 from PIL import features
 from PIL.Image import Resampling
-from pydantic import ValidationError
 
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import (
-    FORMAT,
     CodeRules,
     CodesReport,
     FileDigest,
     ShardEntry,
     Timing,
-    digest,
 )
 from pmd_pipeline.parallel import Tick
-from pmd_pipeline.storage import open_read, read_bytes, remove, write_whole
-from pmd_pipeline.stored import (
+from pmd_pipeline.shards.codes import codes_dependency
+from pmd_pipeline.shards.stored import (
     Sample,
     caption_boxes,
     check_tar,
@@ -37,9 +34,10 @@ from pmd_pipeline.stored import (
     read_member,
     read_samples,
 )
+from pmd_pipeline.shards.views import view_boxes
+from pmd_pipeline.storage import open_read, remove, write_whole
 from pmd_pipeline.tokenizers import Tokenizer, open_tokenizer
 from pmd_pipeline.tokenizers.weights import read_weights, tensor_file
-from pmd_pipeline.views import view_boxes
 
 Pixels: TypeAlias = NDArray[np.uint8]
 Boxes: TypeAlias = NDArray[np.float32]
@@ -121,35 +119,6 @@ def code_shard(task: CodesTask, tick: Tick) -> CodesReport:
 def report_address(task: CodesTask) -> str:
     """Where the report of the codes lies."""
     return f"{task.base}.codes.json"
-
-
-def done_codes(shard: str, entry: ShardEntry, there: dict[str, int]) -> CodesReport | None:
-    """The report of a shard's codes, if they are whole and of this very shard, by whatever rules.
-
-    `there` are the sizes of the files in the folder of the shard, by name.
-    """
-    base = shard.removesuffix(".tar")
-    name = base.rpartition("/")[2]
-    if f"{name}.codes.json" not in there:
-        return None
-    try:
-        report = CodesReport.model_validate_json(read_bytes(f"{base}.codes.json"))
-    except ValidationError:
-        return None  # of an older format
-    whole = there.get(report.file.name) == report.file.num_bytes
-    return report if whole and report.dependency == codes_dependency(entry, report.rules) else None
-
-
-def codes_dependency(entry: ShardEntry, rules: CodeRules) -> str:
-    """Digest of what a shard's codes depend on."""
-    return digest(
-        {
-            "format": FORMAT,
-            "tar": entry.sha256,
-            "ledger": entry.ledger_sha256,
-            "rules": rules.model_dump(mode="json"),
-        }
-    )
 
 
 def versions() -> dict[str, str]:

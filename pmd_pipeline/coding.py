@@ -11,14 +11,16 @@ from operator import attrgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from pmd_pipeline.codes import CodesTask, code_shard, done_codes, view_pixels
+from pmd_pipeline.codes import CodesTask, code_shard, view_pixels
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import FORMAT, CodeRules, CodesReport, Manifest, ShardEntry, digest
 from pmd_pipeline.manifest import load_manifest, located, save_manifest, with_codes
 from pmd_pipeline.parallel import WorkerDied, open_pool
 from pmd_pipeline.progress import Show
+from pmd_pipeline.shards.codes import done_codes
+from pmd_pipeline.shards.stored import Sample, check_tar, read_member, read_samples
+from pmd_pipeline.shards.views import WHOLE
 from pmd_pipeline.storage import open_read, sizes, sweep, write_whole
-from pmd_pipeline.stored import Sample, check_tar, read_member, read_samples
 from pmd_pipeline.tokenizers import best_device
 from pmd_pipeline.tokenizers.kmeans import PATCH, fit, patches
 from pmd_pipeline.tokenizers.pickles import read_pickle
@@ -28,7 +30,6 @@ from pmd_pipeline.tokenizers.weights import (
     read_weights,
     tensor_file,
 )
-from pmd_pipeline.views import WHOLE
 
 _FITTED_IMAGES = 1024
 """Images whose patches k-means sees: those of the lowest keys, which are a random sample."""

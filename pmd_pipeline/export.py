@@ -12,16 +12,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pmd_pipeline.code_checks import Tensors, code_tensors
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import CodeRules, ShardEntry, part_name
 from pmd_pipeline.manifest import load_manifest, located
-from pmd_pipeline.members import Members
 from pmd_pipeline.parallel import Pool, Tick, WorkerDied
 from pmd_pipeline.progress import Show
-from pmd_pipeline.shards import DigestingFile, ShardWriter
+from pmd_pipeline.shards.members import Members
+from pmd_pipeline.shards.stored import check_tar, read_samples
+from pmd_pipeline.shards.write import DigestingFile, ShardWriter
 from pmd_pipeline.storage import join, open_read, read_bytes, whole_file
-from pmd_pipeline.stored import check_tar, read_samples
+from pmd_pipeline.verify.codes import Tensors, code_tensors
 
 _MEMBERS = {"jpg", "json", "txt"}
 _SOURCE = re.compile(r"\w+")

@@ -28,10 +28,10 @@ from pmd_pipeline.format import (
     part_name,
 )
 from pmd_pipeline.record import key_of
-from pmd_pipeline.sample_checks import are_boxes
-from pmd_pipeline.shards import LEDGER
+from pmd_pipeline.shards.write import LEDGER
 from pmd_pipeline.storage import join, read_bytes
 from pmd_pipeline.tables import read_table
+from pmd_pipeline.verify.samples import are_boxes
 
 KIT = "kit.json"
 

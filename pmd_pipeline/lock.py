@@ -36,9 +36,9 @@ from pmd_pipeline.kit import (
     rows_bytes,
 )
 from pmd_pipeline.manifest import load_manifest, located
-from pmd_pipeline.members import Members
 from pmd_pipeline.parallel import Pool, Tick, in_order
 from pmd_pipeline.progress import Show
+from pmd_pipeline.shards.members import Members
 from pmd_pipeline.storage import join, open_read, read_bytes, sizes, write_whole
 from pmd_pipeline.tables import read_batches, read_table
 

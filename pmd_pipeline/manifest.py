@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from pmd_pipeline import sources
-from pmd_pipeline.codes import done_codes
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import (
     FORMAT,
@@ -27,6 +26,7 @@ from pmd_pipeline.format import (
 )
 from pmd_pipeline.index.build import Index
 from pmd_pipeline.recipe import Recipe
+from pmd_pipeline.shards.codes import done_codes
 from pmd_pipeline.storage import join, local_path, open_read, read_bytes, sizes, write_whole
 from pmd_pipeline.tables import read_table
 

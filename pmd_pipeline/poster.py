@@ -12,8 +12,8 @@ import numpy as np
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.learned import DIRECTIONS, LOSSES, RANKS, Learned
 from pmd_pipeline.manifest import load_manifest, located
+from pmd_pipeline.shards.stored import Sample, picture, read_member, read_samples
 from pmd_pipeline.storage import open_read, whole_file
-from pmd_pipeline.stored import Sample, picture, read_member, read_samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pmd_pipeline.code_checks import code_tensors
-from pmd_pipeline.codes import codes_dependency
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import (
     FORMAT,
@@ -33,10 +31,12 @@ from pmd_pipeline.parallel import Tick
 from pmd_pipeline.parts.build import PartTask, build_part, done_report
 from pmd_pipeline.parts.optout import load_list
 from pmd_pipeline.recipe import Recipe
-from pmd_pipeline.shards import LEDGER, ledger_bytes
+from pmd_pipeline.shards.codes import codes_dependency
+from pmd_pipeline.shards.write import LEDGER, ledger_bytes
 from pmd_pipeline.storage import join, open_read, read_bytes, remove, sizes, write_whole
 from pmd_pipeline.tables import read_table
 from pmd_pipeline.tokenizers.weights import tensor_file
+from pmd_pipeline.verify.codes import code_tensors
 
 _NO_FILE = FileDigest(name="", sha256="", num_bytes=0)
 

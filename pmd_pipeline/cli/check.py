@@ -38,7 +38,7 @@ def verify(
     Example: pmd verify manifests/pmd.json
     """
     from pmd_pipeline.parallel import open_pool
-    from pmd_pipeline.verify import verify as findings
+    from pmd_pipeline.verify.dataset import verify as findings
 
     found = []
     with interruptible(), open_pool(runner.value, workers, ray_address) as pool:

@@ -39,7 +39,7 @@ from pmd_pipeline.parts.optout import OptOut, load_list
 from pmd_pipeline.parts.settled import Exclusions, Settled
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.record import url_id
-from pmd_pipeline.shards import DigestingFile, Place, ShardWriter, ledger_bytes
+from pmd_pipeline.shards.write import DigestingFile, Place, ShardWriter, ledger_bytes
 from pmd_pipeline.shelves.files import open_shelf
 from pmd_pipeline.shelves.img2dataset import open_img2dataset
 from pmd_pipeline.storage import (

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pmd_pipeline.format import WORKED, Counts, Manifest, ShardEntry, SourceEntry, canonical_json
 from pmd_pipeline.manifest import save_manifest
-from pmd_pipeline.shards import DigestingFile, ShardWriter, ledger_bytes
+from pmd_pipeline.shards.write import DigestingFile, ShardWriter, ledger_bytes
 
 
 @dataclass

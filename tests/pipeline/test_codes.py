@@ -18,16 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline import coding, stored
-from pmd_pipeline.code_checks import code_tensors
-from pmd_pipeline.codes import codes_dependency
+from pmd_pipeline import coding
 from pmd_pipeline.coding import CodesRequest, code_manifest
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import CodesReport
 from pmd_pipeline.manifest import load_manifest, merged
 from pmd_pipeline.parallel import WorkerDied
+from pmd_pipeline.shards import stored
+from pmd_pipeline.shards.codes import codes_dependency
+from pmd_pipeline.shards.views import view_boxes
 from pmd_pipeline.tokenizers.weights import tensor_file
-from pmd_pipeline.views import view_boxes
+from pmd_pipeline.verify.codes import code_tensors
 
 COLOURS = np.array([[250, 20, 20], [20, 250, 20], [20, 20, 250], [240, 240, 240]], dtype=np.uint8)
 NAMES = np.array([[0, 1], [2, 3]])

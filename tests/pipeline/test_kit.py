@@ -14,7 +14,6 @@ from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_picture
 
 from pmd_pipeline import cli, restore
 from pmd_pipeline import lock as lock_room
-from pmd_pipeline.code_checks import code_tensors
 from pmd_pipeline.coding import CodesRequest, code_manifest
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import FileDigest
@@ -27,7 +26,8 @@ from pmd_pipeline.parts import build
 from pmd_pipeline.rebuild import Rebuild, rebuild
 from pmd_pipeline.record import key_of
 from pmd_pipeline.storage import remove
-from pmd_pipeline.verify import verify
+from pmd_pipeline.verify.codes import code_tensors
+from pmd_pipeline.verify.dataset import verify
 
 
 def key(number):

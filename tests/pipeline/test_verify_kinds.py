@@ -16,7 +16,7 @@ from pmd_pipeline.manifest import load_manifest, save_manifest
 from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.rebuild import Rebuild, rebuild
 from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.verify import verify
+from pmd_pipeline.verify.dataset import verify
 
 
 def findings(manifest, *, fast=False):

@@ -28,7 +28,7 @@ from pmd_pipeline.rebuild import Rebuild, rebuild
 from pmd_pipeline.sample import World, serve, write_world
 from pmd_pipeline.story import stories
 from pmd_pipeline.telling import outcome, told
-from pmd_pipeline.verify import verify
+from pmd_pipeline.verify.dataset import verify
 
 pytestmark = pytest.mark.slow
 

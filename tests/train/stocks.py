@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from pmd_pipeline.format import CodeRules, Manifest, ShardEntry, canonical_json, part_name
-from pmd_pipeline.shards import DigestingFile, ShardWriter, ledger_bytes
+from pmd_pipeline.shards.write import DigestingFile, ShardWriter, ledger_bytes
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*"abcdefghijklmnopqrstuvwxyz0123456789.[]", "##a", "##b", "##c", "dog", "cat", "sep"]

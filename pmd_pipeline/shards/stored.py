@@ -16,7 +16,7 @@ from PIL import Image
 
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import WORKED, ShardEntry
-from pmd_pipeline.shards import Place
+from pmd_pipeline.shards.write import Place
 from pmd_pipeline.storage import read_bytes, sha256_of
 from pmd_pipeline.tables import read_table
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmd_pipeline.format import WORKED, CodeRules, canonical_json
-from pmd_pipeline.members import Member
-from pmd_pipeline.views import view_boxes
+from pmd_pipeline.shards.members import Member
+from pmd_pipeline.shards.views import view_boxes
 
 _COPIED = ("id", "url", "width", "height", "original_width", "original_height", "sha256")
 """What the JSON of a sample and its row of the ledger both hold."""

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
-from pmd_pipeline.code_checks import code_faults
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import (
     FAILED,
@@ -24,13 +23,14 @@ from pmd_pipeline.format import (
     Report,
     ShardEntry,
 )
-from pmd_pipeline.members import Members
 from pmd_pipeline.parallel import Tick
 from pmd_pipeline.record import key_of
-from pmd_pipeline.sample_checks import Samples
-from pmd_pipeline.shards import LEDGER
+from pmd_pipeline.shards.members import Members
+from pmd_pipeline.shards.write import LEDGER
 from pmd_pipeline.storage import open_read, read_bytes
 from pmd_pipeline.tables import read_table
+from pmd_pipeline.verify.codes import code_faults
+from pmd_pipeline.verify.samples import Samples
 
 Model = TypeVar("Model", bound=BaseModel)
 

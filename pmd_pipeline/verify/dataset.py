@@ -11,8 +11,8 @@ from pmd_pipeline.format import Counts, Manifest, Report, SourceEntry, digest
 from pmd_pipeline.manifest import load_manifest, located
 from pmd_pipeline.parallel import Pool, WorkerDied
 from pmd_pipeline.progress import Show
-from pmd_pipeline.shard_checks import Checked, ShardTask, check_shard
 from pmd_pipeline.storage import local_path
+from pmd_pipeline.verify.shards import Checked, ShardTask, check_shard
 
 
 @dataclass(frozen=True)
