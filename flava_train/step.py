@@ -81,14 +81,15 @@ def with_negatives(
     """The pairs as the multimodal encoder sees them: some with another caption of the same batch.
 
     Never a caption of the same image, nor one that reads the same; where no other is left, the
-    pair stays. Captions of a micro-batch have about one length, so length betrays nothing.
+    pair stays. Captions of a micro-batch have about one length, so length betrays nothing. Where
+    ITM has no weight nothing is swapped: it would only take pairs from the other losses.
 
     Args:
         pairs: a micro-batch.
         likeness: logits of image i with text j, for `hard` negatives.
         objective: says how many, and how they are drawn.
     """
-    if objective.itm_negatives == "dataset":
+    if not objective.itm or objective.itm_negatives == "dataset":
         return pairs
     texts = pairs.texts
     same_text = (texts.tokens[:, None] == texts.tokens).all(2)
@@ -137,7 +138,7 @@ class _Step:
         """Contrast over the whole batch, then the masked losses over each micro-batch."""
         objective = self.objective
         contrasts, fuses = bool(objective.contrastive), objective.fuses
-        hard = fuses and objective.itm_negatives == "hard"
+        hard = bool(objective.itm) and objective.itm_negatives == "hard"
         cached = len(batch) > 1 or not contrasts
         embedded: list[tuple[Tensor, Tensor]] = []
         if contrasts or hard:

@@ -153,6 +153,14 @@ def test_drawn_negatives_are_other_captions_of_other_images():
     assert 7 not in sources[20]
 
 
+@pytest.mark.parametrize("kind", ["batch", "hard"])
+def test_without_itm_no_pair_loses_its_caption(kind):
+    objective = Objective(itm=0.0, itm_negatives=kind, itm_rate=1.0)
+    drawn = pairs(8)
+
+    assert with_negatives(drawn, None, objective) is drawn
+
+
 def test_hard_negatives_look_alike():
     batch = pairs(3)
     alike = torch.tensor([[9.0, 5.0, -5.0], [5.0, 9.0, -5.0], [0.0, 50.0, 60.0]])
