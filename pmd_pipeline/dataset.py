@@ -10,7 +10,6 @@ from typing import Any
 from pmd_pipeline import annotations, sources
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import FAILED, Manifest, Report
-from pmd_pipeline.hub import dataset_folder, keep_dataset
 from pmd_pipeline.index.build import Index, build_index
 from pmd_pipeline.index.leakage import KARPATHY_FILE
 from pmd_pipeline.manifest import merged, save_manifest, source_manifest
@@ -30,7 +29,8 @@ from pmd_pipeline.shelves.files import open_shelf, stamp
 from pmd_pipeline.shelves.imagenet import check_images, laid_out
 from pmd_pipeline.shelves.img2dataset import catalogue, is_img2dataset
 from pmd_pipeline.storage import is_local, join, sizes, sweep
-from pmd_pipeline.texts import build_texts, with_tokenizer
+from pmd_pipeline.texts.build import build_texts, with_tokenizer
+from pmd_pipeline.texts.hub import dataset_folder, keep_dataset
 
 
 @dataclass(frozen=True)

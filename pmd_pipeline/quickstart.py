@@ -11,8 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pmd_pipeline.coding import CodesRequest, code_manifest
-from pmd_pipeline.corpus import learn_vocabulary
+from pmd_pipeline.codes.make import CodesRequest, code_manifest
 from pmd_pipeline.dataset import Built, Request, build_all
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.learned import Learned, read_learned
@@ -22,6 +21,7 @@ from pmd_pipeline.progress import Show
 from pmd_pipeline.recipe import recipe_folder
 from pmd_pipeline.sample import World, serve, write_world
 from pmd_pipeline.storage import write_whole
+from pmd_pipeline.texts.corpus import learn_vocabulary
 
 TIMES = 10
 """Times chance that R@1 on held-out images must reach, in both directions."""

@@ -23,7 +23,7 @@ from pmd_pipeline.errors import PmdError
 if TYPE_CHECKING:
     from typer._click import Context
 
-    from pmd_pipeline.coding import Coded
+    from pmd_pipeline.codes.make import Coded
 
 
 class Tokenizer(StrEnum):
@@ -120,7 +120,7 @@ def make(
 
     Example: pmd codes make manifests/pmd.json --weights dvae.safetensors --views 4
     """
-    from pmd_pipeline.coding import CodesRequest, code_manifest
+    from pmd_pipeline.codes.make import CodesRequest, code_manifest
 
     if tokenizer is Tokenizer.dalle and weights is None:
         raise PmdError(
@@ -168,7 +168,7 @@ def convert(
 
     Example: pmd codes convert encoder.pkl dvae.safetensors
     """
-    from pmd_pipeline.coding import convert_weights
+    from pmd_pipeline.codes.make import convert_weights
 
     typer.echo(f"{out}  {convert_weights(weights, str(out))}")
 
@@ -188,7 +188,7 @@ def export(
 
     Example: pmd codes export manifests/pmd.json --out exported
     """
-    from pmd_pipeline import export as exporting
+    from pmd_pipeline.codes import export as exporting
     from pmd_pipeline.parallel import open_pool
 
     with interruptible(), open_pool(runner.value, workers, ray_address) as pool:

@@ -39,7 +39,7 @@ def lock(
 
     Example: pmd lock manifests/pmd.json --out kit
     """
-    from pmd_pipeline.lock import lock as write_kit
+    from pmd_pipeline.kit.lock import lock as write_kit
     from pmd_pipeline.parallel import open_pool
 
     with interruptible(), open_pool(runner.value, workers, ray_address) as pool:
@@ -84,9 +84,9 @@ def rebuild(
 
     Example: pmd rebuild kit --out data
     """
+    from pmd_pipeline.kit.rebuild import Rebuild
+    from pmd_pipeline.kit.rebuild import rebuild as make
     from pmd_pipeline.parallel import open_pool
-    from pmd_pipeline.rebuild import Rebuild
-    from pmd_pipeline.rebuild import rebuild as make
 
     order = Rebuild(
         kit=kit,

@@ -23,8 +23,8 @@ def tokenizer(
 
     Example: pmd tokenizer manifests/pmd.json --size 30522 --out vocab.txt
     """
-    from pmd_pipeline.corpus import learn_vocabulary
     from pmd_pipeline.storage import write_whole
+    from pmd_pipeline.texts.corpus import learn_vocabulary
 
     with shown(quiet=quiet).stage("tokenizer", "texts") as stage:
         vocabulary, forgotten = learn_vocabulary(manifest, size, stage.watch)

@@ -12,8 +12,8 @@ from toy import QUIET
 from pmd_pipeline.dataset import Order, build_source
 from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.texts import with_tokenizer
-from pmd_pipeline.wordpiece import WordCounts, learned
+from pmd_pipeline.texts.build import with_tokenizer
+from pmd_pipeline.texts.wordpiece import WordCounts, learned
 
 WORDS = ["the", "a", "dog", "cat", "runs", "under", "beach", "while", "rain", "falls,", "it."]
 

@@ -43,8 +43,8 @@ from pmd_pipeline.bundle.wheel import wheel
 from pmd_pipeline.dataset import Order, build_source
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import CodeRules, Manifest, ShardEntry, SourceEntry, digest
-from pmd_pipeline.kit import load_kit
-from pmd_pipeline.lock import lock
+from pmd_pipeline.kit.format import load_kit
+from pmd_pipeline.kit.lock import lock
 from pmd_pipeline.manifest import load_manifest, merged, save_manifest
 from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.recipe import load_recipe

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline import coding
-from pmd_pipeline.coding import CodesRequest, code_manifest
+from pmd_pipeline.codes import make as coding
+from pmd_pipeline.codes.make import CodesRequest, code_manifest
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import CodesReport
 from pmd_pipeline.manifest import load_manifest, merged

@@ -12,9 +12,9 @@ import webdataset
 from hand import Hand, tiles, write_manifest, write_shard
 from toy import QUIET
 
-from pmd_pipeline.coding import CodesRequest, code_manifest
+from pmd_pipeline.codes.export import export
+from pmd_pipeline.codes.make import CodesRequest, code_manifest
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.export import export
 from pmd_pipeline.format import ShardEntry
 from pmd_pipeline.manifest import load_manifest, save_manifest
 from pmd_pipeline.parallel import open_pool

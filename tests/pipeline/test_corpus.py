@@ -8,11 +8,11 @@ from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, writ
 from typer.testing import CliRunner
 
 from pmd_pipeline.cli import app
-from pmd_pipeline.corpus import learn_vocabulary, texts
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import no_watch
-from pmd_pipeline.wordpiece import load_vocabulary
+from pmd_pipeline.texts.corpus import learn_vocabulary, texts
+from pmd_pipeline.texts.wordpiece import load_vocabulary
 
 
 @pytest.fixture(scope="module")

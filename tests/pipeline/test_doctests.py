@@ -7,7 +7,7 @@ import pytest
 
 import pmd_pipeline
 
-NEEDS_TORCH = ("pmd_pipeline.codes", "pmd_pipeline.tokenizers")
+NEEDS_TORCH = ("pmd_pipeline.codes.shard", "pmd_pipeline.tokenizers")
 MODULES = [
     found.name
     for found in pkgutil.walk_packages(pmd_pipeline.__path__, "pmd_pipeline.")

@@ -12,18 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline import cli, restore
-from pmd_pipeline import lock as lock_room
-from pmd_pipeline.coding import CodesRequest, code_manifest
+from pmd_pipeline import cli
+from pmd_pipeline.codes.make import CodesRequest, code_manifest
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import FileDigest
 from pmd_pipeline.images import pictures as making
-from pmd_pipeline.kit import KIT, Kit, caption_sha256, kit_rows, load_kit, rows_bytes
-from pmd_pipeline.lock import lock
+from pmd_pipeline.kit import lock as locking
+from pmd_pipeline.kit import restore
+from pmd_pipeline.kit.format import KIT, Kit, caption_sha256, kit_rows, load_kit, rows_bytes
+from pmd_pipeline.kit.lock import lock
+from pmd_pipeline.kit.rebuild import Rebuild, rebuild
 from pmd_pipeline.manifest import load_manifest, located
 from pmd_pipeline.parallel import WorkerDied, open_pool
 from pmd_pipeline.parts import build
-from pmd_pipeline.rebuild import Rebuild, rebuild
 from pmd_pipeline.record import key_of
 from pmd_pipeline.storage import remove
 from pmd_pipeline.verify.codes import code_tensors
@@ -285,8 +286,8 @@ def test_a_kit_that_is_locked_again_reads_only_what_is_not_there(
         read.append(address[-9:])
         return lock_samples(address, *rest)
 
-    lock_samples = lock_room._samples
-    monkeypatch.setattr(lock_room, "_samples", samples)
+    lock_samples = locking._samples
+    monkeypatch.setattr(locking, "_samples", samples)
     (kit / KIT).unlink()
     (kit / "cc3m" / "00001.parquet").unlink()
     (kit / "cc3m" / "00002.parquet").write_bytes(b"PAR1 of somebody else")

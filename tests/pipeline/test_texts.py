@@ -25,8 +25,8 @@ from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.recipe import load_recipe
 from pmd_pipeline.record import full_text
-from pmd_pipeline.texts import BETWEEN, Packer, with_tokenizer, words
-from pmd_pipeline.wordpiece import learned, load_vocabulary
+from pmd_pipeline.texts.build import BETWEEN, Packer, with_tokenizer, words
+from pmd_pipeline.texts.wordpiece import learned, load_vocabulary
 
 LETTERS = {chr(n): 9 for n in range(33, 127)}
 CUTTER = learned({**LETTERS, "dog": 5, "running": 5, "ing": 2, "x" + "abc" * 3: 4}, 900).wordpiece()

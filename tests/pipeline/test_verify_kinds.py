@@ -11,10 +11,10 @@ from corpora import article, built, order_of, write_lines
 from toy import QUIET, write_pictures
 
 from pmd_pipeline.dataset import Order
-from pmd_pipeline.lock import lock
+from pmd_pipeline.kit.lock import lock
+from pmd_pipeline.kit.rebuild import Rebuild, rebuild
 from pmd_pipeline.manifest import load_manifest, save_manifest
 from pmd_pipeline.parallel import open_pool
-from pmd_pipeline.rebuild import Rebuild, rebuild
 from pmd_pipeline.recipe import load_recipe
 from pmd_pipeline.verify.dataset import verify
 

@@ -24,7 +24,7 @@ from pmd_pipeline.format import (
     part_name,
 )
 from pmd_pipeline.index.build import load_index
-from pmd_pipeline.kit import (
+from pmd_pipeline.kit.format import (
     DEPENDENCY,
     KIT,
     UNKNOWABLE,

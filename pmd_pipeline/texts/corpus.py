@@ -12,7 +12,7 @@ from pmd_pipeline.manifest import load_manifest, located
 from pmd_pipeline.parallel import Watch
 from pmd_pipeline.storage import open_read
 from pmd_pipeline.tables import read_batches
-from pmd_pipeline.wordpiece import MOST_WORDS, Vocabulary, WordCounts, learned
+from pmd_pipeline.texts.wordpiece import MOST_WORDS, Vocabulary, WordCounts, learned
 
 _TICK_TEXTS = 10_000
 _ROWS = 1000

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Counts, Manifest, SourceEntry
 from pmd_pipeline.index.build import build_index
-from pmd_pipeline.kit import Kit, load_kit
+from pmd_pipeline.kit.format import Kit, load_kit
+from pmd_pipeline.kit.restore import Restored, RestoreTask, missing_name, restore_part
 from pmd_pipeline.manifest import merged, save_manifest, with_codes
 from pmd_pipeline.parallel import Pool, WorkerDied
 from pmd_pipeline.parts.build import WEB
 from pmd_pipeline.progress import Show
 from pmd_pipeline.recipe import Recipe, load_recipe
-from pmd_pipeline.restore import Restored, RestoreTask, missing_name, restore_part
 from pmd_pipeline.shelves.files import open_shelf, stamp
 from pmd_pipeline.shelves.img2dataset import catalogue, is_img2dataset
 from pmd_pipeline.storage import join, read_bytes, remove, sweep, whole_file

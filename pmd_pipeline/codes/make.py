@@ -11,7 +11,7 @@ from operator import attrgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from pmd_pipeline.codes import CodesTask, code_shard, view_pixels
+from pmd_pipeline.codes.shard import CodesTask, code_shard, view_pixels
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import FORMAT, CodeRules, CodesReport, Manifest, ShardEntry, digest
 from pmd_pipeline.manifest import load_manifest, located, save_manifest, with_codes

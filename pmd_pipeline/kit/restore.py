@@ -26,7 +26,7 @@ from pmd_pipeline.format import (
 )
 from pmd_pipeline.index.build import load_index
 from pmd_pipeline.index.records import KEPT, IndexPart, part_of, read_part
-from pmd_pipeline.kit import KitPart, caption_sha256, counts_of, kit_file, kit_rows
+from pmd_pipeline.kit.format import KitPart, caption_sha256, counts_of, kit_file, kit_rows
 from pmd_pipeline.parallel import Tick
 from pmd_pipeline.parts.build import PartTask, build_part, done_report
 from pmd_pipeline.parts.optout import load_list

@@ -20,7 +20,7 @@ from pmd_pipeline.parallel import Tick
 from pmd_pipeline.parts.build import PartTask
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.storage import is_local, join, remove, write_whole
-from pmd_pipeline.wordpiece import load_vocabulary
+from pmd_pipeline.texts.wordpiece import load_vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

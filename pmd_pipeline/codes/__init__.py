@@ -1,0 +1,1 @@
+"""Third stage: image codes beside shards, and shards with the codes inside."""

@@ -1,0 +1,1 @@
+"""A dataset without its images: what it takes to fetch them again, and to prove them the same."""

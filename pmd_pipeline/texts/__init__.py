@@ -1,0 +1,1 @@
+"""Texts without images: documents become sequences by a vocabulary, which is learned here too."""
