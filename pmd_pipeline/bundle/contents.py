@@ -19,9 +19,9 @@ from pmd_pipeline.bundle.wheel import wheel
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import FileDigest, Manifest, ShardEntry, part_name
 from pmd_pipeline.kit.format import Kit, load_kit
+from pmd_pipeline.look.stats import lengths, remarks
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.recipe import recipe_folder
-from pmd_pipeline.stats import lengths, remarks
 from pmd_pipeline.storage import read_bytes, sha256_of
 
 CONFIGS = "flava*.toml"

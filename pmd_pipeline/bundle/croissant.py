@@ -3,7 +3,7 @@
 from typing import Any
 
 from pmd_pipeline.format import Manifest, ShardEntry
-from pmd_pipeline.stats import remarks
+from pmd_pipeline.look.stats import remarks
 
 SPECIFICATION = "http://mlcommons.org/croissant/1.1"
 

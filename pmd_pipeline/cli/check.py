@@ -71,7 +71,7 @@ def diff(
 
     Example: pmd diff old/pmd.json manifests/pmd.json
     """
-    from pmd_pipeline import compare
+    from pmd_pipeline.look import compare
 
     with interruptible(), shown(quiet=quiet).stage("diff", "records") as stage:
         found = compare.compare(before, after, stage)

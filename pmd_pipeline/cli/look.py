@@ -30,7 +30,7 @@ def sources(
 
     Example: pmd sources wit
     """
-    from pmd_pipeline import listing
+    from pmd_pipeline.look import listing
 
     for paragraph in (
         [listing.one_source(name, out_console.width)]
@@ -55,7 +55,7 @@ def stats(
 
     Example: pmd stats manifests/pmd.json --plot lengths.png
     """
-    from pmd_pipeline import stats as statistics
+    from pmd_pipeline.look import stats as statistics
     from pmd_pipeline.manifest import load_manifest
 
     loaded = load_manifest(manifest)
@@ -91,7 +91,7 @@ def show(
 
     Example: pmd show 64c23fe1967b35c0 --image dog.jpg
     """
-    from pmd_pipeline import story
+    from pmd_pipeline.look import story
     from pmd_pipeline.parallel import open_pool
     from pmd_pipeline.storage import write_whole
 
@@ -140,7 +140,7 @@ def why(
 
     Example: pmd why http://images.cocodataset.org/train2014/COCO_train2014_000000391895.jpg
     """
-    from pmd_pipeline import story, telling
+    from pmd_pipeline.look import story, telling
     from pmd_pipeline.parallel import open_pool
 
     with open_pool("local", workers, None) as pool:

@@ -20,7 +20,7 @@ from pmd_pipeline.cli.build import fail_if_parts_failed
 from pmd_pipeline.errors import PmdError
 
 if TYPE_CHECKING:
-    from pmd_pipeline.quickstart import Places
+    from pmd_pipeline.quickstart.run import Places
 
 
 @app.command()
@@ -42,9 +42,9 @@ def quickstart(
 
     Example: pmd quickstart --out quickstart
     """
-    from pmd_pipeline import quickstart as whole
-    from pmd_pipeline import stats as statistics
-    from pmd_pipeline.learned import as_tables
+    from pmd_pipeline.look import stats as statistics
+    from pmd_pipeline.quickstart import run as whole
+    from pmd_pipeline.quickstart.learned import as_tables
 
     folder, show = Path(out), shown(quiet=quiet)
     lacking = whole.lacking()

@@ -1,4 +1,4 @@
-"""Many HTTP requests at once over libcurl; the only room that knows it.
+"""Many HTTP requests at once over libcurl; the only file that knows it.
 
 Everything here happens on the thread of one event loop. What to ask and what to make of answers is
 for `fetch` to say.

@@ -15,13 +15,13 @@ import polars as pl
 from pmd_pipeline import sources
 from pmd_pipeline.format import Manifest, SourceEntry
 from pmd_pipeline.index.build import Index
+from pmd_pipeline.look.stats import Lengths, lengths, remarks
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import Watch
 from pmd_pipeline.report import charts, gallery, ledgers, losses, texts
 from pmd_pipeline.report.charts import Histogram
 from pmd_pipeline.report.copies import Copies, find_copies
 from pmd_pipeline.report.ledgers import Sample
-from pmd_pipeline.stats import Lengths, lengths, remarks
 
 MOST_LICENCES = 8
 MOST_CHARACTERS = 320

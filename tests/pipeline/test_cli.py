@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 from toy import toy_rows, write_pictures, write_rows
 
-from pmd_pipeline import cli, listing, sources
+from pmd_pipeline import cli, sources
 from pmd_pipeline.filters.caption import LID_MODEL_VARIABLE
+from pmd_pipeline.look import listing
 from pmd_pipeline.record import key_of
 
 COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]

@@ -15,9 +15,9 @@ from toy import QUIET, toy_recipe, write_pictures, write_rows
 from pmd_pipeline import cli
 from pmd_pipeline.cli.plan import _hours, _size
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.plan import probed, recorded, total
+from pmd_pipeline.plan.cost import probed, recorded, total
+from pmd_pipeline.plan.trial import Range, share_of
 from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.trial import Range, share_of
 
 LIVE, DEAD = 30, 10
 

@@ -8,8 +8,8 @@ from PIL import Image
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.learned import DIRECTIONS, LOSSES, RANKS, Learned
-from pmd_pipeline.poster import Found, draw, fingerprints, first_captions
+from pmd_pipeline.quickstart.learned import DIRECTIONS, LOSSES, RANKS, Learned
+from pmd_pipeline.quickstart.poster import Found, draw, fingerprints, first_captions
 
 GREEN = (42, 157, 92)
 

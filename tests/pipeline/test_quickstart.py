@@ -14,9 +14,9 @@ from PIL import Image
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.learned import LOSSES
 from pmd_pipeline.manifest import load_manifest
-from pmd_pipeline.quickstart import _check_apart
+from pmd_pipeline.quickstart.learned import LOSSES
+from pmd_pipeline.quickstart.run import _check_apart
 
 STEPS = 16
 

@@ -17,14 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
 
-from pmd_pipeline import cli, quickstart
+from pmd_pipeline import cli
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.format import Counts, Manifest, ShardEntry, SourceEntry
+from pmd_pipeline.look.stats import lengths
 from pmd_pipeline.manifest import load_manifest, save_manifest
+from pmd_pipeline.quickstart import run as quickstart
 from pmd_pipeline.report import charts, copies, gallery, ledgers, losses
 from pmd_pipeline.report.page import link, page, percent, short_bytes, source_part, visible
-from pmd_pipeline.stats import lengths
 from pmd_pipeline.storage import write_whole
 
 HOSTILE = [

@@ -13,9 +13,7 @@ from rich.console import Console
 from pmd_pipeline import sources
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import FORMAT, Counts, Manifest, SourceEntry
-from pmd_pipeline.manifest import load_manifest, located, save_manifest
-from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.stats import (
+from pmd_pipeline.look.stats import (
     PAPER_ORDER,
     as_csv,
     as_json,
@@ -26,6 +24,8 @@ from pmd_pipeline.stats import (
     plot,
     remarks,
 )
+from pmd_pipeline.manifest import load_manifest, located, save_manifest
+from pmd_pipeline.recipe import load_recipe
 
 
 def entry(words, **known):

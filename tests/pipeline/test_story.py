@@ -6,11 +6,11 @@ from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_picture
 
 from pmd_pipeline.dataset import Order, build_source
 from pmd_pipeline.errors import PmdError
+from pmd_pipeline.look.story import stored_image, stories
+from pmd_pipeline.look.telling import as_facts, outcome, told, verdicts
 from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.recipe import load_recipe
 from pmd_pipeline.record import key_of
-from pmd_pipeline.story import stored_image, stories
-from pmd_pipeline.telling import as_facts, outcome, told, verdicts
 
 
 def ask(data, asked, source=None):

@@ -21,12 +21,12 @@ from toy import QUIET
 from pmd_pipeline.dataset import Request, build_all
 from pmd_pipeline.kit.lock import lock
 from pmd_pipeline.kit.rebuild import Rebuild, rebuild
+from pmd_pipeline.look.story import stories
+from pmd_pipeline.look.telling import outcome, told
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.parts.build import WEB
 from pmd_pipeline.sample import World, serve, write_world
-from pmd_pipeline.story import stories
-from pmd_pipeline.telling import outcome, told
 from pmd_pipeline.texts.corpus import learn_vocabulary
 from pmd_pipeline.verify.dataset import verify
 

@@ -14,10 +14,10 @@ from typing import Any
 from pmd_pipeline.codes.make import CodesRequest, code_manifest
 from pmd_pipeline.dataset import Built, Request, build_all
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.learned import Learned, read_learned
 from pmd_pipeline.parts.build import WEB
-from pmd_pipeline.poster import Found, draw, fingerprints, first_captions
 from pmd_pipeline.progress import Show
+from pmd_pipeline.quickstart.learned import Learned, read_learned
+from pmd_pipeline.quickstart.poster import Found, draw, fingerprints, first_captions
 from pmd_pipeline.recipe import recipe_folder
 from pmd_pipeline.sample import World, serve, write_world
 from pmd_pipeline.storage import write_whole

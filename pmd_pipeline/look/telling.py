@@ -7,9 +7,9 @@ from typing import Any
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.format import DROPPED, FAILED, WORKED, part_name
 from pmd_pipeline.index.cleaning import clean
+from pmd_pipeline.look.story import ReadRow, Story
 from pmd_pipeline.recipe import Captions, predicate
 from pmd_pipeline.record import BadRow, Candidate, Row, one_line
-from pmd_pipeline.story import ReadRow, Story
 
 _MOST_TEXTS = 20
 """Told of one row, or of one reason; Visual Genome has rows of hundreds."""

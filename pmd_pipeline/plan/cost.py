@@ -11,11 +11,11 @@ from pmd_pipeline.errors import PmdError
 from pmd_pipeline.index.build import load_index
 from pmd_pipeline.index.choose import Chooser
 from pmd_pipeline.index.records import IndexRecord, read_part
+from pmd_pipeline.plan.trial import GROUPS, Range, Trial, calibrated, tried
 from pmd_pipeline.progress import Show
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.record import Row, key_of
 from pmd_pipeline.storage import join
-from pmd_pipeline.trial import GROUPS, Range, Trial, calibrated, tried
 from pmd_pipeline.upstream import Span
 
 _MOST_SPANS = 16

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.learned import DIRECTIONS, LOSSES, RANKS, Learned
 from pmd_pipeline.manifest import load_manifest, located
+from pmd_pipeline.quickstart.learned import DIRECTIONS, LOSSES, RANKS, Learned
 from pmd_pipeline.shards.stored import Sample, picture, read_member, read_samples
 from pmd_pipeline.storage import open_read, whole_file
 

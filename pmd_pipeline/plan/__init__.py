@@ -1,0 +1,1 @@
+"""What a build will take, before anything is spent."""

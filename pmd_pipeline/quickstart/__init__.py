@@ -1,0 +1,1 @@
+"""The whole product on a sample world, built, learned and drawn."""
