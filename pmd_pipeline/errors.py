@@ -6,12 +6,19 @@ class PmdError(Exception):
 
 
 class RecordError(PmdError):
-    """One record is unusable; `kind` is the name it is counted under."""
+    """One record is unusable.
 
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(kind, detail)  # both, or the error does not survive pickling by Ray
+    Args:
+        kind: the name it is counted under.
+        detail: what happened, for people.
+        attempts: how often its address was asked.
+    """
+
+    def __init__(self, kind: str, detail: str, attempts: int = 0) -> None:
+        super().__init__(kind, detail, attempts)  # all, or the error does not survive pickling
         self.kind = kind
         self.detail = detail
+        self.attempts = attempts
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.detail}"

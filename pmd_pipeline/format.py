@@ -129,11 +129,19 @@ class Counts(_Stored):
 
 
 class Timing(_Stored):
-    """When, where and how long; no digest covers it."""
+    """When, where, how long and after how many attempts; no digest covers it.
+
+    Args:
+        started: seconds since 1970.
+        seconds: that it took.
+        host: the machine that did it.
+        attempts: how often the addresses of images were asked, by key; only what is above 1.
+    """
 
     started: float = 0.0
     seconds: float = 0.0
     host: str = ""
+    attempts: dict[str, int] = Field(default_factory=dict)
 
 
 class Report(_Stored):

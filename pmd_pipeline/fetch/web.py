@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from typing import Any, Generic, Self, TypeVar
@@ -65,12 +65,14 @@ class Fetched:
     Args:
         sha256: of the bytes as fetched, where somebody else fetched them and stored them otherwise.
         original_size: width and height as fetched, likewise.
+        attempts: how often its address was asked, redirects not counted.
     """
 
     body: bytes
     final_url: str | None = None
     sha256: str | None = None
     original_size: tuple[int, int] | None = None
+    attempts: int = 0
 
 
 class Web:
@@ -161,22 +163,23 @@ class Web:
             RecordError: there is none to be had; `kind` is one of `format.FAILED`.
         """
         allowance = _Allowance(self._manners.timeout)
-        attempt = 0
+        attempt = 1
         while True:
             try:
-                return await self._followed(url, allowance, self._image)
+                fetched = await self._followed(url, allowance, self._image)
+                return replace(fetched, attempts=attempt)
             except GivenUp as given_up:
                 detail = "the host is in trouble and left alone for now"
-                raise RecordError(given_up.kind, detail) from given_up
+                raise RecordError(given_up.kind, detail, attempt) from given_up
             except Refused as refusal:
                 if isinstance(refusal, Unreached) and self._turns.is_cut():
                     allowance = _Allowance(self._manners.timeout)
                     continue  # it says nothing of this address, and the next turn waits
-                last = attempt == self._manners.retries or allowance.seconds <= 0
+                last = attempt > self._manners.retries or allowance.seconds <= 0
                 if last or not refusal.may_pass:
-                    raise RecordError(refusal.kind, refusal.detail) from refusal
+                    raise RecordError(refusal.kind, refusal.detail, attempt) from refusal
                 if refusal.retry_after is None:  # else the next turn waits
-                    await self._clock.sleep(2.0**attempt * random.uniform(0.5, 1.0))
+                    await self._clock.sleep(2.0 ** (attempt - 1) * random.uniform(0.5, 1.0))
             attempt += 1
 
     async def _followed(

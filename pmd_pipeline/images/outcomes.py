@@ -22,7 +22,10 @@ _WRONG_SIZE = 0.05
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one record: a picture, or the reason why there is none."""
+    """What became of one record: a picture, or the reason why there is none.
+
+    `attempts` says how often its address was asked; 0 where nobody was.
+    """
 
     picture: Picture | None = None
     fetched_bytes: int = 0
@@ -32,6 +35,7 @@ class Outcome:
     status: str = WORKED
     reason: str | None = None
     detail: str | None = None
+    attempts: int = 0
 
 
 class Maker:
@@ -44,7 +48,12 @@ class Maker:
     def outcome(self, found: Fetched | RecordError) -> Outcome:
         """What becomes of an image, whichever record it is for; see `judged`."""
         if isinstance(found, RecordError):
-            return Outcome(status="failed_to_download", reason=found.kind, detail=found.detail)
+            return Outcome(
+                status="failed_to_download",
+                reason=found.kind,
+                detail=found.detail,
+                attempts=found.attempts,
+            )
         outcome = _fetched(found)
         try:
             if len(found.body) > self._rules.max_bytes:
@@ -85,6 +94,7 @@ def _fetched(found: Fetched) -> Outcome:
         fetched_bytes=len(found.body),
         sha256=found.sha256 or hashlib.sha256(found.body).hexdigest(),
         final_url=found.final_url,
+        attempts=found.attempts,
     )
 
 

@@ -48,6 +48,7 @@ class Story:
         shard: where the part's tar is, or would be.
         built: whether the part is.
         ledger: its row of the ledger.
+        attempts: how often its address was asked, where that was more than once.
         sample: the JSON beside the image.
     """
 
@@ -61,6 +62,7 @@ class Story:
     shard: str
     built: bool = False
     ledger: dict[str, Any] | None = None
+    attempts: int | None = None
     sample: dict[str, Any] | None = None
     sequences: list[dict[str, Any]] = field(default_factory=list)
 
@@ -123,12 +125,7 @@ def holdings(shard: str) -> Holdings:
         PmdError: there is no shard with a report and a ledger at `shard`.
     """
     base = shard.removesuffix(".tar").removesuffix(".parquet")
-    try:
-        report = Report.model_validate_json(read_bytes(f"{base}.json"))
-    except ValidationError as error:
-        raise PmdError(
-            f"{base}.json is no report of this version: build the shard again"
-        ) from error
+    report = _loaded_report(f"{base}.json")
     with open_read(f"{base}.parquet") as file:
         is_text = report.ledger == report.tar
         kept = read_table(file)
@@ -153,6 +150,13 @@ def stored_image(story: Story) -> bytes:
     if story.sample is None or story.ledger is None:
         raise PmdError(f"{story.key} has no stored image: pmd why {story.key} says why")
     return _content(story.shard, story.ledger["image_offset"], story.ledger["image_size"])
+
+
+def _loaded_report(path: str) -> Report:
+    try:
+        return Report.model_validate_json(read_bytes(path))
+    except ValidationError as error:
+        raise PmdError(f"{path} is no report of this version: build the shard again") from error
 
 
 def _indexes(data: str, source: str | None) -> list[Index]:
@@ -241,9 +245,14 @@ def _story(data: str, index: Index, key: str) -> Story:
         shard=shard,
         built=built,
         ledger=ledger[0] if ledger else None,
+        attempts=_attempts(join(shards, f"{name}.json"), key) if ledger else None,
         sample=sample,
         sequences=list(_sequences(shard, key)) if built and is_text else [],
     )
+
+
+def _attempts(report: str, key: str) -> int | None:
+    return _loaded_report(report).timing.attempts.get(key)
 
 
 def _sequences(shard: str, key: str) -> Iterator[dict[str, Any]]:

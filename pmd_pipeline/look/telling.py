@@ -162,7 +162,7 @@ def _built(story: Story) -> Iterator[str]:
         return
     come = "fetched" if row["sha256"] else _STEPS[row["status"]]
     where = row["final_url"] or row["url"] or "the images given with --images"
-    yield f"{come}: {where}"
+    yield f"{come}: {where}" + (f", asked {story.attempts} times" if story.attempts else "")
     if row["original_width"]:
         yield f"  {row['original_width']} x {row['original_height']} pixels"
     if row["sha256"]:

@@ -105,6 +105,7 @@ class _Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     words: Counter[int] = field(default_factory=Counter)
+    attempts: dict[str, int] = field(default_factory=dict)
 
 
 def build_part(task: PartTask, tick: Tick) -> Report:
@@ -144,7 +145,12 @@ def build_part(task: PartTask, tick: Tick) -> Report:
         tar=FileDigest(name=f"{name}.tar", sha256=tar.hexdigest(), num_bytes=tar.num_bytes),
         ledger=FileDigest.of(f"{name}.parquet", ledger),
         versions=versions(),
-        timing=Timing(started=started, seconds=time.monotonic() - clock, host=socket.gethostname()),
+        timing=Timing(
+            started=started,
+            seconds=time.monotonic() - clock,
+            host=socket.gethostname(),
+            attempts=tally.attempts,
+        ),
     )
     assert report.counts.unaccounted() == 0
     write_whole(join(task.shards, f"{name}.json"), report.model_dump_json(indent=1).encode())
@@ -304,6 +310,8 @@ def _stored(
     """Write the sample if there is one, count it, and make its ledger row."""
     num_pairs = len(record.captions)
     tally.fetched_bytes += outcome.fetched_bytes
+    if outcome.attempts > 1:
+        tally.attempts[record.key] = outcome.attempts
     places: dict[str, Place] = {}
     if outcome.picture:
         places = writer.add(record.key, _members(source, record, outcome.picture, outcome))

@@ -115,7 +115,7 @@ class Settled:
             for file in (report.tar, report.ledger)
         ):
             return cls(exclusions, again, None, 0)
-        earlier = _Earlier(join(shards, report.tar.name), join(shards, report.ledger.name))
+        earlier = _Earlier(shards, report)
         return cls(exclusions, again, earlier, report.fetched_bytes)
 
     def unknown(self, records: Sequence[IndexRecord]) -> list[IndexRecord]:
@@ -157,13 +157,15 @@ class Settled:
 
 
 class _Earlier:
-    """The ledger of an earlier build by key, and its tar."""
+    """The ledger of an earlier build by key, its tar, and its report."""
 
-    def __init__(self, tar: str, ledger: str) -> None:
-        table = pl.read_parquet(read_bytes(ledger))
+    def __init__(self, shards: str, report: Report) -> None:
+        table = pl.read_parquet(read_bytes(join(shards, report.ledger.name)))
         self.rows = {row["key"]: row for row in table.iter_rows(named=True)}
+        self._attempts = report.timing.attempts
         self._stack = ExitStack()
-        self._tar: BinaryIO = self._stack.enter_context(open_read(tar))
+        tar = self._stack.enter_context(open_read(join(shards, report.tar.name)))
+        self._tar: BinaryIO = tar
 
     def close(self) -> None:
         self._stack.close()
@@ -183,4 +185,5 @@ class _Earlier:
             status=row["status"],
             reason=row["reason"],
             detail=row["error_message"],
+            attempts=self._attempts.get(row["key"], 0),
         )

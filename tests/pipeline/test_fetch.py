@@ -53,17 +53,19 @@ def test_a_final_answer_is_not_asked_again(status, kind):
 def test_trouble_that_passes_is_asked_again(status):
     waits = []
     with Host(in_turn(answer(status), answer(status), answer())) as host:
-        assert web(host, waits).get("http://a.example/1.jpg").body == BODY
+        fetched = web(host, waits).get("http://a.example/1.jpg")
 
+    assert (fetched.body, fetched.attempts) == (BODY, 3)
     assert len(host.requests) == 3
     assert 0.5 <= waits[0] <= 1 <= waits[1] <= 2
 
 
 @pytest.mark.parametrize(("status", "kind"), [(503, "http_5xx"), (429, "http_429")])
 def test_trouble_that_stays_is_given_up_after_the_last_attempt(status, kind):
-    with Host(answer(status)) as host:
-        assert kind_of(web(host, retries=3)) == kind
+    with Host(answer(status)) as host, pytest.raises(RecordError) as caught:
+        web(host, retries=3).get("http://a.example/1.jpg")
 
+    assert (caught.value.kind, caught.value.attempts) == (kind, 4)
     assert len(host.requests) == 4
 
 

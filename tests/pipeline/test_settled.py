@@ -11,12 +11,16 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from hosts import Host, answer
 from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
 
 from pmd_pipeline import cli
 from pmd_pipeline.dataset import Request, build_all, reasons_of
 from pmd_pipeline.errors import PmdError
+from pmd_pipeline.look.story import stories
+from pmd_pipeline.look.telling import told
 from pmd_pipeline.manifest import load_manifest
+from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.parts.optout import LIST, REASON, add_to_list
 from pmd_pipeline.record import key_of, url_id
 
@@ -119,6 +123,46 @@ def test_asking_again_asks_only_for_what_failed_and_ends_as_a_fresh_build(tmp_pa
     fresh = order_in(tmp_path, "fresh", origin)
     assert toy_build(fresh).digest == now.digest
     assert contents(fresh) == contents(order)
+
+
+def test_attempts_are_told_and_carried_over_and_no_digest_covers_them(tmp_path):
+    body = (write_pictures(tmp_path / "web", ["1.jpg"]) / "1.jpg").read_bytes()
+    write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}.jpg") for n in (1, 2, 3)])
+    answers = {"1": [answer(503), answer(body=body)], "2": [answer(500)] * 2, "3": [answer(404)]}
+
+    def talk(head):
+        path = head.split(" ")[1]
+        return answer(404) if path == "/robots.txt" else answers[path[1]].pop(0)
+
+    with Host(talk) as host:
+        order = order_in(tmp_path, "once", host.origin)
+        order = replace(order, recipe=with_retries(order.recipe, 1))
+        toy_build(order)
+        assert asked_again(order) == {"1": 2, "2": 2}
+        key = key_of("cc3m", "http://a.test/1.jpg")
+        with open_pool("local", 1, None) as pool:
+            [story] = stories(str(tmp_path / "once" / "data"), key, pool)
+        assert "fetched: http://a.test/1.jpg, asked 2 times" in list(told(story))
+
+        answers["2"] = [answer(body=body)]
+        again = toy_build(replace(order, again=frozenset({"http_5xx"})))
+        assert asked_again(order) == {"1": 2}
+
+        answers.update({"1": [answer(body=body)], "2": [answer(body=body)], "3": [answer(404)]})
+        fresh = order_in(tmp_path, "fresh", host.origin)
+        assert toy_build(fresh).digest == again.digest
+
+
+def with_retries(recipe, retries):
+    return recipe.model_copy(update={"fetch": recipe.fetch.model_copy(update={"retries": retries})})
+
+
+def asked_again(order):
+    """Attempts by the number in the address."""
+    number = {key_of("cc3m", f"http://a.test/{n}.jpg"): str(n) for n in range(NUM)}
+    reports = [json.loads(path.read_bytes()) for path in Path(order.shards).glob("*.json")]
+    found = {key: n for report in reports for key, n in report["timing"]["attempts"].items()}
+    return {number[key]: attempts for key, attempts in found.items()}
 
 
 def test_asking_again_for_another_reason_asks_for_nothing(tmp_path, web, origin):
