@@ -1,6 +1,7 @@
 """Imports point downward only; this table is the architecture, and the test holds it."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -131,6 +132,15 @@ def test_every_room_of_the_table_is_there():
     }
 
     assert rooms == set().union(*LAYERS)
+
+
+def test_every_room_is_on_the_map():
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("| room |")[2]
+    cells = (line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    shown = [Path(name).stem for cell in cells for name in re.findall("`(.+?)`", cell)]
+
+    assert sorted(shown, key=level) == shown
+    assert set(shown) == set().union(*LAYERS)
 
 
 @pytest.mark.parametrize("module", ["pmd_pipeline.cli", "pmd_pipeline.format"])
