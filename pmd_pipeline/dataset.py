@@ -12,7 +12,7 @@ from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import FAILED, Manifest, Report
 from pmd_pipeline.index.build import Index, build_index
 from pmd_pipeline.index.leakage import KARPATHY_FILE
-from pmd_pipeline.manifest import merged, save_manifest, source_manifest
+from pmd_pipeline.manifest import merged, repeated_pictures, save_manifest, source_manifest
 from pmd_pipeline.parallel import Pool, WorkerDied, open_pool
 from pmd_pipeline.parts.build import (
     WEB,
@@ -181,7 +181,7 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
         index = build_index(order.recipe, order.raw, order.index, pool, stage.watch)
         stage.settled({"rows": index.rows})
     if index.leakage == "not checked":
-        show.say(
+        show.warn(
             f"{source}: no {KARPATHY_FILE} in {order.raw} or beside it, so evaluation images were "
             "not left out; the manifest says so"
         )
@@ -197,7 +197,7 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
         for report in reports.values():
             stage.found(_counts(report))
         build = build_texts if order.recipe.kind == "text" else build_part
-        for task, result in pool.run(build, waiting, stage.watch):
+        for task, result in pool.run(build, list(_side_by_side(waiting, pool)), stage.watch):
             if isinstance(result, WorkerDied):
                 failures.append(str(result))
             else:
@@ -214,6 +214,8 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
         load_list(order.data).digest,
     )
     save_manifest(order.manifest, manifest)
+    for sentence in repeated_pictures(manifest):
+        show.warn(sentence)
     return manifest, failures
 
 
@@ -328,6 +330,12 @@ def _waiting(
         report = reports.get(task.part.part)
         if report is None or not _leaves_out(task, report):
             yield task
+
+
+def _side_by_side(waiting: Sequence[PartTask], pool: Pool) -> Iterator[PartTask]:
+    """The tasks, each knowing how many run beside it and ask the same hosts."""
+    for task in waiting:
+        yield replace(task, workers=min(pool.workers, len(waiting)))
 
 
 def _leaves_out(task: PartTask, report: Report) -> bool:

@@ -239,6 +239,8 @@ class SourceEntry(_Stored):
         counts: pairs from the first upstream row to the last shard.
         images: samples in the shards.
         unique_images: distinct images among them, by the bytes as fetched.
+        repeated: sha256 of images that came as the same bytes for ten records or more, each
+            with its records; at most 20, those with most. Often they stand for removed pictures.
         words: pairs kept by their number of words.
         tokens: pieces in all sequences of texts, [CLS] and [SEP]s too.
         rules: the resolved recipe, as far as it shapes data.
@@ -255,6 +257,7 @@ class SourceEntry(_Stored):
     counts: Counts
     images: int
     unique_images: int
+    repeated: dict[str, int] = Field(default_factory=dict)
     words: dict[int, int]
     tokens: int = 0
     rules: dict[str, Any]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from pmd_pipeline import sources
@@ -29,6 +30,12 @@ from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.shards.codes import done_codes
 from pmd_pipeline.storage import join, local_path, open_read, read_bytes, sizes, write_whole
 from pmd_pipeline.tables import read_table
+
+MANY = 10
+"""Records that have the same picture, from which on it looks like one that stands for others."""
+
+_MOST_REPEATED = 20
+_DIGITS = 16
 
 
 def source_manifest(
@@ -56,14 +63,15 @@ def source_manifest(
     done = {report.part for report in reports}
     missing = [part for part in planned if part not in done]
     rules = recipe.rules()
+    ledgers = [join(shards, report.ledger.name) for report in reports if report.images]
+    unique, repeated = _copies(ledgers)
     entry = SourceEntry(
         licence=info.licence,
         citation=info.citation,
         counts=_counts(index, reports, missing),
         images=sum(report.images for report in reports),
-        unique_images=_unique_images(
-            join(shards, report.ledger.name) for report in reports if report.images
-        ),
+        unique_images=unique,
+        repeated=repeated,
         tokens=sum(report.tokens for report in reports),
         words=_words(report.words for report in reports),
         rules=rules,
@@ -138,6 +146,19 @@ def merged(name: str, path: str, manifests: Sequence[tuple[str, Manifest]]) -> M
     )
 
 
+def repeated_pictures(manifest: Manifest) -> list[str]:
+    """A sentence for the picture of each source that most records share, if many do."""
+    found = []
+    for name, entry in sorted(manifest.sources.items()):
+        if entry.repeated:
+            sha256, records = max(entry.repeated.items(), key=lambda item: item[1])
+            found.append(
+                f"{name}: {records:,} records share one picture; if it stands for removed ones, "
+                f"give --optout a file with the line {sha256}"
+            )
+    return found
+
+
 def load_manifest(path: str) -> Manifest:
     """The manifest at `path`, its digest checked.
 
@@ -163,6 +184,27 @@ def load_manifest(path: str) -> Manifest:
 def save_manifest(path: str, manifest: Manifest) -> None:
     """Write `manifest` to `path`, for people and programs to read."""
     write_whole(path, (manifest.model_dump_json(indent=1) + "\n").encode())
+
+
+def same_bytes(hashes: Sequence[NDArray[np.uint64]]) -> tuple[int, dict[str, int]]:
+    """How many images differ, and which came as the same bytes for many records.
+
+    Args:
+        hashes: the first 64 bits of the sha256 of each record's image, shard by shard; eight
+            bytes a record are held.
+
+    Returns:
+        The number of different ones, and for each of those with most records (see
+        `SourceEntry.repeated`) its 16 hex digits and its records.
+    """
+    different, counts = np.unique(
+        np.concatenate([np.empty(0, np.uint64), *hashes]), return_counts=True
+    )
+    many = np.flatnonzero(counts >= MANY)
+    most = many[np.argsort(-counts[many], kind="stable")][:_MOST_REPEATED]
+    return len(different), {
+        f"{different[at]:0{_DIGITS}x}": int(counts[at]) for at in sorted(most.tolist())
+    }
 
 
 def located(manifest_path: str, path: str) -> str:
@@ -217,15 +259,26 @@ def _words(histograms: Iterable[dict[int, int]]) -> dict[int, int]:
     return dict(sorted(words.items()))
 
 
-def _unique_images(ledgers: Iterable[str]) -> int:
-    """Different images by the first 64 bits of their sha256: eight bytes an image in memory."""
-    found = [np.array([], dtype=np.uint64)]
-    for ledger in ledgers:
-        with open_read(ledger) as file:
-            table = read_table(file, ["sha256", "status"])
-        hashes = table.filter(pc.equal(table["status"], WORKED))["sha256"].to_pylist()
-        found.append(np.unique(np.array([int(one[:16], 16) for one in hashes], dtype=np.uint64)))
-    return len(np.unique(np.concatenate(found)))
+def _copies(ledgers: Sequence[str]) -> tuple[int, dict[str, int]]:
+    """Different images, and the sha256 of each that many records share with their number."""
+    hashes = [
+        np.array([int(one[:_DIGITS], 16) for one in _sha256s(ledger)], dtype=np.uint64)
+        for ledger in ledgers
+    ]
+    unique, copies = same_bytes(hashes)
+    if not copies:
+        return unique, {}
+    sha256s = (one for ledger in ledgers for one in _sha256s(ledger))
+    whole = {one[:_DIGITS]: one for one in sha256s if one[:_DIGITS] in copies}
+    return unique, {whole[first]: count for first, count in copies.items()}
+
+
+def _sha256s(ledger: str) -> list[str]:
+    """Of the images in a shard."""
+    with open_read(ledger) as file:
+        table = read_table(file, ["sha256", "status"])
+    found: list[str] = table.filter(pc.equal(table["status"], WORKED))["sha256"].to_pylist()
+    return found
 
 
 def _shard(report: Report, shards: str, path: str) -> ShardEntry:

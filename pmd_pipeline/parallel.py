@@ -51,7 +51,10 @@ class WorkerDied(PmdError):
 class Pool(Protocol):
     """Somewhere to run tasks."""
 
-    workers: int
+    @property
+    def workers(self) -> int:
+        """How many run at a time, if there are as many."""
+        ...
 
     def run(
         self,
@@ -110,7 +113,9 @@ def in_order(
 
 
 class _Here:
-    workers = 1
+    @property
+    def workers(self) -> int:
+        return 1
 
     def close(self) -> None:
         """Nothing is open."""
@@ -129,8 +134,12 @@ class _Processes:
     """Processes of this machine, started when there is more than one task for them."""
 
     def __init__(self, workers: int) -> None:
-        self.workers = workers
+        self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
+
+    @property
+    def workers(self) -> int:
+        return self._workers
 
     def close(self) -> None:
         if self._executor:
@@ -239,11 +248,16 @@ class _Ray:
     """A cluster, joined or started when there is more than one task for it."""
 
     def __init__(self, workers: int | None, address: str | None, gpus: int) -> None:
-        self.workers = workers or os.cpu_count() or 1
+        self._workers = workers or (None if address else os.cpu_count() or 1)
         self._address = address
         self._gpus = gpus
-        self._fixed = workers is not None
         self._connected = False
+
+    @property
+    def workers(self) -> int:
+        if self._workers is None:  # the cluster knows
+            self._connect()
+        return self._workers or 1
 
     def close(self) -> None:
         if self._connected:
@@ -261,7 +275,7 @@ class _Ray:
             {"address": self._address}
             if self._address
             else {
-                "num_cpus": self.workers,
+                "num_cpus": self._workers,
                 "include_dashboard": False,
                 "log_to_driver": False,
             }
@@ -281,8 +295,7 @@ class _Ray:
             where = self._address or "on this machine"
             raise PmdError(f"cannot start or join Ray {where}: {error}") from error
         self._connected = True
-        if not self._fixed:
-            self.workers = int(ray.cluster_resources().get("CPU", 1))
+        self._workers = self._workers or int(ray.cluster_resources().get("CPU", 1))
 
     def run(
         self,

@@ -144,7 +144,11 @@ class Show:
     def say(self, words: str) -> None:
         """Print a line, as it is."""
         if not self._quiet:
-            self._console.print(words, markup=False, highlight=False, soft_wrap=True)
+            self.warn(words)
+
+    def warn(self, words: str) -> None:
+        """Print a line also where no progress is shown: the result is not what was expected."""
+        self._console.print(words, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def _with_bar(self, stage: Stage) -> Iterator[None]:

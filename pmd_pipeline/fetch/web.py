@@ -90,6 +90,9 @@ class Web:
         respect: signals of those who publish an image that are obeyed.
         clock: what attempts, hosts and a cut network are waited for with; the time allowed for an
             address is not measured by it.
+        workers: how many clients ask the same hosts at a time. Each takes its share of `per_host`,
+            at least one request in flight, and waits so many times the delays, so that together
+            they ask a host no more often than one would.
 
     Raises:
         PmdError: `contact` cannot be sent, `connect_to` or a proxy is no address, or the system
@@ -102,12 +105,15 @@ class Web:
         max_bytes: int,
         respect: Collection[Signal] = SIGNALS,
         clock: Clock | None = None,
+        workers: int = 1,
     ) -> None:
         self._manners = manners
+        self._workers = workers
+        self.per_host = max(1, manners.per_host // workers)
         self._max_bytes = max_bytes
         self._respect = respect
         self._clock = clock or Clock()
-        self._turns = Turns(Hosts(manners.per_host, self._delay), self._clock, self._has_room)
+        self._turns = Turns(Hosts(self.per_host, self._delay), self._clock, self._has_room)
         self._robots = RobotsCache()
         self._asking: dict[str, asyncio.Task[Robots]] = {}
         self._image = _Errand(self._admit, self._wanted, self._fetched)
@@ -258,7 +264,7 @@ class Web:
         return robots
 
     def _delay(self, host: str) -> float:
-        """The least seconds between requests: the host's own wish, and what the recipe says of it.
+        """The least seconds between our requests: what the host wishes, and the recipe says of it.
 
         The recipe speaks of the host itself, not of who stands in for it.
         """
@@ -267,7 +273,7 @@ class Web:
         delays = [robots.delay for robots in known if robots]
         if not self._ways.origin(host):
             delays += (d for p, d in self._manners.delay.items() if fnmatchcase(host, p))
-        return max(delays, default=0.0)
+        return self._workers * max(delays, default=0.0)
 
     def _has_room(self) -> bool:
         """Say whether one more request may be in flight."""
@@ -305,33 +311,22 @@ class Web:
 
 
 @contextmanager
-def web_for(manners: Fetch, images: Images) -> Iterator[Web]:
+def web_for(manners: Fetch, images: Images, workers: int = 1) -> Iterator[Web]:
     """The client of this process for these manners and rules.
 
     It stays for the next who wants the same, with its connections, names and what it knows of
     hosts, unless it was left in the middle of something, or another was wanted in between.
     """
     proxies = tuple(environment_proxies().items())
-    key = (manners.model_dump_json(), images.max_bytes, tuple(images.respect), proxies)
+    key = (manners.model_dump_json(), images.max_bytes, tuple(images.respect), proxies, workers)
     if key not in _kept:
         _close_kept()
-        _kept[key] = Web(manners, images.max_bytes, images.respect)
+        _kept[key] = Web(manners, images.max_bytes, images.respect, workers=workers)
     try:
         yield _kept[key]
     finally:
         if key in _kept and not _kept[key].is_idle():
             _close_kept()
-
-
-def shared(manners: Fetch, workers: int) -> Fetch:
-    """Manners for each of so many workers, that together ask a host no more often than one would.
-
-    A host of which each worker may ask nothing at all is asked by one request of each; the delays
-    still hold for all of them together.
-    """
-    delay = {host: seconds * workers for host, seconds in manners.delay.items()}
-    per_host = max(1, manners.per_host // workers)
-    return manners.model_copy(update={"per_host": per_host, "delay": delay})
 
 
 def user_agent(contact: str) -> str:

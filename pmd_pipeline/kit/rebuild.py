@@ -14,7 +14,7 @@ from pmd_pipeline.format import Counts, Manifest, SourceEntry
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.kit.format import Kit, load_kit
 from pmd_pipeline.kit.restore import Restored, RestoreTask, missing_name, restore_part
-from pmd_pipeline.manifest import merged, save_manifest, with_codes
+from pmd_pipeline.manifest import merged, same_bytes, save_manifest, with_codes
 from pmd_pipeline.parallel import Pool, WorkerDied
 from pmd_pipeline.parts.build import WEB
 from pmd_pipeline.progress import Show
@@ -197,6 +197,11 @@ def _tasks(
             catalogue(*catalogues[-1], pool)
         elif place != WEB:
             open_shelf(place)  # says what is wrong with it before anything is fetched
+    parts = [
+        (part, entry)
+        for part, entry in zip(kit.parts, kit.manifest.shards, strict=True)
+        if part.source == source
+    ]
     return [
         RestoreTask(
             kit=order.kit,
@@ -210,9 +215,9 @@ def _tasks(
             catalogues=tuple(catalogues),
             stamps=tuple(place if place == WEB else stamp(place) for place in order.places),
             optout=order.out,
+            workers=min(pool.workers, len(parts)),
         )
-        for part, entry in zip(kit.parts, kit.manifest.shards, strict=True)
-        if part.source == source
+        for part, entry in parts
     ]
 
 
@@ -283,6 +288,7 @@ def _entry(
     there = [results[source, part.part] for part in before if (source, part.part) in results]
     lost = sum(part.counts.pairs_in for part in before if (source, part.part) not in results)
     hashes = [np.frombuffer(result.hashes, dtype=np.uint64) for result in there]
+    unique, copies = same_bytes(hashes)
     words = Counter[int]()
     for result in there:
         words.update(result.report.words)
@@ -292,7 +298,10 @@ def _entry(
         update={
             "counts": _changed(entry.counts, Counts.total(part.counts for part in before), now),
             "images": sum(result.entry.images for result in there),
-            "unique_images": len(np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]))),
+            "unique_images": unique,
+            "repeated": {
+                sha256: copies[sha256[:16]] for sha256 in entry.repeated if sha256[:16] in copies
+            },
             "words": dict(sorted(words.items())),
         }
     )

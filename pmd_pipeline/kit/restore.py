@@ -55,6 +55,7 @@ class RestoreTask:
         places: where images are looked for, in order; see `PartTask`.
         stamps: tell the places apart.
         optout: address beside which the list of images to leave out lies.
+        workers: how many tasks run at a time and ask the same hosts.
     """
 
     kit: str
@@ -68,6 +69,7 @@ class RestoreTask:
     catalogues: tuple[tuple[str, str], ...]
     stamps: tuple[str, ...]
     optout: str
+    workers: int = 1
 
     def __str__(self) -> str:
         return f"part {self.name} of {self.part.source}"
@@ -137,8 +139,8 @@ def restore_part(task: RestoreTask, tick: Tick) -> Restored:
     found = Restored(report, entry)
     same = _same_pictures(task, entry, wanted, rows)
     found.otherwise = entry.images - len(same)
-    hashes = {int(row["sha256"][:16], 16) for row in rows if row["status"] == WORKED}
-    found.hashes = np.array(sorted(hashes), dtype=np.uint64).tobytes()
+    hashes = [int(row["sha256"][:16], 16) for row in rows if row["status"] == WORKED]
+    found.hashes = np.array(hashes, dtype=np.uint64).tobytes()
     _list_missing(task, wanted, rows, found)
     if not found.otherwise:
         found.codes = _codes(task, entry, wanted, same)
@@ -237,6 +239,7 @@ def _part_task(task: RestoreTask, kept: FileDigest, dependency: str) -> PartTask
         catalogues=task.catalogues,
         dependency=dependency,
         optout=task.optout,
+        workers=task.workers,
     )
 
 

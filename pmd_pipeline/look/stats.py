@@ -14,6 +14,7 @@ from pmd_pipeline import sources
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Manifest
 from pmd_pipeline.index.leakage import KARPATHY_FILE
+from pmd_pipeline.manifest import repeated_pictures
 from pmd_pipeline.storage import whole_file
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def remarks(manifest: Manifest) -> list[str]:
             found.append(f"{name} lacks {len(missing)} parts: run its build again")
         if entry.leakage == "not checked":
             found.append(f"{name} may hold evaluation images: there was no {KARPATHY_FILE}")
-    return found
+    return found + repeated_pictures(manifest)
 
 
 def as_table(rows: Sequence[Lengths], manifest: Manifest) -> list[Table]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from PIL import features
 
 from pmd_pipeline.errors import RecordError
-from pmd_pipeline.fetch.web import Fetched, Web, shared, web_for
+from pmd_pipeline.fetch.web import Fetched, Web, web_for
 from pmd_pipeline.format import (
     FORMAT,
     Counts,
@@ -231,9 +231,8 @@ def _fetched(
     recipe = task.recipe
     is_all_web = task.places == (WEB,)
     folder, name = _folder(task.shards), part_name(task.part.part)
-    manners = shared(recipe.fetch, task.workers)
     with (
-        web_for(manners, recipe.images) as web,
+        web_for(recipe.fetch, recipe.images, task.workers) as web,
         ThreadPoolExecutor(_READERS) as readers,
         careful_maker(Maker(recipe.images), folder, f"{recipe.source}-{name}") as maker,
     ):
@@ -243,7 +242,7 @@ def _fetched(
             ask=_asker(task, records, web, readers),
             make=lambda record, found: maker.outcome(record.key, found),
             ahead=_AHEAD * recipe.fetch.concurrency if is_all_web else 2 * _READERS,
-            per_host=manners.per_host + 1,  # one waits, so that the host never does
+            per_host=web.per_host + 1,  # one waits, so that the host never does
             folder=folder,
         )
         keys = _web_key if is_all_web else _own_key

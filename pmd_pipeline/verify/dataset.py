@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from pmd_pipeline.format import Counts, Manifest, Report, SourceEntry, digest
-from pmd_pipeline.manifest import load_manifest, located
+from pmd_pipeline.manifest import load_manifest, located, same_bytes
 from pmd_pipeline.parallel import Pool, WorkerDied
 from pmd_pipeline.progress import Show
 from pmd_pipeline.storage import local_path
@@ -149,7 +149,12 @@ def _sums(
         sums["captions by length"] = (entry.counts.kept, sum(entry.words.values()))
     if tasks and not tasks[0].fast and not any(found.faults for found in checked):
         hashes = [np.frombuffer(found.images, dtype=np.uint64) for found in checked]
-        sums["unique images"] = (entry.unique_images, len(np.unique(np.concatenate(hashes))))
+        unique, copies = same_bytes(hashes)
+        sums["unique images"] = (entry.unique_images, unique)
+        stated = {sha256[:16]: count for sha256, count in entry.repeated.items()}
+        for name in sorted(stated.keys() | copies.keys()):
+            here = f"images of sha256 {name}..."
+            sums[here] = (stated.get(name, 0), copies.get(name, 0))
     return sums
 
 

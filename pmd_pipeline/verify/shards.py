@@ -238,11 +238,11 @@ def _row_faults(task: ShardTask, row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _image_hashes(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    hexes = {str(row["sha256"])[:16] for row in rows if row["status"] == WORKED}
+    hexes = [str(row["sha256"])[:16] for row in rows if row["status"] == WORKED]
     whole = [
         int(one, 16) for one in hexes if len(one) == 16 and set(one) <= set("0123456789abcdef")
     ]
-    return np.array(sorted(whole), dtype=np.uint64).tobytes()
+    return np.array(whole, dtype=np.uint64).tobytes()
 
 
 def _checked_tar(

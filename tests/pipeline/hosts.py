@@ -147,15 +147,15 @@ CLIENTS = []
 """Clients that were made here and must be closed."""
 
 
-def new_web(manners=None, max_bytes=1000, respect=(), clock=None):
-    made = Web(manners or Fetch(), max_bytes, respect, clock or Still())
+def new_web(manners=None, max_bytes=1000, respect=(), clock=None, workers=1):
+    made = Web(manners or Fetch(), max_bytes, respect, clock or Still(), workers)
     CLIENTS.append(made)
     return made
 
 
-def web(host, waits=None, max_bytes=1000, respect=(), **manners):
+def web(host, waits=None, max_bytes=1000, respect=(), workers=1, **manners):
     manners = {"connect_to": {"*": host.origin}, **manners}
-    return new_web(Fetch(**manners), max_bytes, respect, Still(waits))
+    return new_web(Fetch(**manners), max_bytes, respect, Still(waits), workers)
 
 
 def kind_of(client, url="http://a.example/1.jpg"):

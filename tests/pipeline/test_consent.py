@@ -444,5 +444,8 @@ def test_requests_keep_the_distance_that_the_host_asks_for():
         for _ in range(3):
             client.get("http://a.example/1.jpg")
         web(host, waits).get("http://a.example/1.jpg")
+        one_of_three = web(host, waits, respect=SIGNALS, workers=3)
+        for _ in range(2):
+            one_of_three.get("http://a.example/1.jpg")
 
-    assert waits == [2, 2]
+    assert waits == [2, 2, 6]

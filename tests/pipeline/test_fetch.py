@@ -1,12 +1,14 @@
 """Real sockets on loopback; `connect_to` plays the internet, and `wait` is a list."""
 
+import asyncio
 import gzip
 import hashlib
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hosts import BODY, Host, answer, by_path, detail_of, in_turn, kind_of, redirect, web
+from hosts import BODY, Host, answer, by_path, detail_of, in_turn, kind_of, new_web, redirect, web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -445,15 +447,32 @@ def test_no_connection_reads_the_same_on_every_run():
     assert details == {"no connection to a.example"}
 
 
-@pytest.mark.parametrize(("workers", "per_host"), [(1, 8), (2, 4), (3, 2), (8, 1), (100, 1)])
-def test_workers_together_ask_a_host_no_more_often_than_one_would(workers, per_host):
-    manners = Fetch(per_host=8, delay={"*.imgur.com": 0.5}, timeout=7)
+@pytest.mark.parametrize(("workers", "most"), [(1, 8), (3, 2), (8, 1), (100, 1)])
+def test_workers_together_ask_a_host_no_more_often_than_one_would(workers, most):
+    now = peak = 0
+    lock = threading.Lock()
 
-    each = fetch.shared(manners, workers)
+    def slow(_head):
+        nonlocal now, peak
+        with lock:
+            now += 1
+            peak = max(peak, now)
+        time.sleep(0.01)
+        with lock:
+            now -= 1
+        return answer()
 
-    assert each.per_host == per_host
-    assert each.delay == {"*.imgur.com": 0.5 * workers}
-    assert each.timeout == 7
+    async def all_of(client):
+        await asyncio.gather(*(client.fetch(f"http://a.example/{n}.jpg") for n in range(24)))
+
+    with Host(slow) as host:
+        client = web(host, workers=workers, per_host=8)
+        asyncio.run_coroutine_threadsafe(all_of(client), client.loop).result()
+        client.memory.give(24 * len(BODY))
+
+    assert peak == most
+    each = new_web(Fetch(delay={"*.imgur.com": 0.5}), workers=workers)
+    assert each._delay("i.imgur.com") == 0.5 * workers
 
 
 def test_the_client_of_a_process_stays_until_another_is_wanted_or_it_is_left_in_the_middle():

@@ -1,0 +1,133 @@
+"""One picture under many addresses is told, since it often stands for removed ones."""
+
+import hashlib
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
+
+from pmd_pipeline.dataset import build_source
+from pmd_pipeline.kit.lock import lock
+from pmd_pipeline.kit.rebuild import Rebuild, rebuild
+from pmd_pipeline.look.stats import remarks
+from pmd_pipeline.manifest import MANY, load_manifest, same_bytes, save_manifest
+from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.parts.optout import REASON, add_to_list
+from pmd_pipeline.progress import Show
+from pmd_pipeline.verify.dataset import verify
+
+NUM, SAME = 40, 12
+
+
+@pytest.fixture
+def order(tmp_path):
+    """Forty addresses in five parts, of which twelve in several parts give one picture."""
+    names = [f"{number}.jpg" for number in range(NUM)]
+    folder = write_pictures(tmp_path / "pictures", names)
+    for name in names[:SAME]:
+        (folder / name).write_bytes((folder / "0.jpg").read_bytes())
+    for name in names[SAME : SAME + MANY - 1]:  # one record too few to be told
+        (folder / name).write_bytes((folder / f"{SAME}.jpg").read_bytes())
+    write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}.jpg") for n in range(NUM)])
+    return toy_order(tmp_path, toy_recipe(part_records=8), pictures=folder)
+
+
+def sha256(order, number):
+    return hashlib.sha256(Path(order.places[0], f"{number}.jpg").read_bytes()).hexdigest()
+
+
+def test_the_manifest_and_the_build_tell_a_picture_that_many_records_share(order):
+    said = io.StringIO()
+    with open_pool("local", 1, None) as pool:
+        manifest, _ = build_source(order, pool, Show(Console(file=said, width=300), quiet=True))
+
+    assert manifest.sources["cc3m"].repeated == {sha256(order, 0): SAME}
+    [sentence] = remarks(manifest)[-1:]
+    assert sentence == (
+        f"cc3m: 12 records share one picture; if it stands for removed ones, give --optout a file "
+        f"with the line {sha256(order, 0)}"
+    )
+    assert sentence in said.getvalue()
+
+
+def test_the_line_that_is_told_leaves_the_picture_out(order, tmp_path):
+    before = toy_build(order)
+    (tmp_path / "list.txt").write_text(sha256(order, 0))
+    add_to_list(order.data, str(tmp_path / "list.txt"))
+
+    now = toy_build(order)
+
+    entry = now.sources["cc3m"]
+    assert entry.counts.dropped[REASON] == SAME
+    assert (entry.images, entry.repeated) == (before.sources["cc3m"].images - SAME, {})
+
+
+def test_verify_counts_them_again(order):
+    manifest = toy_build(order)
+    entry = manifest.sources["cc3m"]
+    lie = entry.model_copy(update={"repeated": {sha256(order, 0): SAME + 1}})
+    changed = manifest.model_copy(update={"sources": {"cc3m": lie}, "digest": ""})
+    changed = changed.model_copy(update={"digest": changed.computed_digest()})
+
+    with open_pool("local", 1, None) as pool:
+        assert [str(one) for one in verify(order.manifest, pool, QUIET)] == []
+        save_manifest(order.manifest, changed)
+        [fault] = [str(one) for one in verify(order.manifest, pool, QUIET)]
+
+    name = sha256(order, 0)[:16]
+    assert fault.endswith(f"the manifest states 13 images of sha256 {name}..., the shards have 12")
+
+
+def test_a_rebuild_tells_the_same_and_counts_what_is_missing(order, tmp_path):
+    made = toy_build(order)
+    with open_pool("local", 1, None) as pool:
+        lock(order.manifest, str(tmp_path / "kit"), pool, QUIET, hashed=False)
+        again = Rebuild(
+            kit=str(tmp_path / "kit"),
+            out=str(tmp_path / "again"),
+            manifests=str(tmp_path / "again"),
+            places=order.places,
+        )
+        assert rebuild(again, pool, QUIET).manifest.digest == made.digest
+
+        less = write_pictures(tmp_path / "less", [])
+        for number in range(1, NUM):  # one of the twelve is gone
+            name = f"{number}.jpg"
+            (less / name).write_bytes((tmp_path / "pictures" / name).read_bytes())
+        fewer = replace(
+            again,
+            out=str(tmp_path / "fewer"),
+            manifests=str(tmp_path / "fewer"),
+            places=(str(less),),
+        )
+        counted = rebuild(fewer, pool, QUIET).manifest.sources["cc3m"].repeated
+    assert counted == {sha256(order, 1): SAME - 1}
+    assert load_manifest(order.manifest).digest == made.digest
+
+
+@given(st.lists(st.lists(st.integers(0, 9)), max_size=6))
+def test_copies_are_counted_over_all_shards(shards):
+    hashes = [np.array(shard, dtype=np.uint64) for shard in shards]
+    flat = [one for shard in shards for one in shard]
+
+    unique, copies = same_bytes(hashes)
+
+    assert unique == len(set(flat))
+    assert copies == {f"{n:016x}": flat.count(n) for n in range(10) if flat.count(n) >= MANY}
+
+
+def test_only_the_commonest_are_told():
+    copies = [np.repeat(np.arange(30, dtype=np.uint64), MANY + np.arange(30))]
+
+    _, told = same_bytes(copies)
+
+    assert told == {f"{n:016x}": MANY + n for n in range(10, 30)}
+    assert list(told) == sorted(told)
+    assert json.dumps(told)
