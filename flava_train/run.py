@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 from uuid import uuid4
 
 from flava_train.errors import FlavaError
 
 CONFIG, VOCABULARY = "config.toml", "vocab.txt"
+
+_locks: list[TextIO] = []
+"""Files whose locks this process holds."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -71,4 +75,20 @@ def only_writer(run: Path) -> Iterator[None]:
             raise FlavaError(
                 f"another flava-train writes to {run}; wait for it, or choose another --out"
             ) from error
-        yield
+        _locks.append(file)
+        try:
+            yield
+        finally:
+            _locks.remove(file)
+
+
+def _forget_locks() -> None:
+    """Close, in a process that was forked, what only its parent holds.
+
+    A loader's worker outlives a trainer that is killed by some seconds, and would hold its lock.
+    """
+    while _locks:
+        _locks.pop().close()
+
+
+os.register_at_fork(after_in_child=_forget_locks)

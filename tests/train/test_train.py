@@ -1,9 +1,11 @@
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +149,7 @@ def test_recomputing_activations_changes_nothing(world, alone, tmp_path):
 
 COMPILED = """
 import sys
+import time
 
 sys.path.insert(0, {here!r})
 import torch
@@ -339,6 +342,20 @@ def test_what_a_step_saw_can_be_explained(world, tmp_path):
 def test_two_runs_do_not_write_into_one_folder(world, tmp_path):
     with only_writer(tmp_path / "run"), pytest.raises(FlavaError, match="another flava-train"):
         train(told(world, tmp_path / "run"), quiet=True)
+
+
+def test_a_run_that_is_gone_is_not_held_by_the_workers_it_leaves(tmp_path):
+    with only_writer(tmp_path / "run"):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        with pytest.raises(FlavaError, match="another"), only_writer(tmp_path / "run"):
+            pass
+    try:
+        with only_writer(tmp_path / "run"):
+            assert worker.is_alive()
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_vocabularies_are_as_large_as_the_data_says(world, tmp_path, alone):
