@@ -42,7 +42,7 @@ _TURNS = {
 
 _SIDEWAYS = {Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90}
 
-_MARGIN = 1.75
+_MARGIN = 1.5
 """How many times the target's pixels a coarse decode keeps; fewer fall behind img2dataset."""
 
 _FAST_MARGIN = 1.2

@@ -15,12 +15,17 @@ Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 _COARSEST = 8
 """libjpeg decodes to a half, a quarter or an eighth for less; the fractions between look worse."""
 
-_BLUR = 0.4
-"""Standard deviation of the blur before sampling, in pixels of the picture to be made."""
+_BLUR, _SHARPEN = 0.4, 0.5
+"""Standard deviation of the blur before sampling, in pixels of the picture to be made, and how much
+of what blur and bilinear sampling took is given back. Exact in binary, so that every processor
+rounds it alike."""
 
-_SHARPEN = 0.5
-"""How much of what blur and bilinear sampling took is given back; exact in binary, so that every
-processor rounds it alike."""
+_COARSE_BLUR, _COARSE_SHARPEN = 0.45, 0.875
+"""The same where a coarse decode has left less than `_FINE` times the target's pixels."""
+
+_FINE = 1.75
+_SOFT = 0.8
+"""Standard deviation of the blur that shows what is to be given back."""
 
 _KEPT = 4 << 20
 """Bytes of memory that are not given back to the system between one image and the next."""
@@ -98,18 +103,20 @@ def _made_smaller(
     Where `part` does not divide the size, the last of them lie partly outside of the picture.
     """
     across, down = (one / part / wanted for one, wanted in zip(size, target, strict=True))
+    is_coarse = part > 1 and min(across, down) < _FINE
+    blur, sharpen = (_COARSE_BLUR, _COARSE_SHARPEN) if is_coarse else (_BLUR, _SHARPEN)
     blurred = cv2.GaussianBlur(
         pixels,
         (_taps(across), _taps(down)),
-        sigmaX=_BLUR * across,
-        sigmaY=_BLUR * down,
+        sigmaX=blur * across,
+        sigmaY=blur * down,
         borderType=cv2.BORDER_REPLICATE,
     )
     # told the scale instead of the size, OpenCV samples the picture and not what lies outside
     sampled = cv2.resize(blurred, None, fx=1 / across, fy=1 / down, interpolation=cv2.INTER_LINEAR)
     sampled = sampled[: target[1], : target[0]]
-    soft = cv2.GaussianBlur(sampled, (3, 3), sigmaX=2 * _BLUR, borderType=cv2.BORDER_REPLICATE)
-    sharp = cv2.addWeighted(sampled, 1 + _SHARPEN, soft, -_SHARPEN, 0)
+    soft = cv2.GaussianBlur(sampled, (3, 3), sigmaX=_SOFT, borderType=cv2.BORDER_REPLICATE)
+    sharp = cv2.addWeighted(sampled, 1 + sharpen, soft, -sharpen, 0)
     return np.asarray(sharp, dtype=np.uint8)
 
 
