@@ -9,8 +9,9 @@ STAMP := $(VENV)/.installed-$(INPUTS)-$(HERE)
 
 .PHONY: quickstart test unit slow check docs format bare bench bench-env lock clean
 
+# STEPS=600 trains half as long; it fails if what was learned is not ten times chance.
 quickstart: $(STAMP)
-	$(BIN)/pmd quickstart
+	$(BIN)/pmd quickstart $(if $(STEPS),--steps $(STEPS))
 
 test: unit slow
 
