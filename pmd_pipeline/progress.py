@@ -77,6 +77,8 @@ class Stage:
             words.append(f"{rate / 1e6:,.1f} MB/s" if what == "bytes" else f"{rate:,.0f} {what}/s")
         if both["failed"]:
             words.append(f"{both['failed']:,} pairs failed")
+        if now["cut"]:
+            words.append("nobody answers: waiting for the network")
         if seconds > _SETTLED_SECONDS and self._total and now[self._unit]:
             left = (self._total - both[self._unit]) * seconds / now[self._unit]
             words.append(f"{_duration(left)} left")

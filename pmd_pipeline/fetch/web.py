@@ -156,6 +156,10 @@ class Web:
         """Say whether nothing is in flight, and all that was fetched has been given back."""
         return not (self._turns.in_flight or self.memory.used)
 
+    def is_cut(self) -> bool:
+        """Say whether nobody can be reached, and all requests wait for the network."""
+        return self._turns.is_cut()
+
     def get(self, url: str) -> Fetched:
         """As `fetch`, for any thread but the event loop's own."""
         fetched: Fetched = self._awaited(self.fetch(url))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
@@ -120,7 +121,8 @@ def build_part(task: PartTask, tick: Tick) -> Report:
         writer = ShardWriter(tar)
         with Settled.of(exclusions, task.again, task.shards, before) as settled:
             tally.fetched_bytes = settled.fetched_bytes
-            for record, outcome in _outcomes(task, settled):
+            waits = partial(_told_waiting, tick, rows, tally)
+            for record, outcome in _outcomes(task, settled, waits):
                 rows.append(_stored(recipe.source, record, outcome, writer, tally))
                 tick(_progress(len(rows), tally))
         writer.close()
@@ -209,10 +211,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def _outcomes(task: PartTask, settled: Settled) -> Iterator[tuple[IndexRecord, Outcome]]:
+def _outcomes(
+    task: PartTask, settled: Settled, waits: Callable[[Web], None]
+) -> Iterator[tuple[IndexRecord, Outcome]]:
     """Records with what became of them, in order of key."""
     records = list(read_part(task.index, task.part, task.limit))
-    fetched = _fetched(task, settled.unknown(records))
+    fetched = _fetched(task, settled.unknown(records), waits)
     for record in records:
         known = settled.outcome(record)
         if known:
@@ -223,9 +227,9 @@ def _outcomes(task: PartTask, settled: Settled) -> Iterator[tuple[IndexRecord, O
 
 
 def _fetched(
-    task: PartTask, records: Sequence[IndexRecord]
+    task: PartTask, records: Sequence[IndexRecord], waits: Callable[[Web], None]
 ) -> Iterator[tuple[IndexRecord, Outcome]]:
-    """Records with what came of fetching them, in order of key."""
+    """Records with what came of fetching them, in order of key; `waits` is called meanwhile."""
     if not records:
         return
     recipe = task.recipe
@@ -244,6 +248,7 @@ def _fetched(
             ahead=_AHEAD * recipe.fetch.concurrency if is_all_web else 2 * _READERS,
             per_host=web.per_host + 1,  # one waits, so that the host never does
             folder=folder,
+            idle=lambda: waits(web),
         )
         keys = _web_key if is_all_web else _own_key
         yield from flow.outcomes(records, _host if WEB in task.places else _no_host, keys)
@@ -365,6 +370,11 @@ def _members(
         described["boxes"] = record.boxes
     members = {"jpg": stored.jpeg, "json": canonical_json(described).encode()}
     return members | {"txt": captions[0].encode()} if captions else members
+
+
+def _told_waiting(tick: Tick, rows: Sequence[dict[str, Any]], tally: _Tally, web: Web) -> None:
+    """Tell that the part waits for the network, if it does."""
+    tick(_progress(len(rows), tally) | {"cut": int(web.is_cut())})
 
 
 def _progress(records: int, tally: _Tally) -> dict[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from pmd_pipeline.errors import RecordError
@@ -20,6 +20,9 @@ _PILED = 32 << 20
 
 _GLANCE = 0.01
 """Seconds after which to look whether more may be asked for."""
+
+_IDLE = 1.0
+"""Seconds without any outcome after which somebody may want to know why."""
 
 _Item = TypeVar("_Item")
 _Ended = SimpleQueue[tuple[int, Future[Outcome]]]
@@ -38,6 +41,7 @@ class Flow(Generic[_Item]):
         per_host: of these, most that are asked of one host, so that a slow one leaves room.
         threads: how many make outcomes at a time.
         folder: where outcomes wait for which there is no memory; None leaves it to the system.
+        idle: called now and then while no outcome comes.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -48,6 +52,7 @@ class Flow(Generic[_Item]):
     per_host: int
     threads: int = 1
     folder: str | None = None
+    idle: Callable[[], None] = lambda: None
 
     def outcomes(
         self,
@@ -69,7 +74,7 @@ class Flow(Generic[_Item]):
             try:
                 for source, item in zip(sources, items, strict=True):
                     while source not in pile:
-                        number, future = ended.get()
+                        number, future = self._next(ended)
                         asking.num_ended += 1
                         outcome = future.result()
                         pile.put(number, outcome)
@@ -78,6 +83,13 @@ class Flow(Generic[_Item]):
             finally:
                 asyncio.run_coroutine_threadsafe(asking.stop(), self.loop).result()
                 pool.shutdown(wait=True, cancel_futures=True)
+
+    def _next(self, ended: _Ended) -> tuple[int, Future[Outcome]]:
+        while True:
+            try:
+                return ended.get(timeout=_IDLE)
+            except Empty:
+                self.idle()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import socket
 import tarfile
 import threading
 from dataclasses import replace
@@ -20,11 +21,13 @@ from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, writ
 
 from pmd_pipeline import dataset
 from pmd_pipeline.dataset import Order
+from pmd_pipeline.fetch import hosts as hosts_room
 from pmd_pipeline.format import Report
 from pmd_pipeline.index.records import IndexPart, IndexRecord
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import open_pool
-from pmd_pipeline.parts.build import WEB, PartTask, _fetched
+from pmd_pipeline.parts import flow
+from pmd_pipeline.parts.build import WEB, PartTask, _fetched, build_part
 from pmd_pipeline.recipe import load_recipe
 
 KINDS = ("good", "missing", "html", "empty", "truncated", "tiny")
@@ -208,6 +211,33 @@ def test_parts_know_how_many_are_built_beside_them_and_ask_the_same_hosts(
     assert [one for one in told if one] == [share] * 2
 
 
+def test_a_part_tells_that_the_network_is_cut_and_goes_on_when_it_is_mended(tmp_path, monkeypatch):
+    lead, ticks = socket.getaddrinfo, []
+
+    def cut(*_args, **keywords):
+        if not any(tick.get("cut") for tick in ticks):  # mended once it is told
+            raise socket.gaierror(socket.EAI_AGAIN, "no name server")
+        return lead("127.0.0.1", None, **keywords)
+
+    monkeypatch.setattr(socket, "getaddrinfo", cut)
+    monkeypatch.setattr(hosts_room, "_PAUSE", 0.3)
+    monkeypatch.setattr(flow, "_IDLE", 0.05)
+    body = (write_pictures(tmp_path / "there", ["1.jpg"]) / "1.jpg").read_bytes()
+    rows = [(f"picture {n}", f"http://{n}.example/1.jpg") for n in range(20)]
+    write_rows(tmp_path / "raw", rows)
+    with Host(by_path({"/robots.txt": answer(404), "/1.jpg": answer(body=body)})) as host:
+        fetch = {"connect_to": {"*": f"http://somewhere.example:{host.port}"}, "concurrency": 4}
+        order = toy_order(tmp_path, toy_recipe(fetch=fetch), pictures=tmp_path)
+        monkeypatch.setattr(dataset, "build_part", lambda task, _: build_part(task, ticks.append))
+        manifest = toy_build(replace(order, places=(WEB,)))
+
+    counts = manifest.sources["cc3m"].counts
+    assert counts.kept >= 10  # those that showed that the network is cut may have failed
+    assert counts.kept + sum(counts.failed.values()) == 20
+    assert max(tick.get("cut", 0) for tick in ticks) == 1
+    assert ticks[-1].get("cut", 0) == 0
+
+
 def test_an_address_that_several_records_share_is_asked_once(tmp_path):
     body = (write_pictures(tmp_path / "there", ["1.jpg"]) / "1.jpg").read_bytes()
     names = ["1.jpg", "1.jpg#a", "1.jpg#b"]
@@ -217,7 +247,7 @@ def test_an_address_that_several_records_share_is_asked_once(tmp_path):
         task = PartTask(recipe, "", None, None, str(tmp_path), (WEB,), (), "")
         task = replace(task, part=IndexPart.model_construct(part=0))
 
-        outcomes = [outcome for _, outcome in _fetched(task, records)]
+        outcomes = [outcome for _, outcome in _fetched(task, records, lambda _: None)]
 
     assert host.paths == ["/robots.txt", "/1.jpg"]
     assert [outcome.picture.jpeg for outcome in outcomes] == [body] * 3

@@ -36,6 +36,17 @@ def test_a_line_says_how_much_is_done_how_fast_what_failed_and_how_long_it_takes
         assert stage.line() == "120 of 240 records, 27 images/s, 12 pairs failed, 4 s left"
 
 
+def test_a_line_says_that_the_network_is_cut_while_it_is(clock):
+    show, _ = show_on(clock)
+    with show.stage("coco build", "records", 10) as stage:
+        stage.watch("part 0", {"records": 2, "cut": 1})
+        waiting = stage.line()
+        stage.watch("part 0", {"records": 3, "cut": 0})
+
+    assert waiting == "2 of 10 records, nobody answers: waiting for the network"
+    assert stage.line() == "3 of 10 records"
+
+
 def test_no_speed_is_told_before_it_has_settled(clock):
     show, _ = show_on(clock)
     with show.stage("toy build", "records", 240) as stage:

@@ -345,9 +345,12 @@ def test_two_runs_do_not_write_into_one_folder(world, tmp_path):
 
 
 def test_a_run_that_is_gone_is_not_held_by_the_workers_it_leaves(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    runs = fork.Event()
     with only_writer(tmp_path / "run"):
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker = fork.Process(target=lambda: (runs.set(), time.sleep(60)))
         worker.start()
+        assert runs.wait(30)
         with pytest.raises(FlavaError, match="another"), only_writer(tmp_path / "run"):
             pass
     try:
