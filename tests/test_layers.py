@@ -134,10 +134,21 @@ def test_every_room_of_the_table_is_there():
     assert rooms == set().union(*LAYERS)
 
 
+def on_the_map(head):
+    """What the first column of the table with this head names in CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition(head)[2]
+    cells = [line.split("|")[1] for line in text.partition("\n\n")[0].splitlines()[2:]]
+    return [Path(name).stem for cell in cells for name in re.findall("`(.+?)`", cell)]
+
+
+def test_every_file_of_the_trainer_is_on_the_map():
+    there = {path.stem for path in modules("flava_train")} - {"__init__", "shapes", "errors"}
+
+    assert sorted(on_the_map("| files of `flava_train` |")) == sorted(there - {"cli"})
+
+
 def test_every_room_is_on_the_map():
-    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("| room |")[2]
-    cells = (line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
-    shown = [Path(name).stem for cell in cells for name in re.findall("`(.+?)`", cell)]
+    shown = on_the_map("| room |")
 
     assert sorted(shown, key=level) == shown
     assert set(shown) == set().union(*LAYERS)
