@@ -80,12 +80,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C ends the command with exit code 130 and one sentence."""
+def interruptible(*, resumes: bool = True) -> Iterator[None]:
+    """Ctrl-C ends the command with exit code 130 and one sentence.
+
+    Args:
+        resumes: whether the same command goes on where it was, or begins anew.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
+        say("stopped; the same command goes on from here" if resumes else "stopped")
         raise typer.Exit(130) from None
 
 

@@ -41,7 +41,7 @@ def verify(
     from pmd_pipeline.verify.dataset import verify as findings
 
     found = []
-    with interruptible(), open_pool(runner.value, workers, ray_address) as pool:
+    with interruptible(resumes=False), open_pool(runner.value, workers, ray_address) as pool:
         for finding in findings(manifest, pool, shown(quiet=quiet), fast=fast):
             found.append(finding)
             if not as_json:
@@ -73,7 +73,7 @@ def diff(
     """
     from pmd_pipeline.look import compare
 
-    with interruptible(), shown(quiet=quiet).stage("diff", "records") as stage:
+    with interruptible(resumes=False), shown(quiet=quiet).stage("diff", "records") as stage:
         found = compare.compare(before, after, stage)
     typer.echo(compare.as_json(found) if as_json else "\n".join(compare.as_lines(found)))
     if not found.are_equal:

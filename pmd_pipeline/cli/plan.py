@@ -63,7 +63,7 @@ def plan(
     recipes = list(chain.from_iterable(load_recipe(name, changes) for name in names))
     tasks = workers or os.cpu_count() or 1
     found = []
-    with interruptible():
+    with interruptible(resumes=False):
         for one in recipes:
             if probe:
                 folder = raw_folder(raw, out, one.source)

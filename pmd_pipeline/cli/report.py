@@ -32,7 +32,7 @@ def report(
     from pmd_pipeline.report.page import page
     from pmd_pipeline.storage import write_whole
 
-    with interruptible(), shown(quiet=quiet).stage("report", "ledgers") as stage:
+    with interruptible(resumes=False), shown(quiet=quiet).stage("report", "ledgers") as stage:
         html = page(manifest, data, stage.watch).encode()
     write_whole(out, html)
     say(f"wrote {out}, {len(html) / 1e6:.1f} MB")

@@ -361,3 +361,14 @@ def test_ctrl_c_ends_a_build_with_all_its_processes(runner, slow_host, tmp_path)
     assert err.splitlines()[-1] == "stopped; the same command goes on from here"
     assert "Traceback" not in err
     assert list(tmp_path.rglob("*.tar")) == []
+
+
+@pytest.mark.parametrize("command", ["verify", "report"])
+def test_a_command_that_begins_anew_does_not_say_that_it_goes_on(pmd, monkeypatch, command):
+    def interrupted(*_args, **_keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pmd_pipeline.verify.dataset.verify", interrupted)
+    monkeypatch.setattr("pmd_pipeline.report.page.page", interrupted)
+
+    assert pmd(command, "manifests/pmd.json") == (130, "", "stopped\n")
