@@ -35,8 +35,6 @@ from PIL import Image
 from safetensors.numpy import save_file
 from transformers import BertTokenizer
 
-from flava_train.data import DataConfig, Streams
-from flava_train.loader import batches
 from flava_train.losses import Objective, Shares
 from flava_train.masking import (
     PatchMasking,
@@ -48,7 +46,10 @@ from flava_train.masking import (
     word_starts,
 )
 from flava_train.model import FlavaConfig
-from flava_train.order import Order
+from flava_train.streams.inputs import DataConfig
+from flava_train.streams.loader import batches
+from flava_train.streams.order import Order
+from flava_train.streams.rows import Streams
 from flava_train.text import load_wordpiece
 from pmd_pipeline.format import CodeRules, Manifest, ShardEntry, canonical_json, part_name
 from pmd_pipeline.shards.write import DigestingFile, Place, ShardWriter, ledger_bytes

@@ -99,7 +99,7 @@ def shards(
 
     Example: flava-train shards --shards manifests/pmd.json
     """
-    from flava_train.shards import stock
+    from flava_train.streams.shards import stock
 
     loaded, found = stock(manifest)
     for one in found:
@@ -156,8 +156,8 @@ def export(
 
     Example: flava-train export --hf flava-hf runs/flava_pmd
     """
+    from flava_train.evaluation.trained import load_trained
     from flava_train.hf import export_hf
-    from flava_train.trained import load_trained
 
     trained = load_trained(run, best=best)
     export_hf(trained.model, hf, vocabulary=trained.wordpiece.vocabulary)
@@ -182,7 +182,7 @@ def evaluate(
 
     Example: flava-train eval runs/flava_pmd manifests/flickr30k.json
     """
-    from flava_train.trained import load_trained
+    from flava_train.evaluation.trained import load_trained
 
     trained = load_trained(run, best=best)
     found = trained.evaluate(manifest, classes)
@@ -209,8 +209,8 @@ def search(
 
     Example: flava-train search runs/flava_pmd manifests/coco.json "two dogs on a beach"
     """
-    from flava_train.search import search as find_images
-    from flava_train.trained import load_trained
+    from flava_train.evaluation.search import search as find_images
+    from flava_train.evaluation.trained import load_trained
 
     found = find_images(load_trained(run, best=best), manifest, queries, nearest)
     if as_json:

@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from flava_train.data import DataConfig
 from flava_train.errors import FlavaError
 from flava_train.losses import Objective
 from flava_train.model import FlavaConfig
+from flava_train.streams.inputs import DataConfig
 
 PREFIX = "flava_"
 """Begins the names of training configurations, which share a folder with the data recipes."""

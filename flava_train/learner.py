@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from flava_train.batches import WIDTHS, Images, Pairs, Texts, micro_batches, on_device, take
-from flava_train.checkpoint import Best, Progress, save
 from flava_train.config import TrainConfig
-from flava_train.data import Streams
 from flava_train.errors import FlavaError
-from flava_train.evaluate import evaluate, files_of
-from flava_train.flops import Operations, peak_of
-from flava_train.loader import Batch
-from flava_train.metrics import Figures
+from flava_train.evaluation.evaluate import evaluate, files_of
 from flava_train.model import Flava
-from flava_train.optimizer import learning_rate
-from flava_train.ranks import Ranks, gradient_norm, scale, total
-from flava_train.run import Stop, write_whole
+from flava_train.run.checkpoint import Best, Progress, save
+from flava_train.run.flops import Operations, peak_of
+from flava_train.run.folder import Stop, write_whole
+from flava_train.run.metrics import Figures
+from flava_train.run.optimizer import learning_rate
+from flava_train.run.ranks import Ranks, gradient_norm, scale, total
 from flava_train.step import train_step
+from flava_train.streams.loader import Batch
+from flava_train.streams.rows import Streams
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 

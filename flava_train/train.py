@@ -6,7 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flava_train.checkpoint import (
+from flava_train.config import TrainConfig, as_tables, as_toml
+from flava_train.errors import FlavaError
+from flava_train.evaluation.evaluate import check_evaluation
+from flava_train.learner import FIRST_LOSS_SCALE, Learner, NotFinite
+from flava_train.model import FlavaConfig
+from flava_train.run.checkpoint import (
     Progress,
     checkpoint_name,
     find,
@@ -15,20 +20,15 @@ from flava_train.checkpoint import (
     load_weights,
     newest,
 )
-from flava_train.config import TrainConfig, as_tables, as_toml
-from flava_train.data import Streams
-from flava_train.errors import FlavaError
-from flava_train.evaluate import check_evaluation
-from flava_train.learner import FIRST_LOSS_SCALE, Learner, NotFinite
-from flava_train.loader import Batch, batches
-from flava_train.metrics import Metrics
-from flava_train.model import FlavaConfig
-from flava_train.optimizer import adamw
-from flava_train.order import STREAMS
-from flava_train.ranks import Ranks, as_rank_0_has_it, joined, shard
-from flava_train.run import CONFIG, VOCABULARY, Stop, only_writer, told_to_stop, write_whole
-from flava_train.shards import load_manifest
-from flava_train.start import beginning
+from flava_train.run.folder import CONFIG, VOCABULARY, Stop, only_writer, told_to_stop, write_whole
+from flava_train.run.metrics import Metrics
+from flava_train.run.optimizer import adamw
+from flava_train.run.ranks import Ranks, as_rank_0_has_it, joined, shard
+from flava_train.run.start import beginning
+from flava_train.streams.loader import Batch, batches
+from flava_train.streams.order import STREAMS
+from flava_train.streams.rows import Streams
+from flava_train.streams.shards import load_manifest
 from flava_train.text import load_wordpiece
 
 SHAPES_BATCHES = (

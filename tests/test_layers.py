@@ -11,20 +11,35 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-LAYERS = [
-    {"errors"},
-    {"record", "storage", "tables", "format", "filters", "upstream", "progress", "parallel"},
-    {"sources", "shards"},
-    {"recipe", "sample", "tokenizers"},
-    {"index", "fetch"},
-    {"annotations", "images", "shelves", "manifest"},
-    {"parts", "verify", "look"},
-    {"codes", "texts", "kit", "plan"},
-    {"dataset", "report", "bundle"},
-    {"quickstart"},
-    {"cli"},
-]
-"""Rooms of `pmd_pipeline`, lowest first: a file, or a folder of files. A room may import from lower
+LAYERS = {
+    "pmd_pipeline": [
+        {"errors"},
+        {"record", "storage", "tables", "format", "filters", "upstream", "progress", "parallel"},
+        {"sources", "shards"},
+        {"recipe", "sample", "tokenizers"},
+        {"index", "fetch"},
+        {"annotations", "images", "shelves", "manifest"},
+        {"parts", "verify", "look"},
+        {"codes", "texts", "kit", "plan"},
+        {"dataset", "report", "bundle"},
+        {"quickstart"},
+        {"cli"},
+    ],
+    "flava_train": [
+        {"errors", "shapes"},
+        {"model", "masking", "text"},
+        {"batches", "hf"},
+        {"losses"},
+        {"step", "streams"},
+        {"config"},
+        {"run"},
+        {"evaluation"},
+        {"learner"},
+        {"train"},
+        {"cli"},
+    ],
+}
+"""Rooms of each package, lowest first: a file, or a folder of files. A room may import from lower
 ones, and from its own row only itself; no files of a folder import each other in a circle."""
 
 MAY_KNOW = {
@@ -52,30 +67,29 @@ MAY_KNOW = {
     "packaging": {"bundle"},
     "tokenizers": {"texts.wordpiece", "texts.build"},
 }
-"""Libraries that only these rooms, or these files of a room, may import."""
+"""Libraries that only these rooms, or these files of a room, of the pipeline may import."""
 
 
-def modules(package):
-    return sorted((ROOT / package).rglob("*.py"))
+def modules(*packages):
+    return [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
 
 
-def room(path, package):
-    relative = path.relative_to(ROOT / package)
-    return relative.parts[0].removesuffix(".py")
+def package_of(path):
+    return path.relative_to(ROOT).parts[0]
+
+
+def room(path):
+    return path.relative_to(ROOT / package_of(path)).parts[0].removesuffix(".py")
 
 
 def module(path):
     """`fetch.web` for the file of that name; `fetch` for what makes `fetch` a package."""
-    relative = path.relative_to(ROOT / "pmd_pipeline").with_suffix("")
+    relative = path.relative_to(ROOT / package_of(path)).with_suffix("")
     return ".".join(relative.parts).removesuffix(".__init__")
 
 
 def folders():
-    return sorted(face.parent for face in (ROOT / "pmd_pipeline").glob("*/__init__.py"))
-
-
-def within(name):
-    return name.removeprefix("pmd_pipeline.")
+    return [face.parent for package in LAYERS for face in (ROOT / package).glob("*/__init__.py")]
 
 
 def imported(path):
@@ -87,30 +101,41 @@ def imported(path):
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
-def level(name):
-    return next((number for number, rooms in enumerate(LAYERS) if name in rooms), None)
+def imported_within(path):
+    """The same of the file's own package alone, named as `module` names a file."""
+    own = f"{package_of(path)}."
+    return {name.removeprefix(own) for name in imported(path) if name.startswith(own)}
 
 
-@pytest.mark.parametrize("path", modules("pmd_pipeline"), ids=lambda p: p.stem)
-def test_imports_of_the_pipeline_point_downward(path):
-    here = room(path, "pmd_pipeline")
+def levels(package):
+    return {name: number for number, rooms in enumerate(LAYERS[package]) for name in rooms}
+
+
+@pytest.mark.parametrize("path", modules(*LAYERS), ids=module)
+def test_imports_point_downward(path):
+    here, level = room(path), levels(package_of(path))
     if here == "__init__":
         return
-    assert level(here) is not None, f"{here} has no place in the table above"
+    assert here in level, f"{here} has no place in the table above"
+    for name in imported_within(path):
+        there = name.split(".")[0]
+        if there in level:
+            assert there == here or level[there] < level[here], f"{path.name}: {name}"
+
+
+@pytest.mark.parametrize("path", modules("pmd_pipeline"), ids=module)
+def test_a_library_is_known_to_few_rooms(path):
     for name in imported(path):
-        parts = name.split(".")
-        if parts[0] == "pmd_pipeline" and len(parts) > 1 and level(parts[1]) is not None:
-            assert parts[1] == here or level(parts[1]) < level(here), f"{path.name}: {name}"
-        known_to = MAY_KNOW.get(parts[0], {here})
-        assert {here, module(path)} & known_to, f"{path.name} may not know {parts[0]}"
-        assert parts[0] != "flava_train"
+        library = name.split(".")[0]
+        known_to = MAY_KNOW.get(library, {room(path)})
+        assert {room(path), module(path)} & known_to, f"{path.name} may not know {library}"
+        assert library != "flava_train"
 
 
-@pytest.mark.parametrize("folder", folders(), ids=lambda p: p.name)
+@pytest.mark.parametrize("folder", folders(), ids=module)
 def test_no_files_of_a_room_import_each_other_in_a_circle(folder):
     files = {module(path): path for path in sorted(folder.glob("*.py"))}
-    found = {name: set(map(within, imported(path))) for name, path in files.items()}
-    below = {name: found[name] & (files.keys() - {name}) for name in files}
+    below = {name: imported_within(files[name]) & (files.keys() - {name}) for name in files}
 
     try:
         TopologicalSorter(below).prepare()
@@ -118,40 +143,34 @@ def test_no_files_of_a_room_import_each_other_in_a_circle(folder):
         pytest.fail(" <- ".join(circle.args[1]))
 
 
-@pytest.mark.parametrize("path", modules("flava_train"), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", modules("flava_train"), ids=module)
 def test_the_trainer_knows_only_the_format_of_the_pipeline(path):
     for name in imported(path):
         if name.split(".")[0] == "pmd_pipeline":
             assert name.startswith("pmd_pipeline.format")
 
 
-def test_every_room_of_the_table_is_there():
-    rooms = {room(path, "pmd_pipeline") for path in modules("pmd_pipeline")} - {
-        "__init__",
-        "__pycache__",
-    }
+@pytest.mark.parametrize("package", LAYERS)
+def test_every_room_of_the_table_is_there(package):
+    rooms = {room(path) for path in modules(package)} - {"__init__"}
 
-    assert rooms == set().union(*LAYERS)
+    assert rooms == levels(package).keys()
 
 
-def on_the_map(head):
-    """What the first column of the table with this head names in CONTRIBUTING.md."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition(head)[2]
-    cells = [line.split("|")[1] for line in text.partition("\n\n")[0].splitlines()[2:]]
+def on_the_map(package):
+    """What the first column of the table of a package names in CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition(f"| room of `{package}` |")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
     return [Path(name).stem for cell in cells for name in re.findall("`(.+?)`", cell)]
 
 
-def test_every_file_of_the_trainer_is_on_the_map():
-    there = {path.stem for path in modules("flava_train")} - {"__init__", "shapes", "errors"}
+@pytest.mark.parametrize("package", LAYERS)
+def test_every_room_is_on_the_map(package):
+    shown, level = on_the_map(package), levels(package)
 
-    assert sorted(on_the_map("| files of `flava_train` |")) == sorted(there - {"cli"})
-
-
-def test_every_room_is_on_the_map():
-    shown = on_the_map("| room |")
-
-    assert sorted(shown, key=level) == shown
-    assert set(shown) == set().union(*LAYERS)
+    assert set(shown) == level.keys()
+    assert sorted(shown, key=level.__getitem__) == shown
 
 
 @pytest.mark.parametrize("module", ["pmd_pipeline.cli", "pmd_pipeline.format"])

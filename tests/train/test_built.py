@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 from tiny import TINY
 
-from flava_train.data import DataConfig, Streams
-from flava_train.held_out import held_out
-from flava_train.loader import batches
+from flava_train.evaluation.held_out import held_out
 from flava_train.losses import Objective, Shares
-from flava_train.shards import stock
+from flava_train.streams.inputs import DataConfig
+from flava_train.streams.loader import batches
+from flava_train.streams.rows import Streams
+from flava_train.streams.shards import stock
 from pmd_pipeline.dataset import Request, build_all
 from pmd_pipeline.parts.build import WEB
 from pmd_pipeline.progress import Show

@@ -12,11 +12,11 @@ import stocks
 import torch
 from trials import command, losses, run, said, told, write_world
 
-from flava_train import checkpoint
-from flava_train.checkpoint import find, load_progress, newest
 from flava_train.errors import FlavaError
-from flava_train.metrics import METRICS
-from flava_train.start import read_tensors
+from flava_train.run import checkpoint
+from flava_train.run.checkpoint import find, load_progress, newest
+from flava_train.run.metrics import METRICS
+from flava_train.run.start import read_tensors
 from flava_train.train import train
 
 

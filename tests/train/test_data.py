@@ -34,11 +34,8 @@ from stocks import (
 from tiny import TINY, flava
 
 from flava_train.batches import Pairs, Texts, micro_batches
-from flava_train.data import DataConfig, Streams, patch_masking
 from flava_train.errors import FlavaError
-from flava_train.files import Files
-from flava_train.held_out import held_out
-from flava_train.loader import batches, joined
+from flava_train.evaluation.held_out import held_out
 from flava_train.losses import ABLATIONS, Objective, Shares
 from flava_train.masking import (
     IGNORE,
@@ -49,9 +46,13 @@ from flava_train.masking import (
     mask_tokens,
     word_starts,
 )
-from flava_train.order import draw
-from flava_train.shards import stock
 from flava_train.step import train_step
+from flava_train.streams.files import Files
+from flava_train.streams.inputs import DataConfig
+from flava_train.streams.loader import batches, joined
+from flava_train.streams.order import draw
+from flava_train.streams.rows import Streams, patch_masking
+from flava_train.streams.shards import stock
 
 ONLY_PAIRS = Objective(streams=Shares(1.0, 0.0, 0.0))
 TRUE_PAIRS = dataclasses.replace(ONLY_PAIRS, itm_rate=0.0)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from trials import TOWER, told, write_world
 
-from flava_train import cli, evaluate
+from flava_train import cli
 from flava_train.config import EvaluationConfig
-from flava_train.data import DataConfig
 from flava_train.errors import FlavaError
-from flava_train.evaluate import (
+from flava_train.evaluation import evaluate
+from flava_train.evaluation.evaluate import (
     RANKS,
     Encoder,
     check_evaluation,
@@ -25,13 +25,14 @@ from flava_train.evaluate import (
     files_of,
     retrieval,
 )
-from flava_train.held_out import held_out
+from flava_train.evaluation.held_out import held_out
+from flava_train.evaluation.templates import TEMPLATES
+from flava_train.evaluation.trained import load_trained
 from flava_train.hf import load_hf
 from flava_train.model import Flava, FlavaConfig, TowerConfig
-from flava_train.templates import TEMPLATES
+from flava_train.streams.inputs import DataConfig
 from flava_train.text import load_wordpiece
 from flava_train.train import train
-from flava_train.trained import load_trained
 
 
 def brute_force(likeness, targets, rank):

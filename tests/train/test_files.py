@@ -8,9 +8,9 @@ from itertools import count
 import fsspec
 import pytest
 
-from flava_train import files as room
 from flava_train.errors import FlavaError
-from flava_train.files import Files, Wanted, located
+from flava_train.streams import files as room
+from flava_train.streams.files import Files, Wanted, located
 
 HOLD = """import fcntl, sys
 file = open(sys.argv[1])

@@ -10,13 +10,13 @@ from tiny import TINY, images, pairs, texts
 from torch.utils.flop_counter import FlopCounterMode
 from trials import told, write_world
 
-from flava_train import flops, metrics
 from flava_train.batches import micro_batches
 from flava_train.errors import FlavaError
-from flava_train.flops import Operations, peak_of
 from flava_train.losses import Objective
-from flava_train.metrics import METRICS, Metrics, Terminal, boards, cut, numbers
 from flava_train.model import Flava
+from flava_train.run import flops, metrics
+from flava_train.run.flops import Operations, peak_of
+from flava_train.run.metrics import METRICS, Metrics, Terminal, boards, cut, numbers
 from flava_train.step import train_step
 from flava_train.train import train
 

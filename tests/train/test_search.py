@@ -10,10 +10,10 @@ from tiny import TINY, flava
 
 from flava_train.config import checked
 from flava_train.errors import FlavaError
-from flava_train.held_out import held_out
-from flava_train.search import search
+from flava_train.evaluation.held_out import held_out
+from flava_train.evaluation.search import search
+from flava_train.evaluation.trained import Trained
 from flava_train.text import load_wordpiece
-from flava_train.trained import Trained
 
 QUERIES = [WORDS[7], " ".join(WORDS[5:9]), WORDS[-1]]
 

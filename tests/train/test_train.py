@@ -17,18 +17,18 @@ from tiny import TINY
 from trials import command, losses, run, said, told, write_world
 
 from flava_train import learner
-from flava_train.checkpoint import find, load_progress
 from flava_train.config import OptimizerConfig, checked
 from flava_train.errors import FlavaError
+from flava_train.evaluation.trained import load_trained
 from flava_train.hf import export_hf
-from flava_train.loader import batches
 from flava_train.model import Flava
-from flava_train.optimizer import adamw, learning_rate
-from flava_train.ranks import Ranks
-from flava_train.run import only_writer
-from flava_train.start import beginning, read_tensors
+from flava_train.run.checkpoint import find, load_progress
+from flava_train.run.folder import only_writer
+from flava_train.run.optimizer import adamw, learning_rate
+from flava_train.run.ranks import Ranks
+from flava_train.run.start import beginning, read_tensors
+from flava_train.streams.loader import batches
 from flava_train.train import open_data, train
-from flava_train.trained import load_trained
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from flava_train.errors import FlavaError
-from flava_train.shards import load_manifest, stock
+from flava_train.streams.shards import load_manifest, stock
 from pmd_pipeline.format import Manifest, ShardEntry
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from flava_train.errors import FlavaError
-from flava_train.evaluate import Encoder, files_of
-from flava_train.held_out import held_out
-from flava_train.trained import Trained
+from flava_train.evaluation.evaluate import Encoder, files_of
+from flava_train.evaluation.held_out import held_out
+from flava_train.evaluation.trained import Trained
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from flava_train.config import TrainConfig, as_tables
 from flava_train.errors import FlavaError
-from flava_train.run import write_whole
+from flava_train.run.folder import write_whole
 
 METRICS = "metrics.jsonl"
 LINE_SECONDS = 10.0

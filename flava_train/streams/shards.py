@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from flava_train.errors import FlavaError
-from flava_train.files import located, read_bytes, size_of
+from flava_train.streams.files import located, read_bytes, size_of
 from pmd_pipeline.format import FORMAT, Manifest
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from flava_train.checkpoint import find, load_progress, load_weights
 from flava_train.config import TrainConfig, checked
 from flava_train.errors import FlavaError
-from flava_train.evaluate import Evaluation, check_evaluation, evaluate, files_of
+from flava_train.evaluation.evaluate import Evaluation, check_evaluation, evaluate, files_of
 from flava_train.model import Flava
-from flava_train.run import VOCABULARY
+from flava_train.run.checkpoint import find, load_progress, load_weights
+from flava_train.run.folder import VOCABULARY
 from flava_train.text import WordPiece, load_wordpiece
 
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flava_train.codes import same_box
-from flava_train.corpus import Corpus, OpenShard, OpenWindow
 from flava_train.errors import FlavaError
-from flava_train.ledgers import Box
 from flava_train.losses import Objective
 from flava_train.masking import chance
-from flava_train.order import draw
-from flava_train.pixels import view
 from flava_train.shapes import Array, Bool, Int, UInt
+from flava_train.streams.codes import same_box
+from flava_train.streams.corpus import Corpus, OpenShard, OpenWindow
+from flava_train.streams.ledgers import Box
+from flava_train.streams.order import draw
+from flava_train.streams.pixels import view
 from flava_train.text import WordPiece
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)

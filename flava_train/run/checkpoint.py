@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flava_train.errors import FlavaError
-from flava_train.ranks import like, whole
+from flava_train.run.ranks import like, whole
 
 FORMAT = 1
 """Version of all that is in the folder."""

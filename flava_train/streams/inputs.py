@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from flava_train.corpus import Corpus, Place
 from flava_train.errors import FlavaError
-from flava_train.files import Files, is_local
 from flava_train.losses import Objective, Shares
 from flava_train.model import FlavaConfig
-from flava_train.order import STREAMS, Order
-from flava_train.shards import load_manifest
+from flava_train.streams.corpus import Corpus, Place
+from flava_train.streams.files import Files, is_local
+from flava_train.streams.order import STREAMS, Order
+from flava_train.streams.shards import load_manifest
 from flava_train.text import WordPiece, load_wordpiece
 from pmd_pipeline.format import Manifest
 

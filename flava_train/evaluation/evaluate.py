@@ -17,15 +17,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from flava_train.config import EvaluationConfig
-from flava_train.data import DataConfig
 from flava_train.errors import FlavaError
-from flava_train.files import Files
-from flava_train.held_out import HeldOut, held_out
+from flava_train.evaluation.held_out import HeldOut, held_out
+from flava_train.evaluation.templates import TEMPLATES
 from flava_train.model import Flava
-from flava_train.ranks import forget_gathered
+from flava_train.run.ranks import forget_gathered
 from flava_train.shapes import Float, Int, UInt
-from flava_train.shards import load_manifest
-from flava_train.templates import TEMPLATES
+from flava_train.streams.files import Files
+from flava_train.streams.inputs import DataConfig
+from flava_train.streams.shards import load_manifest
 from flava_train.text import WordPiece
 
 RANKS = (1, 5, 10)

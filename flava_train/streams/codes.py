@@ -8,8 +8,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from flava_train.errors import FlavaError
-from flava_train.ledgers import Box, is_inside
 from flava_train.shapes import Array, Int
+from flava_train.streams.ledgers import Box, is_inside
 from pmd_pipeline.format import CodeRules, ShardEntry
 
 _SLACK = 1e-4

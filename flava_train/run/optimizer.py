@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from flava_train.config import OptimizerConfig
-from flava_train.ranks import is_shared
+from flava_train.run.ranks import is_shared
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flava_train.batches import Images, Pairs, Texts
-from flava_train.data import Part, Streams
 from flava_train.errors import FlavaError
+from flava_train.streams.rows import Part, Streams
 
 _STEPS_AHEAD = 2
 """Steps that the workers together load before they are asked for."""

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flava_train.corpus import OpenShard, Place, open_ledger
 from flava_train.errors import FlavaError
-from flava_train.files import Files
 from flava_train.shapes import Int, UInt
-from flava_train.shards import load_manifest
-from flava_train.slots import WHOLE, Shown
+from flava_train.streams.corpus import OpenShard, Place, open_ledger
+from flava_train.streams.files import Files
+from flava_train.streams.shards import load_manifest
+from flava_train.streams.slots import WHOLE, Shown
 from flava_train.text import WordPiece
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flava_train.codes import Views, open_views
 from flava_train.errors import FlavaError
-from flava_train.files import Files, Wanted, located
-from flava_train.ledgers import Ledger, Record, read_image, read_ledger, read_record
-from flava_train.order import Order, Window
 from flava_train.shapes import Array, Int, UInt
+from flava_train.streams.codes import Views, open_views
+from flava_train.streams.files import Files, Wanted, located
+from flava_train.streams.ledgers import Ledger, Record, read_image, read_ledger, read_record
+from flava_train.streams.order import Order, Window
 from pmd_pipeline.format import CodeRules, ShardEntry, part_name
 
 _OPEN = 128

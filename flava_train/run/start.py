@@ -9,11 +9,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flava_train.checkpoint import find, load_progress, load_weights, newest
 from flava_train.config import ModelConfig, TrainConfig
 from flava_train.errors import FlavaError
 from flava_train.hf import load_hf
 from flava_train.model import Flava, FlavaConfig, load_dino
+from flava_train.run.checkpoint import find, load_progress, load_weights, newest
 
 
 def beginning(config: TrainConfig, tokenizer: str, *, from_scratch: bool) -> Flava:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from flava_train.batches import Images, Pairs, Texts
-from flava_train.inputs import DataConfig, needs_codes, open_inputs
 from flava_train.losses import Objective
 from flava_train.masking import (
     PatchMasking,
@@ -24,11 +23,10 @@ from flava_train.masking import (
     word_starts,
 )
 from flava_train.model import FlavaConfig
-from flava_train.order import Turns
 from flava_train.shapes import Array, Int
-from flava_train.slots import Shown, Slots
-
-__all__ = ["DataConfig", "Part", "Row", "Streams", "patch_masking"]
+from flava_train.streams.inputs import DataConfig, needs_codes, open_inputs
+from flava_train.streams.order import Turns
+from flava_train.streams.slots import Shown, Slots
 
 _AT_ONCE = 256
 """Slots for which shards are kept open together."""
