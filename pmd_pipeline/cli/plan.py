@@ -78,17 +78,20 @@ def plan(
         lost = ", ".join(f"{reason} {share:.1%}" for reason, share in each.lost.items())
         say(f"{each.source}: {each.basis}" + (f"; lost: {lost}" if lost else ""))
     say(
-        "Processor time is measured on this machine; indexing comes on top. Hours without a probe "
+        "Processor time is measured on this machine; indexing comes on top. Times without a probe "
         "know nothing of how slow hosts are."
     )
 
 
 def _table(rows: list["Plan"], workers: int) -> "Table":
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    columns = ("records", "alive", "images", "pairs", "download", "disk", "shards", "CPU hours")
-    table = Table("source", title=f"{workers} tasks at a time")
-    for name in (*columns, "hours"):
+    columns = ("records", "alive", "images", "pairs", "download", "disk", "shards", "CPU time")
+    table = Table(
+        "source", title=f"{workers} tasks at a time", title_justify="left", box=SIMPLE_HEAD
+    )
+    for name in (*columns, "time"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -100,8 +103,8 @@ def _table(rows: list["Plan"], workers: int) -> "Table":
             _size(row.bytes_down),
             _size(row.bytes_stored),
             f"{row.shards:,}",
-            _number(row.cpu_hours),
-            _hours(row.hours),
+            _time(row.cpu_hours.value, row.cpu_hours.high),
+            _span(row.hours),
         )
     return table
 
@@ -124,12 +127,16 @@ def _size(size: "Range") -> str:
     return f"{size.value / unit:,.1f}{spread} {name}"
 
 
-def _number(number: "Range") -> str:
-    spread = "" if number.high is None else f" ± {number.high - number.value:,.1f}"
-    return f"{number.value:,.1f}{spread}"
+def _time(hours: float, high: float | None = None) -> str:
+    """A time, with its interval if `high` is its upper end, in a unit that fits both."""
+    units = ((24.0, "d"), (1.0, "h"), (1 / 60, "min"))
+    unit, name = next((pair for pair in units if hours >= 2 * pair[0]), (1 / 3600, "s"))
+    spread = "" if high is None else f" ± {(high - hours) / unit:,.1f}"
+    return f"{hours / unit:,.1f}{spread} {name}"
 
 
-def _hours(hours: "Range") -> str:
+def _span(hours: "Range") -> str:
+    """From the least time to the most, if anybody knows how much that is."""
     if hours.high is None:
-        return f"over {hours.value:,.1f}"
-    return f"{hours.low or 0:,.1f} to {hours.high:,.1f}"
+        return f"over {_time(hours.value)}"
+    return f"{_time(hours.low or 0.0)} to {_time(hours.high)}"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from toy import QUIET, toy_recipe, write_pictures, write_rows
 
 from pmd_pipeline import cli
-from pmd_pipeline.cli.plan import _hours, _size
+from pmd_pipeline.cli.plan import _size, _span, _time
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.plan.cost import probed, recorded, total
 from pmd_pipeline.plan.trial import Range, share_of
@@ -151,8 +151,11 @@ def test_the_interval_of_a_share_holds_it_and_stays_within_0_and_1(part, more):
 def test_sizes_and_hours_read_well():
     assert _size(Range(2.5e12)) == "2.5 TB"
     assert _size(Range(2e9, 1.5e9, 2.5e9)) == "2.0 ± 0.5 GB"
-    assert _hours(Range(3, 3)) == "over 3.0"
-    assert _hours(Range(5, 3, 5)) == "3.0 to 5.0"
+    assert _time(0.01, 0.015) == "36.0 ± 18.0 s"
+    assert _time(0.5) == "30.0 min"
+    assert _time(1000, 1100) == "41.7 ± 4.2 d"
+    assert _span(Range(3, 3)) == "over 3.0 h"
+    assert _span(Range(50, 0.05, 50)) == "3.0 min to 2.1 d"
 
 
 def test_the_command_prints_json_for_programs(probe, tmp_path, monkeypatch, capsys):
