@@ -246,8 +246,12 @@ def _prune(folder: Path, keep: int, kept: set[int]) -> None:
         if steps not in kept:
             old = folder / checkpoint_name(steps)
             # by another name first: a half-removed one must not pass for a whole one
-            gone = old.rename(folder / f".{old.name}.{uuid4().hex}.tmp")
-            shutil.rmtree(gone)
+            try:
+                shutil.rmtree(old.rename(folder / f".{old.name}.{uuid4().hex}.tmp"))
+            except OSError as error:
+                raise FlavaError(
+                    f"cannot remove {old}: {error.strerror or error}; remove it, and run again"
+                ) from error
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

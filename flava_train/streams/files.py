@@ -8,6 +8,7 @@ files, so nothing is left over by a process that is killed.
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,9 @@ from flava_train.errors import FlavaError
 _CHUNK = 1 << 22
 _STAMP_SECONDS = 24 * 3600.0
 """How long a machine remembers that a file was as it should be: for one run's ranks and resumes."""
+
+_COPY = re.compile(r"[0-9a-f]{64}(\.\w+)?(\.part)?")
+"""Names of copies, and of those being made."""
 
 _Opened = TypeVar("_Opened")
 
@@ -40,7 +44,7 @@ class Files:
     """Where files lie on this machine.
 
     Args:
-        cache: folder for copies of what lies elsewhere; it has nothing else in it.
+        cache: folder for copies of what lies elsewhere; other files in it are let alone.
         max_bytes: of all copies; the least recently used give way.
         verify: compare the sha256 of files of this machine, at most once a day each. Copies are
             always compared, while they are made.
@@ -123,7 +127,7 @@ class Files:
         there = []
         for path in cache.iterdir():
             with suppress(FileNotFoundError):  # it has just been renamed or removed
-                if path != own and path.is_file():
+                if path != own and _COPY.fullmatch(path.name) and path.is_file():
                     there.append((path.stat(), path))
         total = sum(stat.st_size for stat, _ in there)
         for stat, path in sorted(there, key=lambda one: one[0].st_mtime_ns):
@@ -148,12 +152,15 @@ def read_bytes(address: str) -> bytes:
 
 
 def size_of(address: str) -> int | None:
-    """Bytes of a file anywhere; None where there is none."""
+    """Bytes of a file anywhere; None where there is none.
+
+    Raises:
+        FlavaError: nobody can tell.
+    """
     filesystem, place = _filesystem(address)
-    try:
+    with _reading(address), suppress(FileNotFoundError):
         return int(filesystem.size(place))
-    except FileNotFoundError:
-        return None
+    return None
 
 
 def located(manifest: str, path: str) -> str:

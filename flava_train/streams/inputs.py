@@ -133,9 +133,10 @@ def _corpus(
             f"one batch of {batch:,}; lower `batch`"
         )
     order = Order(sizes, batch, seed, STREAMS.index(stream), config.window_shards)
-    if not is_local(places[0].name):
-        num_bytes = sum(place.entry.num_bytes for place in places)
-        _check_cache(config, places[0].name, num_bytes / order.windows * min(2, order.windows))
+    away = [place for place in places if "://" in place.name and not is_local(place.name)]
+    if away:
+        num_bytes = sum(place.entry.num_bytes for place in away)
+        _check_cache(config, away[0].name, num_bytes / order.windows * min(2, order.windows))
     files = Files(
         Path(config.cache) if config.cache else None,
         int(config.cache_gib * 2**30),

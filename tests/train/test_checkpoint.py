@@ -329,6 +329,16 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(started, monkeypatch):
     assert train(told(started, started / "run"), quiet=True).steps == 8
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_one_sentence(started, monkeypatch):
+    def busy(_):
+        raise OSError(16, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", busy)
+        with pytest.raises(FlavaError, match=r"cannot remove .*: Device or resource busy"):
+            train(told(started, started / "run"), quiet=True)
+
+
 def test_a_checkpoint_says_what_it_is_of(started):
     progress = load_progress(find(started / "run"))
 

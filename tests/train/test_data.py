@@ -456,9 +456,12 @@ def test_a_cache_smaller_than_two_windows_is_refused_at_once(remote):
         streams(dataclasses.replace(remote, cache_gib=1e-5))
 
 
-def test_shards_elsewhere_need_a_cache(remote):
+def test_shards_elsewhere_need_a_cache(config, remote):
     with pytest.raises(FlavaError, match=r"set data\.cache"):
         streams(dataclasses.replace(remote, cache=None))
+    both = dataclasses.replace(config, texts=(*config.texts, *remote.texts), cache=None)
+    with pytest.raises(FlavaError, match=r"set data\.cache"):
+        streams(both, Objective())
 
 
 # What a user or a hostile shard can get wrong.

@@ -154,6 +154,28 @@ def test_the_cache_keeps_what_was_used_last_within_its_bound(tmp_path, far):
     assert kept == {0, 3, 4}
 
 
+def test_room_is_made_of_copies_alone(tmp_path, far):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "thesis.tex").write_bytes(bytes(1000))
+    (cache / "deadbeef.tar").write_bytes(bytes(1000))
+    files = Files(cache, max_bytes=100)
+
+    for number in range(4):
+        assert read(files, far(f"{number}.tar", bytes([number]) * 60)) == bytes([number]) * 60
+
+    kept = {path.name for path in cache.iterdir()}
+    assert {"thesis.tex", "deadbeef.tar", "lock"} < kept
+    assert len(kept) == 4
+
+
+def test_a_size_that_nobody_can_tell_is_one_sentence(tmp_path):
+    assert room.size_of(str(tmp_path / "nothing")) is None
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FlavaError, match=r"cannot read .*file/below: Not a directory"):
+        room.size_of(str(tmp_path / "file" / "below"))
+
+
 def test_use_is_what_keeps_a_copy(tmp_path, far):
     files = Files(tmp_path / "cache", max_bytes=25)
     first, second, third = (far(f"{n}.tar", bytes([n]) * 10) for n in range(3))
@@ -175,7 +197,7 @@ def test_a_file_larger_than_the_cache_is_refused(tmp_path, far):
 def test_what_a_killed_process_began_gives_way(tmp_path, far):
     cache = tmp_path / "cache"
     cache.mkdir()
-    (cache / "0123.tar.part").write_bytes(bytes(30))
+    (cache / f"{16 * '0123'}.tar.part").write_bytes(bytes(30))
     wanted = far("a.tar", b"far away")
     (cache / f"{wanted.sha256}.tar.part").write_bytes(b"far")
 
@@ -186,7 +208,7 @@ def test_what_a_killed_process_began_gives_way(tmp_path, far):
 def test_a_copy_in_the_making_is_left_alone(tmp_path, far):
     cache = tmp_path / "cache"
     cache.mkdir()
-    part = cache / "0123.tar.part"
+    part = cache / f"{16 * '0123'}.tar.part"
     part.write_bytes(bytes(30))
     holder = subprocess.Popen(
         [
