@@ -331,6 +331,8 @@ def _sentence(where: str, error: ValidationError, spoken: Mapping[str, Any]) -> 
     if any(key == said or key.startswith(f"{said}.") for said in spoken):
         where = "--set"
     if first["type"] == "unexpected_keyword_argument":
+        if any(said.startswith(f"{key}.") for said in spoken):
+            where = "--set"
         return f"{where}: unknown key {key!r}; {_near(steps[-1], _keys_beside(steps))}"
     if first["type"] == "missing":
         return f"{where}: {key} is missing"

@@ -125,6 +125,7 @@ def test_a_missing_key_is_named(write):
     ("setting", "sentence"),
     [
         ("optimizer.lrr=3e-4", "--set: unknown key 'optimizer.lrr'; did you mean 'lr'?"),
+        ("data.text.vocabulary=a", "--set: unknown key 'data.text'; did you mean 'texts'?"),
         ("optimizer.lr=quick", '--set: optimizer.lr = "quick": should be a valid number'),
         ("optimizer=3", "--set: optimizer is a section, not a value"),
         ("steps.more=3", "--set steps.more: steps is a value, so nothing stands below it"),
