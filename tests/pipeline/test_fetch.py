@@ -450,14 +450,17 @@ def test_no_connection_reads_the_same_on_every_run():
 @pytest.mark.parametrize(("workers", "most"), [(1, 8), (3, 2), (8, 1), (100, 1)])
 def test_workers_together_ask_a_host_no_more_often_than_one_would(workers, most):
     now = peak = 0
-    lock = threading.Lock()
+    lock, all_here = threading.Lock(), threading.Event()
 
     def slow(_head):
         nonlocal now, peak
         with lock:
             now += 1
             peak = max(peak, now)
-        time.sleep(0.01)
+            if now == most:
+                all_here.set()
+        all_here.wait(5)
+        time.sleep(0.02)  # for one too many to come
         with lock:
             now -= 1
         return answer()
