@@ -190,9 +190,8 @@ def _source_changes(
 
 def _said(entry: SourceEntry) -> dict[str, Any]:
     """What a manifest says of a source, in a shape in which every difference has a short name."""
-    said = entry.model_dump(
-        mode="json", exclude={"rules_sha256", "words", "upstream", "unique_images"}
-    )
+    follows = {"rules_sha256", "words", "upstream", "unique_images", "repeated"}
+    said = entry.model_dump(mode="json", exclude=follows)
     return {**said, "upstream": {file.name: file.sha256 for file in entry.upstream}}
 
 

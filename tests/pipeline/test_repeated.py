@@ -16,6 +16,7 @@ from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_r
 from pmd_pipeline.dataset import build_source
 from pmd_pipeline.kit.lock import lock
 from pmd_pipeline.kit.rebuild import Rebuild, rebuild
+from pmd_pipeline.look.compare import as_lines, compare
 from pmd_pipeline.look.stats import remarks
 from pmd_pipeline.manifest import MANY, load_manifest, same_bytes, save_manifest
 from pmd_pipeline.parallel import open_pool
@@ -59,6 +60,7 @@ def test_the_manifest_and_the_build_tell_a_picture_that_many_records_share(order
 
 def test_the_line_that_is_told_leaves_the_picture_out(order, tmp_path):
     before = toy_build(order)
+    save_manifest(str(tmp_path / "manifests" / "before.json"), before)
     (tmp_path / "list.txt").write_text(sha256(order, 0))
     add_to_list(order.data, str(tmp_path / "list.txt"))
 
@@ -67,6 +69,9 @@ def test_the_line_that_is_told_leaves_the_picture_out(order, tmp_path):
     entry = now.sources["cc3m"]
     assert entry.counts.dropped[REASON] == SAME
     assert (entry.images, entry.repeated) == (before.sources["cc3m"].images - SAME, {})
+    with QUIET.stage("diff", "records") as stage:
+        found = compare(str(tmp_path / "manifests" / "before.json"), order.manifest, stage)
+    assert not any("repeated" in line for line in as_lines(found))
 
 
 def test_verify_counts_them_again(order):
