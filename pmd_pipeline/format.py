@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Kind: TypeAlias = Literal["pairs", "images", "text"]
 """What a sample of a dataset is."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of everything below; a change makes every part stale."""
 
 DROPPED = {
@@ -177,6 +177,11 @@ class Report(_Stored):
     ledger: FileDigest
     versions: dict[str, str]
     timing: Timing = Timing()
+
+    def brief(self) -> "Report":
+        """The report without what grows with the records of its part."""
+        timing = self.timing.model_copy(update={"attempts": {}})
+        return self.model_copy(update={"timing": timing})
 
 
 class CodeRules(_Stored):

@@ -64,7 +64,7 @@ def source_manifest(
     missing = [part for part in planned if part not in done]
     rules = recipe.rules()
     ledgers = [join(shards, report.ledger.name) for report in reports if report.images]
-    unique, repeated = _copies(ledgers)
+    unique, repeated = copies_in(ledgers)
     entry = SourceEntry(
         licence=info.licence,
         citation=info.citation,
@@ -186,6 +186,20 @@ def save_manifest(path: str, manifest: Manifest) -> None:
     write_whole(path, (manifest.model_dump_json(indent=1) + "\n").encode())
 
 
+def copies_in(ledgers: Sequence[str]) -> tuple[int, dict[str, int]]:
+    """Different images, and the sha256 of each that many records share with their number."""
+    hashes = [
+        np.array([int(one[:_DIGITS], 16) for one in _sha256s(ledger)], dtype=np.uint64)
+        for ledger in ledgers
+    ]
+    unique, copies = same_bytes(hashes)
+    if not copies:
+        return unique, {}
+    sha256s = (one for ledger in ledgers for one in _sha256s(ledger))
+    whole = {one[:_DIGITS]: one for one in sha256s if one[:_DIGITS] in copies}
+    return unique, {whole[first]: count for first, count in copies.items()}
+
+
 def same_bytes(hashes: Sequence[NDArray[np.uint64]]) -> tuple[int, dict[str, int]]:
     """How many images differ, and which came as the same bytes for many records.
 
@@ -257,20 +271,6 @@ def _words(histograms: Iterable[dict[int, int]]) -> dict[int, int]:
     for histogram in histograms:
         words.update(histogram)
     return dict(sorted(words.items()))
-
-
-def _copies(ledgers: Sequence[str]) -> tuple[int, dict[str, int]]:
-    """Different images, and the sha256 of each that many records share with their number."""
-    hashes = [
-        np.array([int(one[:_DIGITS], 16) for one in _sha256s(ledger)], dtype=np.uint64)
-        for ledger in ledgers
-    ]
-    unique, copies = same_bytes(hashes)
-    if not copies:
-        return unique, {}
-    sha256s = (one for ledger in ledgers for one in _sha256s(ledger))
-    whole = {one[:_DIGITS]: one for one in sha256s if one[:_DIGITS] in copies}
-    return unique, {whole[first]: count for first, count in copies.items()}
 
 
 def _sha256s(ledger: str) -> list[str]:

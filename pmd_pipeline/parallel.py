@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -334,7 +334,12 @@ class _Ray:
                         result = ray.get(reference)
                     except ray.exceptions.RayTaskError as error:
                         raise error.cause from error
-                    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+                    except (
+                        ray.exceptions.WorkerCrashedError,
+                        ray.exceptions.OutOfMemoryError,
+                        ray.exceptions.NodeDiedError,
+                        ray.exceptions.ObjectLostError,
+                    ):
                         yield task, WorkerDied(f"a worker process died {_TRIES} times of {task}")
                     else:
                         yield task, result
@@ -362,12 +367,13 @@ class _Ticks:
     def hear(self) -> None:
         while True:
             try:
-                token, name, counts = json.loads(self._socket.recv(4096))
+                said = json.loads(self._socket.recv(4096))
             except BlockingIOError:
                 return
-            except ValueError:  # somebody else's datagram
+            except (ValueError, RecursionError):  # somebody else's datagram
                 continue
-            if token == self._token:
+            if isinstance(said, list) and said[:1] == [self._token]:
+                _, name, counts = said
                 self._watch(name, counts)
 
 
@@ -383,5 +389,5 @@ class _Ticker:
         if now - self.last < _TICK_SECONDS:
             return
         self.last = now
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
             out.sendto(json.dumps([self.token, self.name, dict(counts)]).encode(), self.address)

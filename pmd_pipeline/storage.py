@@ -92,11 +92,9 @@ def load_model(kind: type[Model], folder: str, name: str) -> Model | None:
 
     A file of an older format does not fit, and is made again.
     """
-    if name not in sizes(folder):
-        return None
     try:
         return kind.model_validate_json(read_bytes(join(folder, name)))
-    except ValidationError:
+    except (_Absent, ValidationError):
         return None
 
 

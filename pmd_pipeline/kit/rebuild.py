@@ -6,22 +6,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Counts, Manifest, SourceEntry
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.kit.format import Kit, load_kit
-from pmd_pipeline.kit.restore import Restored, RestoreTask, missing_name, restore_part
-from pmd_pipeline.manifest import merged, same_bytes, save_manifest, with_codes
+from pmd_pipeline.kit.restore import (
+    Restored,
+    RestoreTask,
+    earlier_report,
+    missing_name,
+    restore_part,
+)
+from pmd_pipeline.manifest import copies_in, merged, save_manifest, with_codes
 from pmd_pipeline.parallel import Pool, WorkerDied
 from pmd_pipeline.parts.build import WEB
 from pmd_pipeline.progress import Show
 from pmd_pipeline.recipe import Recipe, load_recipe
 from pmd_pipeline.shelves.files import open_shelf, stamp
 from pmd_pipeline.shelves.img2dataset import catalogue, is_img2dataset
-from pmd_pipeline.storage import join, read_bytes, remove, sweep, whole_file
+from pmd_pipeline.storage import join, read_bytes, remove, sizes, sweep, whole_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +139,7 @@ def rebuild(order: Rebuild, pool: Pool, show: Show) -> Rebuilt:
     Raises:
         PmdError: there is no kit, or one of its files has changed; it holds hashes in place of
             captions, and upstream's files are not there or others; a place of images is not there;
-            nothing can be written.
+            another dataset lies in `out`; nothing can be written.
     """
     kit = load_kit(order.kit)
     if kit.captions != "text" and order.raw is None:
@@ -142,6 +147,7 @@ def rebuild(order: Rebuild, pool: Pool, show: Show) -> Rebuilt:
             f"{order.kit} holds the sha256 of captions, so it proves a dataset (lock yours with "
             "--hash-captions and compare the digests); to make one, give --raw, upstream's files"
         )
+    _refuse_others(kit, order)
     results: dict[tuple[str, int], Restored] = {}
     coverage: list[Coverage] = []
     for source in kit.manifest.sources:
@@ -161,6 +167,14 @@ def rebuild(order: Rebuild, pool: Pool, show: Show) -> Rebuilt:
         versions=_other_versions(kit.manifest.versions, manifest.versions),
         codes_lost=kit.manifest.codes is not None and manifest.codes is None,
     )
+
+
+def _refuse_others(kit: Kit, order: Rebuild) -> None:
+    """Look at all shards that are there before any file changes; see `earlier_report`."""
+    folders = {name: join(order.out, "shards", name) for name in kit.manifest.sources}
+    there = {name: sizes(folder) for name, folder in folders.items()}
+    for part, entry in zip(kit.parts, kit.manifest.shards, strict=True):
+        earlier_report(folders[part.source], part, entry, there[part.source])
 
 
 def _index(kit: Kit, order: Rebuild, recipe: Recipe, pool: Pool, show: Show) -> str:
@@ -287,8 +301,7 @@ def _entry(
     before = [part for part in kit.parts if part.source == source]
     there = [results[source, part.part] for part in before if (source, part.part) in results]
     lost = sum(part.counts.pairs_in for part in before if (source, part.part) not in results)
-    hashes = [np.frombuffer(result.hashes, dtype=np.uint64) for result in there]
-    unique, copies = same_bytes(hashes)
+    unique, repeated = copies_in([result.entry.ledger_path for result in there])
     words = Counter[int]()
     for result in there:
         words.update(result.report.words)
@@ -299,9 +312,7 @@ def _entry(
             "counts": _changed(entry.counts, Counts.total(part.counts for part in before), now),
             "images": sum(result.entry.images for result in there),
             "unique_images": unique,
-            "repeated": {
-                sha256: copies[sha256[:16]] for sha256 in entry.repeated if sha256[:16] in copies
-            },
+            "repeated": repeated,
             "words": dict(sorted(words.items())),
         }
     )

@@ -110,10 +110,12 @@ class _Tally:
 
 
 def build_part(task: PartTask, tick: Tick) -> Report:
-    """Build the shard, the ledger and, last, the report of one part."""
+    """Build the shard, the ledger and, last, the report of one part; the report in brief."""
     started, clock = time.time(), time.monotonic()
     recipe, name = task.recipe, part_name(task.part.part)
-    before = done_report(task, sizes(task.shards))
+    aside = f"{name}.before.json"
+    there = sizes(task.shards)
+    before = _whole_report(task, there, f"{name}.json") or _whole_report(task, there, aside)
     exclusions = exclusions_of(task)
     tally, rows = _Tally(), list[dict[str, Any]]()
     with whole_file(join(task.shards, f"{name}.tar")) as raw_tar:
@@ -126,7 +128,10 @@ def build_part(task: PartTask, tick: Tick) -> Report:
                 rows.append(_stored(recipe.source, record, outcome, writer, tally))
                 tick(_progress(len(rows), tally))
         writer.close()
-        # nothing may vouch for files that are replaced from here on
+        # nothing may vouch for files that are replaced from here on, but if it comes to nothing
+        # the next build takes over what they are
+        if before:
+            write_whole(join(task.shards, aside), before.model_dump_json(indent=1).encode())
         remove(join(task.shards, f"{name}.json"))
     ledger = ledger_bytes(rows)
     write_whole(join(task.shards, f"{name}.parquet"), ledger)
@@ -156,21 +161,18 @@ def build_part(task: PartTask, tick: Tick) -> Report:
     )
     assert report.counts.unaccounted() == 0
     write_whole(join(task.shards, f"{name}.json"), report.model_dump_json(indent=1).encode())
+    remove(join(task.shards, aside))
     _log.info("%s: %d of %d images", task, report.images, report.records)
-    return report
+    return report.brief()
 
 
 def done_report(task: PartTask, there: dict[str, int]) -> Report | None:
-    """The part's report if it is done and nothing it depends on has changed.
+    """The part's report, in brief, if it is done and nothing it depends on has changed.
 
     `there` are the sizes of the files in the folder of shards, by name.
     """
-    name = part_name(task.part.part)
-    report = load_model(Report, task.shards, f"{name}.json") if f"{name}.json" in there else None
-    if report is None:
-        return None
-    whole = all(there.get(file.name) == file.num_bytes for file in (report.tar, report.ledger))
-    return report if whole and report.dependency == task.dependency else None
+    report = _whole_report(task, there, f"{part_name(task.part.part)}.json")
+    return report.brief() if report else None
 
 
 def exclusions_of(task: PartTask) -> Exclusions:
@@ -209,6 +211,15 @@ def versions() -> dict[str, str]:
         "opencv": cv2.__version__,
         "pyarrow": pa.__version__,
     }
+
+
+def _whole_report(task: PartTask, there: dict[str, int], name: str) -> Report | None:
+    """The report of this name, if it is of the files that are there and nothing has changed."""
+    report = load_model(Report, task.shards, name) if name in there else None
+    if report is None:
+        return None
+    whole = all(there.get(file.name) == file.num_bytes for file in (report.tar, report.ledger))
+    return report if whole and report.dependency == task.dependency else None
 
 
 def _outcomes(

@@ -102,6 +102,7 @@ def probed(recipe: Recipe, raw: str, data: str, num: int, workers: int, show: Sh
             lambda report: stage.finished(
                 f"group {report.part}", {"records": report.records, "images": report.images}
             ),
+            workers,
         )
     where = "its index" if index else "its annotation files"
     today = datetime.now(tz=UTC).date().isoformat()

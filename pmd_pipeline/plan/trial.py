@@ -77,12 +77,16 @@ class Trial:
 
 
 def tried(
-    recipe: Recipe, records: Sequence[IndexRecord], finished: Callable[[Report], None]
+    recipe: Recipe,
+    records: Sequence[IndexRecord],
+    finished: Callable[[Report], None],
+    workers: int = 1,
 ) -> Trial:
     """Build the records, at least `GROUPS` of them, as the recipe says, and throw it all away.
 
     Args:
         finished: is told of each group's report.
+        workers: tasks that the build will run at a time; this one asks hosts as one of them would.
     """
     groups = [records[number::GROUPS] for number in range(GROUPS)]
     rows = []
@@ -90,7 +94,7 @@ def tried(
     with tempfile.TemporaryDirectory(prefix="pmd-trial-") as scratch:
         for number, group in enumerate(groups):
             busy, clock = time.process_time(), time.monotonic()
-            report = build_part(_task(recipe, Path(scratch), number, group), _no_tick)
+            report = build_part(_task(recipe, Path(scratch), number, group, workers), _no_tick)
             took = time.process_time() - busy, time.monotonic() - clock
             stored = report.tar.num_bytes + report.ledger.num_bytes
             sums = (report.fetched_bytes, stored, *took)
@@ -154,7 +158,9 @@ def _no_tick(_counts: Mapping[str, int]) -> None:
     """Nobody watches within a group."""
 
 
-def _task(recipe: Recipe, scratch: Path, number: int, records: Sequence[IndexRecord]) -> PartTask:
+def _task(
+    recipe: Recipe, scratch: Path, number: int, records: Sequence[IndexRecord], workers: int
+) -> PartTask:
     """A part of these records, each with one caption, so that its counts are of records."""
     single = [
         replace(one, captions=["-"], fields=[""], boxes=None, spans=[0], rows=[0])
@@ -178,6 +184,7 @@ def _task(recipe: Recipe, scratch: Path, number: int, records: Sequence[IndexRec
         places=(WEB,),
         catalogues=(),
         dependency="",
+        workers=workers,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pmd_pipeline import parallel
 from pmd_pipeline.errors import PmdError, RecordError
 from pmd_pipeline.parallel import WorkerDied, _Ticks, no_watch, open_pool
 
@@ -114,12 +115,23 @@ def test_a_tick_is_refused_from_a_stranger():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
             out.sendto(json.dumps(["wrong", "theirs", {}]).encode(), ticker.address)
             out.sendto(b"\xff\x00", ticker.address)
-            out.sendto(b"[1]", ticker.address)
+            for one in (b"[1]", b"5", b"null", b"{}", b"[" * 4000, b'["wrong"]'):
+                out.sendto(one, ticker.address)
         ticker({"rows": 1})
         time.sleep(0.05)
         ticks.hear()
 
     assert heard == [("mine", {"rows": 1})]
+
+
+def test_a_tick_that_cannot_be_sent_is_lost_and_ends_nothing(monkeypatch):
+    def unreachable(*_):
+        raise OSError(101, "Network is unreachable")
+
+    with _Ticks("127.0.0.1", no_watch) as ticks:
+        ticker = ticks.ticker("mine")
+        monkeypatch.setattr(parallel.socket, "socket", unreachable)
+        ticker({"rows": 1})
 
 
 def test_a_lone_task_needs_no_ray():

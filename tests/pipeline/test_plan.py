@@ -15,6 +15,8 @@ from toy import QUIET, toy_recipe, write_pictures, write_rows
 from pmd_pipeline import cli
 from pmd_pipeline.cli.plan import _size, _span, _time
 from pmd_pipeline.errors import PmdError
+from pmd_pipeline.parts.build import build_part
+from pmd_pipeline.plan import trial
 from pmd_pipeline.plan.cost import probed, recorded, total
 from pmd_pipeline.plan.trial import Range, share_of
 from pmd_pipeline.recipe import load_recipe
@@ -63,6 +65,20 @@ def test_a_probe_finds_what_lives_and_why_the_rest_does_not(probe):
     assert plan.records == recipe.expected.records
     assert plan.images.value == pytest.approx(plan.records * 0.75)
     assert "probe of 40 records of its annotation files" in plan.basis
+
+
+def test_a_probe_asks_hosts_as_one_of_many_tasks_would(probe, monkeypatch):
+    recipe, raw, data = probe
+    told = []
+
+    def noted(task, tick):
+        told.append(task.workers)
+        return build_part(task, tick)
+
+    monkeypatch.setattr(trial, "build_part", noted)
+    probed(recipe, raw, data, LIVE + DEAD, 16, QUIET)
+
+    assert set(told) == {16}
 
 
 def test_what_a_probe_extrapolates_is_what_it_fetched(probe, tmp_path):

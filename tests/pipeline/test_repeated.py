@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
 
+from pmd_pipeline import manifest as manifest_room
 from pmd_pipeline.dataset import build_source
 from pmd_pipeline.kit.lock import lock
 from pmd_pipeline.kit.rebuild import Rebuild, rebuild
@@ -115,6 +116,30 @@ def test_a_rebuild_tells_the_same_and_counts_what_is_missing(order, tmp_path):
         counted = rebuild(fewer, pool, QUIET).manifest.sources["cc3m"].repeated
     assert counted == {sha256(order, 1): SAME - 1}
     assert load_manifest(order.manifest).digest == made.digest
+
+
+def test_a_rebuild_tells_those_that_move_up_when_others_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest_room, "_MOST_REPEATED", 1)
+    names = [f"{number}.jpg" for number in range(25)]
+    folder = write_pictures(tmp_path / "pictures", names)
+    for number, name in enumerate(names):  # thirteen of one, twelve of another
+        (folder / name).write_bytes((folder / f"{number % 2}.jpg").read_bytes())
+    write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}.jpg") for n in range(25)])
+    order = toy_order(tmp_path, toy_recipe(part_records=8), pictures=folder)
+    assert toy_build(order).sources["cc3m"].repeated == {sha256(order, 0): 13}
+    with open_pool("local", 1, None) as pool:
+        lock(order.manifest, str(tmp_path / "kit"), pool, QUIET, hashed=False)
+        for number in (0, 2, 4):
+            (folder / f"{number}.jpg").unlink()
+        again = Rebuild(
+            kit=str(tmp_path / "kit"),
+            out=str(tmp_path / "again" / "data"),
+            manifests=str(tmp_path / "again"),
+            places=order.places,
+        )
+        made = rebuild(again, pool, QUIET)
+        assert made.manifest.sources["cc3m"].repeated == {sha256(order, 1): 12}
+        assert [str(one) for one in verify(made.path, pool, QUIET)] == []
 
 
 @given(st.lists(st.lists(st.integers(0, 9)), max_size=6))

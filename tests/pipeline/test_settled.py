@@ -14,13 +14,14 @@ import pytest
 from hosts import Host, answer
 from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
 
-from pmd_pipeline import cli
+from pmd_pipeline import cli, dataset
 from pmd_pipeline.dataset import Request, build_all, reasons_of
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.look.story import stories
 from pmd_pipeline.look.telling import told
 from pmd_pipeline.manifest import load_manifest
 from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.parts import build
 from pmd_pipeline.parts.optout import LIST, REASON, add_to_list
 from pmd_pipeline.record import key_of, url_id
 
@@ -247,6 +248,57 @@ def test_who_opts_out_is_taken_from_their_shard_alone_and_it_ends_as_a_fresh_bui
     add_to_list(fresh.data, str(tmp_path / "list.txt"))
     assert toy_build(fresh).digest == now.digest
     assert contents(fresh) == contents(order)
+
+
+@pytest.mark.parametrize("moment", ["the tar", "after the report went"])
+def test_a_part_that_could_not_be_made_anew_is_still_taken_over(
+    tmp_path, web, origin, monkeypatch, moment
+):
+    order = order_in(tmp_path, "later", origin)
+    before = toy_build(order)
+    (tmp_path / "list.txt").write_text("http://a.test/7.jpg\n")
+    add_to_list(order.data, str(tmp_path / "list.txt"))
+    hide(web, range(NUM))  # nothing can be had again
+    removed = build.remove
+
+    def cut_off(address):
+        if moment == "the tar" or not address.endswith("before.json"):
+            removed(address)
+        raise PmdError("the network went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "remove", cut_off)
+        with pytest.raises(PmdError, match="the network went"):
+            toy_build(order)
+
+    now = toy_build(order)
+
+    assert now.sources["cc3m"].counts.kept == before.sources["cc3m"].counts.kept - 1
+    assert not list(Path(order.shards).glob("*.before.json"))
+
+
+def test_what_the_driver_holds_of_a_part_does_not_grow_with_its_records(tmp_path):
+    answers = iter([answer(503)] * 6)
+    with Host(lambda head: answer(404) if "robots" in head else next(answers)) as host:
+        write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}.jpg") for n in range(3)])
+        order = order_in(tmp_path, "once", host.origin)
+        order = replace(order, recipe=with_retries(order.recipe, 1))
+        held = []
+        with open_pool("local", 1, None) as pool:
+            manifest_of = dataset.source_manifest
+
+            def noted(recipe, index, reports, *rest):
+                held.extend(reports)
+                return manifest_of(recipe, index, reports, *rest)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dataset, "source_manifest", noted)
+                dataset.build_source(order, pool, QUIET)
+                dataset.build_source(order, pool, QUIET)  # from the reports on disk
+
+    assert len(asked_again(order)) == 3
+    assert len(held) >= 2
+    assert all(report.timing.attempts == {} for report in held)
 
 
 def test_an_image_that_is_listed_is_not_even_asked_for(tmp_path, web, origin):
