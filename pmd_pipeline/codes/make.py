@@ -129,8 +129,10 @@ def convert_weights(pickle: str, out: str) -> str:
     """Write the dVAE's weights in `pickle`, or in safetensors, to `out`; the sha256 of the file.
 
     Raises:
-        PmdError: it is refused, or holds something else.
+        PmdError: it is refused, or holds something else, or `out` is no name for safetensors.
     """
+    if not out.endswith(".safetensors"):  # nor would anything be read from there again
+        raise PmdError(f"{out}: weights are written as safetensors, so let it end in .safetensors")
     is_safe = pickle.endswith(".safetensors")
     weights = read_weights(pickle) if is_safe else dalle_weights(read_pickle(pickle), pickle)
     if weights.tokenizer != "dalle":

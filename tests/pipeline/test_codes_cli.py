@@ -201,8 +201,18 @@ MISTAKES = {
     "a dtype of k-means": (["M", "--dtype", "float16", "--vocabulary", "8"], ["--dtype"]),
     "too many codes": (["M", "--vocabulary", "9000"], ["give a smaller --vocabulary"]),
     "an export of nothing": (["export", "M", "--out", "x"], ["has no image codes", "pmd codes M"]),
-    "a conversion of k-means": (["convert", "k.safetensors", "x"], ["need no conversion"]),
-    "a conversion of nothing": (["convert", "none.pkl", "x"], ["none.pkl", "no such file"]),
+    "a conversion of k-means": (
+        ["convert", "k.safetensors", "x.safetensors"],
+        ["need no conversion"],
+    ),
+    "a conversion onto itself": (
+        ["convert", "encoder.pkl", "encoder.pkl"],
+        ["end in .safetensors"],
+    ),
+    "a conversion of nothing": (
+        ["convert", "none.pkl", "x.safetensors"],
+        ["none.pkl", "no such file"],
+    ),
     "a conversion of a manifest": (["convert", "M", "x"], ["no pickle that PyTorch writes"]),
 }
 
