@@ -31,9 +31,18 @@ from pmd_pipeline.parallel import Tick
 from pmd_pipeline.parts.build import PartTask, build_part, done_report
 from pmd_pipeline.parts.optout import load_list
 from pmd_pipeline.recipe import Recipe
-from pmd_pipeline.shards.codes import codes_dependency
+from pmd_pipeline.shards.codes import codes_dependency, done_codes
 from pmd_pipeline.shards.write import LEDGER, ledger_bytes
-from pmd_pipeline.storage import join, open_read, read_bytes, remove, sizes, write_whole
+from pmd_pipeline.storage import (
+    join,
+    load_model,
+    open_read,
+    read_bytes,
+    remove,
+    sha256_of,
+    sizes,
+    write_whole,
+)
 from pmd_pipeline.tables import read_table
 from pmd_pipeline.tokenizers.weights import tensor_file
 from pmd_pipeline.verify.codes import code_tensors
@@ -110,19 +119,52 @@ def missing_name(part: int) -> str:
     return f"{part_name(part)}.missing.jsonl"
 
 
+def earlier_report(
+    shards: str, part: KitPart, entry: ShardEntry, there: dict[str, int]
+) -> Report | None:
+    """The report of the part that lies in the folder `shards`, if there is any.
+
+    It is of the very shard that the kit was made of, or of one that a rebuild of the kit wrote.
+
+    Args:
+        there: sizes of the files in the folder, by name.
+
+    Raises:
+        PmdError: it is of another dataset, whose images may be nowhere else by now.
+    """
+    name = part_name(part.part)
+    if f"{name}.json" not in there:
+        return None
+    report = load_model(Report, shards, f"{name}.json")
+    if report and _is_rebuilt(report, part):
+        return report
+    codes = done_codes(join(shards, f"{name}.tar"), entry, there)
+    is_coded_alike = not (codes and part.codes) or codes.file.sha256 == part.codes.file.sha256
+    if report and _is_the_kits(report, entry) and is_coded_alike:
+        return report
+    raise PmdError(f"{join(shards, f'{name}.tar')} is of another dataset: give another --out")
+
+
 def restore_part(task: RestoreTask, tick: Tick) -> Restored:
     """The shard of one part of a kit, with its ledger, report and codes; built only once.
 
+    A shard that is there already, byte by byte, is left as it is, whoever has made it.
+
     Raises:
         PmdError: a file of the kit is not the one it was made with, the index has other captions,
-            or nothing can be written.
+            a shard of another dataset is in the way, or nothing can be written.
     """
     wanted = kit_rows(task.kit, task.part)
     if task.index:
         wanted = _with_captions(task.index, wanted)
-    dependency = _dependency(task, wanted)
-    there = done_report(_part_task(task, _NO_FILE, dependency), sizes(task.shards))
-    report = there or _built(task, wanted, dependency, tick)
+    left_out = _left_out(task, wanted)
+    dependency = _dependency(task, left_out)
+    there = sizes(task.shards)
+    report = (
+        done_report(_part_task(task, _NO_FILE, dependency), there)
+        or _as_it_is(task, wanted, left_out, there)
+        or _built(task, wanted, dependency, tick)
+    )
     ledger = read_bytes(join(task.shards, report.ledger.name))
     rows = read_table(BytesIO(ledger)).to_pylist()
     entry = task.entry.model_copy(
@@ -173,24 +215,70 @@ def _with_own(row: dict[str, Any], own: list[str], folder: str) -> dict[str, Any
     return {**row, "caption": own[0] if own else None, "captions": captions}
 
 
-def _dependency(task: RestoreTask, wanted: Sequence[Mapping[str, Any]]) -> str:
-    """Digest of all that the shard depends on; of the list of images to leave out, what it hits."""
+def _left_out(task: RestoreTask, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of the rows that the list of images to leave out hits."""
     listed = load_list(task.optout)
-    left_out = [
+    return [
         row["key"]
         for row in wanted
         if listed.has_record(row["key"], row["url"])
         or listed.has_bytes(row["sha256"], row["final_url"])
     ]
-    return digest(
+
+
+def _dependency(task: RestoreTask, left_out: Sequence[str]) -> str:
+    """What the shard depends on: the kit's rows, by which `_is_rebuilt` knows it, and the rest."""
+    rest = digest(
         {
             "format": FORMAT,
-            "kit": task.part.rows.sha256,
             "rules": task.recipe.shard_rules(),
             "places": task.stamps,
             "left_out": left_out,
         }
     )
+    return f"{task.part.rows.sha256} {rest}"
+
+
+def _is_rebuilt(report: Report, part: KitPart) -> bool:
+    """Say whether a rebuild of this part wrote the shard, from whatever places."""
+    return report.dependency.split(" ")[0] == part.rows.sha256
+
+
+def _is_the_kits(report: Report, entry: ShardEntry) -> bool:
+    """Say whether a report is of the shard that the kit was made of."""
+    made = (report.source, report.part, report.tar.sha256, report.ledger.sha256)
+    return made == (entry.source, entry.part, entry.sha256, entry.ledger_sha256)
+
+
+def _as_it_is(
+    task: RestoreTask,
+    wanted: Sequence[Mapping[str, Any]],
+    left_out: Sequence[str],
+    there: dict[str, int],
+) -> Report | None:
+    """The report of the very shard that the kit was made of, if it is there; else None.
+
+    None means that the shard is to be built, and that a rebuild may do so.
+    """
+    report = earlier_report(task.shards, task.part, task.entry, there)
+    if report is None:
+        return None
+    images = {row["key"] for row in wanted if row["status"] == WORKED}
+    if (
+        _is_the_kits(report, task.entry)
+        and images.isdisjoint(left_out)
+        and all(
+            file.name in there and sha256_of(join(task.shards, file.name)) == file.sha256
+            for file in (report.tar, report.ledger)
+        )
+    ):
+        return report
+    if not _is_rebuilt(report, task.part):
+        raise PmdError(
+            f"{join(task.shards, report.tar.name)} was made by pmd build and is damaged, or has "
+            "images that are to be left out: run pmd build, or give another --out"
+        )
+    return None
 
 
 def _built(
@@ -327,6 +415,9 @@ def _codes(
                 "file": FileDigest.of(made.file.name, content),
             }
         )
+    there = done_codes(entry.path, entry, sizes(task.shards))
+    if there and there.file == made.file:
+        return made
     base = entry.path.removesuffix(".tar")
     write_whole(f"{base}.codes.safetensors", content)
     write_whole(f"{base}.codes.json", made.model_dump_json(indent=1).encode())

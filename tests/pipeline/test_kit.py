@@ -227,6 +227,94 @@ def test_a_part_that_lacks_its_old_failures_is_not_taken_for_done(
     assert rebuilt(kit, tmp_path / "again", pictures).is_same
 
 
+def test_a_dataset_that_is_rebuilt_where_it_lies_keeps_images_that_are_gone(
+    original, pictures, tmp_path
+):
+    folder = Path(shutil.copytree(original.parents[1], tmp_path / "own"))
+    kit = locked(folder / "manifests" / "cc3m.json", tmp_path / "kit")
+    before = {path: path.read_bytes() for path in (folder / "data/shards").rglob("*.*")}
+    for number in range(15):
+        (pictures / f"{number}.jpg").unlink()
+
+    made = rebuilt(tmp_path / "kit", folder, pictures)
+
+    assert made.is_same
+    assert made.manifest.digest == kit.manifest.digest
+    assert {path: path.read_bytes() for path in (folder / "data/shards").rglob("*.*")} == before
+    assert findings(made.path) == []
+
+
+def folder_bytes(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_rebuild_does_not_replace_another_dataset(kit, pictures, tmp_path):
+    folder = tmp_path / "other"
+    write_rows(folder / "raw", toy_rows(30))
+    toy_build(toy_order(folder, toy_recipe(part_records=8), pictures=pictures))
+    before = folder_bytes(folder)
+
+    with pytest.raises(
+        PmdError, match=r"cc3m/00000\.tar is of another dataset: give another --out"
+    ):
+        rebuilt(kit, folder, pictures)
+
+    assert folder_bytes(folder) == before
+
+
+def test_a_rebuild_does_not_replace_other_codes_of_a_dataset(original, pictures, tmp_path):
+    folder = Path(shutil.copytree(original.parents[1], tmp_path / "own"))
+    manifest = str(folder / "manifests" / "cc3m.json")
+    locked(manifest, tmp_path / "kit")
+    code_manifest(CodesRequest(manifest, vocabulary=4, grid=1, runner="local", workers=1), QUIET)
+    before = folder_bytes(folder)
+
+    with pytest.raises(PmdError, match="is of another dataset"):
+        rebuilt(tmp_path / "kit", folder, pictures)
+
+    assert folder_bytes(folder) == before
+
+
+@pytest.mark.parametrize("file", ["00002.tar", "00002.parquet"])
+def test_a_damaged_shard_of_a_dataset_is_not_replaced(original, kit, pictures, tmp_path, file):
+    folder = Path(shutil.copytree(original.parents[1], tmp_path / "own"))
+    damaged = folder / "data" / "shards" / "cc3m" / file
+    content = bytearray(damaged.read_bytes())
+    content[600] ^= 1
+    damaged.write_bytes(content)
+
+    with pytest.raises(PmdError, match=r"00002\.tar was made by pmd build and is damaged"):
+        rebuilt(kit, folder, pictures)
+
+    assert damaged.read_bytes() == content
+
+
+def test_a_dataset_with_images_to_leave_out_is_left_to_build(original, kit, pictures, tmp_path):
+    folder = Path(shutil.copytree(original.parents[1], tmp_path / "own"))
+    (folder / "data" / "optout.txt").write_text("http://a.test/3.jpg\n")
+    before = folder_bytes(folder / "data" / "shards")
+
+    with pytest.raises(PmdError, match="images that are to be left out: run pmd build"):
+        rebuilt(kit, folder, pictures)
+
+    assert folder_bytes(folder / "data" / "shards") == before
+
+
+def test_a_rebuild_goes_on_with_other_places(kit, pictures, tmp_path, monkeypatch):
+    parts = {
+        part.part: [row["id"] for row in kit_rows(str(kit), part) if row["status"] == "success"]
+        for part in load_kit(str(kit)).parts
+    }
+    more = Path(shutil.copytree(pictures, tmp_path / "more"))
+    for address in parts[2]:
+        (pictures / address.rpartition("/")[2]).unlink()
+    assert not rebuilt(kit, tmp_path / "again", pictures).is_same
+    built = building(monkeypatch)
+
+    assert rebuilt(kit, tmp_path / "again", more).is_same
+    assert built == [2]
+
+
 class DyingPool:
     """A pool whose worker dies of part 1."""
 
