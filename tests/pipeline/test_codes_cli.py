@@ -213,7 +213,10 @@ MISTAKES = {
         ["convert", "none.pkl", "x.safetensors"],
         ["none.pkl", "no such file"],
     ),
-    "a conversion of a manifest": (["convert", "M", "x"], ["no pickle that PyTorch writes"]),
+    "a conversion of a manifest": (
+        ["convert", "M", "x.safetensors"],
+        ["no pickle that PyTorch writes"],
+    ),
 }
 
 
