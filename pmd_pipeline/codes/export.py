@@ -17,6 +17,7 @@ from pmd_pipeline.format import CodeRules, ShardEntry, part_name
 from pmd_pipeline.manifest import load_manifest, located
 from pmd_pipeline.parallel import Pool, Tick, WorkerDied
 from pmd_pipeline.progress import Show
+from pmd_pipeline.shards.apart import check_apart
 from pmd_pipeline.shards.members import Members
 from pmd_pipeline.shards.stored import check_tar, read_samples
 from pmd_pipeline.shards.write import DigestingFile, ShardWriter
@@ -47,7 +48,8 @@ def export(path: str, out: str, pool: Pool, show: Show) -> Iterator[tuple[Export
     `<key>.boxes.npy`, float32 [views, 4], the boxes of these views as fractions.
 
     Raises:
-        PmdError: the manifest has no codes, or a shard is not what it says.
+        PmdError: the manifest has no codes, a shard is not what it says, or the shards themselves
+            lie where they are to be written to.
     """
     manifest = load_manifest(path)
     if manifest.codes is None:
@@ -65,6 +67,7 @@ def export(path: str, out: str, pool: Pool, show: Show) -> Iterator[tuple[Export
         )
         for shard in manifest.shards
     ]
+    check_apart(out, [task.shard for task in tasks], [task.out for task in tasks])
     images = sum(shard.images for shard in manifest.shards)
     with show.stage(f"{manifest.name} export", "images", images) as stage:
         for task, result in pool.run(export_shard, tasks, stage.watch):

@@ -38,6 +38,7 @@ from pmd_pipeline.kit.format import (
 from pmd_pipeline.manifest import load_manifest, located
 from pmd_pipeline.parallel import Pool, Tick, in_order
 from pmd_pipeline.progress import Show
+from pmd_pipeline.shards.apart import check_apart
 from pmd_pipeline.shards.members import Members
 from pmd_pipeline.storage import join, open_read, read_bytes, sizes, write_whole
 from pmd_pipeline.tables import read_batches, read_table
@@ -75,7 +76,7 @@ def lock(path: str, folder: str, pool: Pool, show: Show, *, hashed: bool = False
         hashed: write sha256 in place of captions. Such a kit proves what captions somebody has.
 
     Raises:
-        PmdError: the shards are not those of the manifest, or hold texts.
+        PmdError: the shards are not those of the manifest, hold texts, or lie where the kit is to.
     """
     manifest = load_manifest(path)
     if manifest.kind == "text":
@@ -91,6 +92,15 @@ def lock(path: str, folder: str, pool: Pool, show: Show, *, hashed: bool = False
         )
         for shard in manifest.shards
     ]
+    check_apart(
+        folder,
+        [task.address for task in tasks],
+        [
+            join(folder, task.entry.source, part_name(task.entry.part) + ending)
+            for task in tasks
+            for ending in (".parquet", ".codes.safetensors")
+        ],
+    )
     with show.stage("lock", "bytes", sum(shard.num_bytes for shard in manifest.shards)) as stage:
         parts = in_order(pool, lock_part, tasks, stage.watch)
         stage.settled({"bytes": sum(shard.num_bytes for shard in manifest.shards)})

@@ -18,6 +18,7 @@ from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import ShardEntry
 from pmd_pipeline.manifest import load_manifest, save_manifest
 from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.shards.apart import check_apart
 from pmd_pipeline.verify.codes import code_tensors
 
 
@@ -134,3 +135,37 @@ def test_a_tar_with_strange_members_is_refused(manifest, tmp_path, name):
     with pytest.raises(PmdError, match="is no shard of `pmd build`"):
         exported(manifest, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.tar"))
+
+
+@pytest.mark.parametrize("out", ["data", "data/../data/"])
+def test_an_export_over_its_own_shards_is_refused(manifest, tmp_path, out):
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+    with pytest.raises(PmdError, match="is where the dataset itself lies: give another folder"):
+        exported(manifest, f"{tmp_path}/{out}")
+
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_an_export_over_what_a_link_in_the_dataset_stands_for_is_refused(manifest, tmp_path):
+    (tmp_path / "links").mkdir()
+    for file in (tmp_path / "data" / "toy").iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    loaded = load_manifest(manifest)
+    shards = [
+        one.model_copy(update={"path": f"links/{Path(one.path).name}"}) for one in loaded.shards
+    ]
+    linked = loaded.model_copy(update={"shards": shards})
+    save_manifest(manifest, linked.model_copy(update={"digest": linked.computed_digest()}))
+
+    with pytest.raises(PmdError, match="is where the dataset itself lies: give another folder"):
+        exported(manifest, tmp_path / "data")
+    assert len(exported(manifest, tmp_path / "out")) == len(shards)
+
+
+def test_addresses_elsewhere_are_compared_as_they_are():
+    shards = ["memory://data/toy/00000.tar"]
+    check_apart("memory://out", shards, ["memory://out/toy/00000.tar"])
+
+    with pytest.raises(PmdError, match="--out memory://data is where"):
+        check_apart("memory://data", shards, ["memory://data/toy/00000.tar"])

@@ -549,6 +549,18 @@ def test_a_row_that_somebody_made_up_is_one_sentence(kit, pictures, tmp_path, na
         rebuilt(kit, tmp_path / "again", pictures)
 
 
+@pytest.mark.parametrize("folder", ["data/shards", "link", "raw/../data/shards/"])
+def test_a_kit_is_not_locked_over_its_dataset(original, tmp_path, folder):
+    copy = Path(shutil.copytree(original.parents[1], tmp_path / "copy"))
+    (copy / "link").symlink_to(copy / "data" / "shards")
+    before = folder_bytes(copy / "data")
+
+    with pytest.raises(PmdError, match=r"--out .* is where the dataset itself lies: give"):
+        locked(copy / "manifests" / "cc3m.json", f"{copy}/{folder}")
+
+    assert folder_bytes(copy / "data") == before
+
+
 def test_texts_have_no_kit(original, tmp_path):
     shutil.copytree(original.parents[1] / "manifests", tmp_path / "manifests")
     path = tmp_path / "manifests" / "cc3m.json"
