@@ -78,6 +78,39 @@ heads = 1 + 2 + 1  # patches, two numbers of masked tokens, match
 assert first == second == image + text + both + heads, counts
 """
 
+EVALUATED = """
+import tempfile
+from pathlib import Path
+
+from trials import write_world
+
+from flava_train.config import EvaluationConfig
+from flava_train.evaluation.evaluate import evaluate
+from flava_train.streams.files import Files
+from flava_train.text import load_wordpiece
+
+counter = CompileCounterWithBackend("eager")
+model = flava()
+model.compile_regions(backend=counter)
+train_step(model, [pairs(4)], Objective())
+counts = [counter.frame_count]
+with tempfile.TemporaryDirectory() as folder:
+    world = write_world(Path(folder))
+    config = EvaluationConfig(retrieval=str(world / "held-out.json"), batch=5)
+    evaluate(
+        model,
+        load_wordpiece(str(world / "vocab.txt")),
+        config,
+        caption_tokens=16,
+        files=Files(verify=False),
+    )
+counts.append(counter.frame_count)
+train_step(model, [pairs(4)], Objective())
+counts.append(counter.frame_count)
+assert counts[0] > 0, counts
+assert len(set(counts)) == 1, counts
+"""
+
 
 def run(body, pytestconfig):
     """In a process of its own: type-checked functions would not be compiled as users have them."""
@@ -93,6 +126,12 @@ def run(body, pytestconfig):
 
 def test_every_branch_is_one_graph(pytestconfig):
     done = run(WHOLE, pytestconfig)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_evaluation_compiles_nothing_and_steps_after_it_neither(pytestconfig):
+    done = run(EVALUATED, pytestconfig)
 
     assert done.returncode == 0, done.stderr
 
