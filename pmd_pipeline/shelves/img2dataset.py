@@ -24,7 +24,7 @@ from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.parallel import Pool, Tick, WorkerDied, no_watch
 from pmd_pipeline.record import one_line, url_id
 from pmd_pipeline.shelves.files import Extent, Shelf, tar_body, tar_extents
-from pmd_pipeline.storage import join, remove, whole_file
+from pmd_pipeline.storage import join, remove, sizes, whole_file
 
 _CATALOG = pa.schema(
     [
@@ -87,8 +87,9 @@ def write_catalogue(task: CatalogTask, _tick: Tick) -> None:
 def open_img2dataset(folder: str, records: Iterable[IndexRecord]) -> Shelf:
     """The shelf of the catalogue in `folder`, for just these records."""
     wanted = [_address(record.url) for record in records if record.url]
+    files = [join(folder, name) for name in sorted(sizes(folder)) if name.endswith(".parquet")]
     found = (
-        pl.scan_parquet(join(folder, "*.parquet"))
+        pl.scan_parquet(files, glob=False)  # brackets in the folder's name are no pattern
         .filter(pl.col("address").is_in(pl.Series(wanted, dtype=pl.UInt64).implode()))
         .collect()
     )

@@ -122,6 +122,16 @@ def test_images_are_taken_with_what_is_known_of_them_as_fetched(place, image):
         assert found.final_url is None
 
 
+def test_a_catalogue_may_lie_in_a_folder_of_any_name(place, tmp_path):
+    write_shard(place, 0, [row(1, "000000000")])
+    write_shard(place, 1, [row(2, "000010000")])
+    wanted = [record(1), record(2)]
+
+    shelf = opened(place, wanted, tmp_path / "data[1-2] {a,b} *?" / "catalogue")
+
+    assert [shelf(one).body for one in wanted] == [f"stored {url(n)}".encode() for n in (1, 2)]
+
+
 def test_what_the_shards_do_not_have_is_left_to_other_places(place):
     write_shard(place, 0, [row(1, "000000000")])
     others = [record(2), record(3, url=None)]
