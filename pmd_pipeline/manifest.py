@@ -276,7 +276,7 @@ def _words(histograms: Iterable[dict[int, int]]) -> dict[int, int]:
 def _sha256s(ledger: str) -> list[str]:
     """Of the images in a shard."""
     with open_read(ledger) as file:
-        table = read_table(file, ["sha256", "status"])
+        table = read_table(file, ["sha256", "status"], address=ledger)
     found: list[str] = table.filter(pc.equal(table["status"], WORKED))["sha256"].to_pylist()
     return found
 

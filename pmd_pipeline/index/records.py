@@ -15,7 +15,7 @@ from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Counts, FileDigest, part_name
 from pmd_pipeline.index.runs import KEYS
 from pmd_pipeline.storage import join, open_read, sizes, write_whole
-from pmd_pipeline.tables import read_batches
+from pmd_pipeline.tables import MEND_INDEX, read_batches
 
 KEPT = pa.schema(
     [
@@ -134,8 +134,9 @@ def write_parts(
 def read_part(folder: str, part: IndexPart, limit: int | None = None) -> Iterator[IndexRecord]:
     """The records of a part in order of key, at most `limit`."""
     taken = 0
-    with open_read(join(folder, part.kept.name)) as file:
-        for batch in read_batches(file, rows=1000):
+    address = join(folder, part.kept.name)
+    with open_read(address) as file:
+        for batch in read_batches(file, rows=1000, address=address, mend=MEND_INDEX):
             for row in batch.to_pylist():
                 if taken == limit:
                     return

@@ -41,7 +41,7 @@ from pmd_pipeline.progress import Show
 from pmd_pipeline.shards.apart import check_apart
 from pmd_pipeline.shards.members import Members
 from pmd_pipeline.storage import join, open_read, read_bytes, sizes, write_whole
-from pmd_pipeline.tables import read_batches, read_table
+from pmd_pipeline.tables import MEND_INDEX, read_batches, read_table
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _index_files(path: str, manifest: Manifest, source: str) -> dict[int, str]:
 def _files(index: str) -> dict[str, str]:
     """The name that each record's image has in upstream's archives, by key."""
     with open_read(index) as file:
-        batches = read_batches(file, ["key", "file"])
+        batches = read_batches(file, ["key", "file"], address=index, mend=MEND_INDEX)
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         return {row["key"]: row["file"] for row in rows if row["file"]}
 

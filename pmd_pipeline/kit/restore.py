@@ -48,6 +48,7 @@ from pmd_pipeline.tokenizers.weights import tensor_file
 from pmd_pipeline.verify.codes import code_tensors
 
 _NO_FILE = FileDigest(name="", sha256="", num_bytes=0)
+_MEND = "delete the .json beside it, and rebuild again"
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,9 @@ def restore_part(task: RestoreTask, tick: Tick) -> Restored:
         or _as_it_is(task, wanted, left_out, there)
         or _built(task, wanted, dependency, tick)
     )
-    ledger = read_bytes(join(task.shards, report.ledger.name))
-    rows = read_table(BytesIO(ledger)).to_pylist()
+    ledger = join(task.shards, report.ledger.name)
+    with open_read(ledger) as file:
+        rows = read_table(file, address=ledger, mend=_MEND).to_pylist()
     entry = task.entry.model_copy(
         update={
             "path": join(task.shards, report.tar.name),

@@ -19,7 +19,7 @@ from pmd_pipeline.index.records import part_of
 from pmd_pipeline.parallel import Pool, Tick, in_order, no_watch
 from pmd_pipeline.record import BadRow, Row, key_of, url_id
 from pmd_pipeline.storage import folders, join, open_read, read_bytes, sizes
-from pmd_pipeline.tables import read_batches, read_table
+from pmd_pipeline.tables import MEND_INDEX, MEND_SHARD, read_batches, read_table
 from pmd_pipeline.upstream import Span
 
 _FIRST_SAMPLES = 5
@@ -128,7 +128,7 @@ def holdings(shard: str) -> Holdings:
     report = _loaded_report(f"{base}.json")
     with open_read(f"{base}.parquet") as file:
         is_text = report.ledger == report.tar
-        kept = read_table(file)
+        kept = read_table(file, address=f"{base}.parquet")
     if not is_text:
         kept = kept.filter(pc.equal(kept["status"], WORKED))
     first = kept.slice(0, _FIRST_SAMPLES).to_pylist()
@@ -179,7 +179,9 @@ def _keys(source: str, asked: str) -> list[str]:
 
 def _has(folder: str, index: Index, key: str) -> bool:
     part = index.parts[part_of(key, len(index.parts))]
-    return any(_rows(join(folder, file.name), key) for file in (part.kept, part.dropped))
+    return any(
+        _rows(join(folder, file.name), key, MEND_INDEX) for file in (part.kept, part.dropped)
+    )
 
 
 def _searched(
@@ -215,7 +217,7 @@ def scan(task: _ScanTask, _tick: Tick) -> list[str]:
     wanted, found = pa.array(task.addresses), set[str]()
     for address in task.files:
         with open_read(address) as file:
-            for batch in read_batches(file, ["key", "url"]):
+            for batch in read_batches(file, ["key", "url"], address=address, mend=MEND_INDEX):
                 hits = batch.filter(pc.is_in(batch["url"], value_set=wanted))
                 found.update(hits["key"].to_pylist())
     return sorted(found)
@@ -224,13 +226,15 @@ def scan(task: _ScanTask, _tick: Tick) -> list[str]:
 def _story(data: str, index: Index, key: str) -> Story:
     number = part_of(key, len(index.parts))
     part, folder = index.parts[number], join(data, "index", index.source)
-    kept = _rows(join(folder, part.kept.name), key)
-    dropped = _rows(join(folder, part.dropped.name), key)
+    kept = _rows(join(folder, part.kept.name), key, MEND_INDEX)
+    dropped = _rows(join(folder, part.dropped.name), key, MEND_INDEX)
     shards, name = join(data, "shards", index.source), part_name(number)
     is_text = sources.load(index.source).info.kind == "text"
     shard = join(shards, f"{name}.parquet" if is_text else f"{name}.tar")
     built = f"{name}.json" in sizes(shards)
-    ledger = _rows(join(shards, f"{name}.parquet"), key) if built and not is_text else []
+    ledger = (
+        _rows(join(shards, f"{name}.parquet"), key, MEND_SHARD) if built and not is_text else []
+    )
     sample = None
     if ledger and ledger[0]["json_offset"] is not None:
         sample = json.loads(_content(shard, ledger[0]["json_offset"], ledger[0]["json_size"]))
@@ -258,7 +262,7 @@ def _attempts(report: str, key: str) -> int | None:
 def _sequences(shard: str, key: str) -> Iterator[dict[str, Any]]:
     """The rows of a shard of texts that a document is in, with their numbers."""
     with open_read(shard) as file:
-        table = read_table(file)
+        table = read_table(file, address=shard)
     for number, keys in enumerate(table["keys"].to_pylist()):
         if key in keys:
             yield {"row": number, **table.slice(number, 1).to_pylist()[0]}
@@ -306,7 +310,7 @@ def _content(address: str, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _rows(address: str, key: str) -> list[dict[str, Any]]:
+def _rows(address: str, key: str, mend: str) -> list[dict[str, Any]]:
     with open_read(address) as file:
-        table = read_table(file)
+        table = read_table(file, address=address, mend=mend)
     return list(table.filter(pc.equal(table["key"], key)).to_pylist())

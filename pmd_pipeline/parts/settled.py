@@ -56,13 +56,19 @@ class Exclusions:
         return replace(outcome, picture=None, status=DROPPED, reason=REASON, detail=None)
 
     def hold(self, index: str, part: IndexPart, shards: str, report: Report) -> bool:
-        """Say whether a part that is built leaves out what is to be left out, and nothing else."""
+        """Say whether a part that is built leaves out what is to be left out, and nothing else.
+
+        Of a part whose files are damaged nobody can say that.
+        """
         if not self and not report.counts.dropped.keys() & {REASON, LICENCE}:
             return True
-        with open_read(join(index, part.kept.name)) as file:
-            records = pl.read_parquet(file, columns=["key", "url", "licence"])
-        with open_read(join(shards, report.ledger.name)) as file:
-            rows = pl.read_parquet(file, columns=["key", "reason", "sha256", "final_url"])
+        try:
+            with open_read(join(index, part.kept.name)) as file:
+                records = pl.read_parquet(file, columns=["key", "url", "licence"])
+            with open_read(join(shards, report.ledger.name)) as file:
+                rows = pl.read_parquet(file, columns=["key", "reason", "sha256", "final_url"])
+        except pl.exceptions.PolarsError:
+            return False
         return all(
             self._expected(row) == (row["reason"] if row["reason"] in {REASON, LICENCE} else None)
             for row in rows.join(records, on="key", how="left").iter_rows(named=True)

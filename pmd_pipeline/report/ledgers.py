@@ -15,7 +15,7 @@ from pmd_pipeline.format import WORKED, Manifest, ShardEntry, SourceEntry
 from pmd_pipeline.index.build import Index, load_index
 from pmd_pipeline.manifest import located
 from pmd_pipeline.storage import join, open_read, sha256_of
-from pmd_pipeline.tables import read_batches, read_table
+from pmd_pipeline.tables import MEND_INDEX, read_batches, read_table
 
 MOST_RECORDS = 100_000
 """Records of a source that are looked at one by one; all of them count in the manifest."""
@@ -114,7 +114,7 @@ def dropped_pairs(data: str, index: Index, parts: Sequence[int]) -> Iterator[dic
     for part in parts:
         address = join(data, "index", index.source, index.parts[part].dropped.name)
         with open_read(address) as file:
-            for batch in read_batches(file, rows=1000):
+            for batch in read_batches(file, rows=1000, address=address, mend=MEND_INDEX):
                 yield from batch.to_pylist()
                 left -= len(batch)
                 if left <= 0:

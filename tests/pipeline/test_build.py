@@ -21,6 +21,7 @@ from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, writ
 
 from pmd_pipeline import dataset
 from pmd_pipeline.dataset import Order
+from pmd_pipeline.errors import PmdError
 from pmd_pipeline.fetch import hosts as hosts_room
 from pmd_pipeline.format import Report
 from pmd_pipeline.index.records import IndexPart, IndexRecord
@@ -127,6 +128,35 @@ def test_a_part_cut_short_is_built_again(toy):
     tar.write_bytes(tar.read_bytes()[:-1])
 
     assert toy_build(toy) == first
+
+
+def test_a_damaged_ledger_is_one_sentence_which_helps(toy):
+    before = toy_build(toy)
+    ledger = Path(toy.shards) / "00001.parquet"
+    ledger.write_bytes(ledger.read_bytes()[:-20] + bytes(20))
+
+    with pytest.raises(PmdError, match=r"00001\.parquet is no whole Parquet .*: delete the \.json"):
+        toy_build(toy)
+
+    ledger.with_suffix(".json").unlink()
+    assert toy_build(toy).digest == before.digest
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_damaged_index_is_one_sentence_which_helps(toy, workers):
+    before = toy_build(toy)
+    damaged = next(Path(toy.data, "index", "cc3m").glob("kept-00001*"))
+    damaged.write_bytes(damaged.read_bytes()[:-20] + bytes(20))
+    (Path(toy.shards) / "00001.json").unlink()
+
+    with (
+        open_pool("local", workers, None) as pool,
+        pytest.raises(PmdError, match=r"kept-00001.* is no whole Parquet .*: delete index\.json"),
+    ):
+        toy_build(toy, pool)
+
+    (damaged.parent / "index.json").unlink()
+    assert toy_build(toy).digest == before.digest
 
 
 def test_a_report_is_not_believed_when_its_rules_have_changed(toy):

@@ -209,6 +209,20 @@ def test_an_earlier_shard_that_was_damaged_is_not_taken_over(tmp_path, web, orig
         assert shard.sha256 == fresh.shards[shard.part].sha256
 
 
+@pytest.mark.parametrize("spoilt", [slice(-20, None), slice(4, 500)])
+def test_a_part_whose_ledger_is_damaged_is_built_again_to_leave_out(tmp_path, web, origin, spoilt):
+    order = order_in(tmp_path, "later", origin)
+    before = toy_build(order)
+    for ledger in Path(order.shards).glob("*.parquet"):
+        content = bytearray(ledger.read_bytes())
+        content[spoilt] = bytes(len(content[spoilt]))
+        ledger.write_bytes(content)
+    (tmp_path / "list.txt").write_text("host:nowhere.test\n")
+    add_to_list(order.data, str(tmp_path / "list.txt"))
+
+    assert toy_build(order).shards == before.shards
+
+
 def _parts(order, numbers):
     """The parts that hold the pictures of these numbers."""
     keys = {key_of("cc3m", url_id(f"http://a.test/{number}.jpg")) for number in numbers}

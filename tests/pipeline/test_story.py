@@ -1,12 +1,14 @@
 import bz2
 import json
+import re
+from pathlib import Path
 
 import pytest
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline.dataset import Order, build_source
 from pmd_pipeline.errors import PmdError
-from pmd_pipeline.look.story import stored_image, stories
+from pmd_pipeline.look.story import holdings, stored_image, stories
 from pmd_pipeline.look.telling import as_facts, outcome, told, verdicts
 from pmd_pipeline.parallel import open_pool
 from pmd_pipeline.recipe import load_recipe
@@ -53,6 +55,45 @@ def test_a_record_is_found_by_each_of_its_names(data, spelling):
     assert (story.id, story.built) == ("http://a.test/4.jpg", True)
     assert outcome(story) == f"kept: 1 pair in {data}/shards/cc3m/0000{story.part}.tar"
     assert stored_image(story).startswith(b"\xff\xd8")
+
+
+def cut(path):
+    """Spoil the end of a file, which has the same size then."""
+    content = bytearray(path.read_bytes())
+    content[-20:] = bytes(20)
+    path.write_bytes(content)
+
+
+def test_a_damaged_ledger_is_one_sentence(data):
+    [story] = ask(data, "http://a.test/4.jpg")
+    ledger = Path(story.shard).with_suffix(".parquet")
+    cut(ledger)
+
+    told = f"^{re.escape(str(ledger))} is no whole Parquet file: delete the .json beside it, and"
+    with pytest.raises(PmdError, match=told):
+        ask(data, "http://a.test/4.jpg")
+    with pytest.raises(PmdError, match=told):
+        holdings(story.shard)
+
+
+@pytest.mark.parametrize("asked", ["http://a.test/4.jpg", "https://a.test/4.jpg"])
+@pytest.mark.parametrize("file", ["kept", "dropped"])
+def test_a_damaged_index_is_one_sentence_which_helps(data, asked, file):
+    [story] = ask(data, asked)
+    damaged = next((data / "index" / "cc3m").glob(f"{file}-{story.part:05d}*.parquet"))
+    whole = damaged.read_bytes()
+    cut(damaged)
+
+    with pytest.raises(
+        PmdError, match=r"is no whole Parquet file: delete index\.json beside it, and"
+    ):
+        ask(data, asked)
+
+    (data / "index" / "cc3m" / "index.json").unlink()
+    folder = data.parent
+    toy_build(toy_order(folder, toy_recipe(part_records=4), pictures=folder / "pictures"))
+    assert damaged.read_bytes() == whole
+    assert ask(data, asked) == [story]
 
 
 def test_a_bad_row_is_found_by_its_place(data):

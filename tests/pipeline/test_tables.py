@@ -1,5 +1,6 @@
 """Parquet is read in the thread that asks, whole, and never with a column left out unsaid."""
 
+import errno
 import threading
 from io import BytesIO
 
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pmd_pipeline.errors import PmdError
 from pmd_pipeline.tables import read_batches, read_table
 
 TABLE = pa.table({"key": [f"{n:016x}" for n in range(5000)], "num_pairs": list(range(5000))})
@@ -48,3 +50,35 @@ def test_batches_are_read_by_nobody_but_the_caller(file):
 def test_a_column_that_is_not_there_is_told(file, read):
     with pytest.raises(pa.ArrowException, match="no column caption"):
         read(file, ["key", "caption"])
+
+
+READS = [read_table, lambda *args, **more: list(read_batches(*args, **more))]
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("damage", ["no end", "no beginning", "another page", "nothing", "column"])
+def test_damage_is_told_with_the_address(file, read, damage):
+    content = bytearray(file.getvalue())
+    if damage == "no end":
+        content[-20:] = bytes(20)
+    elif damage == "no beginning":
+        content[: len(content) // 2] = bytes(len(content) // 2)
+    elif damage == "another page":
+        content[4:400] = bytes(one ^ 0x5A for one in content[4:400])
+    elif damage == "nothing":
+        content.clear()
+    columns = ["caption"] if damage == "column" else None
+
+    with pytest.raises(PmdError, match=r"^a/b\.parquet is no whole Parquet file: do this$"):
+        read(BytesIO(content), columns, address="a/b.parquet", mend="do this")
+
+
+@pytest.mark.parametrize("read", READS)
+def test_what_the_system_says_is_not_taken_for_damage(file, read, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(file, "read", fails)
+
+    with pytest.raises(OSError, match="Input/output error"):
+        read(file, address="a/b.parquet")
