@@ -96,6 +96,9 @@ def main() -> None:
         _compare_on_cpu(options.pairs or 16, tower, options.rounds)
         print("no CUDA GPU used: nothing is said about its speed or utilisation")
     else:
+        torch.cuda.set_device(
+            torch.device(options.device).index or 0
+        )  # it is this card that is waited for
         peak = options.peak or _peak(torch.cuda.get_device_name(options.device))
         _measure_on_gpu(
             options.device, options.pairs or 2048, options.micro_batch, options.rounds, peak
