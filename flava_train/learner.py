@@ -21,7 +21,7 @@ from flava_train.run.flops import Operations, peak_of
 from flava_train.run.folder import Stop, write_whole
 from flava_train.run.metrics import Figures
 from flava_train.run.optimizer import learning_rate
-from flava_train.run.ranks import Ranks, gradient_norm, scale, total
+from flava_train.run.ranks import Ranks, as_rank_0_has_it, gradient_norm, scale, total
 from flava_train.step import train_step
 from flava_train.streams.loader import Batch
 from flava_train.streams.rows import Streams
@@ -32,6 +32,9 @@ FIRST_LOSS_SCALE = 2.0**16
 """In float16 the loss is scaled as by torch's `GradScaler`: halved when a gradient overflows,
 doubled after so many good steps as `LOSS_SCALE_STEPS` says."""
 LOSS_SCALE_STEPS = 2000
+
+_FEW = 2
+"""Keys that a sentence names."""
 
 
 class NotFinite(FlavaError):
@@ -101,7 +104,9 @@ class Learner:
         )
         if not found.figures:
             return {}, False
-        value, best = found.figures[config.metric], self.progress.best
+        # saving is for all ranks together, and their last digits may differ
+        value = as_rank_0_has_it(found.figures[config.metric], self.ranks.device)
+        best = self.progress.best
         improved = best is None or best.metric != config.metric or value > best.value
         if improved:
             now = Best(metric=config.metric, value=value, steps=self.progress.steps)
@@ -159,13 +164,14 @@ class Learner:
             NotFinite: always.
         """
         keys = [row.key for row in self.streams.rows(batch.step)]
+        some = ", ".join(keys if len(keys) <= _FEW else [*keys[:_FEW], "..."])
         path = Path(self.config.out) / f"not-finite-{batch.step}.json"
         if self.ranks.writes:
             seen = {"step": batch.step, "stream": batch.stream, "losses": losses, "keys": keys}
             write_whole(path, (json.dumps(seen, indent=2) + "\n").encode())
         raise NotFinite(
-            f"step {batch.step}: {' and '.join(bad)} of {batch.stream} {keys[0]}, {keys[1]}, ... "
-            f"not finite; all keys are in {path}; nothing of it was learnt: go on with a lower "
+            f"step {batch.step}: {' and '.join(bad)} of {batch.stream} {some} not finite; "
+            f"all keys are in {path}; nothing of it was learnt: go on with a lower "
             f"optimizer.lr, or pass over it with --set 'skip=[{batch.step}]'"
         )
 

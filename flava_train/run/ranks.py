@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from flava_train.errors import FlavaError
 from flava_train.losses import is_distributed
 from flava_train.model import Block, Flava, MaskedHead
 from flava_train.shapes import Float
+
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,16 @@ def joined(compute: ComputeConfig) -> Iterator[Ranks]:
     """Meet the other ranks that `torchrun` started, if it did.
 
     Raises:
-        FlavaError: a GPU is asked for, and there is none for this rank.
+        FlavaError: a GPU is asked for, or other ranks of this machine have one, and there is
+            none for this rank.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     num_gpus = 0 if compute.device == "cpu" else torch.cuda.device_count()
-    if compute.device == "cuda" and local >= num_gpus:
+    # all ranks or none: one on a CPU could not meet those that have GPUs
+    if local >= num_gpus and (num_gpus or compute.device == "cuda"):
         raise FlavaError(
-            f"compute.device = cuda, but there are {num_gpus} GPUs for rank {local} of this "
-            "machine: start fewer ranks, or set compute.device=cpu"
+            f"compute.device = {compute.device}, but there are {num_gpus} GPUs for rank {local} "
+            "of this machine: start fewer ranks, or set compute.device=cpu"
         )
     device = torch.device("cuda", local) if local < num_gpus else torch.device("cpu")
     if device.type == "cuda":
@@ -75,13 +80,13 @@ def total(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     return values
 
 
-def as_rank_0_has_it(number: int, device: torch.device) -> int:
+def as_rank_0_has_it(number: _Number, device: torch.device) -> _Number:
     """A number of which rank 0 decides; also a point that all ranks have reached."""
     if not is_distributed():
         return number
-    held = torch.tensor(number, device=device)
+    held = torch.tensor(number, dtype=torch.float64, device=device)
     dist.broadcast(held, 0)
-    return int(held)
+    return type(number)(held.item())
 
 
 def shard(model: Flava, device: torch.device) -> None:

@@ -215,6 +215,14 @@ def test_only_the_newest_and_the_best_are_kept(world, tmp_path, monkeypatch):
     assert load_progress(find(tmp_path / "run")).best.value == 0.9
 
 
+def test_rank_0_decides_whether_a_model_is_the_best(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("flava_train.learner.as_rank_0_has_it", lambda *_: 0.875)
+
+    train(told(world, tmp_path / "run", evaluated(world)), quiet=True)
+
+    assert load_progress(find(tmp_path / "run")).best.value == 0.875
+
+
 def test_the_best_of_a_run_that_was_never_evaluated_is_refused(world, tmp_path):
     train(told(world, tmp_path / "run", {"steps": 3}), quiet=True)
 

@@ -10,8 +10,11 @@ from tiny import TINY, farthest, flava, gradients, images, pairs, texts
 
 from flava_train import step
 from flava_train.batches import take
+from flava_train.config import ComputeConfig
+from flava_train.errors import FlavaError
 from flava_train.losses import Objective
 from flava_train.model import FlavaConfig
+from flava_train.run.ranks import as_rank_0_has_it, joined
 from flava_train.step import train_step
 
 SIGLIP = FlavaConfig(**{**TINY.__dict__, "logit_bias": -10.0})
@@ -40,6 +43,8 @@ def rank(number, folder):
             pieces = [take(own, rows) for rows in torch.arange(5).split(cuts[number])]
             losses = train_step(model, pieces, objective)
             found[case, name] = losses, gradients(model)
+    cpu = torch.device("cpu")
+    found["told"] = [as_rank_0_has_it(one, cpu) for one in (3 + number, 0.1 + number)]
     torch.save(found, f"{folder}/{number}.pt")
     dist.destroy_process_group()
 
@@ -78,3 +83,29 @@ def test_the_local_contrast_has_the_same_loss_but_another_gradient(found, cut):
     assert farthest(losses, {name: ours[name] + theirs[name] for name in ours}) < 1e-10
     assert farthest(expected, first) > 1e-3
     assert farthest(found[0]["local", "whole"][1], first) < 1e-10
+
+
+def test_all_ranks_have_the_numbers_of_rank_0(found):
+    assert [one["told"] for one in found] == [[3, 0.1], [3, 0.1]]
+    assert [type(number) for number in found[1]["told"]] == [int, float]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_rank_without_a_gpu_does_not_join_others_that_have_one(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # nobody is waited for, should it join after all
+
+    with (
+        pytest.raises(FlavaError, match=f"device = {device}, but there are 1 GPUs for rank 1"),
+        joined(ComputeConfig(device=device)),
+    ):
+        pass
+
+
+def test_ranks_of_a_machine_without_gpus_are_all_on_its_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    with joined(ComputeConfig()) as ranks:
+        assert ranks.device == torch.device("cpu")

@@ -265,6 +265,17 @@ def test_nan_stops_before_the_update_and_names_the_keys(world, tmp_path, poisone
     assert find(tmp_path / "run").name == "step-00000005"
 
 
+def test_nan_in_a_batch_of_one_names_its_key(world, tmp_path, poisoned):
+    config = told(world, tmp_path / "run", {"batch": 1, "micro": 1})
+    poisoned(1)
+
+    with pytest.raises(FlavaError, match=r"step 0: .* not finite") as caught:
+        train(config, quiet=True)
+
+    (key,) = json.loads((tmp_path / "run" / "not-finite-0.json").read_text())["keys"]
+    assert f" {key} not finite" in str(caught.value)
+
+
 def test_learning_goes_on_after_nan_as_if_nothing_had_been(world, alone, tmp_path, poisoned):
     config = told(world, tmp_path / "run")
     poisoned(6)
