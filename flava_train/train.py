@@ -115,7 +115,11 @@ def train(
 
 
 def _loop(learner: Learner, steps: Iterable[Batch], stop: Stop, metrics: Metrics) -> None:
-    """Take the steps; between them evaluate, save and stop, as it is time to."""
+    """Take the steps; between them evaluate, save and stop, as it is time to.
+
+    A run that is told to stop where an evaluation is due saves without it: there may be little
+    time. What goes on from there evaluates when it is due again.
+    """
     config = learner.config
     for batch in steps:
         try:
@@ -128,7 +132,13 @@ def _loop(learner: Learner, steps: Iterable[Batch], stop: Stop, metrics: Metrics
         last = done == config.steps
         improved = False
         if last or (_every(config.evaluation.every, done) and not stopping):
-            found, improved = learner.evaluate()
+            try:
+                found, improved = learner.evaluate()
+            except (FlavaError, OSError, RuntimeError):  # the last also where memory is short
+                # of what is shared out all ranks save together, and others may not have failed
+                if learner.ranks.size == 1 or not config.compute.shard:
+                    _save(learner, metrics)
+                raise
             if found:
                 metrics.show(found)
         if last or improved or stopping or _every(config.checkpoint.every, done):
@@ -220,9 +230,13 @@ def _gone_on(fresh: Progress, saved: Progress, *, own: bool) -> Progress:
     update: dict[str, Any] = {"steps": saved.steps}
     if own:
         update["best"] = saved.best  # another run's best is not in this one's folder
-    if fresh.loss_scale > 1 and saved.loss_scale > 1:
+    if _has_loss_scale(fresh) and _has_loss_scale(saved):  # which may have come down to 1
         update |= {"loss_scale": saved.loss_scale, "good_steps": saved.good_steps}
     return fresh.model_copy(update=update)
+
+
+def _has_loss_scale(progress: Progress) -> bool:
+    return bool(progress.config["compute"]["precision"] == "fp16")
 
 
 def _changes(checkpoint: Path, saved: Progress, now: Progress, *, allow_changed: bool) -> list[str]:

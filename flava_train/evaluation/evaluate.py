@@ -25,7 +25,7 @@ from flava_train.run.ranks import forget_gathered
 from flava_train.shapes import Float, Int, UInt
 from flava_train.streams.files import Files
 from flava_train.streams.inputs import DataConfig
-from flava_train.streams.shards import load_manifest
+from flava_train.streams.shards import stock
 from flava_train.text import WordPiece
 
 RANKS = (1, 5, 10)
@@ -90,7 +90,12 @@ def check_evaluation(config: EvaluationConfig) -> None:
         FlavaError: it cannot, or its metric is not among what will be found.
     """
     if config.retrieval:
-        load_manifest(config.retrieval)
+        manifest, found = stock(config.retrieval)
+        if manifest.kind != "pairs" or not any(one.images for one in found):
+            raise FlavaError(
+                f"evaluation.retrieval = {config.retrieval} holds no pairs to evaluate on, but "
+                f"{sum(one.images for one in found)} images of kind {manifest.kind}: name another"
+            )
     if config.classes:
         class_names(Path(config.classes))
     wanted = "classes" if config.metric.startswith("zero_shot") else "retrieval"

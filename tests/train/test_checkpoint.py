@@ -215,6 +215,26 @@ def test_only_the_newest_and_the_best_are_kept(world, tmp_path, monkeypatch):
     assert load_progress(find(tmp_path / "run")).best.value == 0.9
 
 
+@pytest.mark.parametrize(
+    "error",
+    [FlavaError("gone"), OSError(5, "input/output error"), torch.OutOfMemoryError("no memory")],
+)
+def test_an_evaluation_that_fails_takes_no_step_with_it(world, alone, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    config = told(world, tmp_path / "run", evaluated(world))
+    with monkeypatch.context() as patch:
+        patch.setattr("flava_train.learner.evaluate", fail)
+        with pytest.raises(type(error)) as caught:
+            train(config, quiet=True)
+
+    assert caught.value is error
+    assert find(tmp_path / "run").name == "step-00000004"
+    train(config, quiet=True)
+    assert same(tmp_path / "run", alone)
+
+
 def test_rank_0_decides_whether_a_model_is_the_best(world, tmp_path, monkeypatch):
     monkeypatch.setattr("flava_train.learner.as_rank_0_has_it", lambda *_: 0.875)
 

@@ -229,6 +229,34 @@ def test_what_cannot_be_evaluated_is_known_before_the_first_step(
         check_evaluation(EvaluationConfig(**section))
 
 
+@pytest.mark.parametrize(
+    ("manifest", "says"),
+    [
+        ("images", "holds no pairs to evaluate on, but 30 images of kind images"),
+        ("texts", "holds no pairs to evaluate on"),
+        ("empty", "but 0 images of kind pairs"),
+    ],
+)
+def test_a_manifest_without_pairs_is_refused_before_the_first_step(tmp_path, manifest, says):
+    write_world(tmp_path)
+    stocks.write_pairs(tmp_path / "empty.json", [])
+
+    with pytest.raises(FlavaError, match=says):
+        check_evaluation(EvaluationConfig(retrieval=str(tmp_path / f"{manifest}.json")))
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_held_out_shards_that_are_missing_are_known_before_the_first_step(tmp_path, suffix):
+    write_world(tmp_path)
+    config = EvaluationConfig(retrieval=str(tmp_path / "held-out.json"))
+    check_evaluation(config)
+    for path in (tmp_path / "held-out").glob(f"*.{suffix}"):
+        path.unlink()
+
+    with pytest.raises(FlavaError, match="run `pmd build` again"):
+        check_evaluation(config)
+
+
 def test_classes_without_any_image_are_refused(tmp_path, encoder):
     (tmp_path / "cat").mkdir()
 

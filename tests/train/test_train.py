@@ -216,6 +216,33 @@ def test_the_loss_scale_doubles_after_enough_good_steps(world, tmp_path, monkeyp
     ]
 
 
+def test_a_loss_scale_that_came_down_to_1_stays_there(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("flava_train.train.FIRST_LOSS_SCALE", 1.0)
+    changes = {"compute.precision": "fp16", "steps": 3}
+    train(told(world, tmp_path / "run", changes), quiet=True)
+    monkeypatch.setattr("flava_train.train.FIRST_LOSS_SCALE", 8.0)
+
+    train(told(world, tmp_path / "run", changes | {"steps": 5}), quiet=True)
+
+    assert [line["loss_scale"] for line in said(tmp_path / "run")] == [1.0] * 5
+    assert load_progress(find(tmp_path / "run")).good_steps == 5
+
+
+@pytest.mark.parametrize("before", ["fp16", "fp32"])
+def test_a_loss_scale_begins_where_the_precision_changes_to_float16(
+    world, tmp_path, monkeypatch, before
+):
+    monkeypatch.setattr("flava_train.train.FIRST_LOSS_SCALE", 8.0)
+    steps = {"fp16": "fp32", "fp32": "fp16"}
+    train(told(world, tmp_path / "run", {"compute.precision": before, "steps": 3}), quiet=True)
+
+    after = {"compute.precision": steps[before], "steps": 4}
+    train(told(world, tmp_path / "run", after), quiet=True)
+
+    last = load_progress(find(tmp_path / "run"))
+    assert (last.loss_scale, last.good_steps) == ((1.0, 0) if before == "fp16" else (8.0, 1))
+
+
 def test_a_gradient_is_clipped_to_its_greatest_norm(world, tmp_path, monkeypatch):
     norms = []
     step = torch.optim.AdamW.step
