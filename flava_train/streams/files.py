@@ -28,7 +28,11 @@ _STAMP_SECONDS = 24 * 3600.0
 _COPY = re.compile(r"[0-9a-f]{64}(\.\w+)?(\.part)?")
 """Names of copies, and of those being made."""
 
+PAUSES = (1.0, 10.0)
+"""Seconds before a file elsewhere, of which no answer came, is asked for again."""
+
 _Opened = TypeVar("_Opened")
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -101,25 +105,25 @@ class Files:
     ) -> Path:
         target = cache / (wanted.sha256 + Path(place).suffix)
         part = target.with_name(f"{target.name}.part")
-        with suppress(FileNotFoundError):
-            os.utime(target)
-            return target
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(part) as file:
-            if target.exists():  # another process made it meanwhile
-                part.unlink(missing_ok=True)
+        with _writing(cache):
+            with suppress(FileNotFoundError):
+                os.utime(target)
                 return target
-            with _reading(wanted.address):
-                size = int(filesystem.size(place))
-            with _locked(cache / "lock"):
-                self._make_room(size, cache, part)
-                file.truncate(size)  # from now on it counts
-            with _reading(wanted.address):
-                found = _copied(filesystem, place, file)
-            if found != wanted.sha256:
-                part.unlink()
-                raise _changed(wanted.address)
-            part.replace(target)
+            cache.mkdir(parents=True, exist_ok=True)
+            with _locked(part) as file:
+                if target.exists():  # another process made it meanwhile
+                    part.unlink(missing_ok=True)
+                    return target
+                address = wanted.address
+                size = _patiently(address, lambda: int(filesystem.size(place)))
+                with _locked(cache / "lock"):
+                    self._make_room(size, cache, part)
+                    file.truncate(size)  # from now on it counts
+                found = _patiently(address, lambda: _copied(filesystem, place, file, cache))
+                if found != wanted.sha256:
+                    part.unlink()
+                    raise _changed(address)
+                part.replace(target)
         return target
 
     def _make_room(self, size: int, cache: Path, own: Path) -> None:
@@ -244,17 +248,21 @@ def _removed(path: Path) -> bool:
     return True
 
 
-def _copied(filesystem: fsspec.AbstractFileSystem, place: str, target: BinaryIO) -> str:
-    """The sha256 of the file at `place`, all of which `target` holds then."""
+def _copied(
+    filesystem: fsspec.AbstractFileSystem, place: str, target: BinaryIO, cache: Path
+) -> str:
+    """The sha256 of the file at `place`, all of which `target`, in `cache`, holds then."""
     digest = hashlib.sha256()
     end = 0
     with filesystem.open(place, "rb") as source:
         while chunk := source.read(_CHUNK):
             digest.update(chunk)
-            while chunk:
-                written = os.pwrite(target.fileno(), chunk, end)
-                end, chunk = end + written, chunk[written:]
-    target.truncate(end)
+            with _writing(cache):
+                while chunk:
+                    written = os.pwrite(target.fileno(), chunk, end)
+                    end, chunk = end + written, chunk[written:]
+    with _writing(cache):
+        target.truncate(end)
     return digest.hexdigest()
 
 
@@ -268,23 +276,54 @@ def _digest(file: BinaryIO) -> str:
 
 
 def _filesystem(address: str) -> tuple[Any, str]:
-    try:
-        filesystem, place = fsspec.core.url_to_fs(address)
-    except (ValueError, ImportError) as error:  # an unknown protocol, or one without its package
-        raise FlavaError(f"cannot use the address {address}: {error}") from error
+    with _reading(address):
+        try:
+            filesystem, place = fsspec.core.url_to_fs(address)
+        except (ValueError, ImportError) as error:  # no such protocol, or its package is missing
+            raise FlavaError(f"cannot use the address {address}: {error}") from error
     return filesystem, str(place)
+
+
+class _Unanswered(FlavaError):
+    """A file elsewhere cannot be read, but perhaps a moment later."""
+
+
+def _patiently(address: str, ask: Callable[[], _Found]) -> _Found:
+    """What `ask` finds at the address, at the last attempt if not before."""
+    for pause in PAUSES:
+        with suppress(_Unanswered), _reading(address):
+            return ask()
+        time.sleep(pause)
+    with _reading(address):
+        return ask()
 
 
 @contextmanager
 def _reading(address: str) -> Iterator[None]:
+    """Calls of a file system, and nothing else."""
     try:
         yield
+    except FlavaError:
+        raise
     except FileNotFoundError as error:
         raise FlavaError(
             f"cannot read {address}: there is no such file; `pmd build` writes it"
         ) from error
     except OSError as error:
-        raise FlavaError(f"cannot read {address}: {error.strerror or error}") from error
+        raise _Unanswered(f"cannot read {address}: {error.strerror or error}") from error
+    except Exception as error:  # a library below fsspec raises what it likes
+        raise _Unanswered(f"cannot read {address}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FlavaError(
+            f"cannot write to data.cache = {cache}: {error.strerror or error}; make room, or name "
+            "a folder of yours"
+        ) from error
 
 
 def _changed(address: str) -> FlavaError:

@@ -7,6 +7,7 @@ from itertools import count
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from flava_train.errors import FlavaError
 from flava_train.streams import files as room
@@ -23,6 +24,14 @@ numbers = count()
 @pytest.fixture(autouse=True)
 def own_stamps(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch):
+    """Seconds that were waited, in truth none."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
 
 
 @pytest.fixture
@@ -267,3 +276,87 @@ def test_shards_lie_where_the_manifest_says(manifest, path, address):
 def test_an_address_of_no_known_kind_is_one_sentence():
     with pytest.raises(FlavaError, match="cannot use the address"):
         Files().path(Wanted("nothing://a", "0" * 64))
+
+
+class LibraryError(Exception):
+    """As aiohttp's and botocore's: of no kind that Python knows."""
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A function that lets so many calls of a method of the far file system fail."""
+
+    def fail(method, times, error):
+        real, calls = getattr(MemoryFileSystem, method), []
+
+        def called(self, *rest, **more):
+            calls.append(method)
+            if len(calls) <= times:
+                raise error
+            return real(self, *rest, **more)
+
+        monkeypatch.setattr(MemoryFileSystem, method, called)
+        return calls
+
+    return fail
+
+
+ERRORS = [LibraryError("reset by peer"), ConnectionResetError(104, "reset by peer")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("method", ["open", "size"])
+def test_a_copy_is_tried_again_before_it_is_given_up(tmp_path, far, failing, pauses, method, error):
+    wanted = far("a.tar", b"far away")
+    failing(method, 2, error)
+
+    assert read(Files(tmp_path / "cache"), wanted) == b"far away"
+    assert pauses == list(room.PAUSES)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_a_library_raises_is_one_sentence(tmp_path, far, failing, error):
+    wanted = far("a.tar", b"far away")
+    calls = failing("open", 99, error)
+
+    with pytest.raises(FlavaError, match=r"cannot read memory://.*a\.tar: .*reset by peer"):
+        read(Files(tmp_path / "cache"), wanted)
+    assert len(calls) == 3
+    failing("cat_file", 1, error)
+    with pytest.raises(FlavaError, match="reset by peer"):
+        room.read_bytes(wanted.address)
+    failing("size", 1, error)
+    with pytest.raises(FlavaError, match="reset by peer"):
+        room.size_of(wanted.address)
+
+
+def test_a_library_may_fail_before_it_is_asked(monkeypatch):
+    def fail(_):
+        raise LibraryError("no credentials")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
+
+    with pytest.raises(FlavaError, match="LibraryError: no credentials"):
+        room.is_local("memory://a")
+
+
+def test_a_missing_far_file_is_not_waited_for(tmp_path, pauses):
+    with pytest.raises(FlavaError, match="no such file"):
+        Files(tmp_path / "cache").path(Wanted("memory://nowhere/a.tar", "0" * 64))
+    assert pauses == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, far, monkeypatch, pauses):
+    wanted = far("a.tar", b"far away")
+    (tmp_path / "file").write_bytes(b"")
+
+    with pytest.raises(FlavaError, match=r"cannot write to data\.cache = .*file: .*; make room"):
+        Files(tmp_path / "file").path(wanted)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(FlavaError, match=r"cannot write to data\.cache = .*cache: No space left"):
+        Files(tmp_path / "cache").path(wanted)
+    assert pauses == []
