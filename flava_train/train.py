@@ -69,7 +69,8 @@ def train(
     Args:
         config: of the run; every rank gets the same.
         resume: `auto` goes on where there is a checkpoint, `never` refuses to, and a path names
-            the checkpoint, or the run, to go on from.
+            the checkpoint, or the run, to go on from; one that began from there goes on from
+            its own newest.
         allow_changed_data: go on even if steps would see other data than the checkpoint's run.
         quiet: show nothing while it goes.
 
@@ -192,7 +193,7 @@ def _learner(
     if checkpoint is not None:
         saved = load_progress(checkpoint)
         changes = _changes(checkpoint, saved, progress, allow_changed=allow_changed)
-        progress = _gone_on(progress, saved, own=checkpoint.parent.parent == Path(config.out))
+        progress = _gone_on(progress, saved, checkpoint.resolve(), Path(config.out).resolve())
     model = beginning(config, streams.digests["tokenizer"], from_scratch=checkpoint is None)
     model.to(ranks.device)
     if config.compute.compile:
@@ -218,18 +219,23 @@ def _checkpoint(run: Path, resume: str, ranks: Ranks) -> Path | None:
                 f"{run} has checkpoints: name another --out, or go on with --resume auto"
             )
         return None
-    checkpoint = find(Path(resume))
-    if there is not None and checkpoint != run / "checkpoints" / checkpoint_name(there):
+    if there is None:
+        return find(Path(resume))
+    own = run / "checkpoints" / checkpoint_name(there)
+    names = [run.resolve(), own.resolve()]
+    if begun_from := load_progress(own).begun_from:  # the same command may be given again
+        names += [Path(begun_from), Path(begun_from).parents[1]]
+    if Path(resume).resolve() not in names:
         raise FlavaError(
             f"{run} has a checkpoint of {there:,} steps: name another --out to go on from {resume}"
         )
-    return checkpoint
+    return own
 
 
-def _gone_on(fresh: Progress, saved: Progress, *, own: bool) -> Progress:
-    update: dict[str, Any] = {"steps": saved.steps}
-    if own:
-        update["best"] = saved.best  # another run's best is not in this one's folder
+def _gone_on(fresh: Progress, saved: Progress, checkpoint: Path, run: Path) -> Progress:
+    update: dict[str, Any] = {"steps": saved.steps, "begun_from": str(checkpoint)}
+    if checkpoint.parents[1] == run:  # another run's best is not in this one's folder
+        update |= {"best": saved.best, "begun_from": saved.begun_from}
     if _has_loss_scale(fresh) and _has_loss_scale(saved):  # which may have come down to 1
         update |= {"loss_scale": saved.loss_scale, "good_steps": saved.good_steps}
     return fresh.model_copy(update=update)

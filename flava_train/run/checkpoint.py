@@ -50,6 +50,7 @@ class Progress(BaseModel):
         loss_scale: of float16; 1 in other precisions.
         good_steps: steps since the loss scale changed.
         best: see `Best`.
+        begun_from: the checkpoint of another run that this one began from.
         ranks: that took the last step.
         versions: libraries that shape the last digits.
     """
@@ -63,6 +64,7 @@ class Progress(BaseModel):
     loss_scale: float = 1.0
     good_steps: int = 0
     best: Best | None = None
+    begun_from: str | None = None
     ranks: int = 1
     versions: dict[str, str] = Field(
         default_factory=lambda: {name: version(name) for name in ("numpy", "pillow", "torch")}

@@ -1,9 +1,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -164,6 +166,39 @@ def test_a_run_may_go_on_in_another_folder(world, alone, tmp_path):
 
     assert same(tmp_path / "run", alone)
     assert [line["step"] for line in said(tmp_path / "run") if "step" in line] == [6, 7]
+
+
+@pytest.mark.parametrize("named", [".", "checkpoints/step-00000006"])
+def test_the_same_command_goes_on_after_it_began_from_another_run(
+    world, alone, tmp_path, monkeypatch, named
+):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(alone, theirs)
+    shutil.rmtree(theirs / "checkpoints" / "step-00000008")
+    config = told(world, tmp_path / "run", evaluated(world))
+    train(replace(config, steps=7), resume=str(theirs / named), quiet=True)
+    assert find(tmp_path / "run").name == "step-00000007"
+    monkeypatch.chdir(tmp_path)
+
+    train(config, resume=str(Path("theirs") / named), quiet=True)  # by another spelling
+
+    assert [line["step"] for line in said(tmp_path / "run") if "step" in line] == [6, 7]
+    with pytest.raises(FlavaError, match="has a checkpoint of 8 steps"):
+        train(config, resume=str(alone), quiet=True)
+
+
+def test_a_run_may_name_its_own_folder_in_any_spelling(world, tmp_path, monkeypatch):
+    config = told(world, tmp_path / "run", evaluated(world))
+    train(replace(config, steps=5), quiet=True)
+    best = load_progress(find(tmp_path / "run")).best
+    monkeypatch.chdir(tmp_path)
+
+    for steps, spelling in ((6, "run"), (7, "run/../run/checkpoints/step-00000006")):
+        train(replace(config, steps=steps), resume=spelling, quiet=True)
+        now = load_progress(find(tmp_path / "run"))
+        assert (now.steps, now.begun_from) == (steps, None)
+        assert now.best is not None
+        assert now.best.value >= best.value
 
 
 def test_a_finished_run_is_left_as_it_is(world, alone):
