@@ -19,14 +19,21 @@ from pmd_pipeline.kit.restore import (
     missing_name,
     restore_part,
 )
-from pmd_pipeline.manifest import copies_in, merged, save_manifest, with_codes
+from pmd_pipeline.manifest import (
+    copies_in,
+    load_manifest,
+    located,
+    merged,
+    save_manifest,
+    with_codes,
+)
 from pmd_pipeline.parallel import Pool, WorkerDied
 from pmd_pipeline.parts.build import WEB
 from pmd_pipeline.progress import Show
 from pmd_pipeline.recipe import Recipe, load_recipe
 from pmd_pipeline.shelves.files import open_shelf, stamp
 from pmd_pipeline.shelves.img2dataset import catalogue, is_img2dataset
-from pmd_pipeline.storage import join, read_bytes, remove, sizes, sweep, whole_file
+from pmd_pipeline.storage import join, local_path, read_bytes, remove, sizes, sweep, whole_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +177,28 @@ def rebuild(order: Rebuild, pool: Pool, show: Show) -> Rebuilt:
 
 
 def _refuse_others(kit: Kit, order: Rebuild) -> None:
-    """Look at all shards that are there before any file changes; see `earlier_report`."""
+    """Look at the manifest and all shards that are there before any file changes.
+
+    Raises:
+        PmdError: the manifest is of shards elsewhere; or as `earlier_report`.
+    """
+    _refuse_manifest(f"{kit.manifest.name}.json", order)
     folders = {name: join(order.out, "shards", name) for name in kit.manifest.sources}
     there = {name: sizes(folder) for name, folder in folders.items()}
     for part, entry in zip(kit.parts, kit.manifest.shards, strict=True):
         earlier_report(folders[part.source], part, entry, there[part.source])
+
+
+def _refuse_manifest(name: str, order: Rebuild) -> None:
+    if name not in sizes(order.manifests):
+        return
+    path = join(order.manifests, name)
+    for shard in load_manifest(path).shards:
+        lies, wanted = located(path, shard.path), join(order.out, "shards", shard.source)
+        here, there = local_path(lies.rpartition("/")[0]), local_path(wanted)
+        same = here.resolve() == there.resolve() if here and there else lies.startswith(wanted)
+        if not same:
+            raise PmdError(f"{path} is the manifest of {lies}: give another --manifests")
 
 
 def _index(kit: Kit, order: Rebuild, recipe: Recipe, pool: Pool, show: Show) -> str:

@@ -423,6 +423,24 @@ def test_a_kit_of_hashes_is_rebuilt_with_the_files_of_upstream(original, picture
         rebuilt(tmp_path / "kit", tmp_path / "other", pictures, raw=raw)
 
 
+def test_the_manifest_of_shards_elsewhere_is_not_written_over(original, kit, pictures, tmp_path):
+    folder = tmp_path / "again"
+    (folder / "manifests").mkdir(parents=True)
+    content = original.read_bytes().replace(
+        b'"path": "..', f'"path": "{original.parents[1]}'.encode()
+    )
+    (folder / "manifests" / "cc3m.json").write_bytes(content)
+
+    with pytest.raises(PmdError, match=r"cc3m\.json is the manifest of .*00000\.tar: give another"):
+        rebuilt(kit, folder, pictures)
+
+    assert (folder / "manifests" / "cc3m.json").read_bytes() == content
+    assert not (folder / "data").exists()
+    (folder / "manifests" / "cc3m.json").unlink()
+    rebuilt(kit, folder, pictures)
+    assert rebuilt(kit, folder, pictures).is_same  # over its own
+
+
 def test_an_index_with_other_captions_is_refused(original, pictures, tmp_path, monkeypatch):
     locked(original, tmp_path / "kit", hashed=True)
     monkeypatch.setattr(restore, "caption_sha256", lambda caption: caption_sha256(caption + "!"))
