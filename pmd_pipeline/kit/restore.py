@@ -104,7 +104,6 @@ class Restored:
         codes: of its images, if they could be taken over.
         missing: images that the kit has and the shard has not, by reason.
         otherwise: images made of the same bytes, but stored as another JPEG.
-        hashes: the first 64 bits of the sha256 of each image as fetched.
     """
 
     report: Report
@@ -112,7 +111,6 @@ class Restored:
     codes: CodesReport | None = None
     missing: Counter[str] = field(default_factory=Counter)
     otherwise: int = 0
-    hashes: bytes = b""
 
 
 def missing_name(part: int) -> str:
@@ -183,8 +181,6 @@ def restore_part(task: RestoreTask, tick: Tick) -> Restored:
     found = Restored(report, entry)
     same = _same_pictures(task, entry, wanted, rows)
     found.otherwise = entry.images - len(same)
-    hashes = [int(row["sha256"][:16], 16) for row in rows if row["status"] == WORKED]
-    found.hashes = np.array(hashes, dtype=np.uint64).tobytes()
     _list_missing(task, wanted, rows, found)
     if not found.otherwise:
         found.codes = _codes(task, entry, wanted, same)
