@@ -161,7 +161,10 @@ def train(folder: Path, steps: int | None, *, quiet: bool) -> Learned:
     if code == 130:
         raise KeyboardInterrupt
     if code:
-        raise PmdError(f"flava-train ended with exit code {code}; what it says stands above")
+        raise PmdError(
+            f"flava-train ended with exit code {code}; what it says stands above; if {folder} is of "
+            "an earlier version, delete it"
+        )
     return read_learned(Path(places.trained) / "metrics.jsonl")
 
 
