@@ -162,8 +162,8 @@ def train(folder: Path, steps: int | None, *, quiet: bool) -> Learned:
         raise KeyboardInterrupt
     if code:
         raise PmdError(
-            f"flava-train ended with exit code {code}; what it says stands above; if {folder} is of "
-            "an earlier version, delete it"
+            f"flava-train ended with exit code {code}; what it says stands above; if {folder} is "
+            "of an earlier version, delete it"
         )
     return read_learned(Path(places.trained) / "metrics.jsonl")
 
