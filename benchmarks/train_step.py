@@ -47,6 +47,7 @@ from flava_train.masking import (
     token_mask_width,
 )
 from flava_train.model import Flava, FlavaConfig, TowerConfig
+from flava_train.run.flops import peak_of
 from flava_train.step import train_step
 
 GOAL = 2.5
@@ -54,19 +55,6 @@ GOAL = 2.5
 
 LONGEST = 77
 """Tokens to which the published recipe pads every caption."""
-
-PEAKS = {
-    "B200": 2250,
-    "GH200": 989,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "RTX 4090": 165,
-}
-"""Dense bfloat16 TFLOP/s by the makers' data sheets; the first name that fits counts."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +87,7 @@ def main() -> None:
         torch.cuda.set_device(
             torch.device(options.device).index or 0
         )  # it is this card that is waited for
-        peak = options.peak or _peak(torch.cuda.get_device_name(options.device))
+        peak = options.peak or peak_of(torch.device(options.device))
         _measure_on_gpu(
             options.device, options.pairs or 2048, options.micro_batch, options.rounds, peak
         )
@@ -412,10 +400,6 @@ def _processor() -> str:
     lines: Iterable[str] = cpus.read_text().splitlines() if cpus.is_file() else ()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _peak(card: str) -> float | None:
-    return next((float(peak) for name, peak in PEAKS.items() if name in card), None)
 
 
 if __name__ == "__main__":

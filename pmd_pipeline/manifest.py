@@ -73,7 +73,7 @@ def source_manifest(
         unique_images=unique,
         repeated=repeated,
         tokens=sum(report.tokens for report in reports),
-        words=_words(report.words for report in reports),
+        words=total_words(report.words for report in reports),
         rules=rules,
         rules_sha256=digest(rules),
         upstream=index.upstream,
@@ -86,7 +86,7 @@ def source_manifest(
         kind=info.kind,
         sources={recipe.source: entry},
         shards=[_shard(report, shards, path) for report in reports if _rows(report)],
-        versions=_one_version(report.versions for report in reports),
+        versions=one_version(report.versions for report in reports),
         missing={recipe.source: missing} if missing else {},
     )
     return with_codes(manifest, _codes_there(manifest, shards))
@@ -140,7 +140,7 @@ def merged(name: str, path: str, manifests: Sequence[tuple[str, Manifest]]) -> M
             sources=dict(sorted(entries.items())),
             shards=sorted(shards, key=lambda shard: (shard.source, shard.part)),
             codes=codes,
-            versions=_one_version(manifest.versions for _, manifest in manifests),
+            versions=one_version(manifest.versions for _, manifest in manifests),
             missing=missing,
         )
     )
@@ -221,6 +221,23 @@ def same_bytes(hashes: Sequence[NDArray[np.uint64]]) -> tuple[int, dict[str, int
     }
 
 
+def total_words(histograms: Iterable[dict[int, int]]) -> dict[int, int]:
+    """Captions by their number of words, over all parts."""
+    words = Counter[int]()
+    for histogram in histograms:
+        words.update(histogram)
+    return dict(sorted(words.items()))
+
+
+def one_version(given: Iterable[dict[str, str]]) -> dict[str, str]:
+    """The versions behind all parts; where parts differ, all of them, so that it shows."""
+    found: dict[str, set[str]] = {}
+    for versions in given:
+        for name, version in versions.items():
+            found.setdefault(name, set()).update(version.split(" and "))
+    return {name: " and ".join(sorted(all_)) for name, all_ in sorted(found.items())}
+
+
 def located(manifest_path: str, path: str) -> str:
     """The address of a shard that a manifest at `manifest_path` calls `path`."""
     if "://" in path or Path(path).is_absolute():
@@ -266,13 +283,6 @@ def _counts(index: Index, reports: Sequence[Report], missing: Sequence[int]) -> 
     )
 
 
-def _words(histograms: Iterable[dict[int, int]]) -> dict[int, int]:
-    words = Counter[int]()
-    for histogram in histograms:
-        words.update(histogram)
-    return dict(sorted(words.items()))
-
-
 def _sha256s(ledger: str) -> list[str]:
     """Of the images in a shard."""
     with open_read(ledger) as file:
@@ -307,12 +317,3 @@ def _relative(address: str, manifest_path: str) -> str:
     if here is None or there is None:
         return address
     return Path(os.path.relpath(here, there.parent)).as_posix()
-
-
-def _one_version(given: Iterable[dict[str, str]]) -> dict[str, str]:
-    """The versions behind all parts; where parts differ, all of them, so that it shows."""
-    found: dict[str, set[str]] = {}
-    for versions in given:
-        for name, version in versions.items():
-            found.setdefault(name, set()).update(version.split(" and "))
-    return {name: " and ".join(sorted(all_)) for name, all_ in sorted(found.items())}

@@ -13,21 +13,14 @@ from pydantic import BaseModel, ConfigDict
 
 from pmd_pipeline.errors import PmdError
 from pmd_pipeline.format import Counts, FileDigest, part_name
-from pmd_pipeline.index.runs import KEYS
+from pmd_pipeline.index.runs import IMAGE, KEYS
 from pmd_pipeline.storage import join, open_read, sizes, write_whole
 from pmd_pipeline.tables import MEND_INDEX, read_batches
 
 KEPT = pa.schema(
     [
         ("key", pa.string()),
-        ("id", pa.string()),
-        ("url", pa.string()),
-        ("file", pa.string()),
-        ("licence", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("sha256", pa.string()),
-        ("meta", pa.string()),
+        *IMAGE.items(),
         ("captions", pa.list_(pa.string())),
         ("fields", pa.list_(pa.string())),
         ("boxes", pa.list_(pa.list_(pa.float32()))),
@@ -35,9 +28,8 @@ KEPT = pa.schema(
         ("rows", pa.list_(pa.uint32())),
     ]
 )
-"""One row per record. `width`, `height` and `sha256` are upstream's word; `boxes` holds one box per
-caption as fractions of the image, or is null; `spans` and `rows` say where each pair stands
-upstream; `meta` is JSON."""
+"""One row per record. `boxes` holds one box per caption as fractions of the image, or is null;
+`spans` and `rows` say where each pair stands upstream."""
 
 DROPPED = pa.schema(
     [
@@ -53,7 +45,6 @@ DROPPED = pa.schema(
 )
 """One row per dropped pair; the text of a bad row is what is wrong with it."""
 
-_IMAGE_COLUMNS = ["id", "url", "file", "licence", "width", "height", "sha256", "meta"]
 _LEAST_SIDE = 1.0
 """Pixels that a box must have inside the image, both ways."""
 
@@ -156,7 +147,7 @@ def is_whole(folder: str, parts: Sequence[IndexPart]) -> bool:
 
 def _records(lines: pl.DataFrame) -> pl.DataFrame:
     """One row per key; of each column, the first value in upstream order."""
-    known = [pl.col(name).drop_nulls().first() for name in _IMAGE_COLUMNS]
+    known = [pl.col(name).drop_nulls().first() for name in IMAGE]
     records = lines.group_by("key", maintain_order=True).agg(
         *known,
         pl.col("heldout").any(),
@@ -179,7 +170,7 @@ def _judged(lines: pl.DataFrame, records: pl.DataFrame, *, drop_repeats: bool) -
     bare = bare.with_columns(reason=pl.lit("no_caption"), bare=pl.lit(value=True))
     pairs = pl.concat(
         [
-            lines.filter(pl.col("pair")).drop(*_IMAGE_COLUMNS, "heldout", "pair"),
+            lines.filter(pl.col("pair")).drop(*IMAGE, "heldout", "pair"),
             bare.select("key", "span", "row", "reason", "bare"),
         ],
         how="diagonal",
@@ -245,7 +236,7 @@ def _kept(pairs: pl.DataFrame, records: pl.DataFrame) -> pl.DataFrame:
         rows=pl.col("row"),
     )
     return grouped.with_columns(boxes=pl.when("has_boxes").then(pl.col("boxes"))).join(
-        records.select("key", *_IMAGE_COLUMNS), on="key", how="left", maintain_order="left"
+        records.select("key", *IMAGE), on="key", how="left", maintain_order="left"
     )
 
 

@@ -23,19 +23,24 @@ from pmd_pipeline.storage import open_read, whole_file
 KEYS = 1 << 64
 """Keys are numbers below this."""
 
+IMAGE = {
+    "id": pa.string(),
+    "url": pa.string(),
+    "file": pa.string(),
+    "licence": pa.string(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "sha256": pa.string(),
+    "meta": pa.string(),
+}
+"""What upstream knows of an image; `width`, `height` and `sha256` are its word, `meta` is JSON."""
+
 SCHEMA = pa.schema(
     [
         ("key", pa.uint64()),
         ("span", pa.uint32()),
         ("row", pa.uint32()),
-        ("id", pa.string()),
-        ("url", pa.string()),
-        ("file", pa.string()),
-        ("licence", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("sha256", pa.string()),
-        ("meta", pa.string()),
+        *IMAGE.items(),
         ("heldout", pa.bool_()),
         ("pair", pa.bool_()),
         ("text", pa.string()),

@@ -24,7 +24,9 @@ from pmd_pipeline.manifest import (
     load_manifest,
     located,
     merged,
+    one_version,
     save_manifest,
+    total_words,
     with_codes,
 )
 from pmd_pipeline.parallel import Pool, WorkerDied
@@ -310,7 +312,8 @@ def _manifest(kit: Kit, results: Mapping[tuple[str, int], Restored], path: str) 
                 for name, entry in kit.manifest.sources.items()
             },
             "shards": [result.entry for result in there],
-            "versions": _versions(there) or kit.manifest.versions,
+            "versions": one_version(result.report.versions for result in there)
+            or kit.manifest.versions,
             "missing": missing,
         }
     )
@@ -326,9 +329,6 @@ def _entry(
     there = [results[source, part.part] for part in before if (source, part.part) in results]
     lost = sum(part.counts.pairs_in for part in before if (source, part.part) not in results)
     unique, repeated = copies_in([result.entry.ledger_path for result in there])
-    words = Counter[int]()
-    for result in there:
-        words.update(result.report.words)
     no_part = Counts(pairs_in=lost, failed={"no_part": lost})
     now = Counts.total([*(result.report.counts for result in there), no_part])
     return entry.model_copy(
@@ -337,7 +337,7 @@ def _entry(
             "images": sum(result.entry.images for result in there),
             "unique_images": unique,
             "repeated": repeated,
-            "words": dict(sorted(words.items())),
+            "words": total_words(result.report.words for result in there),
         }
     )
 
@@ -360,15 +360,6 @@ def _changed(whole: Counts, before: Counts, now: Counts) -> Counts:
         dropped=moved("dropped"),
         failed=moved("failed"),
     )
-
-
-def _versions(results: Sequence[Restored]) -> dict[str, str]:
-    """The versions behind all shards; where they differ, all of them."""
-    found: dict[str, set[str]] = {}
-    for result in results:
-        for name, version in result.report.versions.items():
-            found.setdefault(name, set()).add(version)
-    return {name: " and ".join(sorted(all_)) for name, all_ in sorted(found.items())}
 
 
 def _other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

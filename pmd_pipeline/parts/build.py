@@ -161,7 +161,8 @@ def build_part(task: PartTask, tick: Tick) -> Report:
     )
     assert report.counts.unaccounted() == 0
     write_whole(join(task.shards, f"{name}.json"), report.model_dump_json(indent=1).encode())
-    remove(join(task.shards, aside))
+    if before or aside in there:
+        remove(join(task.shards, aside))
     _log.info("%s: %d of %d images", task, report.images, report.records)
     return report.brief()
 

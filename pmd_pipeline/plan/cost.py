@@ -11,10 +11,10 @@ from pmd_pipeline.errors import PmdError
 from pmd_pipeline.index.build import load_index
 from pmd_pipeline.index.choose import Chooser
 from pmd_pipeline.index.records import IndexRecord, read_part
-from pmd_pipeline.plan.trial import GROUPS, Range, Trial, calibrated, tried
+from pmd_pipeline.plan.trial import GROUPS, Range, Trial, bare_record, calibrated, tried
 from pmd_pipeline.progress import Show
 from pmd_pipeline.recipe import Recipe
-from pmd_pipeline.record import Row, key_of
+from pmd_pipeline.record import Row
 from pmd_pipeline.storage import join
 from pmd_pipeline.upstream import Span
 
@@ -199,26 +199,7 @@ def _of_span(recipe: Recipe, span: Span, chooser: Chooser) -> Iterator[IndexReco
     """Records of rows that have an address and a pair."""
     for row in sources.load(recipe.source).read(span, **recipe.options):
         if isinstance(row, Row) and row.url and any(p.reason is None for p in chooser.pairs(row)):
-            yield _record(recipe.source, row)
-
-
-def _record(source: str, row: Row) -> IndexRecord:
-    return IndexRecord(
-        key=key_of(source, row.id),
-        id=row.id,
-        url=row.url,
-        file=row.file,
-        licence=row.licence,
-        width=row.width,
-        height=row.height,
-        sha256=row.sha256,
-        meta=None,
-        captions=[],
-        fields=[],
-        boxes=None,
-        spans=[],
-        rows=[],
-    )
+            yield bare_record(recipe.source, row)
 
 
 def _sum(ranges: Sequence[Range]) -> Range:

@@ -27,7 +27,7 @@ from pmd_pipeline.format import Counts, FileDigest, Report, part_name
 from pmd_pipeline.index.records import KEPT, IndexPart, IndexRecord
 from pmd_pipeline.parts.build import WEB, PartTask, build_part
 from pmd_pipeline.recipe import Fetch, Images, Recipe
-from pmd_pipeline.record import key_of
+from pmd_pipeline.record import Row, key_of
 
 GROUPS = 8
 """Small parts that a trial is cut into, so that it shows how much its figures scatter."""
@@ -131,9 +131,35 @@ def calibrated(images_json: str, pixels: int, num_bytes: int) -> Range:
             images=Images.model_validate_json(images_json),
             fetch=Fetch(connect_to={"*": origin}, concurrency=8, per_host=8),
         )
-        records = [_calibration_record(number) for number in range(_CALIBRATION_RECORDS)]
+        records = [
+            bare_record(
+                "calibration",
+                Row(str(n), url=f"http://calibration.example/{n % _DRAWN}.jpg?{n}"),
+            )
+            for n in range(_CALIBRATION_RECORDS)
+        ]
         tried(recipe, records[:GROUPS], lambda _: None)  # imports and first connections
         return tried(recipe, records, lambda _: None).cpu_seconds
+
+
+def bare_record(source: str, row: Row) -> IndexRecord:
+    """What a row knows of its image, as a record without pairs."""
+    return IndexRecord(
+        key=key_of(source, row.id),
+        id=row.id,
+        url=row.url,
+        file=row.file,
+        licence=row.licence,
+        width=row.width,
+        height=row.height,
+        sha256=row.sha256,
+        meta=None,
+        captions=[],
+        fields=[],
+        boxes=None,
+        spans=[],
+        rows=[],
+    )
 
 
 def share_of(part: int, whole: int) -> Range:
@@ -185,25 +211,6 @@ def _task(
         catalogues=(),
         dependency="",
         workers=workers,
-    )
-
-
-def _calibration_record(number: int) -> IndexRecord:
-    return IndexRecord(
-        key=key_of("calibration", str(number)),
-        id=str(number),
-        url=f"http://calibration.example/{number % _DRAWN}.jpg?{number}",
-        file=None,
-        licence=None,
-        width=None,
-        height=None,
-        sha256=None,
-        meta=None,
-        captions=[],
-        fields=[],
-        boxes=None,
-        spans=[],
-        rows=[],
     )
 
 

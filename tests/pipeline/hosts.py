@@ -1,9 +1,11 @@
 """Hosts on loopback to be asked, and how tests ask them."""
 
 import asyncio
+import functools
+import http.server
 import socket
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -169,3 +171,29 @@ def detail_of(client, url="http://a.example/1.jpg"):
     with pytest.raises(RecordError) as caught:
         client.get(url)
     return caught.value.detail
+
+
+@contextmanager
+def served(folder, asked=None):
+    """The origin of a server of files; the Counter `asked` is told every path."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            if asked is not None:
+                asked[self.path] += 1
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()

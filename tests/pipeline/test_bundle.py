@@ -2,7 +2,6 @@ import base64
 import csv
 import email
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -11,14 +10,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
 import tomllib
 import warnings
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import pytest
+from hosts import served
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
@@ -59,18 +57,8 @@ def web(tmp_path_factory):
     folder = tmp_path_factory.mktemp("web")
     write_pictures(folder, [f"{number}.jpg" for number in range(PICTURES - 2)])
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(Handler, directory=folder)
-    ) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with served(folder) as origin:
+        yield origin.removeprefix("http://")
 
 
 @pytest.fixture(scope="module")

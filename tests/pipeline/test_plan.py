@@ -1,13 +1,10 @@
 """What a build will take, told before it: from a probe that does it small, or from records."""
 
-import functools
-import http.server
 import json
 import math
-import threading
-from contextlib import contextmanager
 
 import pytest
+from hosts import served
 from hypothesis import given
 from hypothesis import strategies as st
 from toy import QUIET, toy_recipe, write_pictures, write_rows
@@ -22,26 +19,6 @@ from pmd_pipeline.plan.trial import Range, share_of
 from pmd_pipeline.recipe import load_recipe
 
 LIVE, DEAD = 30, 10
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def served(folder):
-    handler = functools.partial(Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @pytest.fixture

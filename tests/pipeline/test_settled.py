@@ -1,17 +1,13 @@
 """What is left out later, or asked again, touches only its own parts, and ends as a fresh build."""
 
-import functools
-import http.server
 import json
-import threading
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
-from hosts import Host, answer
+from hosts import Host, answer, served
 from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
 
 from pmd_pipeline import cli, dataset
@@ -36,29 +32,8 @@ class Web:
     def __init__(self, folder):
         self.folder, self.asked = folder, Counter()
 
-    @contextmanager
     def __call__(self):
-        asked = self.asked
-
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                asked[self.path] += 1
-                super().do_GET()
-
-            def log_message(self, *_):
-                pass
-
-        handler = functools.partial(Handler, directory=str(self.folder))
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-            thread.start()
-            try:
-                yield f"http://127.0.0.1:{server.server_port}"
-            finally:
-                server.shutdown()
-                thread.join()
+        return served(self.folder, self.asked)
 
     def pictures(self):
         """What was asked for but for robots.txt; from now on counted anew."""

@@ -14,6 +14,7 @@ sys.path.insert(0, {here!r})
 import torch
 from tiny import flava, images, pairs, texts
 from flava_train import batches, losses, masking, model, step
+from flava_train.run import flops
 
 for batch in (pairs(2), images(2), texts(2)):
     print(*step.train_step(flava(), [batch], losses.Objective()))
