@@ -11,10 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from pmd_pipeline.images.pictures import opened, picture
+from pmd_pipeline.base.parallel import no_watch, open_pool
+from pmd_pipeline.build.part import PartTask, build_part
+from pmd_pipeline.images.decode.processing import opened, picture
 from pmd_pipeline.index.build import build_index
-from pmd_pipeline.parallel import no_watch, open_pool
-from pmd_pipeline.parts.build import PartTask, build_part
 from pmd_pipeline.recipe import Images, load_recipe
 
 

@@ -19,8 +19,8 @@ from typing import Self
 import psutil
 from yfcc_rows import write_rows
 
+from pmd_pipeline.base.parallel import no_watch, open_pool
 from pmd_pipeline.index.build import build_index
-from pmd_pipeline.parallel import no_watch, open_pool
 from pmd_pipeline.recipe import load_recipe
 
 

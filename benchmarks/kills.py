@@ -22,9 +22,9 @@ from pathlib import Path
 
 import psutil
 
-from pmd_pipeline.format import Manifest
-from pmd_pipeline.manifest import load_manifest
-from pmd_pipeline.sample import World, serve, write_world
+from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.contract.models import Manifest
+from pmd_pipeline.demo.world import World, serve, write_world
 
 SOURCES = ["cc3m", "wit", "visual_genome"]
 

@@ -35,8 +35,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 from transformers import BertTokenizer
 
-from flava_train.losses import Objective, Shares
-from flava_train.masking import (
+from flava_train.data.inputs import DataConfig
+from flava_train.data.loader import batches
+from flava_train.data.masking import (
     PatchMasking,
     TokenMasking,
     fixed_width,
@@ -45,14 +46,16 @@ from flava_train.masking import (
     token_mask_width,
     word_starts,
 )
-from flava_train.model import FlavaConfig
-from flava_train.streams.inputs import DataConfig
-from flava_train.streams.loader import batches
-from flava_train.streams.order import Order
-from flava_train.streams.rows import Streams
-from flava_train.text import load_wordpiece
-from pmd_pipeline.format import CodeRules, Manifest, ShardEntry, canonical_json, part_name
-from pmd_pipeline.shards.write import DigestingFile, Place, ShardWriter, ledger_bytes
+from flava_train.data.needs import Shares
+from flava_train.data.order import Order
+from flava_train.data.training_data import Streams
+from flava_train.data.wordpiece import load_wordpiece
+from flava_train.model.flava import FlavaConfig
+from flava_train.objective.losses import Objective
+from pmd_pipeline.build.shard_writer import DigestingFile, Place, ShardWriter, ledger_bytes
+from pmd_pipeline.contract.digests import canonical_json
+from pmd_pipeline.contract.models import CodeRules, Manifest, ShardEntry
+from pmd_pipeline.contract.paths import part_name
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
 RULES = CodeRules(tokenizer="kmeans", sha256="0" * 64, vocabulary=8192, size=112, grid=14, views=2)
@@ -323,7 +326,7 @@ def endless(make: Callable[[], Iterable[Any]]) -> Iterator[Any]:
 def compare(folder: Path, photos: Path, vocabulary: Path, rounds: int) -> None:
     manifest, tars = write_shards(folder, photographs(photos))
     config = DataConfig(pairs=manifest, tokenizer=str(vocabulary), verify=False)
-    streams = Streams(config, OBJECTIVE, FlavaConfig(), seed=0, batch=BATCH)
+    streams = Streams(config, OBJECTIVE.data_needs, FlavaConfig(), seed=0, batch=BATCH)
     plain, vectorised = (Theirs(vocabulary, vectorised=one) for one in (False, True))
     loaders = {
         "ours": batches(streams, 0, 10**6),
@@ -390,7 +393,7 @@ def far_in(folder: Path, photos: Path, vocabulary: Path, *, step: int = 100_000)
 
     began, cpu = time.perf_counter(), time.process_time()
     config = DataConfig(pairs=manifest, tokenizer=str(vocabulary), verify=False)
-    streams = Streams(config, OBJECTIVE, FlavaConfig(), seed=0, batch=batch)
+    streams = Streams(config, OBJECTIVE.data_needs, FlavaConfig(), seed=0, batch=batch)
     opened = time.perf_counter()
     streams.part(step, range(1))
     ready = time.perf_counter()

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pmd_pipeline.images.pictures import opened, picture
-from pmd_pipeline.parts.build import versions
+from pmd_pipeline.build.part import versions
+from pmd_pipeline.images.decode.processing import opened, picture
 from pmd_pipeline.recipe import Images
 
 HERE = Path(__file__).parent

@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from pmd_pipeline.dataset import Order, build_source
-from pmd_pipeline.parallel import no_watch, open_pool
-from pmd_pipeline.progress import Show
+from pmd_pipeline.base.parallel import no_watch, open_pool
+from pmd_pipeline.base.progress import Show
+from pmd_pipeline.dataset.build import Order, build_source
 from pmd_pipeline.recipe import load_recipe
 
 

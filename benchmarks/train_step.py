@@ -34,9 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
 
-from flava_train.batches import Images, Pairs, Texts, micro_batches, on_device, take
-from flava_train.losses import Objective
-from flava_train.masking import (
+from flava_train.data.batches import Images, Pairs, Texts, micro_batches, on_device, take
+from flava_train.data.masking import (
     IGNORE,
     PatchMasking,
     TokenMasking,
@@ -46,9 +45,10 @@ from flava_train.masking import (
     mask_tokens,
     token_mask_width,
 )
-from flava_train.model import Flava, FlavaConfig, TowerConfig
+from flava_train.model.flava import Flava, FlavaConfig, TowerConfig
+from flava_train.objective.losses import Objective
+from flava_train.objective.step import train_step
 from flava_train.run.flops import peak_of
-from flava_train.step import train_step
 
 GOAL = 2.5
 """Times as many pairs per second as transformers, on a CPU."""

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from flava_train.cli import app as flava_train
 from pmd_pipeline.cli.app import app as pmd
-from pmd_pipeline.format import DROPPED, FAILED
+from pmd_pipeline.contract.reasons import DROP_REASONS, FAILURE_REASONS
 
 HERE = Path(__file__).parent
 
@@ -31,12 +31,13 @@ def cli_page() -> str:
 def reasons_page() -> str:
     """The words under which pairs are counted that are not kept."""
     text = (
-        "# Reasons\n\nWritten by `make docs` from `pmd_pipeline/format.py`. Every pair that is not "
+        "# Reasons\n\nWritten by `make docs` from `pmd_pipeline/contract/reasons.py`. "
+        "Every pair that is not "
         "kept is counted under one of these,\nor under the name of the filter that refused it.\n"
     )
     for title, reasons in (
-        ("Dropped: a decision of the recipe", DROPPED),
-        ("Failed: the fault of the world", FAILED),
+        ("Dropped: a decision of the recipe", DROP_REASONS),
+        ("Failed: the fault of the world", FAILURE_REASONS),
     ):
         rows = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in sorted(reasons.items()))
         text += f"\n## {title}\n\n| reason | meaning |\n|---|---|\n{rows}\n"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flava_train.errors import FlavaError
+from pmd_pipeline.contract.errors import PmdError
 
 if TYPE_CHECKING:
     from flava_train.config import TrainConfig
@@ -99,7 +99,7 @@ def shards(
 
     Example: flava-train shards --shards manifests/pmd.json
     """
-    from flava_train.streams.shards import stock
+    from flava_train.data.shards import stock
 
     loaded, found = stock(manifest)
     for one in found:
@@ -126,8 +126,8 @@ def model(
     """
     import torch
 
-    from flava_train.hf import load_hf
-    from flava_train.model import Flava, FlavaConfig
+    from flava_train.model.flava import Flava, FlavaConfig
+    from flava_train.model.hf import load_hf
 
     if weights is None:
         with torch.device("meta"):
@@ -157,7 +157,7 @@ def export(
     Example: flava-train export --hf flava-hf runs/flava_pmd
     """
     from flava_train.evaluation.trained import load_trained
-    from flava_train.hf import export_hf
+    from flava_train.model.hf import export_hf
 
     trained = load_trained(run, best=best)
     export_hf(trained.model, hf, vocabulary=trained.wordpiece.vocabulary)
@@ -237,7 +237,7 @@ def _explain(config: "TrainConfig", step: int) -> None:
     from flava_train.train import open_data
 
     if step >= config.steps:
-        raise FlavaError(f"--explain-step {step}: steps are 0 to {config.steps - 1}")
+        raise PmdError(f"--explain-step {step}: steps are 0 to {config.steps - 1}")
     streams = open_data(config)[1]
     typer.echo(f"step {step}: {streams.stream(step)}")
     for row in streams.rows(step):
@@ -253,7 +253,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
-    except FlavaError as error:
+    except PmdError as error:
         typer.echo(f"flava-train: {error}", err=True)
         sys.exit(2)
 

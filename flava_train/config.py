@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from flava_train.errors import FlavaError
-from flava_train.losses import Objective
-from flava_train.model import FlavaConfig
-from flava_train.streams.inputs import DataConfig
+from flava_train.data.inputs import DataConfig
+from flava_train.model.flava import FlavaConfig
+from flava_train.objective.losses import Objective
+from pmd_pipeline.contract.errors import PmdError
 
 PREFIX = "flava_"
 """Begins the names of training configurations, which share a folder with the data recipes."""
@@ -204,7 +204,7 @@ def load_config(
         settings: the same as `key=value`, the value as in TOML or a bare word; laid over that.
 
     Raises:
-        FlavaError: no such configuration, no TOML, an unknown key or a value that cannot be.
+        PmdError: no such configuration, no TOML, an unknown key or a value that cannot be.
     """
     path = _find(name_or_file, Path())
     content = _with_bases(path, ())
@@ -227,13 +227,13 @@ def checked(
         spoken: dotted keys in it that come from the command line.
 
     Raises:
-        FlavaError: an unknown key, or a value that cannot be.
+        PmdError: an unknown key, or a value that cannot be.
     """
     try:
         # as JSON, because from Python's objects a strict model takes no dict for a section
         return _ADAPTER.validate_json(json.dumps(content, default=str))
     except ValidationError as error:
-        raise FlavaError(_sentence(where, error, spoken or {})) from error
+        raise PmdError(_sentence(where, error, spoken or {})) from error
 
 
 def as_toml(config: TrainConfig) -> str:
@@ -266,11 +266,11 @@ def _find(name_or_file: str, folder: Path) -> Path:
     if name_or_file.endswith(".toml"):
         path = folder / name_or_file
         if not path.is_file():
-            raise FlavaError(f"{path}: there is no such configuration file")
+            raise PmdError(f"{path}: there is no such configuration file")
         return path
     if name_or_file not in config_names():
         near = _near(name_or_file, config_names())
-        raise FlavaError(f"there is no configuration {name_or_file!r}; {near}")
+        raise PmdError(f"there is no configuration {name_or_file!r}; {near}")
     return _folder() / f"{name_or_file}.toml"
 
 
@@ -279,17 +279,17 @@ def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FlavaError(f"{path}: this is no TOML: {error}") from error
+        raise PmdError(f"{path}: this is no TOML: {error}") from error
     except OSError as error:
-        raise FlavaError(f"{path}: cannot be read: {error.strerror}") from error
+        raise PmdError(f"{path}: cannot be read: {error.strerror}") from error
     base = content.pop("base", None)
     if base is None:
         return content
     if not isinstance(base, str):
-        raise FlavaError(f"{path}: base = {base!r}: should be a name or a file")
+        raise PmdError(f"{path}: base = {base!r}: should be a name or a file")
     below = _find(base, path.parent)
     if below in (*above, path):
-        raise FlavaError(f"{path}: its base {base!r} is based on it")
+        raise PmdError(f"{path}: its base {base!r} is based on it")
     return _over(_with_bases(below, (*above, path)), content)
 
 
@@ -307,7 +307,7 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def _parsed(setting: str) -> tuple[str, Any]:
     key, equals, text = setting.partition("=")
     if not (equals and key.strip()):
-        raise FlavaError(f"--set {setting}: write it as key=value, as in optimizer.lr=3e-4")
+        raise PmdError(f"--set {setting}: write it as key=value, as in optimizer.lr=3e-4")
     try:
         [value] = tomllib.loads(f"value = {text}").values()
     except (tomllib.TOMLDecodeError, ValueError):  # a path, say; the key's type will judge it
@@ -320,7 +320,7 @@ def _put(content: dict[str, Any], key: str, value: object) -> None:
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise FlavaError(f"--set {key}: {section} is a value, so nothing stands below it")
+            raise PmdError(f"--set {key}: {section} is a value, so nothing stands below it")
     content[last] = value
 
 

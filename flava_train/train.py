@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from flava_train.config import TrainConfig, as_tables, as_toml
-from flava_train.errors import FlavaError
+from flava_train.data.loader import Batch, batches
+from flava_train.data.order import STREAMS
+from flava_train.data.shards import load_complete_manifest
+from flava_train.data.training_data import Streams
+from flava_train.data.wordpiece import load_wordpiece
 from flava_train.evaluation.evaluate import check_evaluation
-from flava_train.learner import FIRST_LOSS_SCALE, Learner, NotFinite
-from flava_train.model import FlavaConfig
+from flava_train.model.flava import FlavaConfig
 from flava_train.run.checkpoint import (
     Progress,
     checkpoint_name,
@@ -20,16 +23,13 @@ from flava_train.run.checkpoint import (
     load_weights,
     newest,
 )
-from flava_train.run.folder import CONFIG, VOCABULARY, Stop, only_writer, told_to_stop, write_whole
+from flava_train.run.init import beginning
 from flava_train.run.metrics import Metrics
 from flava_train.run.optimizer import adamw
 from flava_train.run.ranks import Ranks, as_rank_0_has_it, joined, shard
-from flava_train.run.start import beginning
-from flava_train.streams.loader import Batch, batches
-from flava_train.streams.order import STREAMS
-from flava_train.streams.rows import Streams
-from flava_train.streams.shards import load_manifest
-from flava_train.text import load_wordpiece
+from flava_train.run.run_dir import CONFIG, VOCABULARY, Stop, only_writer, told_to_stop, write_whole
+from flava_train.trainer import FIRST_LOSS_SCALE, Learner, NotFinite
+from pmd_pipeline.contract.errors import PmdError
 
 SHAPES_BATCHES = (
     "seed",
@@ -75,7 +75,7 @@ def train(
         quiet: show nothing while it goes.
 
     Raises:
-        FlavaError: the configuration, the data or the checkpoint cannot be used, or a loss or
+        PmdError: the configuration, the data or the checkpoint cannot be used, or a loss or
             gradient is not finite.
     """
     run = Path(config.out)
@@ -85,7 +85,7 @@ def train(
         only_writer(run) if ranks.writes else nullcontext(),
     ):
         if config.batch % ranks.size:
-            raise FlavaError(f"{ranks.size} ranks cannot share a batch of {config.batch} equally")
+            raise PmdError(f"{ranks.size} ranks cannot share a batch of {config.batch} equally")
         config, streams = open_data(config)
         check_evaluation(config.evaluation)
         learner, changes = _learner(
@@ -135,7 +135,7 @@ def _loop(learner: Learner, steps: Iterable[Batch], stop: Stop, metrics: Metrics
         if last or (_every(config.evaluation.every, done) and not stopping):
             try:
                 found, improved = learner.evaluate()
-            except (FlavaError, OSError, RuntimeError):  # the last also where memory is short
+            except (PmdError, OSError, RuntimeError):  # the last also where memory is short
                 # of what is shared out all ranks save together, and others may not have failed
                 if learner.ranks.size == 1 or not config.compute.shard:
                     _save(learner, metrics)
@@ -157,11 +157,11 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, Streams]:
     """The configuration with the sizes of vocabularies in it, and the data.
 
     Raises:
-        FlavaError: data is missing, is not to be trusted, or does not fit.
+        PmdError: data is missing, is not to be trusted, or does not fit.
     """
     data, model, shares = config.data, config.model, config.objective.streams
     manifests = [
-        load_manifest(address)
+        load_complete_manifest(address)
         for stream in STREAMS
         for address in data.manifests(stream)
         if getattr(shares, stream)
@@ -174,7 +174,9 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, Streams]:
     if not model.text_vocab and data.tokenizer:  # after the manifests: the hub may be slow
         wordpiece = load_wordpiece(data.tokenizer, data.revision)
         model = replace(model, text_vocab=len(wordpiece.vocabulary))
-    streams = Streams(data, config.objective, model, seed=config.seed, batch=config.batch)
+    streams = Streams(
+        data, config.objective.data_needs, model, seed=config.seed, batch=config.batch
+    )
     return replace(config, model=model), streams
 
 
@@ -215,7 +217,7 @@ def _checkpoint(run: Path, resume: str, ranks: Ranks) -> Path | None:
         return None if steps < 0 else run / "checkpoints" / checkpoint_name(steps)
     if resume == "never":
         if there is not None:
-            raise FlavaError(
+            raise PmdError(
                 f"{run} has checkpoints: name another --out, or go on with --resume auto"
             )
         return None
@@ -226,7 +228,7 @@ def _checkpoint(run: Path, resume: str, ranks: Ranks) -> Path | None:
     if begun_from := load_progress(own).begun_from:  # the same command may be given again
         names += [Path(begun_from), Path(begun_from).parents[1]]
     if Path(resume).resolve() not in names:
-        raise FlavaError(
+        raise PmdError(
             f"{run} has a checkpoint of {there:,} steps: name another --out to go on from {resume}"
         )
     return own
@@ -249,7 +251,7 @@ def _changes(checkpoint: Path, saved: Progress, now: Progress, *, allow_changed:
     """What is not as it was in the checkpoint's run, in sentences.
 
     Raises:
-        FlavaError: the model is another; or steps would see other data, and nobody allowed it.
+        PmdError: the model is another; or steps would see other data, and nobody allowed it.
     """
     was, now_is = _values(saved.config), _values(now.config)
     different = [key for key in was.keys() | now_is.keys() if was.get(key) != now_is.get(key)]
@@ -257,9 +259,9 @@ def _changes(checkpoint: Path, saved: Progress, now: Progress, *, allow_changed:
     for key in sorted(different):
         difference = f"{key} was {was.get(key)} in {checkpoint}, and is {now_is.get(key)}"
         if key.startswith("model.") and key.split(".")[1] not in _WHERE_WEIGHTS_ARE:
-            raise FlavaError(f"{difference}: its weights do not fit; name another --out")
+            raise PmdError(f"{difference}: its weights do not fit; name another --out")
         if key in SHAPES_BATCHES and not allow_changed:
-            raise FlavaError(f"{difference}: steps would see other data; set it back, {_ALLOW}")
+            raise PmdError(f"{difference}: steps would see other data; set it back, {_ALLOW}")
         if not key.startswith(("data.", "out")) or key in SHAPES_BATCHES:
             said.append(difference)
     for stream in sorted(saved.digests.keys() | now.digests.keys()):
@@ -267,7 +269,7 @@ def _changes(checkpoint: Path, saved: Progress, now: Progress, *, allow_changed:
         if old != new:
             difference = f"{stream}: {checkpoint} has learnt from {old}, and this is {new}"
             if not allow_changed:
-                raise FlavaError(f"{difference}; name the data it began with, {_ALLOW}")
+                raise PmdError(f"{difference}; name the data it began with, {_ALLOW}")
             said.append(difference)
     return said
 

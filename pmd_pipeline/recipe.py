@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_ty
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from pmd_pipeline import sources
-from pmd_pipeline.errors import PmdError
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.models import Kind
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.filters import image as image_filters
-from pmd_pipeline.format import Kind
 
 Signal: TypeAlias = Literal["robots", "tdm", "x-robots-tag"]
 SIGNALS: tuple[Signal, ...] = get_args(Signal)

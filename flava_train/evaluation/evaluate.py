@@ -17,16 +17,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from flava_train.config import EvaluationConfig
-from flava_train.errors import FlavaError
+from flava_train.data.files import Files
+from flava_train.data.inputs import DataConfig
+from flava_train.data.shards import stock
+from flava_train.data.wordpiece import WordPiece
 from flava_train.evaluation.held_out import HeldOut, held_out
 from flava_train.evaluation.templates import TEMPLATES
-from flava_train.model import Flava
+from flava_train.model.flava import Flava
 from flava_train.run.ranks import forget_gathered
 from flava_train.shapes import Float, Int, UInt
-from flava_train.streams.files import Files
-from flava_train.streams.inputs import DataConfig
-from flava_train.streams.shards import stock
-from flava_train.text import WordPiece
+from pmd_pipeline.contract.errors import PmdError
 
 RANKS = (1, 5, 10)
 """Recall is given at these."""
@@ -66,7 +66,7 @@ def evaluate(
     a compiler that is made for few would give up.
 
     Raises:
-        FlavaError: the manifest or the folder of classes is not what it should be.
+        PmdError: the manifest or the folder of classes is not what it should be.
     """
     found = Evaluation({}, {})
     encoder = Encoder(model, wordpiece, caption_tokens, config.batch, autocast)
@@ -87,12 +87,12 @@ def check_evaluation(config: EvaluationConfig) -> None:
     """See before the first step that what is named can be evaluated.
 
     Raises:
-        FlavaError: it cannot, or its metric is not among what will be found.
+        PmdError: it cannot, or its metric is not among what will be found.
     """
     if config.retrieval:
         manifest, found = stock(config.retrieval)
         if manifest.kind != "pairs" or not any(one.images for one in found):
-            raise FlavaError(
+            raise PmdError(
                 f"evaluation.retrieval = {config.retrieval} holds no pairs to evaluate on, but "
                 f"{sum(one.images for one in found)} images of kind {manifest.kind}: name another"
             )
@@ -100,7 +100,7 @@ def check_evaluation(config: EvaluationConfig) -> None:
         class_names(Path(config.classes))
     wanted = "classes" if config.metric.startswith("zero_shot") else "retrieval"
     if (config.retrieval or config.classes) and not getattr(config, wanted):
-        raise FlavaError(
+        raise PmdError(
             f"evaluation.metric = {config.metric} needs evaluation.{wanted}; name it, or another "
             "metric"
         )
@@ -137,7 +137,7 @@ class Encoder:
             texts.append(self._texts(one.tokens, one.lengths))
             numbers.append(one.image_numbers)
         if not images:
-            raise FlavaError("there is no held-out image to evaluate on")
+            raise PmdError("there is no held-out image to evaluate on")
         return torch.cat(images), torch.cat(texts), torch.cat(numbers).to(self.device)
 
     def images(self, pixels: Tensor) -> Float[Tensor, "b d"]:
@@ -250,7 +250,7 @@ def classification(encoder: Encoder, folder: Path) -> Evaluation:
         folder: one folder of images for each class.
 
     Raises:
-        FlavaError: there are no classes, or no images in them.
+        PmdError: there are no classes, or no images in them.
     """
     classes = class_names(folder)
     names = torch.stack([_class_vector(encoder, name) for name in classes.values()])
@@ -269,7 +269,7 @@ def classification(encoder: Encoder, folder: Path) -> Evaluation:
             top5 += int(found.any(1).sum())
             count += len(pixels)
     if not count:
-        raise FlavaError(f"{folder}: no images in the folders of its classes")
+        raise PmdError(f"{folder}: no images in the folders of its classes")
     figures = {"zero_shot_top1": top1 / count, "zero_shot_top5": top5 / count}
     if unreadable:
         figures["zero_shot_unreadable"] = unreadable / (unreadable + count)
@@ -281,20 +281,20 @@ def class_names(folder: Path) -> dict[str, str]:
     """Names of classes by the names of their folders, sorted.
 
     Raises:
-        FlavaError: there is no class, or `classes.tsv` leaves one out.
+        PmdError: there is no class, or `classes.tsv` leaves one out.
     """
     if not folder.is_dir():
-        raise FlavaError(f"{folder}: no such folder of classes")
+        raise PmdError(f"{folder}: no such folder of classes")
     found = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if not found:
-        raise FlavaError(f"{folder}: it has no folder of a class")
+        raise PmdError(f"{folder}: it has no folder of a class")
     table = folder / "classes.tsv"
     if not table.is_file():
         return {name: name.replace("_", " ") for name in found}
     lines = table.read_text(encoding="utf-8").splitlines()
     said = dict(line.split("\t", 1) for line in lines if "\t" in line)
     if missing := [name for name in found if name not in said]:
-        raise FlavaError(f"{table}: no line names the class of the folder {missing[0]}")
+        raise PmdError(f"{table}: no line names the class of the folder {missing[0]}")
     return {name: said[name] for name in found}
 
 

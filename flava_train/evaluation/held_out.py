@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flava_train.errors import FlavaError
+from flava_train.data.batch_slice import WHOLE, Shown
+from flava_train.data.corpus import OpenShard, Place, open_ledger
+from flava_train.data.files import Files
+from flava_train.data.shards import load_complete_manifest
+from flava_train.data.wordpiece import WordPiece
 from flava_train.shapes import Int, UInt
-from flava_train.streams.corpus import OpenShard, Place, open_ledger
-from flava_train.streams.files import Files
-from flava_train.streams.shards import load_manifest
-from flava_train.streams.slots import WHOLE, Shown
-from flava_train.text import WordPiece
+from pmd_pipeline.contract.errors import PmdError
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def held_out(
     """All images of a manifest, `batch` at a time, in its order.
 
     Raises:
-        FlavaError: the manifest holds no pairs, or its shards are not what it says.
+        PmdError: the manifest holds no pairs, or its shards are not what it says.
     """
     files = files or Files()
-    loaded = load_manifest(manifest)
+    loaded = load_complete_manifest(manifest)
     if loaded.kind != "pairs":
-        raise FlavaError(f"{manifest} holds {loaded.kind}, and evaluation needs pairs")
+        raise PmdError(f"{manifest} holds {loaded.kind}, and evaluation needs pairs")
     images = _images([Place(manifest, entry) for entry in loaded.shards], files)
     number = 0
     while rows := list(islice(images, batch)):

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from flava_train.errors import FlavaError
 from flava_train.evaluation.evaluate import Encoder, files_of
 from flava_train.evaluation.held_out import held_out
 from flava_train.evaluation.trained import Trained
+from pmd_pipeline.contract.errors import PmdError
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def search(
         nearest: images for each query, or all if there are fewer.
 
     Raises:
-        FlavaError: the manifest has no pairs, or its shards are not what it says.
+        PmdError: the manifest has no pairs, or its shards are not what it says.
     """
     data, section = trained.config.data, trained.config.evaluation
     encoder = Encoder(
@@ -51,7 +51,7 @@ def search(
         keys += one.keys
         vectors.append(encoder.images(one.pixels))
     if not keys:
-        raise FlavaError(f"{manifest} has no images to search")
+        raise PmdError(f"{manifest} has no images to search")
     likeness = encoder.texts(queries) @ torch.cat(vectors).T  # queries images
     found = likeness.topk(min(nearest, len(keys)))
     return [

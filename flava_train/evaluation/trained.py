@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from flava_train.config import TrainConfig, checked
-from flava_train.errors import FlavaError
+from flava_train.data.wordpiece import WordPiece, load_wordpiece
 from flava_train.evaluation.evaluate import Evaluation, check_evaluation, evaluate, files_of
-from flava_train.model import Flava
+from flava_train.model.flava import Flava
 from flava_train.run.checkpoint import find, load_progress, load_weights
-from flava_train.run.folder import VOCABULARY
-from flava_train.text import WordPiece, load_wordpiece
+from flava_train.run.run_dir import VOCABULARY
+from pmd_pipeline.contract.errors import PmdError
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Trained:
         """What is found on a manifest or classes; where neither is named, on the run's own.
 
         Raises:
-            FlavaError: there is nothing to evaluate on, or it is not what it should be.
+            PmdError: there is nothing to evaluate on, or it is not what it should be.
         """
         section = self.config.evaluation
         if manifest or classes:
             section = replace(section, retrieval=manifest, classes=classes)
         if not (section.retrieval or section.classes):
-            raise FlavaError(f"{self.checkpoint}: name a manifest of held-out pairs, or --classes")
+            raise PmdError(f"{self.checkpoint}: name a manifest of held-out pairs, or --classes")
         check_evaluation(
             replace(section, metric="text_to_image_r1" if section.retrieval else "zero_shot_top1")
         )
@@ -51,7 +51,7 @@ def load_trained(place: Path, *, best: bool = False) -> Trained:
     """The newest, or the best, of a run, or a certain checkpoint; on a GPU, if there is one.
 
     Raises:
-        FlavaError: there is none, it cannot be read, or its tokenizer is not the run's.
+        PmdError: there is none, it cannot be read, or its tokenizer is not the run's.
     """
     checkpoint = find(place, best=best)
     progress = load_progress(checkpoint)
@@ -60,7 +60,7 @@ def load_trained(place: Path, *, best: bool = False) -> Trained:
     vocabulary = checkpoint.absolute().parents[1] / VOCABULARY
     wordpiece = load_wordpiece(str(vocabulary))
     if wordpiece.sha256 != progress.digests["tokenizer"]:
-        raise FlavaError(f"{vocabulary} is not the vocabulary that {checkpoint} was trained with")
+        raise PmdError(f"{vocabulary} is not the vocabulary that {checkpoint} was trained with")
     model = Flava(config.model)
     load_weights(checkpoint, model)
     return Trained(

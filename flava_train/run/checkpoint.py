@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flava_train.errors import FlavaError
 from flava_train.run.ranks import like, whole
+from pmd_pipeline.contract.errors import PmdError
 
 FORMAT = 1
 """Version of all that is in the folder."""
@@ -81,7 +81,7 @@ def save(
     this; all but the first only bring their parts of shared tensors.
 
     Raises:
-        FlavaError: it cannot be written.
+        PmdError: it cannot be written.
     """
     writes = progress.ranks == 1 or torch.distributed.get_rank() == 0
     weights = _gathered(model.state_dict(), keep=writes)
@@ -113,19 +113,19 @@ def find(place: Path, *, best: bool = False) -> Path:
         best: take the best of the run.
 
     Raises:
-        FlavaError: there is none.
+        PmdError: there is none.
     """
     if (place / STATE).is_file():
         return place
     steps = newest(place)
     if steps is None:
-        raise FlavaError(f"{place} is no checkpoint, and no run that has one")
+        raise PmdError(f"{place} is no checkpoint, and no run that has one")
     folder = place / "checkpoints" / checkpoint_name(steps)
     if not best:
         return folder
     figure = load_progress(folder).best
     if figure is None:
-        raise FlavaError(f"{place} was never evaluated, so none of its checkpoints is the best")
+        raise PmdError(f"{place} was never evaluated, so none of its checkpoints is the best")
     return place / "checkpoints" / checkpoint_name(figure.steps)
 
 
@@ -133,15 +133,15 @@ def load_progress(checkpoint: Path) -> Progress:
     """What the run of a checkpoint had reached.
 
     Raises:
-        FlavaError: it cannot be read, or is of another version.
+        PmdError: it cannot be read, or is of another version.
     """
     path = checkpoint / STATE
     try:
         return Progress.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise FlavaError(f"cannot read {path}: {error.strerror}") from error
+        raise PmdError(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
-        raise FlavaError(f"{path} is no checkpoint of this version of flava-train") from error
+        raise PmdError(f"{path} is no checkpoint of this version of flava-train") from error
 
 
 def load_weights(checkpoint: Path, model: nn.Module, *, only: str = "") -> None:
@@ -153,7 +153,7 @@ def load_weights(checkpoint: Path, model: nn.Module, *, only: str = "") -> None:
         only: beginning of the names that are taken; the others stay as they are.
 
     Raises:
-        FlavaError: it cannot be read, or the model has another shape.
+        PmdError: it cannot be read, or the model has another shape.
     """
     held = _tensors(checkpoint / WEIGHTS)
     wanted = {name: ours for name, ours in model.state_dict().items() if name.startswith(only)}
@@ -167,7 +167,7 @@ def load_moments(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Opti
     """Put the moments of a checkpoint into the optimizer of the model.
 
     Raises:
-        FlavaError: they cannot be read, or belong to another model.
+        PmdError: they cannot be read, or belong to another model.
     """
     held = _tensors(checkpoint / MOMENTS)
     parameters = dict(model.named_parameters())
@@ -225,7 +225,7 @@ def _write(
         _sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise FlavaError(
+        raise PmdError(
             f"cannot write {folder}: {error}; make room and run the same command again"
         ) from error
 
@@ -251,7 +251,7 @@ def _prune(folder: Path, keep: int, kept: set[int]) -> None:
             try:
                 shutil.rmtree(old.rename(folder / f".{old.name}.{uuid4().hex}.tmp"))
             except OSError as error:
-                raise FlavaError(
+                raise PmdError(
                     f"cannot remove {old}: {error.strerror or error}; remove it, and run again"
                 ) from error
 
@@ -260,7 +260,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise FlavaError(f"cannot read {path}: {error}") from error
+        raise PmdError(f"cannot read {path}: {error}") from error
     return tensors
 
 
@@ -270,4 +270,4 @@ def _check_same(path: Path, ours: Mapping[str, Tensor], theirs: Mapping[str, Ten
     )
     name = next(iter(wrong), None)
     if name is not None:
-        raise FlavaError(f"{path} is of another model: {name} is missing or of another shape")
+        raise PmdError(f"{path} is of another model: {name} is missing or of another shape")

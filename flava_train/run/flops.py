@@ -8,14 +8,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flava_train.batches import Images, Pairs, Texts, take
-from flava_train.losses import (
+from flava_train.data.batches import Images, Pairs, Texts, take
+from flava_train.model.flava import Flava, FlavaConfig
+from flava_train.objective.losses import (
     Objective,
     masked_image_sum,
     masked_pair_sums,
     masked_text_sum,
 )
-from flava_train.model import Flava, FlavaConfig
 
 PEAKS = {
     "B200": 2250,

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Table
 
 from flava_train.config import TrainConfig, as_tables
-from flava_train.errors import FlavaError
-from flava_train.run.folder import write_whole
+from flava_train.run.run_dir import write_whole
+from pmd_pipeline.contract.errors import PmdError
 
 METRICS = "metrics.jsonl"
 LINE_SECONDS = 10.0
@@ -123,14 +123,14 @@ def boards(run: Path, config: TrainConfig, steps: int) -> list[Board]:
     """The boards that are wanted, and there.
 
     Raises:
-        FlavaError: Weights & Biases is wanted but not installed.
+        PmdError: Weights & Biases is wanted but not installed.
     """
     found: list[Board] = []
     if config.metrics.tensorboard and find_spec("tensorboard"):
         found.append(TensorBoard(run, steps))
     if config.metrics.wandb:
         if not find_spec("wandb"):
-            raise FlavaError("metrics.wandb names a project, but wandb is not installed")
+            raise PmdError("metrics.wandb names a project, but wandb is not installed")
         found.append(WandB(run, config))
     return found
 

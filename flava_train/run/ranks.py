@@ -19,10 +19,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flava_train.config import ComputeConfig
-from flava_train.errors import FlavaError
-from flava_train.losses import is_distributed
-from flava_train.model import Block, Flava, MaskedHead
+from flava_train.model.flava import Block, Flava, MaskedHead
+from flava_train.objective.losses import is_distributed
 from flava_train.shapes import Float
+from pmd_pipeline.contract.errors import PmdError
 
 _Number = TypeVar("_Number", int, float)
 
@@ -46,14 +46,14 @@ def joined(compute: ComputeConfig) -> Iterator[Ranks]:
     """Meet the other ranks that `torchrun` started, if it did.
 
     Raises:
-        FlavaError: a GPU is asked for, or other ranks of this machine have one, and there is
+        PmdError: a GPU is asked for, or other ranks of this machine have one, and there is
             none for this rank.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     num_gpus = 0 if compute.device == "cpu" else torch.cuda.device_count()
     # all ranks or none: one on a CPU could not meet those that have GPUs
     if local >= num_gpus and (num_gpus or compute.device == "cuda"):
-        raise FlavaError(
+        raise PmdError(
             f"compute.device = {compute.device}, but there are {num_gpus} GPUs for rank {local} "
             "of this machine: start fewer ranks, or set compute.device=cpu"
         )

@@ -6,7 +6,7 @@ import pkgutil
 import sys
 
 from pmd_pipeline.cli.app import app, say
-from pmd_pipeline.errors import PmdError
+from pmd_pipeline.contract.errors import PmdError
 
 for module in sorted(found.name for found in pkgutil.iter_modules(__path__)):
     if not module.startswith("_"):

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from pmd_pipeline.progress import Show
+    from pmd_pipeline.base.progress import Show
 
 ORDER = (
     "quickstart",
@@ -100,6 +100,6 @@ def say(words: str) -> None:
 
 def shown(*, quiet: bool) -> "Show":
     """Where progress is shown: stderr."""
-    from pmd_pipeline.progress import Show
+    from pmd_pipeline.base.progress import Show
 
     return Show(err_console, quiet=quiet)

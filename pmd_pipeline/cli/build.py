@@ -20,7 +20,7 @@ from pmd_pipeline.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from pmd_pipeline.dataset import Built, Request
+    from pmd_pipeline.dataset.build import Built, Request
 
 
 Sources = Annotated[
@@ -107,7 +107,7 @@ def build(
 
     Example: pmd build --source yfcc100m --limit 10000
     """
-    from pmd_pipeline.dataset import Request
+    from pmd_pipeline.dataset.build import Request
 
     request = Request(
         recipes=(*(source or ()), *(recipe or ()), *(("pmd",) if all_ else ())),
@@ -153,7 +153,7 @@ def retry(
 
     Example: pmd retry --reason timeout,dns --source cc12m
     """
-    from pmd_pipeline.dataset import Request, reasons_of
+    from pmd_pipeline.dataset.build import Request, reasons_of
 
     request = Request(
         recipes=(*(source or ()), *(recipe or ()), *(("pmd",) if all_ else ())),
@@ -184,7 +184,8 @@ def merge(
 
     Example: pmd merge manifests/coco.json manifests/sbu.json --out manifests/two.json
     """
-    from pmd_pipeline.manifest import load_manifest, merged, save_manifest
+    from pmd_pipeline.contract.manifest import load_manifest, save_manifest
+    from pmd_pipeline.dataset.manifest import merged
 
     found = merged(Path(out).stem, out, [(path, load_manifest(path)) for path in manifests])
     save_manifest(out, found)
@@ -211,7 +212,7 @@ def _changes(
 
 
 def _build(request: "Request", lid_model: Path | None, *, quiet: bool) -> None:
-    from pmd_pipeline.dataset import build_all
+    from pmd_pipeline.dataset.build import build_all
     from pmd_pipeline.filters import caption
 
     if lid_model:

@@ -18,12 +18,12 @@ from pmd_pipeline.cli.app import (
     say,
     shown,
 )
-from pmd_pipeline.errors import PmdError
+from pmd_pipeline.contract.errors import PmdError
 
 if TYPE_CHECKING:
     from typer._click import Context
 
-    from pmd_pipeline.codes.make import Coded
+    from pmd_pipeline.codes.tokenize import Coded
 
 
 class Tokenizer(StrEnum):
@@ -120,7 +120,7 @@ def make(
 
     Example: pmd codes make manifests/pmd.json --weights dvae.safetensors --views 4
     """
-    from pmd_pipeline.codes.make import CodesRequest, code_manifest
+    from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
 
     if tokenizer is Tokenizer.dalle and weights is None:
         raise PmdError(
@@ -168,7 +168,7 @@ def convert(
 
     Example: pmd codes convert encoder.pkl dvae.safetensors
     """
-    from pmd_pipeline.codes.make import convert_weights
+    from pmd_pipeline.codes.tokenize import convert_weights
 
     typer.echo(f"{out}  {convert_weights(weights, str(out))}")
 
@@ -188,8 +188,8 @@ def export(
 
     Example: pmd codes export manifests/pmd.json --out exported
     """
-    from pmd_pipeline.codes import export as exporting
-    from pmd_pipeline.parallel import open_pool
+    from pmd_pipeline.base.parallel import open_pool
+    from pmd_pipeline.publish import codes_export as exporting
 
     with interruptible(), open_pool(runner.value, workers, ray_address) as pool:
         for task, sha256 in exporting.export(manifest, out, pool, shown(quiet=quiet)):

@@ -11,8 +11,8 @@ from pmd_pipeline.cli.app import Out, Quiet, app, interruptible, out_console, sa
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pmd_pipeline.plan.cost import Plan
-    from pmd_pipeline.plan.trial import Range
+    from pmd_pipeline.dataset.estimate import Plan
+    from pmd_pipeline.dataset.probe import Range
 
 
 @app.command()
@@ -54,8 +54,8 @@ def plan(
     import os
     from itertools import chain
 
-    from pmd_pipeline.dataset import raw_folder
-    from pmd_pipeline.plan import cost as plans
+    from pmd_pipeline.dataset import estimate as plans
+    from pmd_pipeline.dataset.build import raw_folder
     from pmd_pipeline.recipe import load_recipe
 
     changes = {"fetch": {"contact": contact}} if contact else {}

@@ -17,10 +17,10 @@ from pmd_pipeline.cli.app import (
     shown,
 )
 from pmd_pipeline.cli.build import fail_if_parts_failed
-from pmd_pipeline.errors import PmdError
+from pmd_pipeline.contract.errors import PmdError
 
 if TYPE_CHECKING:
-    from pmd_pipeline.quickstart.run import Places
+    from pmd_pipeline.demo.quickstart import Places
 
 
 @app.command()
@@ -42,9 +42,9 @@ def quickstart(
 
     Example: pmd quickstart --out quickstart
     """
-    from pmd_pipeline.look import stats as statistics
-    from pmd_pipeline.quickstart import run as whole
-    from pmd_pipeline.quickstart.learned import as_tables
+    from pmd_pipeline.demo import quickstart as whole
+    from pmd_pipeline.demo.training_summary import as_tables
+    from pmd_pipeline.inspect import stats as statistics
 
     folder, show = Path(out), shown(quiet=quiet)
     lacking = whole.lacking()

@@ -29,8 +29,8 @@ def report(
 
     Example: pmd report manifests/pmd.json --out report.html
     """
-    from pmd_pipeline.report.page import page
-    from pmd_pipeline.storage import write_whole
+    from pmd_pipeline.contract.files import write_whole
+    from pmd_pipeline.inspect.report.page import page
 
     with interruptible(resumes=False), shown(quiet=quiet).stage("report", "ledgers") as stage:
         html = page(manifest, data, stage.watch).encode()

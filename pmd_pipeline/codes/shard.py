@@ -16,17 +16,9 @@ from numpy.typing import NDArray
 from PIL import features
 from PIL.Image import Resampling
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import (
-    CodeRules,
-    CodesReport,
-    FileDigest,
-    ShardEntry,
-    Timing,
-)
-from pmd_pipeline.parallel import Tick
-from pmd_pipeline.shards.codes import codes_dependency
-from pmd_pipeline.shards.stored import (
+from pmd_pipeline.base.parallel import Tick
+from pmd_pipeline.base.storage import remove
+from pmd_pipeline.build.shard_reader import (
     Sample,
     caption_boxes,
     check_tar,
@@ -34,10 +26,13 @@ from pmd_pipeline.shards.stored import (
     read_member,
     read_samples,
 )
-from pmd_pipeline.shards.views import view_boxes
-from pmd_pipeline.storage import open_read, remove, write_whole
-from pmd_pipeline.tokenizers import Tokenizer, open_tokenizer
-from pmd_pipeline.tokenizers.weights import read_weights, tensor_file
+from pmd_pipeline.codes.crops import view_boxes
+from pmd_pipeline.codes.reports import codes_dependency
+from pmd_pipeline.codes.tokenizers import Tokenizer, open_tokenizer
+from pmd_pipeline.codes.tokenizers.weights import read_weights, tensor_file
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.files import open_read, write_whole
+from pmd_pipeline.contract.models import CodeRules, CodesReport, FileDigest, ShardEntry, Timing
 
 Pixels: TypeAlias = NDArray[np.uint8]
 Boxes: TypeAlias = NDArray[np.float32]

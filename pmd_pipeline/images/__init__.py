@@ -1,1 +1,1 @@
-"""Bytes become one checked picture, or there is a reason why not."""
+"""Images of records: fetched over HTTP or read from local archives, then decoded and resized."""

@@ -15,17 +15,19 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from pmd_pipeline import sources
+from pmd_pipeline.base.parallel import Pool, Tick, Watch, in_order
+from pmd_pipeline.base.storage import load_model, remove
+from pmd_pipeline.contract.digests import digest
+from pmd_pipeline.contract.files import join, write_whole
+from pmd_pipeline.contract.models import FORMAT, Counts, FileDigest
 from pmd_pipeline.filters.caption import lid_model
-from pmd_pipeline.format import FORMAT, Counts, FileDigest, digest
-from pmd_pipeline.index.inputs import upstream_digests
-from pmd_pipeline.index.leakage import HeldOut, find_heldout
+from pmd_pipeline.index.external_sort import Stretch, read_range, stretches
 from pmd_pipeline.index.records import IndexPart, is_whole, part_bounds, write_parts
-from pmd_pipeline.index.runs import Stretch, read_range, stretches
 from pmd_pipeline.index.scatter import Scattered, ScatterTask, by_field, estimated_records, scatter
-from pmd_pipeline.parallel import Pool, Tick, Watch, in_order
+from pmd_pipeline.index.upstream_digests import upstream_digests
 from pmd_pipeline.recipe import Recipe
-from pmd_pipeline.storage import join, load_model, remove, write_whole
-from pmd_pipeline.upstream import SPAN_BYTES, Span, UpstreamFile
+from pmd_pipeline.sources.upstream.files import SPAN_BYTES, Span, UpstreamFile
+from pmd_pipeline.sources.upstream.held_out import HeldOut, find_heldout
 
 GATHER_BYTES = 48 << 20
 """Bytes of runs that one gather task takes into memory at once."""

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pmd_pipeline.base.record import Box, Candidate, Row, full_text, one_line
+from pmd_pipeline.contract.models import Kind
 from pmd_pipeline.filters import caption as caption_filters
-from pmd_pipeline.format import Kind
 from pmd_pipeline.index.cleaning import clean
 from pmd_pipeline.recipe import Captions, predicate
-from pmd_pipeline.record import Box, Candidate, Row, full_text, one_line
 
 
 class Pair(NamedTuple):

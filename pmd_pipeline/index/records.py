@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import Counts, FileDigest, part_name
-from pmd_pipeline.index.runs import IMAGE, KEYS
-from pmd_pipeline.storage import join, open_read, sizes, write_whole
-from pmd_pipeline.tables import MEND_INDEX, read_batches
+from pmd_pipeline.base.storage import sizes
+from pmd_pipeline.base.tables import MEND_INDEX, read_batches
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.files import join, open_read, write_whole
+from pmd_pipeline.contract.models import Counts, FileDigest
+from pmd_pipeline.contract.paths import part_name
+from pmd_pipeline.index.external_sort import IMAGE, KEYS
 
 KEPT = pa.schema(
     [

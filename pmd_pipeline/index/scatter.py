@@ -10,15 +10,16 @@ from itertools import chain, islice
 from pydantic import BaseModel, ConfigDict
 
 from pmd_pipeline import sources
-from pmd_pipeline.errors import PmdError
+from pmd_pipeline.base.parallel import Tick
+from pmd_pipeline.base.record import BadRow, Row, key_of
+from pmd_pipeline.base.storage import load_model
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.files import write_whole
 from pmd_pipeline.index.choose import Chooser, Pair
-from pmd_pipeline.index.leakage import HeldOut
-from pmd_pipeline.index.runs import KEYS, Run, RunWriter
-from pmd_pipeline.parallel import Tick
+from pmd_pipeline.index.external_sort import KEYS, Run, RunWriter
 from pmd_pipeline.recipe import Recipe
-from pmd_pipeline.record import BadRow, Row, key_of
-from pmd_pipeline.storage import load_model, write_whole
-from pmd_pipeline.upstream import Span
+from pmd_pipeline.sources.upstream.files import Span
+from pmd_pipeline.sources.upstream.held_out import HeldOut
 
 _SKETCH = 4096
 """How many of the smallest keys are kept to estimate the number of different ones."""

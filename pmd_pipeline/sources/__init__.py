@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import Kind
-from pmd_pipeline.record import BadRow, Row
-from pmd_pipeline.upstream import Span, UpstreamFile, as_one, find, fits
+from pmd_pipeline.base.record import BadRow, Row
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.models import Kind
+from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, as_one, find, fits
 
 UNIMODAL = ("bookcorpus", "ccnews", "imagenet1k")
 """Sources of images alone or texts alone: what FLAVA learns from besides PMD."""
@@ -110,7 +110,7 @@ class Source:
 
 def names() -> list[str]:
     """The sources of PMD by name, in alphabetical order."""
-    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    modules = (module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
     return sorted(name for name in modules if not name.startswith("_") and name not in UNIMODAL)
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from pmd_pipeline.record import BadRow, Row
+from pmd_pipeline.base.record import BadRow, Row
 from pmd_pipeline.sources import Info, Published
-from pmd_pipeline.sources._texts import (
+from pmd_pipeline.sources.upstream.documents import (
     COLUMN,
     MOST_CHARS,
     TABLES,
@@ -14,7 +14,7 @@ from pmd_pipeline.sources._texts import (
     short_lines,
     too_long,
 )
-from pmd_pipeline.upstream import Span, by_lines
+from pmd_pipeline.sources.upstream.files import Span, by_lines
 
 _LONGEST_BOOK = 20_000_000
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from pmd_pipeline.record import BadRow, Row
+from pmd_pipeline.base.record import BadRow, Row
 from pmd_pipeline.sources import Info, Published
-from pmd_pipeline.sources._tsv import captioned_urls
-from pmd_pipeline.upstream import Span, by_lines
+from pmd_pipeline.sources.upstream.files import Span, by_lines
+from pmd_pipeline.sources.upstream.tsv import captioned_urls
 
 INFO = Info(
     title="Conceptual 12M",

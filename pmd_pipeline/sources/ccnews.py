@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from pmd_pipeline.record import BadRow, Row
+from pmd_pipeline.base.record import BadRow, Row
 from pmd_pipeline.sources import Info, Published
-from pmd_pipeline.sources._texts import (
+from pmd_pipeline.sources.upstream.documents import (
     COLUMN,
     MOST_CHARS,
     TABLES,
@@ -12,7 +12,7 @@ from pmd_pipeline.sources._texts import (
     decoded,
     document,
 )
-from pmd_pipeline.upstream import Span, open_upstream
+from pmd_pipeline.sources.upstream.files import Span, open_upstream
 
 INFO = Info(
     title="CC-News",

@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.record import BadRow, Candidate, Json, Row, flickr_id
+from pmd_pipeline.base.record import BadRow, Candidate, Json, Row, flickr_id
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import Info, Published
-from pmd_pipeline.sources._json import int_at, list_at, text_at
-from pmd_pipeline.upstream import Span, UpstreamFile, json_items
+from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, json_items
+from pmd_pipeline.sources.upstream.json_fields import int_at, list_at, text_at
 
 IMAGES = "http://images.cocodataset.org"
 """Where each image can be fetched alone, at its path inside COCO's zips."""

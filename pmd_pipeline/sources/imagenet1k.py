@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterator
 
-from pmd_pipeline.record import BadRow, Json, Row
+from pmd_pipeline.base.record import BadRow, Json, Row
 from pmd_pipeline.sources import Info, Published
-from pmd_pipeline.sources._json import int_at, text_at
-from pmd_pipeline.upstream import Span, by_lines, lines
+from pmd_pipeline.sources.upstream.files import Span, by_lines, lines
+from pmd_pipeline.sources.upstream.json_fields import int_at, text_at
 
 INFO = Info(
     title="ImageNet-1K",

@@ -5,11 +5,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.record import BadRow, Candidate, Json, Row
+from pmd_pipeline.base.record import BadRow, Candidate, Json, Row
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import Info, Published
-from pmd_pipeline.sources._json import text_at
-from pmd_pipeline.upstream import Span, by_lines, lines
+from pmd_pipeline.sources.upstream.files import Span, by_lines, lines
+from pmd_pipeline.sources.upstream.json_fields import text_at
 
 _BASE = "https://storage.googleapis.com/localized-narratives/annotations"
 _TRAIN = ("open_images_train_v6", "coco_train", "flickr30k_train", "ade20k_train")

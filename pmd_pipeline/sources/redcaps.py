@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pmd_pipeline.record import BadRow, Candidate, Json, Row, flickr_id
+from pmd_pipeline.base.record import BadRow, Candidate, Json, Row, flickr_id
 from pmd_pipeline.sources import Info, Published
-from pmd_pipeline.upstream import Span, json_items
+from pmd_pipeline.sources.upstream.files import Span, json_items
 
 INFO = Info(
     title="RedCaps v1.0",

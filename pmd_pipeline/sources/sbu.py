@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.record import BadRow, Candidate, Row, flickr_id, url_id
+from pmd_pipeline.base.record import BadRow, Candidate, Row, flickr_id, url_id
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import Info, Published
-from pmd_pipeline.upstream import Span, json_items, lines
+from pmd_pipeline.sources.upstream.files import Span, json_items, lines
 
 INFO = Info(
     title="SBU Captioned Photos",

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterator
 
-from pmd_pipeline.record import BadRow, Candidate, Json, Row
+from pmd_pipeline.base.record import BadRow, Candidate, Json, Row
 from pmd_pipeline.sources import Info, Published
-from pmd_pipeline.sources._json import int_at, list_at, number_at, text_at
-from pmd_pipeline.upstream import Span, UpstreamFile, json_items
+from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, json_items
+from pmd_pipeline.sources.upstream.json_fields import int_at, list_at, number_at, text_at
 
 _BASE = "https://visualgenome.org/static/data/dataset"
 

@@ -5,10 +5,10 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.record import BadRow, Candidate, Json, Row, url_id
+from pmd_pipeline.base.record import BadRow, Candidate, Json, Row, url_id
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import Info, Published
-from pmd_pipeline.upstream import Span, open_upstream
+from pmd_pipeline.sources.upstream.files import Span, open_upstream
 
 _BASE = "https://storage.googleapis.com/gresearch/wit/"
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote_to_bytes
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.record import BadRow, Candidate, Json, Row, flickr_id, url_id
+from pmd_pipeline.base.record import BadRow, Candidate, Json, Row, flickr_id, url_id
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import Info, Published
-from pmd_pipeline.upstream import Span, UpstreamFile, by_lines, lines
+from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, by_lines, lines
 
 ROWS_PER_SPAN = 500_000
 """Size of the spans that the SQLite database is cut into."""

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from toy import QUIET
 
-from pmd_pipeline.dataset import Order, build_source
-from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.dataset.build import Order, build_source
 from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.texts.build import with_tokenizer
-from pmd_pipeline.texts.wordpiece import WordCounts, learned
+from pmd_pipeline.text.packing import with_tokenizer
+from pmd_pipeline.text.wordpiece import WordCounts, learned
 
 WORDS = ["the", "a", "dog", "cat", "runs", "under", "beach", "while", "rain", "falls,", "it."]
 

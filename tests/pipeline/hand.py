@@ -10,9 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from pmd_pipeline.format import WORKED, Counts, Manifest, ShardEntry, SourceEntry, canonical_json
-from pmd_pipeline.manifest import save_manifest
-from pmd_pipeline.shards.write import DigestingFile, ShardWriter, ledger_bytes
+from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter, ledger_bytes
+from pmd_pipeline.contract.digests import canonical_json
+from pmd_pipeline.contract.manifest import save_manifest
+from pmd_pipeline.contract.models import Counts, Manifest, ShardEntry, SourceEntry
+from pmd_pipeline.contract.reasons import Status
 
 
 @dataclass
@@ -84,7 +86,7 @@ def write_shard(folder: Path, source: str, part: int, records: Sequence[Hand]) -
             }
         row |= {
             "key": record.key,
-            "status": WORKED if record.image is not None else "failed_to_download",
+            "status": Status.SUCCESS if record.image is not None else "failed_to_download",
             "num_pairs": len(record.captions),
         }
         rows.append(row | record.row)

@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from pmd_pipeline.errors import RecordError
-from pmd_pipeline.fetch.hosts import Clock
-from pmd_pipeline.fetch.web import Web
-from pmd_pipeline.format import FAILED
+from pmd_pipeline.contract.errors import RecordError
+from pmd_pipeline.contract.reasons import FAILURE_REASONS
+from pmd_pipeline.images.fetch.client import Web
+from pmd_pipeline.images.fetch.rate_limiter import Clock
 from pmd_pipeline.recipe import Fetch
 
 BODY = b"\xff\xd8 not really a picture \xff\xd9"
@@ -163,7 +163,7 @@ def web(host, waits=None, max_bytes=1000, respect=(), workers=1, **manners):
 def kind_of(client, url="http://a.example/1.jpg"):
     with pytest.raises(RecordError) as caught:
         client.get(url)
-    assert caught.value.kind in FAILED
+    assert caught.value.kind in FAILURE_REASONS
     return caught.value.kind
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pmd_pipeline.record import BadRow, Row
+from pmd_pipeline.base.record import BadRow, Row
 from pmd_pipeline.sources import find_spans, load
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from pmd_pipeline import sources
-from pmd_pipeline.annotations import download_all, ensure
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.record import BadRow
+from pmd_pipeline.base.record import BadRow
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import Info, Published, Source
+from pmd_pipeline.sources.upstream.download import download_all, ensure
 
 CONTENT = random.Random(0).randbytes(3_000_000)
 
@@ -156,7 +156,7 @@ def test_a_server_without_ranges_begins_anew(upstream, tmp_path):
 
 _KILLED = """
 import os, signal, sys
-from pmd_pipeline.annotations import download_all
+from pmd_pipeline.sources.upstream.download import download_all
 from pmd_pipeline.sources import Published
 def die(url, counts):
     if counts["bytes"] > 1_000_000:

@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline import dataset
-from pmd_pipeline.dataset import Order
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.fetch import hosts as hosts_room
-from pmd_pipeline.format import Report
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.build import pipeline as flow
+from pmd_pipeline.build.part import WEB, PartTask, _fetched, build_part
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.contract.models import Report
+from pmd_pipeline.dataset import build as dataset
+from pmd_pipeline.dataset.build import Order
+from pmd_pipeline.images.fetch import rate_limiter as hosts_room
 from pmd_pipeline.index.records import IndexPart, IndexRecord
-from pmd_pipeline.manifest import load_manifest
-from pmd_pipeline.parallel import open_pool
-from pmd_pipeline.parts import flow
-from pmd_pipeline.parts.build import WEB, PartTask, _fetched, build_part
 from pmd_pipeline.recipe import load_recipe
 
 KINDS = ("good", "missing", "html", "empty", "truncated", "tiny")

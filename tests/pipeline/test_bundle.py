@@ -23,28 +23,30 @@ from packaging.requirements import Requirement
 from toy import QUIET, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline import cli, sources
-from pmd_pipeline.bundle import project as projects
-from pmd_pipeline.bundle.contents import (
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.contract.digests import digest
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import load_manifest, save_manifest
+from pmd_pipeline.contract.models import CodeRules, Manifest, ShardEntry, SourceEntry
+from pmd_pipeline.dataset.build import Order, build_source
+from pmd_pipeline.dataset.manifest import merged
+from pmd_pipeline.publish.bundle import project as projects
+from pmd_pipeline.publish.bundle.contents import (
     Wanted,
     build_commands,
     codes_command,
     contents,
     placed,
 )
-from pmd_pipeline.bundle.croissant import croissant
-from pmd_pipeline.bundle.pack import SUMS, pack
-from pmd_pipeline.bundle.project import Project, this_project
-from pmd_pipeline.bundle.provenance import provenance
-from pmd_pipeline.bundle.recipes import _table, recipe_toml
-from pmd_pipeline.bundle.requirements import pins, requirements_text, with_hashes
-from pmd_pipeline.bundle.wheel import wheel
-from pmd_pipeline.dataset import Order, build_source
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import CodeRules, Manifest, ShardEntry, SourceEntry, digest
-from pmd_pipeline.kit.format import load_kit
-from pmd_pipeline.kit.lock import lock
-from pmd_pipeline.manifest import load_manifest, merged, save_manifest
-from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.publish.bundle.croissant import croissant
+from pmd_pipeline.publish.bundle.pack import SUMS, pack
+from pmd_pipeline.publish.bundle.project import Project, this_project
+from pmd_pipeline.publish.bundle.provenance import provenance
+from pmd_pipeline.publish.bundle.recipes import _table, recipe_toml
+from pmd_pipeline.publish.bundle.requirements import pins, requirements_text, with_hashes
+from pmd_pipeline.publish.bundle.wheel import wheel
+from pmd_pipeline.publish.lockfile.format import load_kit
+from pmd_pipeline.publish.lockfile.lock import lock
 from pmd_pipeline.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -459,7 +461,7 @@ def test_every_file_of_a_wheel_is_in_its_record():
             assert int(size) == len(there[path])
     assert {
         "pmd_pipeline/_recipes/pmd.toml",
-        "pmd_pipeline/report/templates/page.html",
+        "pmd_pipeline/inspect/report/templates/page.html",
         "pmd_pipeline/py.typed",
         "flava_train/__init__.py",
     } <= there.keys()

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmd_pipeline.errors import PmdError
+from pmd_pipeline.base.record import Candidate, Row
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.filters.caption import (
     LID_MODEL_VARIABLE,
     LID_MODELS,
@@ -18,7 +19,6 @@ from pmd_pipeline.filters.caption import (
 from pmd_pipeline.filters.image import is_compact, is_large
 from pmd_pipeline.index.choose import Chooser, Pair
 from pmd_pipeline.recipe import Captions, load_recipe
-from pmd_pipeline.record import Candidate, Row
 
 YFCC = load_recipe("yfcc100m")[0].captions
 """The paper's rules: the first of description and title with three words or more, in English."""

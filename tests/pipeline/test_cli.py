@@ -16,9 +16,9 @@ from PIL import Image
 from toy import toy_rows, write_pictures, write_rows
 
 from pmd_pipeline import cli, sources
+from pmd_pipeline.base.record import key_of
 from pmd_pipeline.filters.caption import LID_MODEL_VARIABLE
-from pmd_pipeline.look import listing
-from pmd_pipeline.record import key_of
+from pmd_pipeline.inspect import source_table as listing
 
 COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
 PMD = [sys.executable, "-c", "from pmd_pipeline.cli import main; main()"]
@@ -368,7 +368,7 @@ def test_a_command_that_begins_anew_does_not_say_that_it_goes_on(pmd, monkeypatc
     def interrupted(*_args, **_keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pmd_pipeline.verify.dataset.verify", interrupted)
-    monkeypatch.setattr("pmd_pipeline.report.page.page", interrupted)
+    monkeypatch.setattr("pmd_pipeline.inspect.verify.dataset.verify", interrupted)
+    monkeypatch.setattr("pmd_pipeline.inspect.report.page.page", interrupted)
 
     assert pmd(command, "manifests/pmd.json") == (130, "", "stopped\n")

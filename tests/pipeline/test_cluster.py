@@ -9,7 +9,7 @@ import ray
 from ray.cluster_utils import Cluster
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline.parallel import no_watch, open_pool
+from pmd_pipeline.base.parallel import no_watch, open_pool
 
 pytestmark = [
     pytest.mark.slow,

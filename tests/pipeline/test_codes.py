@@ -18,17 +18,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline.codes import make as coding
-from pmd_pipeline.codes.make import CodesRequest, code_manifest
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import CodesReport
-from pmd_pipeline.manifest import load_manifest, merged
-from pmd_pipeline.parallel import WorkerDied
-from pmd_pipeline.shards import stored
-from pmd_pipeline.shards.codes import codes_dependency
-from pmd_pipeline.shards.views import view_boxes
-from pmd_pipeline.tokenizers.weights import tensor_file
-from pmd_pipeline.verify.codes import code_tensors
+from pmd_pipeline.base.parallel import WorkerDied
+from pmd_pipeline.build import shard_reader as stored
+from pmd_pipeline.codes import tokenize as coding
+from pmd_pipeline.codes.crops import view_boxes
+from pmd_pipeline.codes.reports import codes_dependency
+from pmd_pipeline.codes.tensors import code_tensors
+from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
+from pmd_pipeline.codes.tokenizers.weights import tensor_file
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.contract.models import CodesReport
+from pmd_pipeline.dataset.manifest import merged
 
 COLOURS = np.array([[250, 20, 20], [20, 250, 20], [20, 20, 250], [240, 240, 240]], dtype=np.uint8)
 NAMES = np.array([[0, 1], [2, 3]])

@@ -14,9 +14,9 @@ from hand import Hand, tiles, write_manifest, write_shard
 
 from pmd_pipeline import cli
 from pmd_pipeline.cli.codes import codes
-from pmd_pipeline.format import CodesReport
-from pmd_pipeline.manifest import load_manifest
-from pmd_pipeline.tokenizers.weights import _shapes, tensor_file
+from pmd_pipeline.codes.tokenizers.weights import _shapes, tensor_file
+from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.contract.models import CodesReport
 
 COMMANDS = ["", *(command.callback.__name__ for command in codes.registered_commands)]
 HERE = ["--runner", "local", "--workers", "1"]

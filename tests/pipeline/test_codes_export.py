@@ -12,14 +12,14 @@ import webdataset
 from hand import Hand, tiles, write_manifest, write_shard
 from toy import QUIET
 
-from pmd_pipeline.codes.export import export
-from pmd_pipeline.codes.make import CodesRequest, code_manifest
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import ShardEntry
-from pmd_pipeline.manifest import load_manifest, save_manifest
-from pmd_pipeline.parallel import open_pool
-from pmd_pipeline.shards.apart import check_apart
-from pmd_pipeline.verify.codes import code_tensors
+from pmd_pipeline.base.overwrite import check_apart
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.codes.tensors import code_tensors
+from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import load_manifest, save_manifest
+from pmd_pipeline.contract.models import ShardEntry
+from pmd_pipeline.publish.codes_export import export
 
 
 def records(part):

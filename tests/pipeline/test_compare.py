@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline import cli
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.look import compare
-from pmd_pipeline.manifest import load_manifest, merged, save_manifest
-from pmd_pipeline.record import key_of
+from pmd_pipeline.base.record import key_of
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import load_manifest, save_manifest
+from pmd_pipeline.dataset.manifest import merged
+from pmd_pipeline.inspect import diff as compare
 
 
 def key(number):

@@ -11,8 +11,8 @@ from contextlib import suppress
 import pytest
 from hosts import BODY, Host, answer, drip, kind_of, new_web, redirect, web
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.fetch.addresses import is_public
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.images.fetch.addresses import is_public
 from pmd_pipeline.recipe import Fetch
 
 

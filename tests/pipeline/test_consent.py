@@ -8,7 +8,7 @@ from hosts import BODY, Host, answer, by_path, detail_of, in_turn, kind_of, redi
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmd_pipeline.fetch.consent import (
+from pmd_pipeline.images.fetch.robots import (
     ROBOTS_BYTES,
     Robots,
     RobotsCache,

@@ -7,12 +7,12 @@ import pytest
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 from typer.testing import CliRunner
 
+from pmd_pipeline.base.parallel import no_watch
 from pmd_pipeline.cli import app
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.manifest import load_manifest
-from pmd_pipeline.parallel import no_watch
-from pmd_pipeline.texts.corpus import learn_vocabulary, texts
-from pmd_pipeline.texts.wordpiece import load_vocabulary
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.text.vocabulary import learn_vocabulary, texts
+from pmd_pipeline.text.wordpiece import load_vocabulary
 
 
 @pytest.fixture(scope="module")

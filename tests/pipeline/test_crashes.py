@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 from toy import toy_rows, write_pictures, write_rows
 
-from pmd_pipeline.fetch.web import Fetched
-from pmd_pipeline.images.crashes import _KEY_BYTES, careful_maker
-from pmd_pipeline.images.outcomes import Maker
-from pmd_pipeline.manifest import load_manifest
+from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.images.decode.isolation import _KEY_BYTES, careful_maker
+from pmd_pipeline.images.decode.results import Maker
+from pmd_pipeline.images.fetch.client import Fetched
 from pmd_pipeline.recipe import Images
 
 MARK = b"this one kills"

@@ -7,7 +7,7 @@ import pytest
 
 import pmd_pipeline
 
-NEEDS_TORCH = ("pmd_pipeline.codes.shard", "pmd_pipeline.tokenizers")
+NEEDS_TORCH = ("pmd_pipeline.codes.shard", "pmd_pipeline.codes.tokenizers")
 MODULES = [
     found.name
     for found in pkgutil.walk_packages(pmd_pipeline.__path__, "pmd_pipeline.")
@@ -23,5 +23,5 @@ def test_every_example_in_a_docstring_is_true(name):
 
 
 def test_examples_are_found():
-    assert {"pmd_pipeline.record", "pmd_pipeline.filters.caption"} <= set(MODULES)
+    assert {"pmd_pipeline.base.record", "pmd_pipeline.filters.caption"} <= set(MODULES)
     assert doctest.testmod(importlib.import_module("pmd_pipeline.filters.caption")).attempted > 0

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hosts import Host, answer, kind_of, web
 
-from pmd_pipeline.fetch import web as fetch
+from pmd_pipeline.images.fetch import client as fetch
 
 LARGE = bytes(range(256)) * 1000
 

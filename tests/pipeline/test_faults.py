@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline.format import Report
-from pmd_pipeline.manifest import load_manifest
+from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.contract.models import Report
 
 pytestmark = pytest.mark.slow
 

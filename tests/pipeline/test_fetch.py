@@ -12,11 +12,11 @@ from hosts import BODY, Host, answer, by_path, detail_of, in_turn, kind_of, new_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmd_pipeline.errors import PmdError, RecordError
-from pmd_pipeline.fetch import answers
-from pmd_pipeline.fetch import web as fetch
-from pmd_pipeline.fetch.web import Web, web_for
-from pmd_pipeline.format import FAILED
+from pmd_pipeline.contract.errors import PmdError, RecordError
+from pmd_pipeline.contract.reasons import FAILURE_REASONS
+from pmd_pipeline.images.fetch import client as fetch
+from pmd_pipeline.images.fetch import responses as answers
+from pmd_pipeline.images.fetch.client import Web, web_for
 from pmd_pipeline.recipe import Fetch, Images
 
 
@@ -400,7 +400,7 @@ def test_no_answer_is_too_strange(strange_host, content):
     try:
         client.get("http://a.example/1.jpg")
     except RecordError as error:
-        assert error.kind in FAILED  # noqa: PT017 - one of two ways
+        assert error.kind in FAILURE_REASONS  # noqa: PT017 - one of two ways
 
 
 def test_a_body_packed_by_the_host_is_unpacked():

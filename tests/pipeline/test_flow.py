@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmd_pipeline.errors import PmdError, RecordError
-from pmd_pipeline.fetch.memory import Memory
-from pmd_pipeline.fetch.web import Fetched
-from pmd_pipeline.images.outcomes import Outcome
-from pmd_pipeline.images.pictures import Picture
-from pmd_pipeline.parts import pile as piles
-from pmd_pipeline.parts.flow import Flow
-from pmd_pipeline.parts.pile import Pile
+from pmd_pipeline.build import reorder_buffer as piles
+from pmd_pipeline.build.pipeline import Flow
+from pmd_pipeline.build.reorder_buffer import Pile
+from pmd_pipeline.contract.errors import PmdError, RecordError
+from pmd_pipeline.images.decode.processing import Picture
+from pmd_pipeline.images.decode.results import Outcome
+from pmd_pipeline.images.fetch.byte_budget import Memory
+from pmd_pipeline.images.fetch.client import Fetched
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_what_several_items_share_is_asked_for_once(loop):
 
 
 def test_one_that_is_slow_keeps_nobody_waiting_and_takes_no_memory(loop, monkeypatch, tmp_path):
-    monkeypatch.setattr("pmd_pipeline.parts.flow._PILED", 1000)
+    monkeypatch.setattr("pmd_pipeline.build.pipeline._PILED", 1000)
     others, done, held = asyncio.Event(), [], []
 
     async def ask(number):

@@ -17,9 +17,9 @@ import pytest
 from hosts import Host, answer, drip, in_turn, new_web, redirect
 from PIL import Image
 
-from pmd_pipeline.errors import RecordError
-from pmd_pipeline.format import FAILED, WORKED
-from pmd_pipeline.images.pictures import opened, picture
+from pmd_pipeline.contract.errors import RecordError
+from pmd_pipeline.contract.reasons import FAILURE_REASONS, Status
+from pmd_pipeline.images.decode.processing import opened, picture
 from pmd_pipeline.recipe import Fetch, Images
 
 TIMEOUT = 0.5
@@ -176,7 +176,7 @@ BEHAVIOURS = [
     B(
         "length of 5000 digits",
         lambda: last(answer(body=JPEG, Content_Length="9" * 5000)),
-        WORKED,
+        Status.SUCCESS,
         1,
     ),
     B(
@@ -190,7 +190,7 @@ BEHAVIOURS = [
             CHUNKED.replace(b"\r\n\r\n", b"\r\nContent-Length: 2\r\n\r\n")
             + b"%x\r\n%b\r\n0\r\n\r\n" % (len(JPEG), JPEG)
         ),
-        WORKED,
+        Status.SUCCESS,
         1,
     ),
     B("chunks that stop", lambda: last(CHUNKED + b"5\r\nab"), "connect", 3),
@@ -211,8 +211,12 @@ BEHAVIOURS = [
         "too_large",
         1,
     ),
-    B("gzip unasked", lambda: answer(body=gzip.compress(JPEG), Content_Encoding="gzip"), WORKED),
-    B("gzip only said", lambda: answer(body=JPEG, Content_Encoding="gzip"), WORKED),
+    B(
+        "gzip unasked",
+        lambda: answer(body=gzip.compress(JPEG), Content_Encoding="gzip"),
+        Status.SUCCESS,
+    ),
+    B("gzip only said", lambda: answer(body=JPEG, Content_Encoding="gzip"), Status.SUCCESS),
     B(
         "gzip cut",
         lambda: answer(body=gzip.compress(JPEG)[:-60], Content_Encoding="gzip"),
@@ -235,19 +239,29 @@ BEHAVIOURS = [
     B("status of letters", lambda: last(b"HTTP/1.1 2x0 OK\r\n\r\n"), "connect", 3),
     B("status of two digits", lambda: last(b"HTTP/1.1 99 x\r\n\r\n"), "connect", 3),
     B("status of a million", lambda: last(b"HTTP/1.1 1000000 x\r\n\r\n"), "connect", 3),
-    B("status without words", lambda: last(b"HTTP/1.1 200\r\n\r\n" + JPEG), WORKED, 1),
-    B("HTTP/1.0", lambda: last(GOOD.replace(b"1.1", b"1.0", 1)), WORKED, 1),
+    B("status without words", lambda: last(b"HTTP/1.1 200\r\n\r\n" + JPEG), Status.SUCCESS, 1),
+    B("HTTP/1.0", lambda: last(GOOD.replace(b"1.1", b"1.0", 1)), Status.SUCCESS, 1),
     B("HTTP/9.9", lambda: last(GOOD.replace(b"1.1", b"9.9", 1)), "connect", 3),
-    B("thousand headers", lambda: last(HEAD + b"X: y\r\n" * 1000 + b"\r\n" + JPEG), WORKED, 1),
+    B(
+        "thousand headers",
+        lambda: last(HEAD + b"X: y\r\n" * 1000 + b"\r\n" + JPEG),
+        Status.SUCCESS,
+        1,
+    ),
     B("long header", lambda: last(HEAD + b"X: " + b"y" * 200_000 + b"\r\n\r\n"), "connect", 3),
     B("header without a colon", lambda: last(HEAD + b"nonsense\r\n\r\n" + JPEG), "connect", 3),
     B("header with a null", lambda: last(HEAD + b"X: \x00\r\n\r\n" + JPEG), "connect", 3),
-    B("lines without CR", lambda: last(GOOD.replace(b"\r\n", b"\n")), WORKED, 1),
+    B("lines without CR", lambda: last(GOOD.replace(b"\r\n", b"\n")), Status.SUCCESS, 1),
     # redirects
     B("circle", lambda: in_turn(*[redirect("/1.jpg")] * 6), "redirects", 6),
     B("chain", lambda: in_turn(*[redirect(f"/{n}.jpg") for n in range(6)]), "redirects", 6),
     B("redirect to nowhere", lambda: answer(302), "http_4xx", 1),
-    B("redirect to a long place", lambda: in_turn(redirect("/" + "x" * 60_000), GOOD), WORKED, 2),
+    B(
+        "redirect to a long place",
+        lambda: in_turn(redirect("/" + "x" * 60_000), GOOD),
+        Status.SUCCESS,
+        2,
+    ),
     *(
         B(f"redirect to {place}", lambda place=place: redirect(place), "blocked_address", 1)
         for place in (
@@ -277,7 +291,7 @@ BEHAVIOURS = [
     B(
         "header injection",
         lambda: in_turn(redirect("/2.jpg\r X-Evil: 1"), GOOD),
-        WORKED,
+        Status.SUCCESS,
         2,
     ),
     B("placeholder", lambda: redirect("https://i.imgur.com/removed.png"), "placeholder", 1),
@@ -290,10 +304,10 @@ BEHAVIOURS = [
         "connect",
         3,
     ),
-    B("closed, then success", lambda: first(b"", b""), WORKED, 3),
-    B("cut, then success", lambda: first(answer(body=b"", Content_Length=99)), WORKED, 2),
-    B("429, then success", lambda: in_turn(answer(429, Retry_After="30"), GOOD), WORKED, 2),
-    B("503, then success", lambda: in_turn(answer(503), answer(503), GOOD), WORKED, 3),
+    B("closed, then success", lambda: first(b"", b""), Status.SUCCESS, 3),
+    B("cut, then success", lambda: first(answer(body=b"", Content_Length=99)), Status.SUCCESS, 2),
+    B("429, then success", lambda: in_turn(answer(429, Retry_After="30"), GOOD), Status.SUCCESS, 2),
+    B("503, then success", lambda: in_turn(answer(503), answer(503), GOOD), Status.SUCCESS, 3),
     B("429 for an hour", lambda: answer(429, Retry_After="3600"), "http_429", 1),
     # bodies that are not what they say
     B("empty", lambda: answer(body=b""), "empty", 1),
@@ -308,19 +322,24 @@ BEHAVIOURS = [
     B("zip", lambda: answer(body=zipped(), Content_Type="image/jpeg"), "not_an_image", 1),
     B("SVG", lambda: answer(body=b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "svg", 1),
     B("JPEG cut", lambda: answer(body=JPEG[:-30]), "truncated", 1),
-    B("JPEG with a tail", lambda: answer(body=JPEG + b"<script>" * 99), WORKED, 1),
-    B("JPEG and a zip", lambda: answer(body=JPEG + zipped()), WORKED, 1),
+    B("JPEG with a tail", lambda: answer(body=JPEG + b"<script>" * 99), Status.SUCCESS, 1),
+    B("JPEG and a zip", lambda: answer(body=JPEG + zipped()), Status.SUCCESS, 1),
     B(
         "PNG that says JPEG",
         lambda: answer(body=drawn("PNG"), Content_Type="image/jpeg"),
-        WORKED,
+        Status.SUCCESS,
         1,
     ),
-    B("JPEG that says HTML", lambda: answer(body=JPEG, Content_Type="text/html"), WORKED, 1),
+    B(
+        "JPEG that says HTML",
+        lambda: answer(body=JPEG, Content_Type="text/html"),
+        Status.SUCCESS,
+        1,
+    ),
     B("ICC bomb", lambda: answer(body=png_with(b"iCCP", b"x\0\0" + BOMB)), "not_an_image", 1),
     B("text bomb", lambda: answer(body=png_with(b"zTXt", b"x\0\0" + BOMB)), "not_an_image", 1),
-    B("EXIF that is a circle", lambda: answer(body=jpeg_with_exif(CIRCLE)), WORKED, 1),
-    B("EXIF of a crowd", lambda: answer(body=jpeg_with_exif(CROWD)), WORKED, 1),
+    B("EXIF that is a circle", lambda: answer(body=jpeg_with_exif(CIRCLE)), Status.SUCCESS, 1),
+    B("EXIF of a crowd", lambda: answer(body=jpeg_with_exif(CROWD)), Status.SUCCESS, 1),
     B("TIFF of 2**32 strips", lambda: answer(body=tiff_of_many_strips()), "not_an_image", 1),
     B("PNG of 65,500 a side", lambda: answer(body=header_only_png(65_500)), "bomb", 1),
     B("PNG of 2**31 - 1 a side", lambda: answer(body=header_only_png(2**31 - 1)), "bomb", 1),
@@ -334,9 +353,9 @@ def outcome(client, url="http://a.example/1.jpg"):
         body = client.get(url).body
         picture(body, opened(body, rules), rules)
     except RecordError as error:
-        assert error.kind in FAILED  # noqa: PT017 - one of two ways
+        assert error.kind in FAILURE_REASONS  # noqa: PT017 - one of two ways
         return error.kind
-    return WORKED
+    return Status.SUCCESS
 
 
 def client_of(host, **manners):
@@ -384,7 +403,7 @@ def run(*command):
 @pytest.mark.parametrize(
     ("name", "trusted", "url", "becomes"),
     [
-        ("good", True, "https://a.example/1.jpg", WORKED),
+        ("good", True, "https://a.example/1.jpg", Status.SUCCESS),
         ("good", True, "https://b.example/1.jpg", "tls"),
         ("good", True, "https://8.8.8.8/1.jpg", "tls"),
         ("good", False, "https://a.example/1.jpg", "tls"),
@@ -402,7 +421,7 @@ def test_a_certificate_must_be_right(monkeypatch, certificates, name, trusted, u
         assert outcome(client_of(host, connect_to={"*": host.origin}), url) == becomes
 
         assert time.monotonic() - started < TIMEOUT + SOON
-    assert bool(host.requests) == (becomes == WORKED)
+    assert bool(host.requests) == (becomes == Status.SUCCESS)
 
 
 @pytest.mark.parametrize("becomes", ["timeout", "connect"])
@@ -431,7 +450,9 @@ def test_a_connection_that_the_host_closes_early_costs_no_picture():
     with Host(last(GOOD)) as host:
         client = client_of(host)
 
-        assert [outcome(client, f"http://a.example/{n}.jpg") for n in range(5)] == [WORKED] * 5
+        assert [outcome(client, f"http://a.example/{n}.jpg") for n in range(5)] == [
+            Status.SUCCESS
+        ] * 5
 
 
 def test_a_hostile_host_leaves_the_others_alone():
@@ -449,5 +470,5 @@ def test_a_hostile_host_leaves_the_others_alone():
         seconds = time.monotonic() - started
         bad.join()
 
-    assert found == {WORKED}
+    assert found == {Status.SUCCESS}
     assert seconds < SOON

@@ -11,8 +11,8 @@ from hosts import BODY, Host, Still, answer, in_turn, kind_of, new_web, web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmd_pipeline.fetch import hosts as rules
-from pmd_pipeline.fetch.hosts import (
+from pmd_pipeline.images.fetch import rate_limiter as rules
+from pmd_pipeline.images.fetch.rate_limiter import (
     BURST,
     LONGEST_CUT,
     LONGEST_WAIT,

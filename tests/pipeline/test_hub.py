@@ -7,11 +7,11 @@ import pytest
 from corpora import article, write_vocabulary
 from toy import QUIET
 
-from pmd_pipeline.dataset import Request, build_all
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.parallel import no_watch
+from pmd_pipeline.base.parallel import no_watch
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.dataset.build import Request, build_all
 from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.texts import hub
+from pmd_pipeline.text import hub
 
 
 @pytest.fixture

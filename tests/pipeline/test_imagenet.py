@@ -18,10 +18,10 @@ from rich.console import Console
 from source_helpers import SAMPLES, needs_samples
 from toy import QUIET
 
-from pmd_pipeline.dataset import Order, Request, build_all
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.look import stats as statistics
-from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.dataset.build import Order, Request, build_all
+from pmd_pipeline.inspect import stats as statistics
 from pmd_pipeline.recipe import load_recipe
 
 CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus"}

@@ -19,9 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin
 from source_helpers import SAMPLES
 
-from pmd_pipeline.errors import RecordError
-from pmd_pipeline.format import FAILED
-from pmd_pipeline.images.pictures import FORMATS, opened, picture, target_size, upright_size
+from pmd_pipeline.contract.errors import RecordError
+from pmd_pipeline.contract.reasons import FAILURE_REASONS
+from pmd_pipeline.images.decode.processing import (
+    FORMATS,
+    opened,
+    picture,
+    target_size,
+    upright_size,
+)
 from pmd_pipeline.recipe import Images
 
 PHOTOGRAPHS = sorted((SAMPLES / "coco" / "mini" / "train2017").glob("*.jpg"))[:12]
@@ -62,7 +68,7 @@ def pixels_of(made):
 def kind_of(body, rules=SMALL):
     with pytest.raises(RecordError) as caught:
         stored(body, rules)
-    assert caught.value.kind in FAILED
+    assert caught.value.kind in FAILURE_REASONS
     return caught.value.kind
 
 
@@ -612,7 +618,7 @@ def test_no_damage_is_more_than_a_record_error(form):
         try:
             made = stored(bytes(broken[:cut]), Images(size=32, max_pixels=1_000_000))
         except RecordError as error:
-            assert error.kind in FAILED  # noqa: PT017 - one of two ways
+            assert error.kind in FAILURE_REASONS  # noqa: PT017 - one of two ways
         else:
             pixels_of(made)
 
@@ -648,7 +654,7 @@ def test_pillow_is_heard_of_neither_as_noise_nor_as_a_failure(tmp_path):
     (tmp_path / "3").write_bytes(encoded(palette, transparency=b"\0\x80"))
     code = (
         "import sys\n"
-        "from pmd_pipeline.images.pictures import opened, picture\n"
+        "from pmd_pipeline.images.decode.processing import opened, picture\n"
         "from pmd_pipeline.recipe import Images\n"
         "for name in sys.argv[1:]:\n"
         "    body = open(name, 'rb').read()\n"

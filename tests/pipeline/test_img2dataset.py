@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pmd_pipeline.errors import PmdError, RecordError
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.contract.errors import PmdError, RecordError
+from pmd_pipeline.images.local.img2dataset import catalogue, is_img2dataset, open_img2dataset
 from pmd_pipeline.index.records import IndexRecord
-from pmd_pipeline.parallel import open_pool
-from pmd_pipeline.shelves.img2dataset import catalogue, is_img2dataset, open_img2dataset
 
 COLUMNS = (
     "url", "caption", "key", "status", "error_message",

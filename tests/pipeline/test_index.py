@@ -10,16 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import toy_recipe, toy_rows, write_rows
 
-from pmd_pipeline import upstream
-from pmd_pipeline.errors import PmdError
+from pmd_pipeline.base.parallel import no_watch, open_pool
+from pmd_pipeline.base.record import key_of
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.index import build as stage
-from pmd_pipeline.index import runs, scatter
+from pmd_pipeline.index import external_sort as runs
+from pmd_pipeline.index import scatter
 from pmd_pipeline.index.build import Index, build_index, load_index
 from pmd_pipeline.index.records import part_of, read_part
 from pmd_pipeline.index.scatter import estimated_records
-from pmd_pipeline.parallel import no_watch, open_pool
 from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.record import key_of
+from pmd_pipeline.sources.upstream import files as upstream
 
 words = st.sampled_from(["a dog", "two cats", "", "ein Hund", "\u2028", "x" * 50, "  blank  "])
 addresses = st.sampled_from(

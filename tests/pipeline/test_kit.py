@@ -13,22 +13,29 @@ import pytest
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline import cli
-from pmd_pipeline.codes.make import CodesRequest, code_manifest
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import FileDigest
-from pmd_pipeline.images import pictures as making
-from pmd_pipeline.kit import lock as locking
-from pmd_pipeline.kit import restore
-from pmd_pipeline.kit.format import KIT, Kit, caption_sha256, kit_rows, load_kit, rows_bytes
-from pmd_pipeline.kit.lock import lock
-from pmd_pipeline.kit.rebuild import Rebuild, rebuild
-from pmd_pipeline.manifest import load_manifest, located
-from pmd_pipeline.parallel import WorkerDied, open_pool
-from pmd_pipeline.parts import build
-from pmd_pipeline.record import key_of
-from pmd_pipeline.storage import remove
-from pmd_pipeline.verify.codes import code_tensors
-from pmd_pipeline.verify.dataset import verify
+from pmd_pipeline.base.parallel import WorkerDied, open_pool
+from pmd_pipeline.base.record import key_of
+from pmd_pipeline.base.storage import remove
+from pmd_pipeline.build import part as build
+from pmd_pipeline.codes.tensors import code_tensors
+from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import load_manifest, located
+from pmd_pipeline.contract.models import FileDigest
+from pmd_pipeline.images.decode import processing as making
+from pmd_pipeline.inspect.verify.dataset import verify
+from pmd_pipeline.publish.lockfile import lock as locking
+from pmd_pipeline.publish.lockfile import restore_part as restore
+from pmd_pipeline.publish.lockfile.format import (
+    KIT,
+    Kit,
+    caption_sha256,
+    kit_rows,
+    load_kit,
+    rows_bytes,
+)
+from pmd_pipeline.publish.lockfile.lock import lock
+from pmd_pipeline.publish.lockfile.rebuild import Rebuild, rebuild
 
 
 def key(number):

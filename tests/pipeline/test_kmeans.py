@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.sample.scenes import draw, make_scene
-from pmd_pipeline.tokenizers import kmeans
-from pmd_pipeline.tokenizers.kmeans import KMeans, fit, patches
+from pmd_pipeline.codes.tokenizers import kmeans
+from pmd_pipeline.codes.tokenizers.kmeans import KMeans, fit, patches
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.demo.world.scenes import draw, make_scene
 
 
 def clusters(count, each, spread=4, seed=0):

@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.quickstart.learned import DIRECTIONS, LOSSES, RANKS, as_tables, read_learned
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.demo.training_summary import DIRECTIONS, LOSSES, RANKS, as_tables, read_learned
 
 CHANCE = {1: 0.01, 5: 0.05, 10: 0.1}
 

@@ -12,7 +12,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline.manifest import load_manifest
+from pmd_pipeline.contract.manifest import load_manifest
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pmd_pipeline import parallel
-from pmd_pipeline.errors import PmdError, RecordError
-from pmd_pipeline.parallel import WorkerDied, _Ticks, no_watch, open_pool
+from pmd_pipeline.base import parallel
+from pmd_pipeline.base.parallel import WorkerDied, _Ticks, no_watch, open_pool
+from pmd_pipeline.contract.errors import PmdError, RecordError
 
 
 def double(task, tick):
@@ -164,7 +164,7 @@ def test_workers_die_with_a_driver_that_is_killed(tmp_path):
     script.write_text(
         "import os, time\n"
         "from pathlib import Path\n"
-        "from pmd_pipeline.parallel import no_watch, open_pool\n"
+        "from pmd_pipeline.base.parallel import no_watch, open_pool\n"
         "def work(task, tick):\n"
         f"    Path({str(tmp_path)!r}, f'{{os.getpid()}}.pid').touch()\n"
         "    time.sleep(60)\n"

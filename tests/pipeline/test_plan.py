@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from toy import QUIET, toy_recipe, write_pictures, write_rows
 
 from pmd_pipeline import cli
+from pmd_pipeline.build.part import build_part
 from pmd_pipeline.cli.plan import _size, _span, _time
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.parts.build import build_part
-from pmd_pipeline.plan import trial
-from pmd_pipeline.plan.cost import probed, recorded, total
-from pmd_pipeline.plan.trial import Range, share_of
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.dataset import probe as trial
+from pmd_pipeline.dataset.estimate import probed, recorded, total
+from pmd_pipeline.dataset.probe import Range, share_of
 from pmd_pipeline.recipe import load_recipe
 
 LIVE, DEAD = 30, 10

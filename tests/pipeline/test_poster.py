@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.quickstart.learned import DIRECTIONS, LOSSES, RANKS, Learned
-from pmd_pipeline.quickstart.poster import Found, draw, fingerprints, first_captions
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.demo.poster import Found, draw, fingerprints, first_captions
+from pmd_pipeline.demo.training_summary import DIRECTIONS, LOSSES, RANKS, Learned
 
 GREEN = (42, 157, 92)
 

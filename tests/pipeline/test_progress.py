@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from pmd_pipeline.progress import Show
+from pmd_pipeline.base.progress import Show
 
 
 class Clock:

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.manifest import load_manifest
-from pmd_pipeline.quickstart.learned import LOSSES
-from pmd_pipeline.quickstart.run import _check_apart
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.demo.quickstart import _check_apart
+from pmd_pipeline.demo.training_summary import LOSSES
 
 STEPS = 16
 

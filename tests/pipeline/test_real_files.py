@@ -9,8 +9,8 @@ import pytest
 from source_helpers import SAMPLES, needs_samples
 from toy import QUIET, toy_build, toy_order
 
-from pmd_pipeline.dataset import Order, build_source
-from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.dataset.build import Order, build_source
 from pmd_pipeline.recipe import load_recipe
 
 pytestmark = needs_samples

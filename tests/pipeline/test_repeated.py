@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
 
-from pmd_pipeline import manifest as manifest_room
-from pmd_pipeline.dataset import build_source
-from pmd_pipeline.kit.lock import lock
-from pmd_pipeline.kit.rebuild import Rebuild, rebuild
-from pmd_pipeline.look.compare import as_lines, compare
-from pmd_pipeline.look.stats import remarks
-from pmd_pipeline.manifest import MANY, load_manifest, same_bytes, save_manifest
-from pmd_pipeline.parallel import open_pool
-from pmd_pipeline.parts.optout import REASON, add_to_list
-from pmd_pipeline.progress import Show
-from pmd_pipeline.verify.dataset import verify
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.base.progress import Show
+from pmd_pipeline.build.optout import REASON, add_to_list
+from pmd_pipeline.contract.manifest import load_manifest, save_manifest
+from pmd_pipeline.dataset import manifest as manifest_room
+from pmd_pipeline.dataset.build import build_source
+from pmd_pipeline.dataset.manifest import MANY, same_bytes
+from pmd_pipeline.inspect.diff import as_lines, compare
+from pmd_pipeline.inspect.stats import remarks
+from pmd_pipeline.inspect.verify.dataset import verify
+from pmd_pipeline.publish.lockfile.lock import lock
+from pmd_pipeline.publish.lockfile.rebuild import Rebuild, rebuild
 
 NUM, SAME = 40, 12
 

@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
 
 from pmd_pipeline import cli
-from pmd_pipeline.errors import PmdError
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.files import write_whole
+from pmd_pipeline.contract.manifest import load_manifest, save_manifest
+from pmd_pipeline.contract.models import Counts, Manifest, ShardEntry, SourceEntry
+from pmd_pipeline.demo import quickstart
 from pmd_pipeline.filters import caption as caption_filters
-from pmd_pipeline.format import Counts, Manifest, ShardEntry, SourceEntry
-from pmd_pipeline.look.stats import lengths
-from pmd_pipeline.manifest import load_manifest, save_manifest
-from pmd_pipeline.quickstart import run as quickstart
-from pmd_pipeline.report import charts, copies, gallery, ledgers, losses
-from pmd_pipeline.report.page import link, page, percent, short_bytes, source_part, visible
-from pmd_pipeline.storage import write_whole
+from pmd_pipeline.inspect.report import charts, gallery, ledgers
+from pmd_pipeline.inspect.report import drop_reasons as losses
+from pmd_pipeline.inspect.report import duplicates as copies
+from pmd_pipeline.inspect.report.page import link, page, percent, short_bytes, source_part, visible
+from pmd_pipeline.inspect.stats import lengths
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -14,14 +14,14 @@ import pytest
 from PIL import Image, ImageOps
 
 from pmd_pipeline import sources
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.filters.caption import identify
-from pmd_pipeline.format import DROPPED, FAILED
-from pmd_pipeline.index.choose import Chooser
-from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.record import BadRow, one_line
-from pmd_pipeline.sample import load_world, serve, write_world
-from pmd_pipeline.sample.answers import (
+from pmd_pipeline.base.record import BadRow, one_line
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.reasons import DROP_REASONS, FAILURE_REASONS
+from pmd_pipeline.demo.world import load_world, serve, write_world
+from pmd_pipeline.demo.world.captions import foreign, region_phrases
+from pmd_pipeline.demo.world.languages import LANGUAGES
+from pmd_pipeline.demo.world.plan import address_of
+from pmd_pipeline.demo.world.responses import (
     FAILURE,
     FIRST_STATUSES,
     REMOVED,
@@ -29,10 +29,18 @@ from pmd_pipeline.sample.answers import (
     UNAVAILABLE,
     picture,
 )
-from pmd_pipeline.sample.captions import foreign, region_phrases
-from pmd_pipeline.sample.languages import LANGUAGES
-from pmd_pipeline.sample.plan import address_of
-from pmd_pipeline.sample.scenes import COLOURS, GROUNDS, PATTERNS, SHAPES, SIZES, draw, make_scene
+from pmd_pipeline.demo.world.scenes import (
+    COLOURS,
+    GROUNDS,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    draw,
+    make_scene,
+)
+from pmd_pipeline.filters.caption import identify
+from pmd_pipeline.index.choose import Chooser
+from pmd_pipeline.recipe import load_recipe
 
 SOURCES = sources.names()
 
@@ -169,8 +177,8 @@ def test_what_is_planted_adds_up_in_known_words(world, name):
 
     assert counts.unaccounted() == 0
     assert counts.dropped["bad_row"] > 0
-    assert set(counts.dropped) <= {*DROPPED, "has_words", "is_language"}
-    assert set(counts.failed) <= set(FAILED)
+    assert set(counts.dropped) <= {*DROP_REASONS, "has_words", "is_language"}
+    assert set(counts.failed) <= set(FAILURE_REASONS)
 
 
 def test_about_a_tenth_of_the_pairs_is_dropped_or_fails(world):

@@ -10,16 +10,17 @@ import pytest
 from hosts import Host, answer, served
 from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
 
-from pmd_pipeline import cli, dataset
-from pmd_pipeline.dataset import Request, build_all, reasons_of
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.look.story import stories
-from pmd_pipeline.look.telling import told
-from pmd_pipeline.manifest import load_manifest
-from pmd_pipeline.parallel import open_pool
-from pmd_pipeline.parts import build
-from pmd_pipeline.parts.optout import LIST, REASON, add_to_list
-from pmd_pipeline.record import key_of, url_id
+from pmd_pipeline import cli
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.base.record import key_of, url_id
+from pmd_pipeline.build import part as build
+from pmd_pipeline.build.optout import LIST, REASON, add_to_list
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.dataset import build as dataset
+from pmd_pipeline.dataset.build import Request, build_all, reasons_of
+from pmd_pipeline.inspect.trace import stories
+from pmd_pipeline.inspect.trace_text import told
 
 NUM = 60
 LATE = range(0, NUM, 10)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmd_pipeline.errors import PmdError, RecordError
+from pmd_pipeline.contract.errors import PmdError, RecordError
+from pmd_pipeline.images.local import archives as shelves
+from pmd_pipeline.images.local.archives import names_of, open_shelf, stamp
 from pmd_pipeline.index.records import IndexRecord
-from pmd_pipeline.shelves import files as shelves
-from pmd_pipeline.shelves.files import names_of, open_shelf, stamp
 
 FILES = {
     "train2014/1.jpg": b"one",

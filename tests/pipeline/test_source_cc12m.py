@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_helpers import FIXTURES, SAMPLES, bad, needs_samples, read_all, sound, texts
 
-from pmd_pipeline.record import Candidate, Row
+from pmd_pipeline.base.record import Candidate, Row
 from pmd_pipeline.sources import find_spans, load
 
 CC12M = FIXTURES / "cc12m"
@@ -43,7 +43,7 @@ def test_spans_of_any_size_give_every_line_once(size):
     whole = read_all("cc12m", CC12M)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pmd_pipeline.upstream.SPAN_BYTES", size)
+        patch.setattr("pmd_pipeline.sources.upstream.files.SPAN_BYTES", size)
         cut = read_all("cc12m", CC12M)
 
     assert cut == whole

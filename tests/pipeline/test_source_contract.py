@@ -3,12 +3,12 @@
 import pytest
 
 from pmd_pipeline import sources
+from pmd_pipeline.base.parallel import no_watch, open_pool
+from pmd_pipeline.base.record import BadRow, Row
+from pmd_pipeline.demo.world import write_world
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.index.choose import Chooser
-from pmd_pipeline.parallel import no_watch, open_pool
 from pmd_pipeline.recipe import load_recipe, recipe_names
-from pmd_pipeline.record import BadRow, Row
-from pmd_pipeline.sample import write_world
 
 NAMES = sources.names()
 

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_helpers import FIXTURES, bad, read_all, sound, texts
 
-from pmd_pipeline.errors import PmdError
+from pmd_pipeline.base.record import Candidate, Row
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.recipe import RecipeError, keywords_of, load_recipe
-from pmd_pipeline.record import Candidate, Row
 from pmd_pipeline.sources import find_spans, load
 from pmd_pipeline.sources.localized_narratives import pmd_sentences
 
@@ -257,7 +257,7 @@ def test_spans_of_any_size_give_every_line_once(size):
     whole = read_all(NAME, NARRATIVES / "small")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pmd_pipeline.upstream.SPAN_BYTES", size)
+        patch.setattr("pmd_pipeline.sources.upstream.files.SPAN_BYTES", size)
         cut = read_all(NAME, NARRATIVES / "small")
 
     assert cut == whole

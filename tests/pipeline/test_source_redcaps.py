@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.record import BadRow, Candidate
+from pmd_pipeline.base.record import BadRow, Candidate
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import find_spans, load
-from pmd_pipeline.upstream import UpstreamFile, fits
+from pmd_pipeline.sources.upstream.files import UpstreamFile, fits
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "redcaps"
 SAMPLES = Path(__file__).parents[3] / "shared" / "samples" / "redcaps" / "annotations"

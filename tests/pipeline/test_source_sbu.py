@@ -4,8 +4,8 @@ import tarfile
 import pytest
 from source_helpers import FIXTURES, SAMPLES, bad, needs_samples, read_all, sound, texts
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.record import Candidate, Row
+from pmd_pipeline.base.record import Candidate, Row
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import find_spans, load
 
 JSON = FIXTURES / "sbu" / "json"

@@ -10,10 +10,10 @@ from corpora import article, built, order_of, write_lines, write_table
 from source_helpers import bad, read_all, sound, texts
 
 from pmd_pipeline import sources
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.record import full_text
-from pmd_pipeline.sources import _texts
-from pmd_pipeline.upstream import Span, UpstreamFile
+from pmd_pipeline.base.record import full_text
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.sources.upstream import documents as _texts
+from pmd_pipeline.sources.upstream.files import Span, UpstreamFile
 
 ARTICLES = [article(number) for number in range(250)]
 SENTENCES = [f"sentence {number} of the book ." for number in range(2500)]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.record import BadRow, Candidate, Row
+from pmd_pipeline.base.record import BadRow, Candidate, Row
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import find_spans, load, wit
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "wit"

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmd_pipeline import upstream
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.record import BadRow, Candidate, Row
+from pmd_pipeline.base.record import BadRow, Candidate, Row
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import find_spans, load, yfcc100m
+from pmd_pipeline.sources.upstream import files as upstream
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "yfcc100m"
 SAMPLES = Path(__file__).parents[3] / "shared" / "samples" / "yfcc100m"

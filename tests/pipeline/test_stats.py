@@ -11,9 +11,10 @@ from PIL import Image
 from rich.console import Console
 
 from pmd_pipeline import sources
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import FORMAT, Counts, Manifest, SourceEntry
-from pmd_pipeline.look.stats import (
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import load_manifest, located, save_manifest
+from pmd_pipeline.contract.models import FORMAT, Counts, Manifest, SourceEntry
+from pmd_pipeline.inspect.stats import (
     PAPER_ORDER,
     as_csv,
     as_json,
@@ -24,7 +25,6 @@ from pmd_pipeline.look.stats import (
     plot,
     remarks,
 )
-from pmd_pipeline.manifest import load_manifest, located, save_manifest
 from pmd_pipeline.recipe import load_recipe
 
 

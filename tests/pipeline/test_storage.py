@@ -10,16 +10,14 @@ import uuid
 
 import pytest
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.storage import (
-    folders,
+from pmd_pipeline.base.storage import folders, remove, sizes
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.files import (
     is_local,
     join,
     open_read,
     read_bytes,
-    remove,
     sha256_of,
-    sizes,
     whole_file,
     write_whole,
 )
@@ -101,7 +99,7 @@ def test_an_error_of_the_block_is_not_taken_for_one_of_writing(tmp_path):
 
 _KILLED = """
 import os, signal, sys
-from pmd_pipeline.storage import whole_file
+from pmd_pipeline.contract.files import whole_file
 with whole_file(sys.argv[1]) as file:
     file.write(b"half" * 1_000_000)
     file.flush()

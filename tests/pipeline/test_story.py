@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline.dataset import Order, build_source
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.look.story import holdings, stored_image, stories
-from pmd_pipeline.look.telling import as_facts, outcome, told, verdicts
-from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.base.record import key_of
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.dataset.build import Order, build_source
+from pmd_pipeline.inspect.trace import holdings, stored_image, stories
+from pmd_pipeline.inspect.trace_text import as_facts, outcome, told, verdicts
 from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.record import key_of
 
 
 def ask(data, asked, source=None):

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.tables import read_batches, read_table
+from pmd_pipeline.base.tables import read_batches, read_table
+from pmd_pipeline.contract.errors import PmdError
 
 TABLE = pa.table({"key": [f"{n:016x}" for n in range(5000)], "num_pairs": list(range(5000))})
 

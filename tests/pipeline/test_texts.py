@@ -18,15 +18,15 @@ from rich.console import Console
 from source_helpers import SAMPLES, needs_samples
 from typer.testing import CliRunner
 
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.base.record import full_text
 from pmd_pipeline.cli import app
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.look import stats as statistics
-from pmd_pipeline.manifest import load_manifest
-from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.inspect import stats as statistics
 from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.record import full_text
-from pmd_pipeline.texts.build import BETWEEN, Packer, with_tokenizer, words
-from pmd_pipeline.texts.wordpiece import learned, load_vocabulary
+from pmd_pipeline.text.packing import BETWEEN, Packer, with_tokenizer, words
+from pmd_pipeline.text.wordpiece import learned, load_vocabulary
 
 LETTERS = {chr(n): 9 for n in range(33, 127)}
 CUTTER = learned({**LETTERS, "dog": 5, "running": 5, "ing": 2, "x" + "abc" * 3: 4}, 900).wordpiece()

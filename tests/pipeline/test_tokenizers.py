@@ -19,15 +19,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.tokenizers import open_tokenizer
-from pmd_pipeline.tokenizers.pickles import read_pickle
-from pmd_pipeline.tokenizers.weights import (
+from pmd_pipeline.codes.tokenizers import open_tokenizer
+from pmd_pipeline.codes.tokenizers.pickles import read_pickle
+from pmd_pipeline.codes.tokenizers.weights import (
     dalle_weights,
     find_weights,
     read_weights,
     tensor_file,
 )
+from pmd_pipeline.contract.errors import PmdError
 
 flava = pytest.importorskip("transformers.models.flava")
 
@@ -453,7 +453,7 @@ def test_a_file_that_is_no_safetensors_is_one_sentence(tmp_path, content):
 def test_without_torch_it_says_what_to_install(monkeypatch):
     weights = dalle_weights(arrays(codebook()), "")
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "pmd_pipeline.tokenizers.dalle", raising=False)
+    monkeypatch.delitem(sys.modules, "pmd_pipeline.codes.tokenizers.dalle", raising=False)
 
     with pytest.raises(PmdError, match=r"pip install 'pmd-flava\[train\]'"):
         open_tokenizer(weights)

@@ -11,11 +11,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pmd_pipeline import sources, upstream
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.record import BadRow
+from pmd_pipeline import sources
+from pmd_pipeline.base.record import BadRow
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import Info, Published, Source, find_spans
-from pmd_pipeline.upstream import Span, UpstreamFile, by_lines, find, json_items, lines
+from pmd_pipeline.sources.upstream import files as upstream
+from pmd_pipeline.sources.upstream.files import (
+    Span,
+    UpstreamFile,
+    by_lines,
+    find,
+    json_items,
+    lines,
+)
 
 CONTENT = "first\tone\nsecond \u2028 and \x85 on one line\r\n\nlast, without an end".encode()
 LINES = [

@@ -20,21 +20,17 @@ from safetensors.numpy import load, save
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline import cli
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.format import (
-    CodeRules,
-    CodesReport,
-    FileDigest,
-    Report,
-    canonical_json,
-)
-from pmd_pipeline.manifest import load_manifest, save_manifest
-from pmd_pipeline.parallel import WorkerDied, open_pool
-from pmd_pipeline.shards.views import view_boxes
-from pmd_pipeline.shards.write import LEDGER, ledger_bytes
-from pmd_pipeline.storage import read_bytes, sizes, write_whole
-from pmd_pipeline.verify.codes import code_faults
-from pmd_pipeline.verify.dataset import verify
+from pmd_pipeline.base.parallel import WorkerDied, open_pool
+from pmd_pipeline.base.storage import sizes
+from pmd_pipeline.build.shard_writer import LEDGER, ledger_bytes
+from pmd_pipeline.codes.crops import view_boxes
+from pmd_pipeline.codes.tensors import code_faults
+from pmd_pipeline.contract.digests import canonical_json
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.files import read_bytes, write_whole
+from pmd_pipeline.contract.manifest import load_manifest, save_manifest
+from pmd_pipeline.contract.models import CodeRules, CodesReport, FileDigest, Report
+from pmd_pipeline.inspect.verify.dataset import verify
 
 RULES = CodeRules(tokenizer="kmeans", sha256="0" * 64, vocabulary=16, size=16, grid=2, views=2)
 FILES = ("tar", "parquet", "codes.safetensors")

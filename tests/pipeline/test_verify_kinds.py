@@ -10,13 +10,13 @@ import pytest
 from corpora import article, built, order_of, write_lines
 from toy import QUIET, write_pictures
 
-from pmd_pipeline.dataset import Order
-from pmd_pipeline.kit.lock import lock
-from pmd_pipeline.kit.rebuild import Rebuild, rebuild
-from pmd_pipeline.manifest import load_manifest, save_manifest
-from pmd_pipeline.parallel import open_pool
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.contract.manifest import load_manifest, save_manifest
+from pmd_pipeline.dataset.build import Order
+from pmd_pipeline.inspect.verify.dataset import verify
+from pmd_pipeline.publish.lockfile.lock import lock
+from pmd_pipeline.publish.lockfile.rebuild import Rebuild, rebuild
 from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.verify.dataset import verify
 
 
 def findings(manifest, *, fast=False):

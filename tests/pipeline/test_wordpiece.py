@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from source_helpers import SAMPLES, needs_samples
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from pmd_pipeline.errors import PmdError
-from pmd_pipeline.texts import wordpiece
-from pmd_pipeline.texts.wordpiece import SPECIAL, Vocabulary, WordCounts, learned, load_vocabulary
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.text import wordpiece
+from pmd_pipeline.text.wordpiece import SPECIAL, Vocabulary, WordCounts, learned, load_vocabulary
 
 LETTERS = "abcdeé中-!"
 

@@ -18,17 +18,17 @@ from datasets import load_dataset
 from PIL import Image
 from toy import QUIET
 
-from pmd_pipeline.dataset import Request, build_all
-from pmd_pipeline.kit.lock import lock
-from pmd_pipeline.kit.rebuild import Rebuild, rebuild
-from pmd_pipeline.look.story import stories
-from pmd_pipeline.look.telling import outcome, told
-from pmd_pipeline.manifest import load_manifest
-from pmd_pipeline.parallel import open_pool
-from pmd_pipeline.parts.build import WEB
-from pmd_pipeline.sample import World, serve, write_world
-from pmd_pipeline.texts.corpus import learn_vocabulary
-from pmd_pipeline.verify.dataset import verify
+from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.build.part import WEB
+from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.dataset.build import Request, build_all
+from pmd_pipeline.demo.world import World, serve, write_world
+from pmd_pipeline.inspect.trace import stories
+from pmd_pipeline.inspect.trace_text import outcome, told
+from pmd_pipeline.inspect.verify.dataset import verify
+from pmd_pipeline.publish.lockfile.lock import lock
+from pmd_pipeline.publish.lockfile.rebuild import Rebuild, rebuild
+from pmd_pipeline.text.vocabulary import learn_vocabulary
 
 pytestmark = pytest.mark.slow
 

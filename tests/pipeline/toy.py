@@ -8,10 +8,10 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from pmd_pipeline.dataset import Order, build_source
-from pmd_pipeline.format import Manifest
-from pmd_pipeline.parallel import Pool, open_pool
-from pmd_pipeline.progress import Show
+from pmd_pipeline.base.parallel import Pool, open_pool
+from pmd_pipeline.base.progress import Show
+from pmd_pipeline.contract.models import Manifest
+from pmd_pipeline.dataset.build import Order, build_source
 from pmd_pipeline.recipe import Recipe, load_recipe
 
 QUIET = Show(Console(quiet=True), quiet=True)

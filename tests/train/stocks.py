@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.numpy import save_file
 
-from pmd_pipeline.format import CodeRules, Manifest, ShardEntry, canonical_json, part_name
-from pmd_pipeline.shards.write import DigestingFile, ShardWriter, ledger_bytes
+from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter, ledger_bytes
+from pmd_pipeline.contract.digests import canonical_json
+from pmd_pipeline.contract.models import CodeRules, Manifest, ShardEntry
+from pmd_pipeline.contract.paths import part_name
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*"abcdefghijklmnopqrstuvwxyz0123456789.[]", "##a", "##b", "##c", "dog", "cat", "sep"]

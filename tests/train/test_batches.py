@@ -2,8 +2,8 @@ import pytest
 import torch
 from tiny import pairs
 
-from flava_train.batches import WIDTHS, fit, micro_batches, on_device, take
-from flava_train.masking import IGNORE, token_mask_width
+from flava_train.data.batches import WIDTHS, fit, micro_batches, on_device, take
+from flava_train.data.masking import IGNORE, token_mask_width
 
 
 def test_cutting_keeps_every_pair_once_with_all_that_belongs_to_it():

@@ -13,16 +13,17 @@ import torch
 from rich.console import Console
 from tiny import TINY
 
+from flava_train.data.inputs import DataConfig
+from flava_train.data.loader import batches
+from flava_train.data.needs import Shares
+from flava_train.data.shards import stock
+from flava_train.data.training_data import Streams
 from flava_train.evaluation.held_out import held_out
-from flava_train.losses import Objective, Shares
-from flava_train.streams.inputs import DataConfig
-from flava_train.streams.loader import batches
-from flava_train.streams.rows import Streams
-from flava_train.streams.shards import stock
-from pmd_pipeline.dataset import Request, build_all
-from pmd_pipeline.parts.build import WEB
-from pmd_pipeline.progress import Show
-from pmd_pipeline.sample import serve, write_world
+from flava_train.objective.losses import Objective
+from pmd_pipeline.base.progress import Show
+from pmd_pipeline.build.part import WEB
+from pmd_pipeline.dataset.build import Request, build_all
+from pmd_pipeline.demo.world import serve, write_world
 
 pytestmark = pytest.mark.slow
 QUIET = Show(Console(quiet=True), quiet=True)
@@ -69,7 +70,7 @@ def streams(built, tmp_path, monkeypatch):
         window_shards=4,
     )
     model = dataclasses.replace(TINY, text_vocab=400)
-    return Streams(config, TRUE_PAIRS, model, seed=3, batch=BATCH)
+    return Streams(config, TRUE_PAIRS.data_needs, model, seed=3, batch=BATCH)
 
 
 def test_an_epoch_is_every_pair_of_the_shards_but_for_a_rest(built, streams):

@@ -14,12 +14,12 @@ import stocks
 import torch
 from trials import command, losses, run, said, told, write_world
 
-from flava_train.errors import FlavaError
 from flava_train.run import checkpoint
 from flava_train.run.checkpoint import find, load_progress, newest
+from flava_train.run.init import read_tensors
 from flava_train.run.metrics import METRICS
-from flava_train.run.start import read_tensors
 from flava_train.train import train
+from pmd_pipeline.contract.errors import PmdError
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_the_same_command_goes_on_after_it_began_from_another_run(
     train(config, resume=str(Path("theirs") / named), quiet=True)  # by another spelling
 
     assert [line["step"] for line in said(tmp_path / "run") if "step" in line] == [6, 7]
-    with pytest.raises(FlavaError, match="has a checkpoint of 8 steps"):
+    with pytest.raises(PmdError, match="has a checkpoint of 8 steps"):
         train(config, resume=str(alone), quiet=True)
 
 
@@ -211,26 +211,26 @@ def test_a_finished_run_is_left_as_it_is(world, alone):
 
 
 def test_resume_never_does_not_touch_a_run(world, alone):
-    with pytest.raises(FlavaError, match="has checkpoints: name another --out"):
+    with pytest.raises(PmdError, match="has checkpoints: name another --out"):
         train(told(world, alone), resume="never", quiet=True)
 
 
 def test_newer_checkpoints_are_not_overwritten(world, alone):
     older = str(alone / "checkpoints" / "step-00000006")
 
-    with pytest.raises(FlavaError, match="has a checkpoint of 8 steps: name another --out"):
+    with pytest.raises(PmdError, match="has a checkpoint of 8 steps: name another --out"):
         train(told(world, alone), resume=older, quiet=True)
 
 
 def test_there_is_nothing_to_go_on_from(world, tmp_path):
-    with pytest.raises(FlavaError, match="is no checkpoint, and no run that has one"):
+    with pytest.raises(PmdError, match="is no checkpoint, and no run that has one"):
         train(told(world, tmp_path / "run"), resume=str(tmp_path), quiet=True)
 
 
 def test_only_the_newest_and_the_best_are_kept(world, tmp_path, monkeypatch):
     figures = iter([0.9, 0.1, 0.2, 0.3])
     monkeypatch.setattr(
-        "flava_train.learner.evaluate",
+        "flava_train.trainer.evaluate",
         lambda *_, **__: type(
             "E",
             (),
@@ -252,7 +252,7 @@ def test_only_the_newest_and_the_best_are_kept(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "error",
-    [FlavaError("gone"), OSError(5, "input/output error"), torch.OutOfMemoryError("no memory")],
+    [PmdError("gone"), OSError(5, "input/output error"), torch.OutOfMemoryError("no memory")],
 )
 def test_an_evaluation_that_fails_takes_no_step_with_it(world, alone, tmp_path, monkeypatch, error):
     def fail(*_, **__):
@@ -260,7 +260,7 @@ def test_an_evaluation_that_fails_takes_no_step_with_it(world, alone, tmp_path, 
 
     config = told(world, tmp_path / "run", evaluated(world))
     with monkeypatch.context() as patch:
-        patch.setattr("flava_train.learner.evaluate", fail)
+        patch.setattr("flava_train.trainer.evaluate", fail)
         with pytest.raises(type(error)) as caught:
             train(config, quiet=True)
 
@@ -271,7 +271,7 @@ def test_an_evaluation_that_fails_takes_no_step_with_it(world, alone, tmp_path, 
 
 
 def test_rank_0_decides_whether_a_model_is_the_best(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("flava_train.learner.as_rank_0_has_it", lambda *_: 0.875)
+    monkeypatch.setattr("flava_train.trainer.as_rank_0_has_it", lambda *_: 0.875)
 
     train(told(world, tmp_path / "run", evaluated(world)), quiet=True)
 
@@ -281,7 +281,7 @@ def test_rank_0_decides_whether_a_model_is_the_best(world, tmp_path, monkeypatch
 def test_the_best_of_a_run_that_was_never_evaluated_is_refused(world, tmp_path):
     train(told(world, tmp_path / "run", {"steps": 3}), quiet=True)
 
-    with pytest.raises(FlavaError, match="was never evaluated"):
+    with pytest.raises(PmdError, match="was never evaluated"):
         find(tmp_path / "run", best=True)
 
 
@@ -298,7 +298,7 @@ def test_changed_pairs_are_refused_unless_allowed(started):
     stocks.write_pairs(started / "pairs.json", shards)
     config = told(started, started / "run")
 
-    with pytest.raises(FlavaError, match=r"pairs: .* has learnt from .* --allow-changed-data"):
+    with pytest.raises(PmdError, match=r"pairs: .* has learnt from .* --allow-changed-data"):
         train(config, quiet=True)
 
     assert train(config, allow_changed_data=True, quiet=True).steps == 8
@@ -308,7 +308,7 @@ def test_a_changed_tokenizer_is_refused(started):
     words = (started / "vocab.txt").read_text().replace("dog", "cow")
     (started / "vocab.txt").write_text(words)
 
-    with pytest.raises(FlavaError, match=r"tokenizer: .* has learnt from"):
+    with pytest.raises(PmdError, match=r"tokenizer: .* has learnt from"):
         train(told(started, started / "run"), quiet=True)
 
 
@@ -322,7 +322,7 @@ def test_a_changed_tokenizer_is_refused(started):
     ],
 )
 def test_other_steps_and_other_models_are_refused(started, changes, says):
-    with pytest.raises(FlavaError, match=says):
+    with pytest.raises(PmdError, match=says):
         train(told(started, started / "run", changes), quiet=True)
 
 
@@ -350,7 +350,7 @@ def test_loading_runs_no_code(started, tmp_path):
         path = find(started / "run") / name
         held = path.read_bytes()
         torch.save({"logit_scale": Evil()}, path)
-        with pytest.raises(FlavaError, match="cannot read"):
+        with pytest.raises(PmdError, match="cannot read"):
             train(told(started, started / "run"), quiet=True)
         path.write_bytes(held)
 
@@ -373,7 +373,7 @@ def test_loading_runs_no_code(started, tmp_path):
 def test_a_damaged_checkpoint_is_one_sentence(started, name, damage, says):
     damage(find(started / "run") / name)
 
-    with pytest.raises(FlavaError, match=says) as caught:
+    with pytest.raises(PmdError, match=says) as caught:
         train(told(started, started / "run"), quiet=True)
 
     assert "\n" not in str(caught.value)
@@ -385,7 +385,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(started, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_sync", full)
-        with pytest.raises(FlavaError, match="make room and run"):
+        with pytest.raises(PmdError, match="make room and run"):
             train(told(started, started / "run"), quiet=True)
 
     assert [path.name for path in (started / "run" / "checkpoints").iterdir()] == ["step-00000003"]
@@ -398,7 +398,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_one_sentence(started, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", busy)
-        with pytest.raises(FlavaError, match=r"cannot remove .*: Device or resource busy"):
+        with pytest.raises(PmdError, match=r"cannot remove .*: Device or resource busy"):
             train(told(started, started / "run"), quiet=True)
 
 

@@ -12,12 +12,12 @@ import torch
 from tiny import farthest, flava, gradients, images, pairs, texts
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flava_train.batches import fit, take
-from flava_train.losses import (
+from flava_train.data.batches import fit, take
+from flava_train.objective.losses import (
     Objective, contrastive_sum, masked_image_sum, masked_pair_sums, masked_text_sum
 )
-from flava_train.model import Flava
-from flava_train.step import train_step
+from flava_train.model.flava import Flava
+from flava_train.objective.step import train_step
 from dataclasses import replace
 torch.set_num_threads(1)
 {body}
@@ -86,8 +86,8 @@ from trials import write_world
 
 from flava_train.config import EvaluationConfig
 from flava_train.evaluation.evaluate import evaluate
-from flava_train.streams.files import Files
-from flava_train.text import load_wordpiece
+from flava_train.data.files import Files
+from flava_train.data.wordpiece import load_wordpiece
 
 counter = CompileCounterWithBackend("eager")
 model = flava()

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from trials import told
 
 from flava_train.config import as_toml, checked, config_names, load_config
-from flava_train.errors import FlavaError
-from flava_train.losses import ABLATIONS, Objective
-from flava_train.model import TowerConfig
+from flava_train.model.flava import TowerConfig
+from flava_train.objective.losses import ABLATIONS, Objective
+from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.recipe import recipe_names
 
 
@@ -27,7 +27,7 @@ def write(tmp_path):
 
 def refusal(*words, **more):
     """What a configuration is refused with."""
-    with pytest.raises(FlavaError) as caught:
+    with pytest.raises(PmdError) as caught:
         load_config(*words, **more)
     assert "\n" not in str(caught.value)
     return str(caught.value)

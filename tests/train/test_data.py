@@ -33,11 +33,11 @@ from stocks import (
 )
 from tiny import TINY, flava
 
-from flava_train.batches import Pairs, Texts, micro_batches
-from flava_train.errors import FlavaError
-from flava_train.evaluation.held_out import held_out
-from flava_train.losses import ABLATIONS, Objective, Shares
-from flava_train.masking import (
+from flava_train.data.batches import Pairs, Texts, micro_batches
+from flava_train.data.files import Files
+from flava_train.data.inputs import DataConfig
+from flava_train.data.loader import batches, joined
+from flava_train.data.masking import (
     IGNORE,
     PatchMasking,
     TokenMasking,
@@ -46,13 +46,14 @@ from flava_train.masking import (
     mask_tokens,
     word_starts,
 )
-from flava_train.step import train_step
-from flava_train.streams.files import Files
-from flava_train.streams.inputs import DataConfig
-from flava_train.streams.loader import batches, joined
-from flava_train.streams.order import draw
-from flava_train.streams.rows import Streams, patch_masking
-from flava_train.streams.shards import stock
+from flava_train.data.needs import Shares
+from flava_train.data.order import draw
+from flava_train.data.shards import stock
+from flava_train.data.training_data import Streams, patch_masking
+from flava_train.evaluation.held_out import held_out
+from flava_train.objective.losses import ABLATIONS, Objective
+from flava_train.objective.step import train_step
+from pmd_pipeline.contract.errors import PmdError
 
 ONLY_PAIRS = Objective(streams=Shares(1.0, 0.0, 0.0))
 TRUE_PAIRS = dataclasses.replace(ONLY_PAIRS, itm_rate=0.0)
@@ -90,7 +91,7 @@ def config(tmp_path):
 
 
 def streams(config, objective=ONLY_PAIRS, *, batch=6, seed=1, model=TINY):
-    return Streams(config, objective, model, seed=seed, batch=batch)
+    return Streams(config, objective.data_needs, model, seed=seed, batch=batch)
 
 
 def simple(tmp_path, shards, **changes):
@@ -452,15 +453,15 @@ def test_shards_elsewhere_give_the_same_batches(config, remote):
 
 
 def test_a_cache_smaller_than_two_windows_is_refused_at_once(remote):
-    with pytest.raises(FlavaError, match="two windows of shards have"):
+    with pytest.raises(PmdError, match="two windows of shards have"):
         streams(dataclasses.replace(remote, cache_gib=1e-5))
 
 
 def test_shards_elsewhere_need_a_cache(config, remote):
-    with pytest.raises(FlavaError, match=r"set data\.cache"):
+    with pytest.raises(PmdError, match=r"set data\.cache"):
         streams(dataclasses.replace(remote, cache=None))
     both = dataclasses.replace(config, texts=(*config.texts, *remote.texts), cache=None)
-    with pytest.raises(FlavaError, match=r"set data\.cache"):
+    with pytest.raises(PmdError, match=r"set data\.cache"):
         streams(both, Objective())
 
 
@@ -473,7 +474,7 @@ def refused(config, says, objective=ONLY_PAIRS, **changes):
         for step in range(20):
             whole(given_streams, step)
 
-    with pytest.raises(FlavaError, match=says) as caught:
+    with pytest.raises(PmdError, match=says) as caught:
         run()
     assert "\n" not in str(caught.value)
 
@@ -534,7 +535,7 @@ def test_a_flipped_byte_is_one_sentence_out_of_any_worker(config, tmp_path, work
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
 
     with (
-        pytest.raises(FlavaError) as caught,
+        pytest.raises(PmdError) as caught,
         closing(batches(streams(config), 0, 20, workers=workers)) as found,
     ):
         list(found)
@@ -752,7 +753,7 @@ def test_held_out_images_come_once_each_with_all_their_captions(config):
 
 
 def test_evaluation_needs_pairs(config):
-    with pytest.raises(FlavaError, match="evaluation needs pairs"):
+    with pytest.raises(PmdError, match="evaluation needs pairs"):
         list(held_out(config.images, streams(config).wordpiece, 32, 12))
 
 
@@ -760,7 +761,7 @@ def test_a_changed_shard_is_not_evaluated(config, tmp_path):
     path = tmp_path / "pairs" / "00002.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
 
-    with pytest.raises(FlavaError, match=r"00002\.tar is not the file"):
+    with pytest.raises(PmdError, match=r"00002\.tar is not the file"):
         list(held_out(config.pairs, streams(config).wordpiece, 32, 12))
     unchecked = Files(verify=False)
     assert list(held_out(config.pairs, streams(config).wordpiece, 32, 12, files=unchecked))

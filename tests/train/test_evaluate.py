@@ -14,7 +14,8 @@ from trials import TOWER, told, write_world
 
 from flava_train import cli
 from flava_train.config import EvaluationConfig
-from flava_train.errors import FlavaError
+from flava_train.data.inputs import DataConfig
+from flava_train.data.wordpiece import load_wordpiece
 from flava_train.evaluation import evaluate
 from flava_train.evaluation.evaluate import (
     RANKS,
@@ -28,11 +29,10 @@ from flava_train.evaluation.evaluate import (
 from flava_train.evaluation.held_out import held_out
 from flava_train.evaluation.templates import TEMPLATES
 from flava_train.evaluation.trained import load_trained
-from flava_train.hf import load_hf
-from flava_train.model import Flava, FlavaConfig, TowerConfig
-from flava_train.streams.inputs import DataConfig
-from flava_train.text import load_wordpiece
+from flava_train.model.flava import Flava, FlavaConfig, TowerConfig
+from flava_train.model.hf import load_hf
 from flava_train.train import train
+from pmd_pipeline.contract.errors import PmdError
 
 
 def brute_force(likeness, targets, rank):
@@ -205,7 +205,7 @@ def test_classes_may_have_names_in_a_table(tmp_path):
 
     assert class_names(tmp_path) == {"n01440764": "tench", "n01443537": "goldfish"}
     (tmp_path / "n9").mkdir()
-    with pytest.raises(FlavaError, match="names the class of the folder n9"):
+    with pytest.raises(PmdError, match="names the class of the folder n9"):
         class_names(tmp_path)
 
 
@@ -225,7 +225,7 @@ def test_what_cannot_be_evaluated_is_known_before_the_first_step(
     Path("empty").mkdir()
     Path("full/cat").mkdir(parents=True)
 
-    with pytest.raises(FlavaError, match=says):
+    with pytest.raises(PmdError, match=says):
         check_evaluation(EvaluationConfig(**section))
 
 
@@ -241,7 +241,7 @@ def test_a_manifest_without_pairs_is_refused_before_the_first_step(tmp_path, man
     write_world(tmp_path)
     stocks.write_pairs(tmp_path / "empty.json", [])
 
-    with pytest.raises(FlavaError, match=says):
+    with pytest.raises(PmdError, match=says):
         check_evaluation(EvaluationConfig(retrieval=str(tmp_path / f"{manifest}.json")))
 
 
@@ -253,14 +253,14 @@ def test_held_out_shards_that_are_missing_are_known_before_the_first_step(tmp_pa
     for path in (tmp_path / "held-out").glob(f"*.{suffix}"):
         path.unlink()
 
-    with pytest.raises(FlavaError, match="run `pmd build` again"):
+    with pytest.raises(PmdError, match="run `pmd build` again"):
         check_evaluation(config)
 
 
 def test_classes_without_any_image_are_refused(tmp_path, encoder):
     (tmp_path / "cat").mkdir()
 
-    with pytest.raises(FlavaError, match="no images in the folders"):
+    with pytest.raises(PmdError, match="no images in the folders"):
         classification(encoder, tmp_path)
 
 

@@ -9,9 +9,11 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from flava_train.errors import FlavaError
-from flava_train.streams import files as room
-from flava_train.streams.files import Files, Wanted, located
+from flava_train.data import files as room
+from flava_train.data.files import Files, Wanted
+from pmd_pipeline.contract import files as contract_files
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import located
 
 HOLD = """import fcntl, sys
 file = open(sys.argv[1])
@@ -72,7 +74,7 @@ def test_a_changed_file_is_refused_by_name(tmp_path):
     wanted = near(tmp_path / "a.tar", b"content")
     (tmp_path / "a.tar").write_bytes(b"contenu")
 
-    with pytest.raises(FlavaError, match=r"a\.tar is not the file that the manifest names"):
+    with pytest.raises(PmdError, match=r"a\.tar is not the file that the manifest names"):
         Files().path(wanted)
     assert Files(verify=False).path(wanted) == tmp_path / "a.tar"
 
@@ -83,7 +85,7 @@ def test_a_file_that_changes_after_its_check_is_checked_again(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"contenu")
     os.utime(tmp_path / "a.tar", ns=(1, 1))  # written a moment later, as every change is
 
-    with pytest.raises(FlavaError, match="sha256 differs"):
+    with pytest.raises(PmdError, match="sha256 differs"):
         Files().path(wanted)
 
 
@@ -108,16 +110,16 @@ def test_without_a_place_for_stamps_every_process_checks(tmp_path, monkeypatch):
 
     assert Files().path(wanted) == tmp_path / "a.tar"
     (tmp_path / "a.tar").write_bytes(b"contenu")
-    with pytest.raises(FlavaError, match="sha256 differs"):
+    with pytest.raises(PmdError, match="sha256 differs"):
         Files().path(wanted)
 
 
 def test_a_missing_file_is_one_sentence(tmp_path):
     wanted = Wanted(str(tmp_path / "a.tar"), "0" * 64)
 
-    with pytest.raises(FlavaError, match="No such file"):
+    with pytest.raises(PmdError, match="No such file"):
         read(Files(), wanted)
-    with pytest.raises(FlavaError, match="is missing"):
+    with pytest.raises(PmdError, match="is missing"):
         read(Files(verify=False), wanted)
 
 
@@ -132,20 +134,20 @@ def test_a_far_file_is_copied_once(tmp_path, far, monkeypatch):
 
 
 def test_a_far_file_needs_a_cache(far):
-    with pytest.raises(FlavaError, match=r"set data\.cache"):
+    with pytest.raises(PmdError, match=r"set data\.cache"):
         Files().path(far("a.tar", b"far away"))
 
 
 def test_a_changed_far_file_is_refused_and_not_kept(tmp_path, far):
     wanted = Wanted(far("a.tar", b"far away").address, "0" * 64)
 
-    with pytest.raises(FlavaError, match=r"a\.tar is not the file"):
+    with pytest.raises(PmdError, match=r"a\.tar is not the file"):
         Files(tmp_path / "cache").path(wanted)
     assert copies(tmp_path / "cache") == []
 
 
 def test_a_missing_far_file_is_one_sentence(tmp_path):
-    with pytest.raises(FlavaError, match="no such file"):
+    with pytest.raises(PmdError, match="no such file"):
         Files(tmp_path / "cache").path(Wanted("memory://nowhere/a.tar", "0" * 64))
 
 
@@ -179,10 +181,10 @@ def test_room_is_made_of_copies_alone(tmp_path, far):
 
 
 def test_a_size_that_nobody_can_tell_is_one_sentence(tmp_path):
-    assert room.size_of(str(tmp_path / "nothing")) is None
+    assert contract_files.size_of(str(tmp_path / "nothing")) is None
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(FlavaError, match=r"cannot read .*file/below: Not a directory"):
-        room.size_of(str(tmp_path / "file" / "below"))
+    with pytest.raises(PmdError, match="file/below: a file is where a folder should be"):
+        contract_files.size_of(str(tmp_path / "file" / "below"))
 
 
 def test_use_is_what_keeps_a_copy(tmp_path, far):
@@ -198,7 +200,7 @@ def test_use_is_what_keeps_a_copy(tmp_path, far):
 
 
 def test_a_file_larger_than_the_cache_is_refused(tmp_path, far):
-    with pytest.raises(FlavaError, match=r"raise data\.cache_gib"):
+    with pytest.raises(PmdError, match=r"raise data\.cache_gib"):
         Files(tmp_path / "cache", max_bytes=5).path(far("a.tar", b"far away"))
     assert all(path.stat().st_size == 0 for path in copies(tmp_path / "cache"))
 
@@ -231,7 +233,7 @@ def test_a_copy_in_the_making_is_left_alone(tmp_path, far):
     )
     with holder:
         holder.stdout.readline()
-        with pytest.raises(FlavaError, match="does not hold"):
+        with pytest.raises(PmdError, match="does not hold"):
             Files(cache, max_bytes=30).path(far("a.tar", b"far away"))
         holder.communicate()
 
@@ -274,7 +276,7 @@ def test_shards_lie_where_the_manifest_says(manifest, path, address):
 
 
 def test_an_address_of_no_known_kind_is_one_sentence():
-    with pytest.raises(FlavaError, match="cannot use the address"):
+    with pytest.raises(PmdError, match="cannot use the address"):
         Files().path(Wanted("nothing://a", "0" * 64))
 
 
@@ -319,15 +321,15 @@ def test_whatever_a_library_raises_is_one_sentence(tmp_path, far, failing, error
     wanted = far("a.tar", b"far away")
     calls = failing("open", 99, error)
 
-    with pytest.raises(FlavaError, match=r"cannot read memory://.*a\.tar: .*reset by peer"):
+    with pytest.raises(PmdError, match=r"cannot read memory://.*a\.tar: .*reset by peer"):
         read(Files(tmp_path / "cache"), wanted)
     assert len(calls) == 3
-    failing("cat_file", 1, error)
-    with pytest.raises(FlavaError, match="reset by peer"):
-        room.read_bytes(wanted.address)
+    failing("open", 1, error)
+    with pytest.raises(PmdError, match="reset by peer"):
+        contract_files.read_bytes(wanted.address)
     failing("size", 1, error)
-    with pytest.raises(FlavaError, match="reset by peer"):
-        room.size_of(wanted.address)
+    with pytest.raises(PmdError, match="reset by peer"):
+        contract_files.size_of(wanted.address)
 
 
 def test_a_library_may_fail_before_it_is_asked(monkeypatch):
@@ -336,12 +338,12 @@ def test_a_library_may_fail_before_it_is_asked(monkeypatch):
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
 
-    with pytest.raises(FlavaError, match="LibraryError: no credentials"):
-        room.is_local("memory://a")
+    with pytest.raises(PmdError, match="LibraryError: no credentials"):
+        contract_files.is_local("memory://a")
 
 
 def test_a_missing_far_file_is_not_waited_for(tmp_path, pauses):
-    with pytest.raises(FlavaError, match="no such file"):
+    with pytest.raises(PmdError, match="no such file"):
         Files(tmp_path / "cache").path(Wanted("memory://nowhere/a.tar", "0" * 64))
     assert pauses == []
 
@@ -350,13 +352,13 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, far, monkeypat
     wanted = far("a.tar", b"far away")
     (tmp_path / "file").write_bytes(b"")
 
-    with pytest.raises(FlavaError, match=r"cannot write to data\.cache = .*file: .*; make room"):
+    with pytest.raises(PmdError, match=r"cannot write to data\.cache = .*file: .*; make room"):
         Files(tmp_path / "file").path(wanted)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(FlavaError, match=r"cannot write to data\.cache = .*cache: No space left"):
+    with pytest.raises(PmdError, match=r"cannot write to data\.cache = .*cache: No space left"):
         Files(tmp_path / "cache").path(wanted)
     assert pauses == []

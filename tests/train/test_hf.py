@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY, farthest, flava
 
-from flava_train.errors import FlavaError
-from flava_train.hf import WEIGHTS, export_hf, load_hf
-from flava_train.model import Flava, TowerConfig
+from flava_train.model.flava import Flava, TowerConfig
+from flava_train.model.hf import WEIGHTS, export_hf, load_hf
+from pmd_pipeline.contract.errors import PmdError
 
 PIECES = ["[PAD]", *(f"[unused{n}]" for n in range(1, 95)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = [*PIECES, "dog", "##s"]
@@ -93,7 +93,7 @@ def test_an_export_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("flava_train.hf._write_json", fail)
+    monkeypatch.setattr("flava_train.model.hf._write_json", fail)
 
     with pytest.raises(OSError, match="disk full"):
         export_hf(flava(dtype=torch.float32), tmp_path / "model")
@@ -137,7 +137,7 @@ def changed(tmp_path, change):
 def test_what_is_not_flava_is_refused_with_a_reason(tmp_path, change, message):
     folder = changed(tmp_path, change)
 
-    with pytest.raises(FlavaError, match=message):
+    with pytest.raises(PmdError, match=message):
         load_hf(folder)
 
 
@@ -156,7 +156,7 @@ def test_a_folder_without_safetensors_is_refused(tmp_path):
     export_hf(flava(dtype=torch.float32), tmp_path / "model")
     (tmp_path / "model" / WEIGHTS).rename(tmp_path / "model" / "pytorch_model.bin")
 
-    with pytest.raises(FlavaError, match="save the model as safetensors"):
+    with pytest.raises(PmdError, match="save the model as safetensors"):
         load_hf(tmp_path / "model")
 
 
@@ -166,13 +166,13 @@ def test_an_index_cannot_lead_out_of_the_folder(tmp_path):
     (tmp_path / "model" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     copyfile(tmp_path / "model" / WEIGHTS, tmp_path / WEIGHTS)
 
-    with pytest.raises(FlavaError, match=r"no \.\./model.safetensors"):
+    with pytest.raises(PmdError, match=r"no \.\./model.safetensors"):
         load_hf(tmp_path / "model")
 
 
 @pytest.mark.parametrize("revision", [None, "main"])
 def test_a_model_of_the_hub_needs_its_commit(revision):
-    with pytest.raises(FlavaError, match="also give its commit"):
+    with pytest.raises(PmdError, match="also give its commit"):
         load_hf("facebook/flava-full", revision=revision)
 
 
@@ -195,17 +195,17 @@ def test_a_model_of_the_hub_is_fetched_at_its_commit_without_other_files(tmp_pat
 
 
 def test_an_export_overwrites_nothing(tmp_path):
-    with pytest.raises(FlavaError, match="exists; remove it"):
+    with pytest.raises(PmdError, match="exists; remove it"):
         export_hf(flava(dtype=torch.float32), tmp_path)
 
 
 def test_a_vocabulary_of_another_size_is_refused(tmp_path):
-    with pytest.raises(FlavaError, match="has 3 WordPieces, the model 101"):
+    with pytest.raises(PmdError, match="has 3 WordPieces, the model 101"):
         export_hf(flava(dtype=torch.float32), tmp_path / "model", vocabulary=["a", "b", "c"])
 
 
 def test_towers_of_different_widths_cannot_be_exported(tmp_path):
     model = Flava(replace(TINY, text=TowerConfig(1, 16, 4, 16)))
 
-    with pytest.raises(FlavaError, match="one width for all"):
+    with pytest.raises(PmdError, match="one width for all"):
         export_hf(model, tmp_path / "model")

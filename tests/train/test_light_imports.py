@@ -13,7 +13,9 @@ sys.meta_path.insert(0, Only())
 sys.path.insert(0, {here!r})
 import torch
 from tiny import flava, images, pairs, texts
-from flava_train import batches, losses, masking, model, step
+from flava_train.data import batches, masking
+from flava_train.model import flava as model
+from flava_train.objective import losses, step
 from flava_train.run import flops
 
 for batch in (pairs(2), images(2), texts(2)):

@@ -5,15 +5,15 @@ import pytest
 import torch
 from tiny import PATCHES, TINY, flava, gradients, images, pairs, texts
 
-from flava_train.losses import (
+from flava_train.data.masking import IGNORE
+from flava_train.objective.losses import (
     ABLATIONS,
     Objective,
     contrastive_sum,
     masked_patches,
     sigmoid_sum,
 )
-from flava_train.masking import IGNORE
-from flava_train.step import train_step
+from flava_train.objective.step import train_step
 
 
 def units(count, *, seed=0):

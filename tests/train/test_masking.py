@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from flava_train.masking import (
+from flava_train.data.masking import (
     IGNORE,
     PatchMasking,
     TokenMasking,
@@ -252,7 +252,7 @@ def test_chance_stays_below_one_and_is_fair():
 
 def test_chance_is_not_rounded_up_to_one(monkeypatch):
     monkeypatch.setattr(
-        "flava_train.masking.philox", lambda counter, _: np.full_like(counter, 0xFFFFFFFF)
+        "flava_train.data.masking.philox", lambda counter, _: np.full_like(counter, 0xFFFFFFFF)
     )
 
     assert chance(0, np.arange(1)).max() < 1

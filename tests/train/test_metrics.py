@@ -10,15 +10,15 @@ from tiny import TINY, images, pairs, texts
 from torch.utils.flop_counter import FlopCounterMode
 from trials import told, write_world
 
-from flava_train.batches import micro_batches
-from flava_train.errors import FlavaError
-from flava_train.losses import Objective
-from flava_train.model import Flava
+from flava_train.data.batches import micro_batches
+from flava_train.model.flava import Flava
+from flava_train.objective.losses import Objective
+from flava_train.objective.step import train_step
 from flava_train.run import flops, metrics
 from flava_train.run.flops import Operations, peak_of
 from flava_train.run.metrics import METRICS, Metrics, Terminal, boards, cut, numbers
-from flava_train.step import train_step
 from flava_train.train import train
+from pmd_pipeline.contract.errors import PmdError
 
 STEP = {"step": 0, "stream": "pairs", "losses": {"itm": 0.7, "mlm": 3.0}, "grad_norm": 2.0}
 
@@ -157,7 +157,7 @@ def test_a_board_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "find_spec", lambda _: None)
 
     assert boards(tmp_path, told(tmp_path, "run"), 0) == []
-    with pytest.raises(FlavaError, match="wandb is not installed"):
+    with pytest.raises(PmdError, match="wandb is not installed"):
         boards(tmp_path, told(tmp_path, "run", {"metrics.wandb": "flava"}), 0)
 
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 from tiny import PATCHES, TINY, farthest, flava, gradients, images, pairs, texts
 
-from flava_train.batches import fit
-from flava_train.losses import Objective, masked_patches
-from flava_train.model import (
+from flava_train.data.batches import fit
+from flava_train.model.flava import (
     CLIP_MEAN,
     CLIP_STD,
     IMAGENET_MEAN,
@@ -19,7 +18,8 @@ from flava_train.model import (
     gather,
     load_dino,
 )
-from flava_train.step import train_step
+from flava_train.objective.losses import Objective, masked_patches
+from flava_train.objective.step import train_step
 
 
 def test_the_default_is_as_large_as_the_published_model():

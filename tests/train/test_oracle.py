@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny import PATCHES, TINY, farthest, flava, gradients, images, pairs, texts
 
-from flava_train.hf import hf_state, read_config, write_config
-from flava_train.losses import Objective, masked_patches
-from flava_train.masking import IGNORE
-from flava_train.model import Flava, FlavaConfig
-from flava_train.step import train_step
+from flava_train.data.masking import IGNORE
+from flava_train.model.flava import Flava, FlavaConfig
+from flava_train.model.hf import hf_state, read_config, write_config
+from flava_train.objective.losses import Objective, masked_patches
+from flava_train.objective.step import train_step
 
 transformers = pytest.importorskip("transformers")
 

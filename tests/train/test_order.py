@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flava_train.streams.order import LEAST_BATCHES, STREAMS, Order, Turns, draw
+from flava_train.data.order import LEAST_BATCHES, STREAMS, Order, Turns, draw
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum)
 seeds = st.integers(0, 2**40)

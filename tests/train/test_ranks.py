@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from tiny import TINY, farthest, flava, gradients, images, pairs, texts
 
-from flava_train import step
-from flava_train.batches import take
 from flava_train.config import ComputeConfig
-from flava_train.errors import FlavaError
-from flava_train.losses import Objective
-from flava_train.model import FlavaConfig
+from flava_train.data.batches import take
+from flava_train.model.flava import FlavaConfig
+from flava_train.objective import step
+from flava_train.objective.losses import Objective
+from flava_train.objective.step import train_step
 from flava_train.run.ranks import as_rank_0_has_it, joined
-from flava_train.step import train_step
+from pmd_pipeline.contract.errors import PmdError
 
 SIGLIP = FlavaConfig(**{**TINY.__dict__, "logit_bias": -10.0})
 CASES = {
@@ -97,7 +97,7 @@ def test_a_rank_without_a_gpu_does_not_join_others_that_have_one(monkeypatch, de
     monkeypatch.setenv("WORLD_SIZE", "1")  # nobody is waited for, should it join after all
 
     with (
-        pytest.raises(FlavaError, match=f"device = {device}, but there are 1 GPUs for rank 1"),
+        pytest.raises(PmdError, match=f"device = {device}, but there are 1 GPUs for rank 1"),
         joined(ComputeConfig(device=device)),
     ):
         pass

@@ -9,11 +9,11 @@ from stocks import WORDS, samples, write_pairs, write_texts, write_vocabulary
 from tiny import TINY, flava
 
 from flava_train.config import checked
-from flava_train.errors import FlavaError
+from flava_train.data.wordpiece import load_wordpiece
 from flava_train.evaluation.held_out import held_out
 from flava_train.evaluation.search import search
 from flava_train.evaluation.trained import Trained
-from flava_train.text import load_wordpiece
+from pmd_pipeline.contract.errors import PmdError
 
 QUERIES = [WORDS[7], " ".join(WORDS[5:9]), WORDS[-1]]
 
@@ -54,5 +54,5 @@ def test_no_more_images_are_found_than_there_are(trained, tmp_path):
 def test_texts_have_no_images_to_search(trained, tmp_path):
     manifest = write_texts(tmp_path / "texts.json", [["some words"]])
 
-    with pytest.raises(FlavaError, match="needs pairs"):
+    with pytest.raises(PmdError, match="needs pairs"):
         search(trained, manifest, QUERIES, 1)

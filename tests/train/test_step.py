@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from flava_train.batches import Images, Texts, micro_batches, take
-from flava_train.losses import Objective
-from flava_train.masking import IGNORE, chance
-from flava_train.model import Flava
-from flava_train.step import train_step, with_negatives
+from flava_train.data.batches import Images, Texts, micro_batches, take
+from flava_train.data.masking import IGNORE, chance
+from flava_train.model.flava import Flava
+from flava_train.objective.losses import Objective
+from flava_train.objective.step import train_step, with_negatives
 
 SIGLIP = replace(TINY, logit_bias=-10.0)
 FULL = Objective()

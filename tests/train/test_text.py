@@ -5,8 +5,8 @@ import pickle
 import pytest
 from stocks import SPECIALS, write_vocabulary
 
-from flava_train.errors import FlavaError
-from flava_train.text import WordPiece, load_wordpiece
+from flava_train.data.wordpiece import WordPiece, load_wordpiece
+from pmd_pipeline.contract.errors import PmdError
 
 HOLES = """{"model": {"type": "WordPiece", "vocab": {"a": 3, "b": null}},
 "normalizer": {"type": "BertNormalizer", "lowercase": true}}"""
@@ -123,22 +123,22 @@ def test_a_tokenizer_survives_the_way_to_a_worker(tmp_path):
 def test_what_is_no_vocabulary_is_refused_in_one_sentence(tmp_path, name, content, says):
     (tmp_path / name).write_text(content)
 
-    with pytest.raises(FlavaError, match=says):
+    with pytest.raises(PmdError, match=says):
         load_wordpiece(str(tmp_path / name))
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe")
 
-    with pytest.raises(FlavaError, match="cannot read the tokenizer"):
+    with pytest.raises(PmdError, match="cannot read the tokenizer"):
         load_wordpiece(str(tmp_path / "vocab.txt"))
 
 
 def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
-    with pytest.raises(FlavaError, match=r"has no tokenizer\.json and no vocab\.txt"):
+    with pytest.raises(PmdError, match=r"has no tokenizer\.json and no vocab\.txt"):
         load_wordpiece(str(tmp_path))
 
 
 def test_a_tokenizer_of_the_hub_needs_its_commit():
-    with pytest.raises(FlavaError, match=r"data\.revision"):
+    with pytest.raises(PmdError, match=r"data\.revision"):
         load_wordpiece("google-bert/bert-base-uncased", "main")

@@ -16,19 +16,19 @@ from test_model import dino
 from tiny import TINY
 from trials import command, losses, run, said, told, write_world
 
-from flava_train import learner
+from flava_train import trainer as learner
 from flava_train.config import OptimizerConfig, checked
-from flava_train.errors import FlavaError
+from flava_train.data.loader import batches
 from flava_train.evaluation.trained import load_trained
-from flava_train.hf import export_hf
-from flava_train.model import Flava
+from flava_train.model.flava import Flava
+from flava_train.model.hf import export_hf
 from flava_train.run.checkpoint import find, load_progress
-from flava_train.run.folder import only_writer
+from flava_train.run.init import beginning, read_tensors
 from flava_train.run.optimizer import adamw, learning_rate
 from flava_train.run.ranks import Ranks
-from flava_train.run.start import beginning, read_tensors
-from flava_train.streams.loader import batches
+from flava_train.run.run_dir import only_writer
 from flava_train.train import open_data, train
+from pmd_pipeline.contract.errors import PmdError
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +155,8 @@ sys.path.insert(0, {here!r})
 import torch
 from tiny import farthest, flava, gradients, pairs
 
-from flava_train.losses import Objective
-from flava_train.step import train_step
+from flava_train.objective.losses import Objective
+from flava_train.objective.step import train_step
 
 plain, model = flava(), flava()
 for encoder in (model.image, model.text, model.multimodal):
@@ -281,7 +281,7 @@ def test_nan_stops_before_the_update_and_names_the_keys(world, tmp_path, poisone
     config = told(world, tmp_path / "run", {"checkpoint.every": 100})
     poisoned(6)
 
-    with pytest.raises(FlavaError, match=r"step 5: .* not finite") as caught:
+    with pytest.raises(PmdError, match=r"step 5: .* not finite") as caught:
         train(config, quiet=True)
 
     found = json.loads((tmp_path / "run" / "not-finite-5.json").read_text())
@@ -296,7 +296,7 @@ def test_nan_in_a_batch_of_one_names_its_key(world, tmp_path, poisoned):
     config = told(world, tmp_path / "run", {"batch": 1, "micro": 1})
     poisoned(1)
 
-    with pytest.raises(FlavaError, match=r"step 0: .* not finite") as caught:
+    with pytest.raises(PmdError, match=r"step 0: .* not finite") as caught:
         train(config, quiet=True)
 
     (key,) = json.loads((tmp_path / "run" / "not-finite-0.json").read_text())["keys"]
@@ -306,7 +306,7 @@ def test_nan_in_a_batch_of_one_names_its_key(world, tmp_path, poisoned):
 def test_learning_goes_on_after_nan_as_if_nothing_had_been(world, alone, tmp_path, poisoned):
     config = told(world, tmp_path / "run")
     poisoned(6)
-    with pytest.raises(FlavaError):
+    with pytest.raises(PmdError):
         train(config, quiet=True)
 
     train(config, quiet=True)
@@ -317,7 +317,7 @@ def test_learning_goes_on_after_nan_as_if_nothing_had_been(world, alone, tmp_pat
 def test_an_infinite_gradient_is_refused_too(world, tmp_path, monkeypatch):
     monkeypatch.setattr(learner, "gradient_norm", lambda *_: torch.tensor(math.inf))
 
-    with pytest.raises(FlavaError, match="step 0: grad_norm"):
+    with pytest.raises(PmdError, match="step 0: grad_norm"):
         train(told(world, tmp_path / "run"), quiet=True)
 
 
@@ -378,7 +378,7 @@ def test_what_a_step_saw_can_be_explained(world, tmp_path):
 
 
 def test_two_runs_do_not_write_into_one_folder(world, tmp_path):
-    with only_writer(tmp_path / "run"), pytest.raises(FlavaError, match="another flava-train"):
+    with only_writer(tmp_path / "run"), pytest.raises(PmdError, match="another flava-train"):
         train(told(world, tmp_path / "run"), quiet=True)
 
 
@@ -389,7 +389,7 @@ def test_a_run_that_is_gone_is_not_held_by_the_workers_it_leaves(tmp_path):
         worker = fork.Process(target=lambda: (runs.set(), time.sleep(60)))
         worker.start()
         assert runs.wait(30)
-        with pytest.raises(FlavaError, match="another"), only_writer(tmp_path / "run"):
+        with pytest.raises(PmdError, match="another"), only_writer(tmp_path / "run"):
             pass
     try:
         with only_writer(tmp_path / "run"):
@@ -409,7 +409,7 @@ def test_vocabularies_are_as_large_as_the_data_says(world, tmp_path, alone):
 def test_unimodal_encoders_must_be_named(world, tmp_path):
     config = told(world, tmp_path / "run", {"objective.unimodal_init": True})
 
-    with pytest.raises(FlavaError, match="name DINO's file"):
+    with pytest.raises(PmdError, match="name DINO's file"):
         train(config, quiet=True)
 
 
@@ -429,7 +429,7 @@ def test_a_text_encoder_comes_from_its_own_run(world, alone, tmp_path):
         torch.equal(ours[n], theirs[n]) == n.startswith("text.") for n in ours if "words" in n
     )
     assert not torch.equal(ours["image.patches.weight"], theirs["image.patches.weight"])
-    with pytest.raises(FlavaError, match="has another tokenizer"):
+    with pytest.raises(PmdError, match="has another tokenizer"):
         beginning(config, "other", from_scratch=True)
 
 
@@ -449,10 +449,10 @@ def test_an_image_encoder_comes_from_a_file_that_runs_no_code(world, tmp_path):
     }
     config = open_data(told(world, tmp_path / "run", changes))[0]
 
-    with pytest.raises(FlavaError, match=r"cannot read .*dino.pth"):
+    with pytest.raises(PmdError, match=r"cannot read .*dino.pth"):
         beginning(config, "", from_scratch=True)
     torch.save({"cls_token": torch.zeros(1)}, path)
-    with pytest.raises(FlavaError, match="not the weights of a DINO"):
+    with pytest.raises(PmdError, match="not the weights of a DINO"):
         beginning(config, "", from_scratch=True)
 
 
@@ -479,7 +479,7 @@ def test_a_whole_model_comes_from_a_folder_of_transformers(world, alone, tmp_pat
 
     assert same(dict(beginning(config, "", from_scratch=True).state_dict()), weights(alone))
     other = replace(config, model=replace(config.model, projection_dim=12))
-    with pytest.raises(FlavaError, match="has projection_dim = 24, and the configuration 12"):
+    with pytest.raises(PmdError, match="has projection_dim = 24, and the configuration 12"):
         beginning(other, "", from_scratch=True)
 
 
@@ -490,7 +490,7 @@ def test_ranks_that_cannot_share_a_batch_are_refused(world, tmp_path, monkeypatc
 
     monkeypatch.setattr("flava_train.train.joined", joined)
 
-    with pytest.raises(FlavaError, match="3 ranks cannot share a batch of 8 equally"):
+    with pytest.raises(PmdError, match="3 ranks cannot share a batch of 8 equally"):
         train(told(world, tmp_path / "run"), quiet=True)
 
 

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from flava_train.errors import FlavaError
-from flava_train.streams.shards import load_manifest, stock
-from pmd_pipeline.format import Manifest, ShardEntry
+from flava_train.data.shards import stock
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.contract.models import Manifest, ShardEntry
 
 
 def run(*words):
@@ -71,7 +72,7 @@ def test_a_whole_stock_is_counted(manifest):
 def test_a_stock_that_is_not_what_the_manifest_says_is_one_sentence(manifest, damage, says):
     damage(manifest)
 
-    with pytest.raises(FlavaError, match=says):
+    with pytest.raises(PmdError, match=says):
         stock(manifest)
 
 
@@ -80,7 +81,7 @@ def test_a_dataset_with_holes_is_refused(manifest):
 
     write(manifest, loaded.model_copy(update={"missing": {"coco": [3, 4]}}))
 
-    with pytest.raises(FlavaError, match="lacks 2 parts of coco"):
+    with pytest.raises(PmdError, match="lacks 2 parts of coco"):
         stock(manifest)
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from flava_train.batches import Images, Pairs, Texts
-from flava_train.masking import IGNORE
-from flava_train.model import Flava, FlavaConfig, TowerConfig
+from flava_train.data.batches import Images, Pairs, Texts
+from flava_train.data.masking import IGNORE
+from flava_train.model.flava import Flava, FlavaConfig, TowerConfig
 
 PATCHES = 16
 TINY = FlavaConfig(

@@ -1,0 +1,29 @@
+"""What an objective needs of the data: which streams, and what of their samples."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Probability that a step takes pairs, images or texts; they add up to 1."""
+
+    pairs: float = 0.70
+    images: float = 0.15
+    texts: float = 0.15
+
+
+@dataclass(frozen=True)
+class DataNeeds:
+    """What to read and to draw for a batch.
+
+    Args:
+        shares: probability of each stream.
+        codes: streams (`pairs`, `images`) whose image codes are predicted.
+        masks_pairs: mask patches and tokens of pairs.
+        mismatch_rate: share of pairs that get a caption of another image.
+    """
+
+    shares: Shares = field(default_factory=Shares)
+    codes: frozenset[str] = frozenset()
+    masks_pairs: bool = False
+    mismatch_rate: float = 0.0

@@ -1,0 +1,1 @@
+"""FLAVA and its exchange with Hugging Face."""

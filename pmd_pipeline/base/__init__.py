@@ -1,0 +1,1 @@
+"""Storage, tables, parallel execution, progress and records: what every stage stands on."""

@@ -1,0 +1,159 @@
+"""Commands that look: `pmd sources`, `pmd stats`, `pmd show`, `pmd why`."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pmd_pipeline.cli.app import Out, Workers, app, out_console, say
+
+
+class Form(StrEnum):
+    """How statistics are printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    md = "md"
+
+
+@app.command()
+def sources(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="Only this source, with all it publishes."),
+    ] = None,
+) -> None:
+    """List the nine sources, then those of images or texts alone: licence, files, what to get.
+
+    Example: pmd sources wit
+    """
+    from pmd_pipeline.inspect import source_table as listing
+
+    for paragraph in (
+        [listing.one_source(name, out_console.width)]
+        if name
+        else listing.all_sources(out_console.width)
+    ):
+        typer.echo(paragraph + "\n")
+
+
+@app.command()
+def stats(
+    manifest: Annotated[
+        str, typer.Argument(metavar="[MANIFEST]", help="A manifest.")
+    ] = "manifests/pmd.json",
+    form: Annotated[Form, typer.Option("--format", help="How to print.")] = Form.table,
+    plot: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Also write histograms of text lengths to this PNG."),
+    ] = None,
+) -> None:
+    """Show text lengths and counts per dataset, beside the paper's.
+
+    Example: pmd stats manifests/pmd.json --plot lengths.png
+    """
+    from pmd_pipeline.contract.manifest import load_manifest
+    from pmd_pipeline.inspect import stats as statistics
+
+    loaded = load_manifest(manifest)
+    rows = statistics.lengths(loaded)
+    if plot:
+        statistics.plot(rows, loaded, plot)
+        say(f"wrote {plot}")
+    for remark in statistics.remarks(loaded):
+        say(remark)
+    if form is Form.table:
+        for table in statistics.as_table(rows, loaded):
+            out_console.print(table)
+    elif form is Form.json:
+        typer.echo(statistics.as_json(rows, loaded))
+    elif form is Form.csv:
+        typer.echo(statistics.as_csv(rows))
+    else:
+        typer.echo(statistics.as_markdown(rows))
+
+
+@app.command()
+def show(
+    key_or_shard: Annotated[
+        str, typer.Argument(metavar="KEY|SHARD", help="A sample's key, or the path of a shard.")
+    ],
+    out: Out = "data",
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the stored JPEG here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is stored: a sample with its row of the ledger, or a shard with its report.
+
+    Example: pmd show 64c23fe1967b35c0 --image dog.jpg
+    """
+    from pmd_pipeline.base.parallel import open_pool
+    from pmd_pipeline.contract.files import write_whole
+    from pmd_pipeline.inspect import trace as story
+
+    if key_or_shard.endswith((".tar", ".parquet")):
+        shard = story.holdings(key_or_shard)
+        facts = {
+            "report": shard.report.model_dump(mode="json", exclude={"words"}),
+            **shard.first,
+        }
+    else:
+        with open_pool("local", 1, None) as pool:
+            found = story.stories(out, key_or_shard, pool)[0]
+        facts = {"ledger": found.ledger or {}, "sample": found.sample or {}}
+        if found.sequences:
+            facts = {f"sequence {one['row']}": one for one in found.sequences}
+        if image:
+            write_whole(str(image), story.stored_image(found))
+            say(f"wrote {image}")
+        if not (found.sample or found.sequences):
+            say(f"{key_or_shard} has no image in a shard: pmd why {key_or_shard} says why")
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    for title, named in facts.items():
+        typer.secho(title, bold=True)
+        for name, value in named.items():
+            typer.echo(f"  {name}: {_plain(value)}")
+
+
+@app.command()
+def why(
+    asked: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID|URL|KEY", help="An image, by upstream's id, its address or its key."
+        ),
+    ],
+    out: Out = "data",
+    source: Annotated[
+        str | None, typer.Option("--source", "-s", metavar="NAME", help="Only in this source.")
+    ] = None,
+    workers: Workers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell why a record is in the dataset or is not, from its upstream rows to its bytes.
+
+    Example: pmd why http://images.cocodataset.org/train2014/COCO_train2014_000000391895.jpg
+    """
+    from pmd_pipeline.base.parallel import open_pool
+    from pmd_pipeline.inspect import trace as story
+    from pmd_pipeline.inspect import trace_text as telling
+
+    with open_pool("local", workers, None) as pool:
+        found = story.stories(out, asked, pool, source)
+    if as_json:
+        facts = [telling.as_facts(one) for one in found]
+        typer.echo(json.dumps(facts, ensure_ascii=False, default=str))
+        return
+    for number, one in enumerate(found):
+        for line in ("",) * bool(number) + tuple(telling.told(one)):
+            typer.secho(line, bold=not line.startswith(" "))
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,36 @@
+"""Commands for texts: `pmd tokenizer`."""
+
+from typing import Annotated
+
+import typer
+
+from pmd_pipeline.cli.app import Quiet, app, say, shown
+
+
+@app.command()
+def tokenizer(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A manifest with texts.")],
+    size: Annotated[
+        int,
+        typer.Option(min=100, max=1_000_000, metavar="N", help="Pieces, BERT's number of them."),
+    ] = 30522,
+    out: Annotated[
+        str, typer.Option("--out", metavar="FILE", help="The vocab.txt to write.")
+    ] = "vocab.txt",
+    quiet: Quiet = False,
+) -> None:
+    """Learn a WordPiece vocabulary, uncased as BERT's, from the texts of a manifest.
+
+    Example: pmd tokenizer manifests/pmd.json --size 30522 --out vocab.txt
+    """
+    from pmd_pipeline.contract.files import write_whole
+    from pmd_pipeline.text.vocabulary import learn_vocabulary
+
+    with shown(quiet=quiet).stage("tokenizer", "texts") as stage:
+        vocabulary, forgotten = learn_vocabulary(manifest, size, stage.watch)
+    write_whole(out, vocabulary.content)
+    if forgotten:
+        say(f"words that occur up to {forgotten} times may be missing: there are too many to count")
+    if len(vocabulary.pieces) < size:
+        say(f"{len(vocabulary.pieces):,} pieces: no further pair of pieces occurs twice")
+    typer.echo(f"{out}  {vocabulary.sha256}")

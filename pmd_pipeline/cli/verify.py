@@ -1,0 +1,84 @@
+"""Commands that check and compare: `pmd verify`, `pmd diff`."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from pmd_pipeline.cli.app import (
+    Quiet,
+    RayAddress,
+    Runner,
+    RunnerOption,
+    Workers,
+    app,
+    interruptible,
+    say,
+    shown,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def verify(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="The manifest to hold to.")],
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Look at sizes and reports only, not into the shards.")
+    ] = False,
+    as_json: Json = False,
+    runner: RunnerOption = Runner.local,
+    workers: Workers = None,
+    ray_address: RayAddress = None,
+    quiet: Quiet = False,
+) -> None:
+    """Check every digest, count, member and offset of a dataset, and say what is damaged.
+
+    Example: pmd verify manifests/pmd.json
+    """
+    from pmd_pipeline.base.parallel import open_pool
+    from pmd_pipeline.inspect.verify.dataset import verify as findings
+
+    found = []
+    with interruptible(resumes=False), open_pool(runner.value, workers, ray_address) as pool:
+        for finding in findings(manifest, pool, shown(quiet=quiet), fast=fast):
+            found.append(finding)
+            if not as_json:
+                typer.echo(str(finding))
+    if as_json:
+        typer.echo(
+            json.dumps({"manifest": manifest, "findings": [asdict(one) for one in found]}, indent=1)
+        )
+    if found:
+        shards = {(one.source, one.part) for one in found if one.part is not None}
+        say(
+            f"{manifest}: {_counted(len(found), 'fault')} in {_counted(len(shards), 'shard')}; "
+            "delete the .json beside each and run its build again, or copy the shard again"
+        )
+        raise typer.Exit(1)
+    say(f"{manifest}: {'sizes and reports are' if fast else 'all is'} as it should be")
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(metavar="A", help="A manifest.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tell what one dataset has and another has not: images, pairs, bytes, rules, versions.
+
+    Example: pmd diff old/pmd.json manifests/pmd.json
+    """
+    from pmd_pipeline.inspect import diff as compare
+
+    with interruptible(resumes=False), shown(quiet=quiet).stage("diff", "records") as stage:
+        found = compare.compare(before, after, stage)
+    typer.echo(compare.as_json(found) if as_json else "\n".join(compare.as_lines(found)))
+    if not found.are_equal:
+        raise typer.Exit(1)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

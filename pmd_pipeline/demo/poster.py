@@ -1,0 +1,190 @@
+"""The picture of a run: loss curves, recall beside chance, and what a few queries found."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pmd_pipeline.build.shard_reader import Sample, picture, read_member, read_samples
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.files import open_read, whole_file
+from pmd_pipeline.contract.manifest import load_manifest, located
+from pmd_pipeline.demo.training_summary import DIRECTIONS, LOSSES, RANKS, Learned
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+    from PIL.Image import Image
+
+_DARK, _LIGHT, _RED, _GREEN = "#1b2b3a", "#8fb3d9", "#c44e52", "#2a9d5c"
+_GREY = "#b8bec4"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Images that were found for a query.
+
+    Args:
+        wanted: key of the image that the query was said of.
+        keys: of the images found, the nearest first.
+    """
+
+    query: str
+    wanted: str
+    keys: list[str]
+
+
+def first_captions(manifest: str, count: int) -> list[tuple[str, str]]:
+    """Key and first caption of `count` images of a manifest, evenly spaced in its order."""
+    samples = list(_samples(manifest))
+    chosen = [samples[number * len(samples) // count] for number in range(count)]
+    return [(one.key, json.loads(_member(one, described=True))["captions"][0]) for one in chosen]
+
+
+def fingerprints(manifest: str) -> Iterator[str]:
+    """The sha256 of each image of a manifest, of the bytes as fetched."""
+    for one in _samples(manifest):
+        yield str(json.loads(_member(one, described=True))["sha256"])
+
+
+def draw(learned: Learned, found: Sequence[Found], manifest: str, path: str) -> None:
+    """Write a PNG of the loss curves, the recall beside chance, and what queries found.
+
+    Args:
+        learned: curves.
+        found: one row of images each.
+        manifest: where the images are.
+        path: of the PNG.
+
+    Raises:
+        PmdError: matplotlib is not installed, or `path` cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError as error:
+        raise PmdError('a picture needs matplotlib: pip install "pmd-flava[plot]"') from error
+    figure = Figure(figsize=(14, 5.6 + 2.1 * len(found)), layout="constrained", facecolor="white")
+    heights = [5.6, 2.1 * len(found)]
+    [[curves], [gallery]] = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
+    _draw_curves(curves, learned)
+    _draw_gallery(gallery, found, _pictures(manifest, found))
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+
+
+def _draw_curves(figure: "SubFigure", learned: Learned) -> None:
+    figure.suptitle(
+        f"What FLAVA learned in {learned.steps:,} steps", fontsize=15, color=_DARK, weight="bold"
+    )
+    panels = list(chain.from_iterable(figure.subplots(2, 4)))
+    for axes, name in zip([*panels[:3], *panels[4:7]], LOSSES, strict=True):
+        _draw_loss(axes, name, learned)
+    _draw_recall(panels[3], learned)
+    _draw_bars(panels[7], learned)
+
+
+def _draw_loss(axes: "Axes", name: str, learned: Learned) -> None:
+    steps, values = learned.losses.get(name, ([], []))
+    axes.plot(steps, values, ".", color=_LIGHT, markersize=2.5, alpha=0.6)
+    axes.plot(steps, _smooth(values), color=_DARK, linewidth=1.6)
+    _finish(axes, LOSSES[name], "nats")
+    axes.set_ylim(bottom=0)
+
+
+def _draw_recall(axes: "Axes", learned: Learned) -> None:
+    steps = sorted(learned.recall)
+    for (direction, words), colour in zip(DIRECTIONS.items(), (_DARK, _GREEN), strict=True):
+        values = [100 * learned.recall[step][f"{direction}_r1"] for step in steps]
+        axes.plot(steps, values, "o-", color=colour, label=words, markersize=4)
+    chance = 100 * learned.last("text_to_image_r1")[1]
+    axes.axhline(chance, color=_RED, linestyle="--", linewidth=1.2, label="chance")
+    _finish(axes, "R@1 on images never trained on", "%")
+    axes.legend(fontsize=8, frameon=False)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+
+
+def _draw_bars(axes: "Axes", learned: Learned) -> None:
+    for place, (direction, colour) in enumerate(zip(DIRECTIONS, (_DARK, _GREEN), strict=True)):
+        both = [learned.last(f"{direction}_r{rank}") for rank in RANKS]
+        at = np.arange(len(RANKS)) + 0.4 * place
+        bars = axes.bar(at, [100 * value for value, _ in both], width=0.36, color=colour)
+        axes.bar_label(bars, fmt="{:.0f}", fontsize=8, color=_DARK)
+        axes.hlines(
+            [100 * chance for _, chance in both], at - 0.18, at + 0.18, color=_RED, linewidth=1.6
+        )
+    _finish(axes, "Recall at the end, and chance in red", "%")
+    axes.set_xticks(np.arange(len(RANKS)) + 0.2, [f"R@{rank}" for rank in RANKS])
+    axes.set_xlabel("")
+
+
+def _draw_gallery(
+    figure: "SubFigure", found: Sequence[Found], pictures: dict[str, "Image"]
+) -> None:
+    figure.suptitle(
+        "Captions of images never trained on, and what was found for them, nearest first",
+        fontsize=15,
+        color=_DARK,
+        weight="bold",
+    )
+    columns = max(len(one.keys) for one in found)
+    widths = [1.5, 1, 0.12, *[1] * columns]
+    rows = figure.subplots(len(found), len(widths), width_ratios=widths, squeeze=False)
+    for axes in chain.from_iterable(rows):
+        axes.axis("off")
+    for axes, one in zip(rows, found, strict=True):
+        said = fill(one.query, 24)
+        axes[0].text(0, 0.5, said, va="center", fontsize=12, color=_DARK, style="italic")
+        _show(axes[1], pictures[one.wanted])
+        for panel, key in zip(axes[3:], one.keys, strict=False):
+            _show(panel, pictures[key], is_hit=key == one.wanted)
+    rows[0][1].set_title("its image", fontsize=11, color=_DARK)
+    rows[0][3].set_title("found (green: its image)", fontsize=11, color=_GREEN, loc="left")
+
+
+def _show(axes: "Axes", image: "Image", *, is_hit: bool = False) -> None:
+    """An image in the middle of a square, so that all rows and columns stand in line."""
+    axes.imshow(np.asarray(image))
+    width, height = image.size
+    reach = 0.53 * max(width, height)
+    axes.set_xlim(width / 2 - reach, width / 2 + reach)
+    axes.set_ylim(height / 2 + reach, height / 2 - reach)
+    corners = [0, width, width, 0, 0], [0, 0, height, height, 0]
+    axes.plot(*corners, color=_GREEN if is_hit else _GREY, linewidth=5 if is_hit else 0.8)
+
+
+def _finish(axes: "Axes", title: str, unit: str) -> None:
+    axes.set_title(title, fontsize=10, color=_DARK)
+    axes.set_xlabel("steps", fontsize=8)
+    axes.set_ylabel(unit, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean of each value and its neighbours."""
+    reach = len(values) // 40
+    return [
+        float(np.mean(values[max(0, place - reach) : place + reach + 1]))
+        for place in range(len(values))
+    ]
+
+
+def _pictures(manifest: str, found: Sequence[Found]) -> dict[str, "Image"]:
+    keys = {key for one in found for key in (one.wanted, *one.keys)}
+    there = {sample.key: sample for sample in _samples(manifest) if sample.key in keys}
+    return {key: picture(there[key], _member(there[key])) for key in keys}
+
+
+def _samples(manifest: str) -> Iterator[Sample]:
+    for entry in load_manifest(manifest).shards:
+        yield from read_samples(located(manifest, entry.path), entry)
+
+
+def _member(sample: Sample, *, described: bool = False) -> bytes:
+    with open_read(sample.shard) as file:
+        return read_member(file, sample, sample.described if described else sample.image)

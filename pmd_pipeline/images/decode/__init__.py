@@ -1,0 +1,1 @@
+"""Bytes become one checked picture, or there is a reason why not."""

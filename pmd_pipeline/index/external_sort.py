@@ -1,0 +1,206 @@
+"""Runs: what reading upstream leaves behind, sorted by key, until records are put together.
+
+Rows of one image may lie far apart upstream, so they are first scattered into runs (Arrow files,
+sorted by key, one batch per bucket of keys) and then gathered, one range of keys after another. A
+run is as large as a worker's buffer, however large upstream is: memory stays flat.
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pmd_pipeline.base.record import Box, Row
+from pmd_pipeline.contract.digests import canonical_json
+from pmd_pipeline.contract.files import open_read, whole_file
+from pmd_pipeline.index.choose import Pair
+
+KEYS = 1 << 64
+"""Keys are numbers below this."""
+
+IMAGE = {
+    "id": pa.string(),
+    "url": pa.string(),
+    "file": pa.string(),
+    "licence": pa.string(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "sha256": pa.string(),
+    "meta": pa.string(),
+}
+"""What upstream knows of an image; `width`, `height` and `sha256` are its word, `meta` is JSON."""
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.uint64()),
+        ("span", pa.uint32()),
+        ("row", pa.uint32()),
+        *IMAGE.items(),
+        ("heldout", pa.bool_()),
+        ("pair", pa.bool_()),
+        ("text", pa.string()),
+        ("field", pa.string()),
+        ("reason", pa.string()),
+        ("x0", pa.float64()),
+        ("y0", pa.float64()),
+        ("x1", pa.float64()),
+        ("y1", pa.float64()),
+    ]
+)
+"""One line per pair, and one with `pair` false for a row that only knows the image."""
+
+_FLUSH_LINES = 200_000
+_FLUSH_CHARS = 48 << 20
+_NO_BOX = (None, None, None, None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk.
+
+    Args:
+        buckets: the bucket of each of its batches, ascending.
+        num_bytes: of its lines in memory.
+    """
+
+    address: str
+    buckets: tuple[int, ...]
+    num_bytes: int
+
+
+class Stretch(NamedTuple):
+    """Batches `first` to `stop` (excluded) of the run at `address`."""
+
+    address: str
+    first: int
+    stop: int
+
+
+class RunWriter:
+    """Collects lines and writes a run whenever the buffer is full; `close` writes the last.
+
+    Args:
+        prefix: what the runs' addresses begin with.
+        bucket_bits: leading bits of a key that name its bucket.
+    """
+
+    def __init__(self, prefix: str, bucket_bits: int) -> None:
+        self.runs: list[Run] = []
+        self._prefix = prefix
+        self._bucket_bits = bucket_bits
+        self._lines: list[tuple[Any, ...]] = []
+        self._chars = 0
+
+    def add(
+        self, key: int, place: tuple[int, int], row: Row, pairs: Sequence[Pair], *, heldout: bool
+    ) -> None:
+        """Add what one row says; `place` is its span and its number in it.
+
+        `meta` goes with a row that gives a pair or knows an image, not with one that is dropped.
+        """
+        useful = not pairs or any(pair.reason is None for pair in pairs)
+        meta = canonical_json(row.meta) if useful and row.meta else None
+        size = (_pixels(row.width), _pixels(row.height))
+        image = (row.id, row.url, row.file, row.licence, *size, row.sha256)
+        head = (key, *place, *image, meta, heldout)
+        for pair in pairs or (None,):
+            if pair is None:
+                self._lines.append((*head, False, None, None, None, *_NO_BOX))
+            else:
+                box = _finite(pair.box) if pair.box else _NO_BOX
+                self._lines.append((*head, True, pair.text, pair.field, pair.reason, *box))
+                self._chars += len(pair.text or "")
+        self._chars += len(row.url or "") + len(meta or "") + len(row.id)
+        if len(self._lines) >= _FLUSH_LINES or self._chars >= _FLUSH_CHARS:
+            self._flush()
+
+    def close(self) -> list[Run]:
+        """Write what is left; the addresses of all runs."""
+        if self._lines:
+            self._flush()
+        return self.runs
+
+    def _flush(self) -> None:
+        columns = zip(*self._lines, strict=True)
+        table = pa.table(
+            [_column(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)],
+            schema=SCHEMA,
+        )
+        self._lines, self._chars = [], 0
+        self.runs.append(
+            _write(f"{self._prefix}-{len(self.runs):04d}.arrow", table, self._bucket_bits)
+        )
+
+
+def bucket_of(key: int, bucket_bits: int) -> int:
+    """The bucket that `key` belongs to."""
+    return key >> (64 - bucket_bits)
+
+
+def stretches(runs: Iterable[Run], low: int, high: int, bucket_bits: int) -> tuple[Stretch, ...]:
+    """The batches of all runs that may hold lines with `low <= key < high`."""
+    first, last = bucket_of(low, bucket_bits), bucket_of(high - 1, bucket_bits)
+    found = (
+        Stretch(run.address, bisect_left(run.buckets, first), bisect_right(run.buckets, last))
+        for run in runs
+    )
+    return tuple(one for one in found if one.first < one.stop)
+
+
+def read_range(found: Iterable[Stretch], low: int, high: int) -> pa.Table:
+    """The lines of all stretches with `low <= key < high`, in order of key, span, row and line."""
+    batches = [batch for one in found for batch in _batches(one)]
+    table = pa.Table.from_batches(batches, schema=SCHEMA)
+    inside = pc.and_(
+        pc.greater_equal(table["key"], pa.scalar(low, pa.uint64())),
+        pc.less_equal(table["key"], pa.scalar(high - 1, pa.uint64())),
+    )
+    table = table.filter(inside).combine_chunks()
+    order = np.lexsort((table["row"].to_numpy(), table["span"].to_numpy(), table["key"].to_numpy()))
+    return table.take(pa.array(order))
+
+
+def _column(values: tuple[Any, ...], kind: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot
+        return pa.array([v and v.encode(errors="replace").decode() for v in values], kind)
+
+
+def _pixels(side: int | None) -> int | None:
+    return side if side is not None and 0 < side < 1 << 31 else None
+
+
+def _finite(box: Box) -> tuple[float, ...]:
+    """The box, or NaNs where a side is no number: such a pair is a `bad_box`."""
+    try:
+        sides = tuple(float(side) for side in box)
+    except (OverflowError, TypeError, ValueError):
+        return (math.nan,) * 4
+    return sides if all(map(math.isfinite, sides)) else (math.nan,) * 4
+
+
+def _write(address: str, table: pa.Table, bucket_bits: int) -> Run:
+    keys = table["key"].to_numpy()
+    order = np.argsort(keys, kind="stable")
+    table, keys = table.take(pa.array(order)).combine_chunks(), keys[order]
+    buckets, starts = np.unique(keys >> np.uint64(64 - bucket_bits), return_index=True)
+    stops = [*starts[1:].tolist(), len(keys)]
+    with (
+        whole_file(address) as file,
+        pa.ipc.new_file(file, SCHEMA, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer,
+    ):
+        for start, stop in zip(starts.tolist(), stops, strict=True):
+            writer.write_table(table.slice(start, stop - start))
+    return Run(address, tuple(buckets.tolist()), table.nbytes)
+
+
+def _batches(stretch: Stretch) -> Iterator[pa.RecordBatch]:
+    with open_read(stretch.address) as file, pa.ipc.open_file(file) as reader:
+        for number in range(stretch.first, stretch.stop):
+            yield reader.get_batch(number)

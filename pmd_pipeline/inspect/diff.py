@@ -1,0 +1,319 @@
+"""What one dataset has and another has not: manifests against each other, ledgers key by key."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+from pydantic_core import to_jsonable_python
+
+from pmd_pipeline.base.progress import Stage
+from pmd_pipeline.base.tables import read_batches
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.files import open_read
+from pmd_pipeline.contract.manifest import load_manifest, located
+from pmd_pipeline.contract.models import Manifest, ShardEntry, SourceEntry
+from pmd_pipeline.contract.reasons import Status
+
+EXAMPLES = 5
+"""Keys that are named of each kind of change, the first ones."""
+
+ABSENT = "absent"
+"""Stands where a record of one dataset is not in the other's ledgers at all."""
+
+_COLUMNS = (
+    "key", "caption", "num_pairs", "status", "reason", "width", "height", "sha256", "image_size"
+)  # fmt: skip
+_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Change:
+    """One value that is another in the other manifest; None where it has none."""
+
+    name: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_brief(self.before)} -> {_brief(self.after)}"
+
+
+@dataclass
+class SourceChanges:
+    """How a source of one dataset differs from that of another.
+
+    Args:
+        there: `both`, or which of the two has the source: `before`, `after`.
+        changes: of what the manifests say, its rules and upstream files value by value.
+        images: `gained`, `lost`, `changed` (other bytes as fetched), `stored otherwise` (the same
+            bytes, but another picture made of them), `caption` (another first caption).
+        pairs: `gained` and `lost`.
+        gained: images gained, by the reason for which the first dataset lacks them.
+        lost: images lost, by the reason for which the second lacks them.
+        moved: records that neither has, by both reasons, where those differ.
+        shards: `other` shards: their bytes differ, or only one dataset has the part.
+        examples: the first keys of each kind of change.
+    """
+
+    source: str
+    there: str = "both"
+    changes: list[Change] = field(default_factory=list)
+    images: Counter[str] = field(default_factory=Counter)
+    pairs: Counter[str] = field(default_factory=Counter)
+    gained: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    moved: Counter[str] = field(default_factory=Counter)
+    shards: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Say whether there is no difference."""
+        found = (self.changes, self.images, self.pairs, self.moved, self.shards)
+        return self.there == "both" and not any(found)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two manifests: where they lie, their digests, and what sets them apart."""
+
+    before: str
+    after: str
+    digests: tuple[str, str]
+    changes: list[Change]
+    sources: list[SourceChanges]
+
+    @property
+    def are_equal(self) -> bool:
+        """Say whether both are the same dataset."""
+        return self.digests[0] == self.digests[1]
+
+
+def compare(before: str, after: str, stage: Stage) -> Comparison:
+    """How the dataset of the manifest at `after` differs from that at `before`.
+
+    Ledgers are read side by side, a few thousand rows at a time, and only those that differ. They
+    hold the first caption of a record and the number of its pairs; a change of a later caption
+    shows as a shard with other bytes.
+
+    Raises:
+        PmdError: one of them is no manifest, a ledger cannot be read, or the kinds differ.
+    """
+    old, new = load_manifest(before), load_manifest(after)
+    if old.kind != new.kind:
+        raise PmdError(f"{before} holds {old.kind}, {after} {new.kind}: they cannot be compared")
+    equal = old.digest == new.digest
+    return Comparison(
+        before=before,
+        after=after,
+        digests=(old.digest, new.digest),
+        changes=[] if equal else list(_manifest_changes(old, new)),
+        sources=[]
+        if equal
+        else [
+            _source_changes(source, (before, old), (after, new), stage)
+            for source in sorted(old.sources.keys() | new.sources.keys())
+        ],
+    )
+
+
+def as_json(found: Comparison) -> str:
+    """The comparison for programs."""
+    content = {"equal": found.are_equal, **to_jsonable_python(found)}
+    return json.dumps(content, indent=1, ensure_ascii=False)
+
+
+def as_lines(found: Comparison) -> Iterator[str]:
+    """The comparison for people, a source after the other; equal sources in one line."""
+    yield f"before  {found.before}  {found.digests[0]}"
+    yield f"after   {found.after}  {found.digests[1]}"
+    if found.are_equal:
+        yield "the same dataset"
+    for change in found.changes:
+        yield str(change)
+    for one in found.sources:
+        if one.there != "both":
+            yield f"{one.source}: only {one.there}"
+            continue
+        yield f"{one.source}: no difference" if one.is_empty else one.source
+        groups = ("images", "pairs", "gained", "lost", "moved", "shards")
+        titles = ("images", "pairs", "images gained, by reason before", "images lost, by reason",
+                  "records kept by neither, by reasons", "shards")  # fmt: skip
+        for name, title in zip(groups, titles, strict=True):
+            if counts := getattr(one, name):
+                yield f"  {title}: " + ", ".join(f"{key} {n:,}" for key, n in counts.items())
+        for kind, keys in one.examples.items():
+            yield f"  {kind}, such as: {' '.join(keys)}"
+        for change in one.changes:
+            yield f"  {change}"
+
+
+def _manifest_changes(old: Manifest, new: Manifest) -> Iterator[Change]:
+    """What the manifests say of the whole: its name, codes, versions."""
+    parts = ("format", "name", "versions", "codes")
+    yield from _changes(
+        old.model_dump(mode="json", include=set(parts)),
+        new.model_dump(mode="json", include=set(parts)),
+    )
+
+
+def _source_changes(
+    source: str, before: tuple[str, Manifest], after: tuple[str, Manifest], stage: Stage
+) -> SourceChanges:
+    old, new = (manifest.sources.get(source) for _, manifest in (before, after))
+    if old is None or new is None:
+        return SourceChanges(source, there="before" if new is None else "after")
+    found = SourceChanges(source)
+    found.changes += _changes(_said(old), _said(new))
+    missing = [manifest.missing.get(source, []) for _, manifest in (before, after)]
+    found.changes += _changes({"parts missing": missing[0]}, {"parts missing": missing[1]})
+    left, right = (_shards(manifest, source) for _, manifest in (before, after))
+    for part in sorted(left.keys() | right.keys()):
+        found.shards.update(_shard_changes(left.get(part), right.get(part)))
+    if before[1].kind == "text":
+        return found  # their shards have no keys: a text is where it is
+    for part in left.keys() & right.keys():
+        if left[part].ledger_sha256 == right[part].ledger_sha256:
+            del left[part], right[part]  # the same rows, which no other part can hold
+    sides = (
+        _ledgers([located(path, shard.ledger_path) for shard in shards.values()])
+        for path, shards in ((before[0], left), (after[0], right))
+    )
+    for rows in _side_by_side(*sides):
+        _count(rows, found)
+        stage.found({"records": len(rows)})
+    return found
+
+
+def _said(entry: SourceEntry) -> dict[str, Any]:
+    """What a manifest says of a source, in a shape in which every difference has a short name."""
+    follows = {"rules_sha256", "words", "upstream", "unique_images", "repeated"}
+    said = entry.model_dump(mode="json", exclude=follows)
+    return {**said, "upstream": {file.name: file.sha256 for file in entry.upstream}}
+
+
+def _shards(manifest: Manifest, source: str) -> dict[int, ShardEntry]:
+    return {shard.part: shard for shard in manifest.shards if shard.source == source}
+
+
+def _shard_changes(old: ShardEntry | None, new: ShardEntry | None) -> Iterator[str]:
+    if old is None or new is None:
+        yield "only before" if new is None else "only after"
+        return
+    if old.sha256 != new.sha256:
+        yield "with other bytes"
+    if old.codes_sha256 != new.codes_sha256:
+        yield "with other codes"
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") -> Iterator[Change]:
+    """The values that differ, by their dotted names."""
+    for name in [*old, *(name for name in new if name not in old)]:
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _changes(before, after, f"{above}{name}.")
+        elif before != after:
+            yield Change(above + name, before, after)
+
+
+def _ledgers(addresses: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """The rows of ledgers one after the other, some thousand at a time, none empty."""
+    for address in addresses:
+        with open_read(address) as file:
+            try:
+                for batch in read_batches(file, _COLUMNS, _ROWS):
+                    if batch.num_rows:
+                        yield pl.DataFrame(batch.select(_COLUMNS))
+            except (pa.ArrowException, KeyError) as error:
+                raise PmdError(f"{address} is no whole ledger: run pmd verify") from error
+
+
+def _side_by_side(
+    left: Iterator[pl.DataFrame], right: Iterator[pl.DataFrame]
+) -> Iterator[pl.DataFrame]:
+    """Rows of both sides by key, which both are sorted by; those of the right end in `_right`."""
+    one, two = next(left, None), next(right, None)
+    while one is not None or two is not None:
+        ends = [frame["key"][-1] for frame in (one, two) if frame is not None]
+        until = pl.col("key") <= min(ends)
+        heads = [_NONE if frame is None else frame.filter(until) for frame in (one, two)]
+        yield heads[0].join(heads[1], on="key", how="full", coalesce=True).sort("key")
+        one, two = (_rest(frame, until, side) for frame, side in ((one, left), (two, right)))
+
+
+def _rest(
+    frame: pl.DataFrame | None, until: pl.Expr, side: Iterator[pl.DataFrame]
+) -> pl.DataFrame | None:
+    if frame is None:
+        return None
+    rest = frame.filter(~until)
+    return rest if len(rest) else next(side, None)
+
+
+_NONE = pl.DataFrame(
+    schema={
+        name: pl.Int64 if name == "image_size" else pl.Int32
+        if name in {"num_pairs", "width", "height"} else pl.String
+        for name in _COLUMNS
+    }
+)  # fmt: skip
+
+
+def _count(rows: pl.DataFrame, found: SourceChanges) -> None:
+    """Add what the rows tell."""
+    kept, kept_now = (
+        (pl.col(name) == Status.SUCCESS).fill_null(False) for name in ("status", "status_right")
+    )
+    both = rows.filter(kept & kept_now)
+    gained, lost = rows.filter(~kept & kept_now), rows.filter(kept & ~kept_now)
+    other = pl.col("sha256").ne_missing(pl.col("sha256_right"))
+    stored = pl.any_horizontal(
+        pl.col(name).ne_missing(pl.col(f"{name}_right"))
+        for name in ("width", "height", "image_size")
+    )
+    caption = pl.col("caption").ne_missing(pl.col("caption_right"))
+    kinds = {
+        "gained": gained,
+        "lost": lost,
+        "changed": both.filter(other),
+        "stored otherwise": both.filter(~other & stored),
+        "with another caption": both.filter(caption),
+    }
+    for kind, some in kinds.items():
+        if len(some):
+            found.images[kind] += len(some)
+            keys = found.examples.setdefault(kind, [])
+            keys += some["key"].head(EXAMPLES - len(keys)).to_list()
+    more = both["num_pairs_right"] - both["num_pairs"]
+    found.pairs["gained"] += _sum(gained["num_pairs_right"]) + _sum(more.filter(more > 0))
+    found.pairs["lost"] += _sum(lost["num_pairs"]) - _sum(more.filter(more < 0))
+    found.pairs = +found.pairs  # without zeros
+    found.gained.update(_reasons(gained, "status", "reason"))
+    found.lost.update(_reasons(lost, "status_right", "reason_right"))
+    neither = rows.filter(~kept & ~kept_now)
+    for before, after in zip(
+        _reasons(neither, "status", "reason"),
+        _reasons(neither, "status_right", "reason_right"),
+        strict=True,
+    ):
+        if before != after:
+            found.moved[f"{before} -> {after}"] += 1
+
+
+def _reasons(rows: pl.DataFrame, status: str, reason: str) -> list[str]:
+    """Why each row is not kept on one side."""
+    known = pl.when(pl.col(status).is_null()).then(pl.lit(ABSENT)).otherwise(pl.col(reason))
+    return rows.select(known.fill_null("?").alias("reason"))["reason"].to_list()
+
+
+def _sum(counts: pl.Series) -> int:
+    return int(counts.sum())
+
+
+def _brief(value: object) -> str:
+    said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return said if len(said) <= 60 else f"{said[:60]}..."

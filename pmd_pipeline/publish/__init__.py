@@ -1,0 +1,1 @@
+"""A dataset for others: lock file, bundle, exports."""

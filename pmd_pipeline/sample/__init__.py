@@ -1,6 +1,0 @@
-"""The sample world: nine tiny sources in upstream's form, drawn and served on loopback."""
-
-from pmd_pipeline.sample.server import serve
-from pmd_pipeline.sample.world import World, load_world, write_world
-
-__all__ = ["World", "load_world", "serve", "write_world"]

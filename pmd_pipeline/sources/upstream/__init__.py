@@ -1,0 +1,1 @@
+"""Upstream annotation files: downloaded, found, and read in spans."""

@@ -1,0 +1,30 @@
+"""What the two Conceptual Captions sources share: lines of two columns, in either order."""
+
+from collections.abc import Iterator
+
+from pmd_pipeline.base.record import BadRow, Candidate, Row, flickr_id, url_id
+from pmd_pipeline.sources.upstream.files import Span, lines
+
+
+def captioned_urls(span: Span, *, url: int, caption: int) -> Iterator[Row | BadRow]:
+    """Rows of a TSV without header or quoting; `url` and `caption` are its columns.
+
+    Quotes mean nothing: a caption that starts with `"` must not swallow the rows after it. An
+    address column that holds no address is a bad row, so swapped files do not pass silently.
+    """
+    for line in lines(span):
+        fields = line.decode("utf-8", errors="replace").split("\t")
+        if len(fields) <= max(url, caption):
+            yield BadRow(f"{len(fields)} columns instead of {max(url, caption) + 1}")
+            continue
+        address = fields[url].strip()
+        if not address.lower().startswith(("http://", "https://")):
+            yield BadRow(f"column {url + 1} is no http address: {address[:80]!r}")
+            continue
+        photo = flickr_id(address)
+        yield Row(
+            id=url_id(address),
+            url=address,
+            candidates=[Candidate(fields[caption], "caption")],
+            meta={"flickr_id": photo} if photo else {},
+        )

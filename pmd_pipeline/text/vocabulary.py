@@ -1,0 +1,80 @@
+"""The texts of a manifest, in its order, and the vocabulary that is learned from them."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from pmd_pipeline.base.parallel import Watch
+from pmd_pipeline.base.tables import read_batches
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.files import open_read
+from pmd_pipeline.contract.manifest import load_manifest, located
+from pmd_pipeline.contract.models import Manifest
+from pmd_pipeline.contract.reasons import Status
+from pmd_pipeline.text.wordpiece import MOST_WORDS, Vocabulary, WordCounts, learned
+
+_TICK_TEXTS = 10_000
+_ROWS = 1000
+
+
+def learn_vocabulary(
+    path: str, size: int, watch: Watch, most_words: int = MOST_WORDS
+) -> tuple[Vocabulary, int]:
+    """A vocabulary of at most `size` pieces, learned from all texts of the manifest at `path`.
+
+    The second value is `WordCounts.forgotten`.
+
+    Raises:
+        PmdError: the manifest has no texts, or a shard is not there or damaged; or the library
+            `tokenizers` is not there.
+    """
+    counts = WordCounts(most_words)
+    number = 0
+    for number, text in enumerate(texts(path, load_manifest(path)), start=1):
+        counts.add(text)
+        if number % _TICK_TEXTS == 0:
+            watch(path, {"texts": number})
+    watch(path, {"texts": number})
+    words = counts.words()
+    if not words:
+        raise PmdError(f"{path} has no words to learn from: its shards are empty")
+    return learned(words, size), counts.forgotten
+
+
+def texts(path: str, manifest: Manifest) -> Iterator[str]:
+    """Every caption, or every sequence of a manifest of texts, in the order of the shards.
+
+    Raises:
+        PmdError: the manifest is one of images, or a shard is not there or damaged.
+    """
+    if manifest.kind == "images":
+        raise PmdError(f"{path} holds images without texts: give a manifest of pairs or of texts")
+    for shard in manifest.shards:
+        where = located(path, shard.path)
+        try:
+            if manifest.kind == "text":
+                yield from _sequences(where)
+            else:
+                yield from _captions(where, located(path, shard.ledger_path))
+        except (pa.ArrowException, LookupError, TypeError, ValueError) as error:
+            raise PmdError(f"{where} or its ledger is damaged: get it again") from error
+
+
+def _sequences(shard: str) -> Iterator[str]:
+    with open_read(shard) as file:
+        for batch in read_batches(file, ["text"], _ROWS):
+            yield from batch.column("text").to_pylist()
+
+
+def _captions(shard: str, ledger: str) -> Iterator[str]:
+    """The captions of a shard, from the JSON members that its ledger points at."""
+    columns = ["status", "json_offset", "json_size"]
+    with open_read(ledger) as rows, open_read(shard) as tar:
+        for batch in read_batches(rows, columns, _ROWS):
+            for row in batch.to_pylist():
+                if row["status"] == Status.SUCCESS:
+                    tar.seek(row["json_offset"])
+                    described: dict[str, Any] = json.loads(tar.read(row["json_size"]))
+                    yield from described["captions"]
