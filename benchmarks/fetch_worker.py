@@ -11,22 +11,24 @@ import tempfile
 import time
 from pathlib import Path
 
-from pmd_pipeline.base.parallel import no_watch, open_pool
+from pmd_pipeline.base.parallel import ignore_progress, open_pool
 from pmd_pipeline.build.part import PartTask, build_part
-from pmd_pipeline.images.decode.processing import opened, picture
+from pmd_pipeline.images.decode.processing import make_stored_image, open_image
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.recipe import Images, load_recipe
 
 
 def build(urls: list[str], places: dict[str, str], folder: Path, manners: dict[str, int]) -> dict:
     """Seconds of CPU and of the clock, images and failures by reason of one part."""
-    rows = "".join(f"a caption of picture {n}\t{url}\n" for n, url in enumerate(urls))
+    rows = "".join(f"a caption of make_stored_image {n}\t{url}\n" for n, url in enumerate(urls))
     (folder / "raw").mkdir()
     (folder / "raw" / "GCC-training.tsv").write_text(rows)
     fetch = {"connect_to": places, **manners}
     (recipe,) = load_recipe("cc3m", {"part_records": 1_000_000, "fetch": fetch})
     with open_pool("local", 1, None) as pool:
-        index = build_index(recipe, str(folder / "raw"), str(folder / "index"), pool, no_watch)
+        index = build_index(
+            recipe, str(folder / "raw"), str(folder / "index"), pool, ignore_progress
+        )
     (part,) = index.parts
     task = PartTask(
         recipe=recipe,
@@ -55,7 +57,7 @@ def pure_seconds(photographs: list[Path], weights: list[int]) -> float:
     for path, weight in zip(photographs, weights, strict=True):
         body = path.read_bytes()
         started = time.process_time()
-        picture(body, opened(body, rules), rules)
+        make_stored_image(body, open_image(body, rules), rules)
         seconds += weight * (time.process_time() - started)
     return seconds
 

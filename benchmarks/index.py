@@ -19,7 +19,7 @@ from typing import Self
 import psutil
 from yfcc_rows import write_rows
 
-from pmd_pipeline.base.parallel import no_watch, open_pool
+from pmd_pipeline.base.parallel import ignore_progress, open_pool
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.recipe import load_recipe
 
@@ -74,7 +74,7 @@ def main() -> None:
             with Memory() as memory, open_pool(given.runner, given.workers, None) as pool:
                 started, before = time.monotonic(), cpu_seconds()
                 recipe = load_recipe("yfcc100m")[0]
-                index = build_index(recipe, str(raw), f"{folder}/index", pool, no_watch)
+                index = build_index(recipe, str(raw), f"{folder}/index", pool, ignore_progress)
                 seconds = time.monotonic() - started
         busy = cpu_seconds() - before
         assert index.rows == rows

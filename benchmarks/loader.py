@@ -52,10 +52,11 @@ from flava_train.data.training_data import Streams
 from flava_train.data.wordpiece import load_wordpiece
 from flava_train.model.flava import FlavaConfig
 from flava_train.objective.losses import Objective
-from pmd_pipeline.build.shard_writer import DigestingFile, Place, ShardWriter, ledger_bytes
+from pmd_pipeline.build.shard_writer import ByteRange, DigestingFile, ShardWriter
 from pmd_pipeline.contract.digests import canonical_json
 from pmd_pipeline.contract.models import CodeRules, Manifest, ShardEntry
 from pmd_pipeline.contract.paths import part_name
+from pmd_pipeline.contract.schemas import LedgerRow, ledger_bytes
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
 RULES = CodeRules(tokenizer="kmeans", sha256="0" * 64, vocabulary=8192, size=112, grid=14, views=2)
@@ -107,7 +108,9 @@ def write_shards(folder: Path, found: list[tuple[bytes, list[str]]]) -> tuple[st
     return write_manifest(folder / "photos.json", entries), tars
 
 
-def ledger_row(key: str, jpeg: bytes, num_pairs: int, places: dict[str, Place]) -> dict[str, Any]:
+def ledger_row(
+    key: str, jpeg: bytes, num_pairs: int, places: dict[str, ByteRange]
+) -> dict[str, Any]:
     image = Image.open(BytesIO(jpeg))
     return {
         "key": key,
@@ -125,7 +128,7 @@ def ledger_row(key: str, jpeg: bytes, num_pairs: int, places: dict[str, Place]) 
 
 def shard_entry(tar: Path, part: int, rows: list[dict[str, Any]]) -> ShardEntry:
     """The ledger beside the tar, and what the manifest says of both."""
-    tar.with_suffix(".parquet").write_bytes(ledger_bytes(rows))
+    tar.with_suffix(".parquet").write_bytes(ledger_bytes([LedgerRow(**row) for row in rows]))
     return ShardEntry(
         source="photos",
         part=part,
@@ -386,7 +389,7 @@ def far_in(folder: Path, photos: Path, vocabulary: Path, *, step: int = 100_000)
             | {"key": f"{piece.shard:08x}{n:08x}", "sha256": rng.bytes(32).hex()}
             for n in range(records)
         ]
-        tar.with_suffix(".parquet").write_bytes(ledger_bytes(many))
+        tar.with_suffix(".parquet").write_bytes(ledger_bytes([LedgerRow(**row) for row in many]))
         tar.write_bytes(head.read_bytes())
         os.truncate(tar, num_bytes)
         os.link(folder / "head.codes.safetensors", tar.with_suffix(".codes.safetensors"))

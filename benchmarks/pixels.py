@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from pmd_pipeline.build.part import versions
-from pmd_pipeline.images.decode.processing import opened, picture
+from pmd_pipeline.images.decode.processing import make_stored_image, open_image
 from pmd_pipeline.recipe import Images
 
 HERE = Path(__file__).parent
@@ -74,7 +74,10 @@ def our_seconds(folder: Path, rules: Images, name: str) -> float:
     """CPU seconds for all photographs of `folder`; the pictures lie beside them after."""
     bodies = {path: path.read_bytes() for path in sorted(folder.glob("*.jpg"))}
     started = time.process_time()
-    made = {path: picture(body, opened(body, rules), rules) for path, body in bodies.items()}
+    made = {
+        path: make_stored_image(body, open_image(body, rules), rules)
+        for path, body in bodies.items()
+    }
     seconds = time.process_time() - started
     for path, one in made.items():
         path.with_suffix(f".{name}").write_bytes(one.jpeg)

@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from pmd_pipeline.base.parallel import no_watch, open_pool
-from pmd_pipeline.base.progress import Show
-from pmd_pipeline.dataset.build import Order, build_source
+from pmd_pipeline.base.parallel import ignore_progress, open_pool
+from pmd_pipeline.base.progress import Reporter
+from pmd_pipeline.dataset.build import SourceBuild, build_source
 from pmd_pipeline.recipe import load_recipe
 
 
@@ -50,17 +50,17 @@ def timed(folder: Path, runner: str, workers: int, parts: int, records: int) -> 
     """Seconds of the build, and of starting the pool before it."""
     shutil.rmtree(folder / "data", ignore_errors=True)
     recipe = load_recipe("cc3m", {"part_records": records // parts})[0]
-    order = Order(
+    order = SourceBuild(
         recipe=recipe,
         raw=str(folder / "raw"),
         data=str(folder / "data"),
         manifest=str(folder / "data" / "cc3m.json"),
         places=(str(folder / "pictures"),),
     )
-    quiet = Show(Console(quiet=True), quiet=True)
+    quiet = Reporter(Console(quiet=True), quiet=True)
     started = time.monotonic()
     with open_pool(runner, workers, None) as pool:
-        list(pool.run(touch, range(4 * workers), no_watch))
+        list(pool.run(touch, range(4 * workers), ignore_progress))
         ready = time.monotonic()
         build_source(order, pool, quiet)
         return time.monotonic() - ready, ready - started

@@ -1,6 +1,5 @@
 """What a run is told: TOML, laid over a base, changed by `--set`, checked before all else."""
 
-import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from flava_train.data.inputs import DataConfig
 from flava_train.model.flava import FlavaConfig
 from flava_train.objective.losses import Objective
 from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.suggestions import suggestion
 
 PREFIX = "flava_"
 """Begins the names of training configurations, which share a folder with the data recipes."""
@@ -269,7 +269,7 @@ def _find(name_or_file: str, folder: Path) -> Path:
             raise PmdError(f"{path}: there is no such configuration file")
         return path
     if name_or_file not in config_names():
-        near = _near(name_or_file, config_names())
+        near = suggestion(name_or_file, config_names())
         raise PmdError(f"there is no configuration {name_or_file!r}; {near}")
     return _folder() / f"{name_or_file}.toml"
 
@@ -333,7 +333,7 @@ def _sentence(where: str, error: ValidationError, spoken: Mapping[str, Any]) -> 
     if first["type"] == "unexpected_keyword_argument":
         if any(said.startswith(f"{key}.") for said in spoken):
             where = "--set"
-        return f"{where}: unknown key {key!r}; {_near(steps[-1], _keys_beside(steps))}"
+        return f"{where}: unknown key {key!r}; {suggestion(steps[-1], _keys_beside(steps))}"
     if first["type"] == "missing":
         return f"{where}: {key} is missing"
     rule = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
@@ -349,11 +349,6 @@ def _keys_beside(steps: Sequence[str]) -> list[str]:
     for step in steps[:-1]:
         section = get_type_hints(section)[step]
     return [one.name for one in fields(section)]
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
 
 
 def _without_none(value: Any) -> Any:  # noqa: ANN401  # any value of TOML

@@ -1,6 +1,5 @@
 """Recipes: TOML that says what to do, checked before anything is done, and frozen after."""
 
-import difflib
 import inspect
 import json
 import tomllib
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pmd_pipeline import sources
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.models import Kind
+from pmd_pipeline.contract.suggestions import suggestion
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.filters import image as image_filters
 
@@ -276,7 +276,7 @@ def predicate(module: ModuleType, name: str, keywords: Mapping[str, Any]) -> Cal
         and get_type_hints(function)["return"] is bool
     }
     if name not in found:
-        raise RecipeError(f"no filter {name!r} in {module.__name__}; {_near(name, found)}")
+        raise RecipeError(f"no filter {name!r} in {module.__name__}; {suggestion(name, found)}")
     return partial(found[name], **keywords_of(found[name], keywords, where=f"filter {name}"))
 
 
@@ -309,9 +309,8 @@ def _find(name_or_path: str, folder: Path = Path()) -> Path:
             raise RecipeError(f"{path}: there is no such recipe file")
         return path
     if name_or_path not in recipe_names():
-        raise RecipeError(
-            f"there is no source or recipe {name_or_path!r}; {_near(name_or_path, recipe_names())}"
-        )
+        near = suggestion(name_or_path, recipe_names())
+        raise RecipeError(f"there is no source or recipe {name_or_path!r}; {near}")
     return recipe_folder() / f"{name_or_path}.toml"
 
 
@@ -343,11 +342,11 @@ def _checked(path: Path, content: Mapping[str, Any]) -> Recipe:
         raise RecipeError(_sentence(str(path), error, _known_keys(error))) from error
     known = [*sources.names(), *sources.UNIMODAL]
     if recipe.source not in known:
-        near = _near(recipe.source, known)
+        near = suggestion(recipe.source, known)
         raise RecipeError(f"{path}: there is no source {recipe.source!r}; {near}")
     source = sources.load(recipe.source)
     if recipe.form is not None and recipe.form not in source.forms():
-        near = _near(recipe.form, source.forms())
+        near = suggestion(recipe.form, source.forms())
         raise RecipeError(f"{path}: {source.name} has no form {recipe.form!r}; {near}")
     for module, filters in (
         (caption_filters, recipe.captions.filters),
@@ -377,15 +376,8 @@ def _sentence(where: str, error: ValidationError, known: Sequence[str]) -> str:
     first = error.errors()[0]
     key = ".".join(str(step) for step in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key!r}; {_near(str(first['loc'][-1]), known)}"
+        return f"{where}: unknown key {key!r}; {suggestion(str(first['loc'][-1]), known)}"
     if first["type"] == "missing":
         return f"{where}: {key} is missing"
     value, rule = json.dumps(first["input"], default=str), first["msg"]
     return f"{where}: {key} = {value}: {rule[:1].lower()}{rule[1:]}"
-
-
-def _near(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"there are {', '.join(sorted(known))}" if known else "there are none"

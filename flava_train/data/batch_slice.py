@@ -7,15 +7,14 @@ import numpy as np
 
 from flava_train.data.codes import same_box
 from flava_train.data.corpus import Corpus, OpenShard, OpenWindow
-from flava_train.data.ledgers import Box
 from flava_train.data.masking import chance
 from flava_train.data.order import draw
 from flava_train.data.pixels import view
 from flava_train.data.wordpiece import WordPiece
 from flava_train.shapes import Array, Bool, Int, UInt
+from pmd_pipeline.contract.boxes import WHOLE_IMAGE, Box
 from pmd_pipeline.contract.errors import PmdError
 
-WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 """The box of a whole image."""
 
 _ATTEMPTS = 8
@@ -149,7 +148,7 @@ def _shown(shard: OpenShard, sample: int, nth: int, die: int) -> Shown:
                 )
             box = stored
         return Shown(shard, sample, number, box, record.captions, nth)
-    number, box = 0, WHOLE
+    number, box = 0, WHOLE_IMAGE
     if views:
         count = views.count(sample)
         number = 1 + die % (count - 1) if count > 1 else 0

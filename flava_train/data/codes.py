@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from flava_train.data.ledgers import Box, is_inside
 from flava_train.shapes import Array, Int
+from pmd_pipeline.contract.boxes import Box, is_box
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.models import CodeRules, ShardEntry
 
@@ -42,7 +42,7 @@ class Views:
         """`x0, y0, x1, y1` of a view, as fractions of the stored image."""
         row = self._row(sample, view)
         x0, y0, x1, y1 = (float(side) for side in self.boxes[row : row + 1][0])
-        if not is_inside((x0, y0, x1, y1)):
+        if not is_box((x0, y0, x1, y1)):
             raise PmdError(f"{self.name} has a box that is not within its image: row {row}")
         return x0, y0, x1, y1
 

@@ -3,7 +3,7 @@
 import json
 import os
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +11,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flava_train.shapes import Array, Int, UInt
+from pmd_pipeline.contract.boxes import Box, is_box
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.models import ShardEntry
 from pmd_pipeline.contract.reasons import Status
-
-Box: TypeAlias = tuple[float, float, float, float]
-"""`x0, y0, x1, y1` as fractions of the stored image."""
 
 _NUMBERS = (
     "num_pairs",
@@ -138,12 +136,6 @@ def _content(file: int, ledger: Ledger, sample: int, member: str, name: str) -> 
     return content
 
 
-def is_inside(box: Box) -> bool:
-    """Whether a box has an area, all of it within the image."""
-    x0, y0, x1, y1 = box
-    return 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
-
-
 def _numbers(table: pa.Table, name: str) -> Int[Array, " n"]:
     column = table[name]
     if column.null_count:
@@ -167,7 +159,7 @@ def _described(stored: Any) -> Record:  # noqa: ANN401  # JSON may hold anything
         raise ValueError("has boxes without four sides") from error
     if len(boxes) != len(captions):
         raise ValueError("has not one box for each caption")
-    if not all(is_inside(box) for box in boxes):
+    if not all(is_box(box) for box in boxes):
         raise ValueError("has a box that is not within the image")
     return Record(captions, boxes)
 

@@ -7,8 +7,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from flava_train.data.ledgers import Box
 from flava_train.shapes import Array, UInt
+from pmd_pipeline.contract.boxes import Box
 
 MOST_PIXELS = 1 << 28
 """Of an image that is decoded: no shard of ours has larger ones."""

@@ -18,11 +18,16 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from flava_train.shapes import Array, Int
 from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.tokens import (
+    CLS,
+    DOCUMENT_SEPARATOR,
+    MASK,
+    PAD,
+    SEP,
+    SPECIAL_TOKENS,
+    UNK,
+)
 
-BETWEEN_DOCUMENTS = "\n\n"
-"""Stands between the documents of one row of a text corpus, and nowhere else in it."""
-
-_PAD, _UNKNOWN, _CLS, _SEP, _MASK = _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _FILES = ("tokenizer.json", "vocab.txt")
 
 
@@ -45,17 +50,17 @@ class WordPiece:
         numbers = {piece: number for number, piece in enumerate(vocabulary)}
         if len(numbers) < len(vocabulary):
             raise ValueError("a piece stands twice in it")
-        if missing := [name for name in _SPECIALS if name not in numbers]:
+        if missing := [name for name in SPECIAL_TOKENS if name not in numbers]:
             raise ValueError(f"it has no {missing[0]}")
-        if numbers[_PAD]:
-            raise ValueError(f"{_PAD} is not its first piece")
+        if numbers[PAD]:
+            raise ValueError(f"{PAD} is not its first piece")
         self.vocabulary = list(vocabulary)
         content = "".join(f"{piece}\n" for piece in vocabulary)
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
-        self.mask = numbers[_MASK]
-        self.specials = tuple(sorted(numbers[name] for name in _SPECIALS))
-        self._cls, self._sep = numbers[_CLS], numbers[_SEP]
-        self._tokenizer = Tokenizer(WordPieceModel(numbers, unk_token=_UNKNOWN))
+        self.mask = numbers[MASK]
+        self.specials = tuple(sorted(numbers[name] for name in SPECIAL_TOKENS))
+        self._cls, self._sep = numbers[CLS], numbers[SEP]
+        self._tokenizer = Tokenizer(WordPieceModel(numbers, unk_token=UNK))
         self._tokenizer.normalizer = BertNormalizer(lowercase=True)
         self._tokenizer.pre_tokenizer = BertPreTokenizer()
 
@@ -82,7 +87,7 @@ class WordPiece:
     ) -> tuple[Int[Array, "b {most}"], Int[Array, " b"]]:
         """The same for texts of several documents, with a `[SEP]` after each."""
         return self._rows(
-            [[self.pieces(one) for one in text.split(BETWEEN_DOCUMENTS)] for text in texts], most
+            [[self.pieces(one) for one in text.split(DOCUMENT_SEPARATOR)] for text in texts], most
         )
 
     def _rows(

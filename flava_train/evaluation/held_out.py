@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flava_train.data.batch_slice import WHOLE, Shown
+from flava_train.data.batch_slice import Shown
 from flava_train.data.corpus import OpenShard, Place, open_ledger
 from flava_train.data.files import Files
 from flava_train.data.shards import load_complete_manifest
 from flava_train.data.wordpiece import WordPiece
 from flava_train.shapes import Int, UInt
+from pmd_pipeline.contract.boxes import WHOLE_IMAGE
 from pmd_pipeline.contract.errors import PmdError
 
 
@@ -79,7 +80,7 @@ def _images(places: list[Place], files: Files) -> Iterator[Shown]:
         for sample in range(place.entry.images):
             record = shard.record(sample)
             if record.boxes is None:
-                yield Shown(shard, sample, 0, WHOLE, record.captions, 0)
+                yield Shown(shard, sample, 0, WHOLE_IMAGE, record.captions, 0)
                 continue
             for nth, box in enumerate(record.boxes):
                 yield Shown(shard, sample, 1 + nth, box, [record.captions[nth]], 0)

@@ -8,7 +8,7 @@ from pmd_pipeline.contract.files import local_path
 _ENDINGS = (".tar", ".parquet", ".json", ".codes.safetensors", ".codes.json")
 
 
-def check_apart(out: str, shards: Iterable[str], written: Iterable[str]) -> None:
+def refuse_overwrite(out: str, shards: Iterable[str], written: Iterable[str]) -> None:
     """Look whether any address in `written`, below `out`, is that of a file of one of `shards`.
 
     Raises:

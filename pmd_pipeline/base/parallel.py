@@ -29,10 +29,10 @@ from pmd_pipeline.contract.errors import PmdError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-Tick = Callable[[Mapping[str, int]], None]
+ReportProgress = Callable[[Mapping[str, int]], None]
 """Tells the driver a task's counts so far."""
 
-Watch = Callable[[str, Mapping[str, int]], None]
+OnProgress = Callable[[str, Mapping[str, int]], None]
 """Hears the ticks: `str` of the running task, and its counts so far."""
 
 _TRIES = 3
@@ -58,9 +58,9 @@ class Pool(Protocol):
 
     def run(
         self,
-        function: Callable[[Task, Tick], Result],
+        function: Callable[[Task, ReportProgress], Result],
         tasks: Iterable[Task],
-        watch: Watch,
+        on_progress: OnProgress,
     ) -> Iterator[tuple[Task, Result | WorkerDied]]:
         """Results as they come, each with its task; a bounded number of tasks is in flight.
 
@@ -92,12 +92,15 @@ def open_pool(
         pool.close()
 
 
-def no_watch(_name: str, _counts: Mapping[str, int]) -> None:
-    """Watch nothing."""
+def ignore_progress(_name: str, _counts: Mapping[str, int]) -> None:
+    """OnProgress nothing."""
 
 
 def in_order(
-    pool: Pool, function: Callable[[Task, Tick], Result], tasks: Sequence[Task], watch: Watch
+    pool: Pool,
+    function: Callable[[Task, ReportProgress], Result],
+    tasks: Sequence[Task],
+    on_progress: OnProgress,
 ) -> list[Result]:
     """The results of all tasks, in the order of the tasks.
 
@@ -105,7 +108,7 @@ def in_order(
         WorkerDied: a worker died of a task.
     """
     results: dict[int, Result] = {}
-    for task, result in pool.run(function, tasks, watch):
+    for task, result in pool.run(function, tasks, on_progress):
         if isinstance(result, WorkerDied):
             raise result
         results[id(task)] = result
@@ -122,12 +125,12 @@ class _Here:
 
     def run(
         self,
-        function: Callable[[Task, Tick], Result],
+        function: Callable[[Task, ReportProgress], Result],
         tasks: Iterable[Task],
-        watch: Watch,
+        on_progress: OnProgress,
     ) -> Iterator[tuple[Task, Result | WorkerDied]]:
         for task in tasks:
-            yield task, function(task, partial(watch, str(task)))
+            yield task, function(task, partial(on_progress, str(task)))
 
 
 class _Processes:
@@ -148,17 +151,17 @@ class _Processes:
 
     def run(
         self,
-        function: Callable[[Task, Tick], Result],
+        function: Callable[[Task, ReportProgress], Result],
         tasks: Iterable[Task],
-        watch: Watch,
+        on_progress: OnProgress,
     ) -> Iterator[tuple[Task, Result | WorkerDied]]:
         head = list(islice(queue := iter(tasks), 2))
         if len(head) < 2:
-            yield from _Here().run(function, head, watch)
+            yield from _Here().run(function, head, on_progress)
             return
         queue = chain(head, queue)
         suspects: list[Task] = []
-        with _Ticks("127.0.0.1", watch) as ticks:
+        with _ProgressChannel("127.0.0.1", on_progress) as ticks:
             while True:
                 self._executor = self._executor or _start(self.workers)
                 yield from _until_broken(
@@ -175,10 +178,10 @@ class _Processes:
 def _until_broken(
     executor: ProcessPoolExecutor,
     in_flight: int,
-    function: Callable[[Task, Tick], Result],
+    function: Callable[[Task, ReportProgress], Result],
     queue: Iterator[Task],
     suspects: list[Task],
-    ticks: "_Ticks",
+    ticks: "_ProgressChannel",
 ) -> Iterator[tuple[Task, Result]]:
     """Run tasks until the queue is empty, or a worker dies: then its neighbours are suspects."""
     running: dict[Future[Result], Task] = {}
@@ -201,7 +204,7 @@ def _until_broken(
 
 
 def _alone(
-    function: Callable[[Task, Tick], Result], task: Task, ticks: "_Ticks"
+    function: Callable[[Task, ReportProgress], Result], task: Task, ticks: "_ProgressChannel"
 ) -> Result | WorkerDied:
     for _ in range(_TRIES - 1):
         executor = _start(1)
@@ -299,13 +302,13 @@ class _Ray:
 
     def run(
         self,
-        function: Callable[[Task, Tick], Result],
+        function: Callable[[Task, ReportProgress], Result],
         tasks: Iterable[Task],
-        watch: Watch,
+        on_progress: OnProgress,
     ) -> Iterator[tuple[Task, Result | WorkerDied]]:
         head = list(islice(queue := iter(tasks), 2))
         if len(head) < 2 and not self._address:
-            yield from _Here().run(function, head, watch)
+            yield from _Here().run(function, head, on_progress)
             return
         self._connect()
         import ray  # noqa: PLC0415 - see _connect
@@ -320,7 +323,7 @@ class _Ray:
         )(function)
         queue = chain(head, queue)
         running: dict[Any, Task] = {}
-        with _Ticks(ray.util.get_node_ip_address(), watch) as ticks:
+        with _ProgressChannel(ray.util.get_node_ip_address(), on_progress) as ticks:
             while True:
                 for task in islice(queue, self.workers * 2 - len(running)):
                     running[remote.remote(task, ticks.ticker(task))] = task
@@ -345,15 +348,15 @@ class _Ray:
                         yield task, result
 
 
-class _Ticks:
+class _ProgressChannel:
     """The driver's ear: a datagram socket, and a token so that nobody else is heard."""
 
-    def __init__(self, host: str, watch: Watch) -> None:
+    def __init__(self, host: str, on_progress: OnProgress) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind((host, 0))
         self._socket.setblocking(False)
         self._token = secrets.token_hex(8)
-        self._watch = watch
+        self._on_progress = on_progress
 
     def __enter__(self) -> Self:
         return self
@@ -374,7 +377,7 @@ class _Ticks:
                 continue
             if isinstance(said, list) and said[:1] == [self._token]:
                 _, name, counts = said
-                self._watch(name, counts)
+                self._on_progress(name, counts)
 
 
 @dataclass

@@ -21,41 +21,41 @@ class Stage:
         unit: the count that measures progress (`rows`, `records`).
     """
 
-    def __init__(self, show: "Show", name: str, unit: str, total: int | None) -> None:
-        self._show = show
+    def __init__(self, reporter: "Reporter", name: str, unit: str, total: int | None) -> None:
+        self._reporter = reporter
         self._name = name
         self._unit = unit
         self._total = total
-        self._started = show.clock()
+        self._started = reporter.clock()
         self._before = Counter[str]()
         self._done = Counter[str]()
         self._running: dict[str, Mapping[str, int]] = {}
         self._ended = set[str]()
 
-    def watch(self, task: str, counts: Mapping[str, int]) -> None:
+    def update(self, task: str, counts: Mapping[str, int]) -> None:
         """Hear a running task's counts so far; what comes after its end is late and ignored."""
         if task not in self._ended:
             self._running[task] = counts
-            self._show.refresh(self)
+            self._reporter.refresh(self)
 
-    def found(self, counts: Mapping[str, int]) -> None:
+    def resume_from(self, counts: Mapping[str, int]) -> None:
         """Count what an earlier run has done: it is progress, but no speed."""
         self._before.update(counts)
-        self._show.refresh(self)
+        self._reporter.refresh(self)
 
-    def finished(self, task: str, counts: Mapping[str, int]) -> None:
+    def advance(self, task: str, counts: Mapping[str, int]) -> None:
         """Count what a task has done in all."""
         self._ended.add(task)
         self._running.pop(task, None)
         self._done.update(counts)
-        self._show.refresh(self)
+        self._reporter.refresh(self)
 
-    def settled(self, counts: Mapping[str, int]) -> None:
+    def set_total(self, counts: Mapping[str, int]) -> None:
         """Count what the stage has done in all, in place of what its tasks have told."""
         self._ended.update(self._running)
         self._running.clear()
         self._done = Counter(counts)
-        self._show.refresh(self)
+        self._reporter.refresh(self)
 
     @property
     def done(self) -> int:
@@ -66,7 +66,7 @@ class Stage:
         """The state in words: `120 of 240 records, 31 images/s, 4 pairs failed, 4 s left`."""
         now = self._sum()
         both = now + self._before
-        seconds = self._show.clock() - self._started
+        seconds = self._reporter.clock() - self._started
         of = f" of {self._total:,}" if self._total is not None else ""
         words = [f"{both[self._unit]:,}{of} {self._unit}"]
         if self._unit == "bytes":
@@ -101,7 +101,7 @@ class Stage:
         return counts
 
 
-class Show:
+class Reporter:
     """Where stages are shown: `console`, which should be that of stderr.
 
     Args:

@@ -18,23 +18,25 @@ import PIL
 import pyarrow as pa
 from PIL import features
 
-from pmd_pipeline.base.parallel import Tick
+from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.record import url_id
 from pmd_pipeline.base.storage import load_model, remove, sizes
 from pmd_pipeline.build.optout import OptOut, load_list
-from pmd_pipeline.build.pipeline import Flow
-from pmd_pipeline.build.reuse import Exclusions, Settled
-from pmd_pipeline.build.shard_writer import DigestingFile, Place, ShardWriter, ledger_bytes
+from pmd_pipeline.build.pipeline import FetchPipeline
+from pmd_pipeline.build.reuse import Exclusions, KnownOutcomes
+from pmd_pipeline.build.shard_writer import ByteRange, DigestingFile, ShardWriter
 from pmd_pipeline.contract.digests import canonical_json, digest
 from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.contract.files import join, local_path, whole_file, write_whole
 from pmd_pipeline.contract.models import FORMAT, Counts, FileDigest, Report, Timing
 from pmd_pipeline.contract.paths import part_name
-from pmd_pipeline.images.decode.isolation import careful_maker
-from pmd_pipeline.images.decode.processing import Picture
-from pmd_pipeline.images.decode.results import DROPPED, Maker, Outcome, judged
-from pmd_pipeline.images.fetch.client import Fetched, Web, web_for
-from pmd_pipeline.images.local.archives import open_shelf
+from pmd_pipeline.contract.reasons import Status
+from pmd_pipeline.contract.schemas import LedgerRow, ledger_bytes
+from pmd_pipeline.images.decode.isolation import isolated_processor
+from pmd_pipeline.images.decode.processing import StoredImage
+from pmd_pipeline.images.decode.results import ImageProcessor, ImageResult, check_record
+from pmd_pipeline.images.fetch.client import FetchClient, Fetched, fetch_client
+from pmd_pipeline.images.local.archives import open_archive
 from pmd_pipeline.images.local.img2dataset import open_img2dataset
 from pmd_pipeline.index.records import IndexPart, IndexRecord, read_part
 from pmd_pipeline.recipe import Recipe
@@ -95,7 +97,7 @@ class _Tally:
     attempts: dict[str, int] = field(default_factory=dict)
 
 
-def build_part(task: PartTask, tick: Tick) -> Report:
+def build_part(task: PartTask, report_progress: ReportProgress) -> Report:
     """Build the shard, the ledger and, last, the report of one part; the report in brief."""
     started, clock = time.time(), time.monotonic()
     recipe, name = task.recipe, part_name(task.part.part)
@@ -103,16 +105,16 @@ def build_part(task: PartTask, tick: Tick) -> Report:
     there = sizes(task.shards)
     before = _whole_report(task, there, f"{name}.json") or _whole_report(task, there, aside)
     exclusions = exclusions_of(task)
-    tally, rows = _Tally(), list[dict[str, Any]]()
+    tally, rows = _Tally(), list[LedgerRow]()
     with whole_file(join(task.shards, f"{name}.tar")) as raw_tar:
         tar = DigestingFile(raw_tar)
         writer = ShardWriter(tar)
-        with Settled.of(exclusions, task.again, task.shards, before) as settled:
+        with KnownOutcomes.of(exclusions, task.again, task.shards, before) as settled:
             tally.fetched_bytes = settled.fetched_bytes
-            waits = partial(_told_waiting, tick, rows, tally)
+            waits = partial(_told_waiting, report_progress, rows, tally)
             for record, outcome in _outcomes(task, settled, waits):
                 rows.append(_stored(recipe.source, record, outcome, writer, tally))
-                tick(_progress(len(rows), tally))
+                report_progress(_progress(len(rows), tally))
         writer.close()
         # nothing may vouch for files that are replaced from here on, but if it comes to nothing
         # the next build takes over what they are
@@ -126,7 +128,7 @@ def build_part(task: PartTask, tick: Tick) -> Report:
         part=task.part.part,
         dependency=task.dependency,
         counts=Counts(
-            pairs_in=sum(row["num_pairs"] for row in rows),
+            pairs_in=sum(row.num_pairs for row in rows),
             kept=tally.kept,
             dropped=dict(sorted(tally.dropped.items())),
             failed=dict(sorted(tally.failed.items())),
@@ -210,8 +212,8 @@ def _whole_report(task: PartTask, there: dict[str, int], name: str) -> Report | 
 
 
 def _outcomes(
-    task: PartTask, settled: Settled, waits: Callable[[Web], None]
-) -> Iterator[tuple[IndexRecord, Outcome]]:
+    task: PartTask, settled: KnownOutcomes, waits: Callable[[FetchClient], None]
+) -> Iterator[tuple[IndexRecord, ImageResult]]:
     """Records with what became of them, in order of key."""
     records = list(read_part(task.index, task.part, task.limit))
     fetched = _fetched(task, settled.unknown(records), waits)
@@ -221,12 +223,12 @@ def _outcomes(
             yield record, known
         else:
             _, outcome = next(fetched)
-            yield record, settled.judged(judged(record, outcome))
+            yield record, settled.judged(check_record(record, outcome))
 
 
 def _fetched(
-    task: PartTask, records: Sequence[IndexRecord], waits: Callable[[Web], None]
-) -> Iterator[tuple[IndexRecord, Outcome]]:
+    task: PartTask, records: Sequence[IndexRecord], waits: Callable[[FetchClient], None]
+) -> Iterator[tuple[IndexRecord, ImageResult]]:
     """Records with what came of fetching them, in order of key; `waits` is called meanwhile."""
     if not records:
         return
@@ -234,11 +236,13 @@ def _fetched(
     is_all_web = task.places == (WEB,)
     folder, name = _folder(task.shards), part_name(task.part.part)
     with (
-        web_for(recipe.fetch, recipe.images, task.workers) as web,
+        fetch_client(recipe.fetch, recipe.images, task.workers) as web,
         ThreadPoolExecutor(_READERS) as readers,
-        careful_maker(Maker(recipe.images), folder, f"{recipe.source}-{name}") as maker,
+        isolated_processor(
+            ImageProcessor(recipe.images), folder, f"{recipe.source}-{name}"
+        ) as maker,
     ):
-        flow = Flow(
+        flow = FetchPipeline(
             loop=web.loop,
             memory=web.memory,
             ask=_asker(task, records, web, readers),
@@ -253,14 +257,14 @@ def _fetched(
 
 
 def _asker(
-    task: PartTask, records: Sequence[IndexRecord], web: Web, readers: ThreadPoolExecutor
+    task: PartTask, records: Sequence[IndexRecord], web: FetchClient, readers: ThreadPoolExecutor
 ) -> Callable[[IndexRecord], Coroutine[Any, Any, Fetched]]:
     """Looks for a record's image in all places, in order."""
     catalogues = dict(task.catalogues)
     shelves = {
         place: open_img2dataset(catalogues[place], records)
         if place in catalogues
-        else open_shelf(place)
+        else open_archive(place)
         for place in task.places
         if place != WEB
     }
@@ -307,47 +311,47 @@ def _folder(address: str) -> str | None:
 
 
 def _stored(
-    source: str, record: IndexRecord, outcome: Outcome, writer: ShardWriter, tally: _Tally
-) -> dict[str, Any]:
+    source: str, record: IndexRecord, outcome: ImageResult, writer: ShardWriter, tally: _Tally
+) -> LedgerRow:
     """Write the sample if there is one, count it, and make its ledger row."""
     num_pairs = len(record.captions)
     tally.fetched_bytes += outcome.fetched_bytes
     if outcome.attempts > 1:
         tally.attempts[record.key] = outcome.attempts
-    places: dict[str, Place] = {}
-    if outcome.picture:
-        places = writer.add(record.key, _members(source, record, outcome.picture, outcome))
+    places: dict[str, ByteRange] = {}
+    if outcome.image:
+        places = writer.add(record.key, _members(source, record, outcome.image, outcome))
         tally.images += 1
         tally.kept += num_pairs
         tally.words.update(len(caption.split()) for caption in record.captions if caption)
     else:
-        reasons = tally.dropped if outcome.status == DROPPED else tally.failed
+        reasons = tally.dropped if outcome.status == Status.DROPPED else tally.failed
         reasons[str(outcome.reason)] += num_pairs
     image, described = places.get("jpg"), places.get("json")
-    return {
-        "key": record.key,
-        "id": record.id,
-        "url": record.url,
-        "caption": record.captions[0] or None,
-        "num_pairs": num_pairs,
-        "status": outcome.status,
-        "reason": outcome.reason,
-        "error_message": outcome.detail,
-        "width": outcome.picture.width if outcome.picture else None,
-        "height": outcome.picture.height if outcome.picture else None,
-        "original_width": outcome.original_size[0],
-        "original_height": outcome.original_size[1],
-        "sha256": outcome.sha256,
-        "final_url": outcome.final_url,
-        "image_offset": image.offset if image else None,
-        "image_size": image.size if image else None,
-        "json_offset": described.offset if described else None,
-        "json_size": described.size if described else None,
-    }
+    return LedgerRow(
+        key=record.key,
+        id=record.id,
+        url=record.url,
+        caption=record.captions[0] or None,
+        num_pairs=num_pairs,
+        status=outcome.status,
+        reason=outcome.reason,
+        error_message=outcome.detail,
+        width=outcome.image.width if outcome.image else None,
+        height=outcome.image.height if outcome.image else None,
+        original_width=outcome.original_size[0],
+        original_height=outcome.original_size[1],
+        sha256=outcome.sha256,
+        final_url=outcome.final_url,
+        image_offset=image.offset if image else None,
+        image_size=image.size if image else None,
+        json_offset=described.offset if described else None,
+        json_size=described.size if described else None,
+    )
 
 
 def _members(
-    source: str, record: IndexRecord, stored: Picture, outcome: Outcome
+    source: str, record: IndexRecord, stored: StoredImage, outcome: ImageResult
 ) -> dict[str, bytes]:
     captions = [caption for caption in record.captions if caption]  # an image alone has none
     described: dict[str, Any] = {
@@ -370,9 +374,11 @@ def _members(
     return members | {"txt": captions[0].encode()} if captions else members
 
 
-def _told_waiting(tick: Tick, rows: Sequence[dict[str, Any]], tally: _Tally, web: Web) -> None:
+def _told_waiting(
+    report_progress: ReportProgress, rows: Sequence[LedgerRow], tally: _Tally, web: FetchClient
+) -> None:
     """Tell that the part waits for the network, if it does."""
-    tick(_progress(len(rows), tally) | {"cut": int(web.is_cut())})
+    report_progress(_progress(len(rows), tally) | {"cut": int(web.is_cut())})
 
 
 def _progress(records: int, tally: _Tally) -> dict[str, int]:

@@ -9,10 +9,10 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from pmd_pipeline.build.reorder_buffer import Pile
+from pmd_pipeline.build.reorder_buffer import ReorderBuffer
 from pmd_pipeline.contract.errors import RecordError
-from pmd_pipeline.images.decode.results import Outcome
-from pmd_pipeline.images.fetch.byte_budget import Memory
+from pmd_pipeline.images.decode.results import ImageResult
+from pmd_pipeline.images.fetch.byte_budget import ByteBudget
 from pmd_pipeline.images.fetch.client import Fetched
 
 _PILED = 32 << 20
@@ -25,11 +25,11 @@ _IDLE = 1.0
 """Seconds without any outcome after which somebody may want to know why."""
 
 _Item = TypeVar("_Item")
-_Ended = SimpleQueue[tuple[int, Future[Outcome]]]
+_Ended = SimpleQueue[tuple[int, Future[ImageResult]]]
 
 
 @dataclass(frozen=True)
-class Flow(Generic[_Item]):
+class FetchPipeline(Generic[_Item]):
     """The way of items from being asked for to their outcomes.
 
     Args:
@@ -45,9 +45,9 @@ class Flow(Generic[_Item]):
     """
 
     loop: asyncio.AbstractEventLoop
-    memory: Memory
+    memory: ByteBudget
     ask: Callable[[_Item], Coroutine[Any, Any, Fetched]]
-    make: Callable[[_Item, Fetched | RecordError], Outcome]
+    make: Callable[[_Item, Fetched | RecordError], ImageResult]
     ahead: int
     per_host: int
     threads: int = 1
@@ -59,14 +59,14 @@ class Flow(Generic[_Item]):
         items: Sequence[_Item],
         host_of: Callable[[_Item], str | None],
         key_of: Callable[[_Item], Hashable],
-    ) -> Iterator[tuple[_Item, Outcome]]:
+    ) -> Iterator[tuple[_Item, ImageResult]]:
         """Items with their outcomes, in order; those of one key are asked for once."""
         firsts: dict[Hashable, int] = {}
         sources = [firsts.setdefault(key_of(item), number) for number, item in enumerate(items)]
         ended: _Ended = SimpleQueue()
         asked = (_Work(n, host_of(items[n]), items[n]) for n in firsts.values())
         with (
-            Pile(Counter(sources), self.folder, _PILED) as pile,
+            ReorderBuffer(Counter(sources), self.folder, _PILED) as pile,
             ThreadPoolExecutor(self.threads, "pixels") as pool,
         ):
             asking = _Asking(self, asked, pool, ended)
@@ -84,7 +84,7 @@ class Flow(Generic[_Item]):
                 asyncio.run_coroutine_threadsafe(asking.stop(), self.loop).result()
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _next(self, ended: _Ended) -> tuple[int, Future[Outcome]]:
+    def _next(self, ended: _Ended) -> tuple[int, Future[ImageResult]]:
         while True:
             try:
                 return ended.get(timeout=_IDLE)
@@ -106,7 +106,7 @@ class _Asking(Generic[_Item]):
 
     def __init__(
         self,
-        flow: Flow[_Item],
+        flow: FetchPipeline[_Item],
         left: Iterator[_Work[_Item]],
         pool: ThreadPoolExecutor,
         ended: _Ended,
@@ -159,7 +159,7 @@ class _Asking(Generic[_Item]):
             making = self._pool.submit(self._flow.make, work.item, found)
             making.add_done_callback(partial(self._made, work.number, found))
         else:
-            failed = Future[Outcome]()
+            failed = Future[ImageResult]()
             failed.set_exception(found)
             self._ended.put((work.number, failed))
         parked = self._parked.get(work.host)
@@ -168,7 +168,7 @@ class _Asking(Generic[_Item]):
             if not parked:
                 del self._parked[work.host]
 
-    def _made(self, number: int, found: Fetched | RecordError, making: Future[Outcome]) -> None:
+    def _made(self, number: int, found: Fetched | RecordError, making: Future[ImageResult]) -> None:
         """Pass an outcome on, from the thread that made it."""
         if making.cancelled():
             return
@@ -180,5 +180,5 @@ class _Asking(Generic[_Item]):
             memory.give(len(found.body))
 
 
-def _num_bytes(outcome: Outcome) -> int:
-    return len(outcome.picture.jpeg) if outcome.picture else 0
+def _num_bytes(outcome: ImageResult) -> int:
+    return len(outcome.image.jpeg) if outcome.image else 0

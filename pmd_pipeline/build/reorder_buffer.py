@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import IO, Self
 
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.images.decode.results import Outcome
+from pmd_pipeline.images.decode.results import ImageResult
 
 
-class Pile:
+class ReorderBuffer:
     """Outcomes by number, each until it has been taken as often as it will be.
 
     However many wait, and however long, their pictures take no more than `limit` bytes of memory;
@@ -27,7 +27,7 @@ class Pile:
         self._folder = folder
         self._limit = limit
         self._held = 0
-        self._outcomes: dict[int, Outcome] = {}
+        self._outcomes: dict[int, ImageResult] = {}
         self._places: dict[int, tuple[int, int]] = {}
         self._file: IO[bytes] | None = None
         self._end = 0
@@ -42,31 +42,31 @@ class Pile:
     def __contains__(self, number: int) -> bool:
         return number in self._outcomes
 
-    def put(self, number: int, outcome: Outcome) -> None:
+    def put(self, number: int, outcome: ImageResult) -> None:
         """Keep an outcome.
 
         Raises:
             PmdError: the disk is full.
         """
-        picture = outcome.picture
+        picture = outcome.image
         if picture and self._held + len(picture.jpeg) > self._limit:
             self._places[number] = self._written(picture.jpeg)
-            outcome = replace(outcome, picture=replace(picture, jpeg=b""))
+            outcome = replace(outcome, image=replace(picture, jpeg=b""))
         elif picture:
             self._held += len(picture.jpeg)
         self._outcomes[number] = outcome
 
-    def take(self, number: int) -> Outcome:
+    def take(self, number: int) -> ImageResult:
         """An outcome that is there; it is forgotten with its last use."""
         outcome = self._outcomes[number]
         place = self._places.get(number)
         self._left[number] -= 1
         if not self._left[number]:
             del self._outcomes[number]
-            if outcome.picture and not self._places.pop(number, None):
-                self._held -= len(outcome.picture.jpeg)
-        if place and outcome.picture:
-            outcome = replace(outcome, picture=replace(outcome.picture, jpeg=self._read(*place)))
+            if outcome.image and not self._places.pop(number, None):
+                self._held -= len(outcome.image.jpeg)
+        if place and outcome.image:
+            outcome = replace(outcome, image=replace(outcome.image, jpeg=self._read(*place)))
         return outcome
 
     def _written(self, content: bytes) -> tuple[int, int]:

@@ -16,8 +16,9 @@ import polars as pl
 from pmd_pipeline.build.optout import REASON, OptOut
 from pmd_pipeline.contract.files import join, open_read, read_bytes, sha256_of
 from pmd_pipeline.contract.models import Report
-from pmd_pipeline.images.decode.processing import Picture
-from pmd_pipeline.images.decode.results import DROPPED, Outcome
+from pmd_pipeline.contract.reasons import Status
+from pmd_pipeline.images.decode.processing import StoredImage
+from pmd_pipeline.images.decode.results import ImageResult
 from pmd_pipeline.index.records import IndexPart, IndexRecord
 
 LICENCE = "licence"
@@ -49,11 +50,11 @@ class Exclusions:
             return LICENCE
         return None
 
-    def judged(self, outcome: Outcome) -> Outcome:
+    def judged(self, outcome: ImageResult) -> ImageResult:
         """The outcome, or that the bytes are to be left out."""
         if not self.optout.has_bytes(outcome.sha256, outcome.final_url):
             return outcome
-        return replace(outcome, picture=None, status=DROPPED, reason=REASON, detail=None)
+        return replace(outcome, image=None, status=Status.DROPPED, reason=REASON, detail=None)
 
     def hold(self, index: str, part: IndexPart, shards: str, report: Report) -> bool:
         """Say whether a part that is built leaves out what is to be left out, and nothing else.
@@ -81,7 +82,7 @@ class Exclusions:
         return before
 
 
-class Settled:
+class KnownOutcomes:
     """What is known of the records of a part before they are fetched.
 
     Args:
@@ -132,18 +133,18 @@ class Settled:
             if not self._reason(record) and self._row(record.key) is None
         ]
 
-    def outcome(self, record: IndexRecord) -> Outcome | None:
+    def outcome(self, record: IndexRecord) -> ImageResult | None:
         """What is known of a record; None where it has to be fetched."""
         reason = self._reason(record)
         if reason:
-            return Outcome(status=DROPPED, reason=reason)
+            return ImageResult(status=Status.DROPPED, reason=reason)
         row = self._row(record.key)
         if row is None:
             return None
         assert self._earlier
         return self.judged(self._earlier.outcome(row))
 
-    def judged(self, outcome: Outcome) -> Outcome:
+    def judged(self, outcome: ImageResult) -> ImageResult:
         """See `Exclusions.judged`."""
         return self._exclusions.judged(outcome)
 
@@ -176,15 +177,15 @@ class _Earlier:
     def close(self) -> None:
         self._stack.close()
 
-    def outcome(self, row: dict[str, Any]) -> Outcome:
+    def outcome(self, row: dict[str, Any]) -> ImageResult:
         picture = None
         if row["image_offset"] is not None:
             self._tar.seek(row["image_offset"])
             jpeg = self._tar.read(row["image_size"])
             size = row["original_width"], row["original_height"]
-            picture = Picture(jpeg, row["width"], row["height"], *size)
-        return Outcome(
-            picture=picture,
+            picture = StoredImage(jpeg, row["width"], row["height"], *size)
+        return ImageResult(
+            image=picture,
             sha256=row["sha256"],
             final_url=row["final_url"],
             original_size=(row["original_width"], row["original_height"]),

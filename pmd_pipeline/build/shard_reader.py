@@ -2,20 +2,19 @@
 
 import hashlib
 import json
-import math
 import re
 import struct
 from collections.abc import Sequence
 from io import BytesIO
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
 from pmd_pipeline.base.tables import read_table
-from pmd_pipeline.build.shard_writer import Place
+from pmd_pipeline.build.shard_writer import ByteRange
+from pmd_pipeline.contract.boxes import is_box
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import read_bytes, sha256_of
 from pmd_pipeline.contract.models import ShardEntry
@@ -27,7 +26,7 @@ _COLUMNS = (
 )  # fmt: skip
 _KEY = re.compile("[0-9a-f]{16}")
 _MOST_PIXELS = 100_000_000
-"""Of a stored image; more is no picture but a trap."""
+"""Of a stored image; more is no decode_image but a trap."""
 
 _MOST_BYTES = 1 << 28
 """Of a member; no stored image or description comes near it."""
@@ -39,7 +38,7 @@ _BROKEN = (OSError, SyntaxError, ValueError, TypeError, MemoryError, OverflowErr
 """What Pillow's JPEG decoder is known to raise on hostile bytes."""
 
 
-class Sample(NamedTuple):
+class ShardSample(NamedTuple):
     """One sample of a tar, as its ledger row describes it; `number` counts from 0 in ledger order.
 
     Args:
@@ -53,8 +52,8 @@ class Sample(NamedTuple):
     key: str
     num_pairs: int
     size: tuple[int, int]
-    image: Place
-    described: Place
+    image: ByteRange
+    described: ByteRange
 
 
 def check_tar(shard: str, entry: ShardEntry) -> None:
@@ -70,7 +69,7 @@ def check_tar(shard: str, entry: ShardEntry) -> None:
         )
 
 
-def read_samples(shard: str, entry: ShardEntry) -> list[Sample]:
+def read_samples(shard: str, entry: ShardEntry) -> list[ShardSample]:
     """The samples of the tar at `shard`, from its ledger.
 
     Raises:
@@ -96,14 +95,16 @@ def read_samples(shard: str, entry: ShardEntry) -> list[Sample]:
         ):
             raise PmdError(f"{address}: the row of {row['key']} says nothing of where its image is")
         pairs, width, height, *places = numbers
-        image, described = Place(*places[:2]), Place(*places[2:])
-        samples.append(Sample(shard, number, row["key"], pairs, (width, height), image, described))
+        image, described = ByteRange(*places[:2]), ByteRange(*places[2:])
+        samples.append(
+            ShardSample(shard, number, row["key"], pairs, (width, height), image, described)
+        )
     if len(samples) != entry.images:
         raise PmdError(f"{address} has {len(samples)} images, the manifest {entry.images}")
     return samples
 
 
-def read_member(file: BinaryIO, sample: Sample, place: Place) -> bytes:
+def read_member(file: BinaryIO, sample: ShardSample, place: ByteRange) -> bytes:
     """The content of a member of the open tar.
 
     Raises:
@@ -118,7 +119,7 @@ def read_member(file: BinaryIO, sample: Sample, place: Place) -> bytes:
     return content
 
 
-def picture(sample: Sample, jpeg: bytes) -> Image.Image:
+def decode_image(sample: ShardSample, jpeg: bytes) -> Image.Image:
     """The stored image as RGB.
 
     Raises:
@@ -134,7 +135,7 @@ def picture(sample: Sample, jpeg: bytes) -> Image.Image:
         raise _wrong(sample, f"cannot be decoded ({error})") from error
 
 
-def caption_boxes(sample: Sample, described: bytes) -> Sequence[Sequence[float]]:
+def caption_boxes(sample: ShardSample, described: bytes) -> Sequence[Sequence[float]]:
     """The box of each caption, as fractions of the stored image; none where captions have none.
 
     Raises:
@@ -147,19 +148,12 @@ def caption_boxes(sample: Sample, described: bytes) -> Sequence[Sequence[float]]
         raise _wrong(sample, f"has a description that cannot be read ({error})") from error
     if found and not len(found) == sample.num_pairs <= _MOST_BOXES:
         raise _wrong(sample, f"has {len(found)} boxes for {sample.num_pairs} captions")
-    if not all(_is_box(box) for box in found):
+    if not all(is_box(box) for box in found):
         raise _wrong(sample, "has a box that is not inside it")
     return found
 
 
-def _is_box(box: Sequence[float]) -> bool:
-    if len(box) != 4 or not all(map(math.isfinite, box)):
-        return False
-    x0, y0, x1, y1 = (float(np.float32(side)) for side in box)
-    return 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
-
-
-def _wrong(sample: Sample, what: str) -> PmdError:
+def _wrong(sample: ShardSample, what: str) -> PmdError:
     return PmdError(
         f"{sample.shard}: the image of {sample.key} {what}, so this is no shard of `pmd build`: "
         "build it again"

@@ -3,43 +3,13 @@
 import hashlib
 import tarfile
 from collections.abc import Mapping
-from io import BytesIO
-from typing import Any, BinaryIO, NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-LEDGER = pa.schema(
-    [
-        ("key", pa.string()),
-        ("id", pa.string()),
-        ("url", pa.string()),
-        ("caption", pa.string()),
-        ("num_pairs", pa.int32()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("error_message", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-        ("sha256", pa.string()),
-        ("final_url", pa.string()),
-        ("image_offset", pa.int64()),
-        ("image_size", pa.int64()),
-        ("json_offset", pa.int64()),
-        ("json_size", pa.int64()),
-    ]
-)
-"""One row per record of the part, kept or not. img2dataset's names where it has them; `status` is
-`success`, `failed_to_download`, `failed_to_resize` or `dropped`; `caption` is the first of
-`num_pairs`; offsets are those of the content inside the tar."""
+from typing import BinaryIO, NamedTuple
 
 _BLOCK = tarfile.BLOCKSIZE
 _BARE_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
 
-class Place(NamedTuple):
+class ByteRange(NamedTuple):
     """Where a member's content lies in the tar, in bytes."""
 
     offset: int
@@ -79,7 +49,7 @@ class ShardWriter:
         self._file = file
         self._last = ""
 
-    def add(self, key: str, members: Mapping[str, bytes]) -> dict[str, Place]:
+    def add(self, key: str, members: Mapping[str, bytes]) -> dict[str, ByteRange]:
         """Add one sample; `members` by extension. Tells where each lies."""
         assert self._last < key, "samples come in order of their keys"
         self._last = key
@@ -93,9 +63,9 @@ class ShardWriter:
         end = self._file.tell() + 2 * _BLOCK
         self._file.write(bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE))
 
-    def _add(self, name: str, content: bytes) -> Place:
+    def _add(self, name: str, content: bytes) -> ByteRange:
         self._file.write(_header(name, len(content)))
-        place = Place(self._file.tell(), len(content))
+        place = ByteRange(self._file.tell(), len(content))
         self._file.write(content + bytes(-len(content) % _BLOCK))
         return place
 
@@ -111,10 +81,3 @@ def _header(name: str, size: int) -> bytes:
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)
-
-
-def ledger_bytes(rows: list[dict[str, Any]]) -> bytes:
-    """The ledger of one part, as Parquet."""
-    out = BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=LEDGER), out, compression="zstd")
-    return out.getvalue()

@@ -11,7 +11,7 @@ _MOST_BYTES = 1 << 30
 """No member is as large; a header that says so is not believed."""
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A file inside a tar; `offset` is where its content begins, in bytes."""
 
     name: str
@@ -19,7 +19,7 @@ class Member(NamedTuple):
     size: int
 
 
-class Members:
+class TarReader:
     """The members of a tar in the order in which they lie, read once, one in memory at a time.
 
     What is not as `ShardWriter` writes it is told in `faults`, a sentence each. Reading ends at the
@@ -35,7 +35,7 @@ class Members:
         self.faults: list[str] = []
         self.is_whole = False
 
-    def __iter__(self) -> Iterator[tuple[Member, bytes]]:
+    def __iter__(self) -> Iterator[tuple[TarMember, bytes]]:
         """Each member with its content."""
         while (member := self._next()) is not None:
             content = self._read(member.size)
@@ -60,7 +60,7 @@ class Members:
         self.num_bytes += len(content)
         return content
 
-    def _next(self) -> Member | None:
+    def _next(self) -> TarMember | None:
         start = self.num_bytes
         header = self._read(_BLOCK)
         if header == _ZEROS:
@@ -79,7 +79,7 @@ class Members:
             return None
         if header != _header(found):
             self.faults.append(f"the header of {_plain(found.name)} {_oddity(found)}")
-        return Member(_plain(found.name), self.num_bytes, found.size)
+        return TarMember(_plain(found.name), self.num_bytes, found.size)
 
     def _end(self) -> None:
         """Read on behind the first block of zeros: only zeros, up to a whole record."""

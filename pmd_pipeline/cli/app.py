@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from pmd_pipeline.base.progress import Show
+    from pmd_pipeline.base.progress import Reporter
 
 ORDER = (
     "quickstart",
@@ -98,8 +98,8 @@ def say(words: str) -> None:
     err_console.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
-def shown(*, quiet: bool) -> "Show":
-    """Where progress is shown: stderr."""
-    from pmd_pipeline.base.progress import Show
+def make_reporter(*, quiet: bool) -> "Reporter":
+    """Where progress is make_reporter: stderr."""
+    from pmd_pipeline.base.progress import Reporter
 
-    return Show(err_console, quiet=quiet)
+    return Reporter(err_console, quiet=quiet)

@@ -15,12 +15,12 @@ from pmd_pipeline.cli.app import (
     Workers,
     app,
     interruptible,
+    make_reporter,
     say,
-    shown,
 )
 
 if TYPE_CHECKING:
-    from pmd_pipeline.dataset.build import Built, Request
+    from pmd_pipeline.dataset.build import BuildRequest, BuildResult
 
 
 Sources = Annotated[
@@ -107,9 +107,9 @@ def build(
 
     Example: pmd build --source yfcc100m --limit 10000
     """
-    from pmd_pipeline.dataset.build import Request
+    from pmd_pipeline.dataset.build import BuildRequest
 
-    request = Request(
+    request = BuildRequest(
         recipes=(*(source or ()), *(recipe or ()), *(("pmd",) if all_ else ())),
         out=out,
         manifests=manifests,
@@ -153,9 +153,9 @@ def retry(
 
     Example: pmd retry --reason timeout,dns --source cc12m
     """
-    from pmd_pipeline.dataset.build import Request, reasons_of
+    from pmd_pipeline.dataset.build import BuildRequest, reasons_of
 
-    request = Request(
+    request = BuildRequest(
         recipes=(*(source or ()), *(recipe or ()), *(("pmd",) if all_ else ())),
         out=out,
         manifests=manifests,
@@ -185,14 +185,16 @@ def merge(
     Example: pmd merge manifests/coco.json manifests/sbu.json --out manifests/two.json
     """
     from pmd_pipeline.contract.manifest import load_manifest, save_manifest
-    from pmd_pipeline.dataset.manifest import merged
+    from pmd_pipeline.dataset.manifest import merge_manifests
 
-    found = merged(Path(out).stem, out, [(path, load_manifest(path)) for path in manifests])
+    found = merge_manifests(
+        Path(out).stem, out, [(path, load_manifest(path)) for path in manifests]
+    )
     save_manifest(out, found)
     typer.echo(f"{out}  {found.digest}")
 
 
-def fail_if_parts_failed(built: "Built") -> None:
+def fail_if_parts_failed(built: "BuildResult") -> None:
     """Name the parts that a build could not finish, and exit with 1 if there are any."""
     for failure in built.failures:
         say(f"failed: {failure}; run the same command again")
@@ -211,14 +213,14 @@ def _changes(
     }
 
 
-def _build(request: "Request", lid_model: Path | None, *, quiet: bool) -> None:
+def _build(request: "BuildRequest", lid_model: Path | None, *, quiet: bool) -> None:
     from pmd_pipeline.dataset.build import build_all
     from pmd_pipeline.filters import caption
 
     if lid_model:
         caption.use_lid_model(lid_model)  # says what is wrong with it before anything is done
     with interruptible():
-        built = build_all(request, shown(quiet=quiet))
+        built = build_all(request, make_reporter(quiet=quiet))
     for path, manifest in built.manifests:
         typer.echo(f"{path}  {manifest.digest}")
     fail_if_parts_failed(built)

@@ -43,8 +43,8 @@ def bundle(
 
     Example: pmd bundle manifests/pmd.json --out pmd-bundle.tar
     """
-    from pmd_pipeline.publish.bundle.contents import Wanted, contents
+    from pmd_pipeline.publish.bundle.contents import BundleRequest, contents
     from pmd_pipeline.publish.bundle.pack import pack
 
-    wanted = Wanted(manifest, kit, tuple(config or ()), wheel, hashes, url, published)
+    wanted = BundleRequest(manifest, kit, tuple(config or ()), wheel, hashes, url, published)
     say(f"wrote {out}, {pack(contents(wanted), out)} files")

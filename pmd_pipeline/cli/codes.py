@@ -15,8 +15,8 @@ from pmd_pipeline.cli.app import (
     Workers,
     app,
     interruptible,
+    make_reporter,
     say,
-    shown,
 )
 from pmd_pipeline.contract.errors import PmdError
 
@@ -143,7 +143,7 @@ def make(
         ray_address=ray_address,
     )
     with interruptible():
-        coded = code_manifest(request, shown(quiet=quiet))
+        coded = code_manifest(request, make_reporter(quiet=quiet))
     if coded.failures:
         for failure in coded.failures:
             say(f"failed: {failure}; run the same command again")
@@ -192,7 +192,7 @@ def export(
     from pmd_pipeline.publish import codes_export as exporting
 
     with interruptible(), open_pool(runner.value, workers, ray_address) as pool:
-        for task, sha256 in exporting.export(manifest, out, pool, shown(quiet=quiet)):
+        for task, sha256 in exporting.export(manifest, out, pool, make_reporter(quiet=quiet)):
             typer.echo(f"{task.out}  {sha256}")
 
 

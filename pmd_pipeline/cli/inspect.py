@@ -103,7 +103,7 @@ def show(
         }
     else:
         with open_pool("local", 1, None) as pool:
-            found = story.stories(out, key_or_shard, pool)[0]
+            found = story.find_traces(out, key_or_shard, pool)[0]
         facts = {"ledger": found.ledger or {}, "sample": found.sample or {}}
         if found.sequences:
             facts = {f"sequence {one['row']}": one for one in found.sequences}
@@ -145,13 +145,13 @@ def why(
     from pmd_pipeline.inspect import trace_text as telling
 
     with open_pool("local", workers, None) as pool:
-        found = story.stories(out, asked, pool, source)
+        found = story.find_traces(out, asked, pool, source)
     if as_json:
         facts = [telling.as_facts(one) for one in found]
         typer.echo(json.dumps(facts, ensure_ascii=False, default=str))
         return
     for number, one in enumerate(found):
-        for line in ("",) * bool(number) + tuple(telling.told(one)):
+        for line in ("",) * bool(number) + tuple(telling.trace_lines(one)):
             typer.secho(line, bold=not line.startswith(" "))
 
 

@@ -14,8 +14,8 @@ from pmd_pipeline.cli.app import (
     Workers,
     app,
     interruptible,
+    make_reporter,
     say,
-    shown,
 )
 
 
@@ -43,7 +43,7 @@ def lock(
     from pmd_pipeline.publish.lockfile.lock import lock as write_kit
 
     with interruptible(), open_pool(runner.value, workers, ray_address) as pool:
-        kit = write_kit(manifest, out, pool, shown(quiet=quiet), hashed=hash_captions)
+        kit = write_kit(manifest, out, pool, make_reporter(quiet=quiet), hashed=hash_captions)
     typer.echo(f"{out}  {kit.digest}")
 
 
@@ -85,10 +85,10 @@ def rebuild(
     Example: pmd rebuild kit --out data
     """
     from pmd_pipeline.base.parallel import open_pool
-    from pmd_pipeline.publish.lockfile.rebuild import Rebuild
+    from pmd_pipeline.publish.lockfile.rebuild import RebuildRequest
     from pmd_pipeline.publish.lockfile.rebuild import rebuild as make
 
-    order = Rebuild(
+    order = RebuildRequest(
         kit=kit,
         out=out,
         manifests=manifests,
@@ -97,7 +97,7 @@ def rebuild(
         changes={"fetch": {"contact": contact}} if contact else {},
     )
     with interruptible(), open_pool(runner.value, workers, ray_address) as pool:
-        made = make(order, pool, shown(quiet=quiet))
+        made = make(order, pool, make_reporter(quiet=quiet))
     if as_json:
         typer.echo(json.dumps(made.facts(), indent=1))
     else:

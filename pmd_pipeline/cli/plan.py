@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pmd_pipeline.cli.app import Out, Quiet, app, interruptible, out_console, say, shown
+from pmd_pipeline.cli.app import Out, Quiet, app, interruptible, make_reporter, out_console, say
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pmd_pipeline.dataset.estimate import Plan
+    from pmd_pipeline.dataset.estimate import BuildEstimate
     from pmd_pipeline.dataset.probe import Range
 
 
@@ -67,7 +67,9 @@ def plan(
         for one in recipes:
             if probe:
                 folder = raw_folder(raw, out, one.source)
-                found.append(plans.probed(one, folder, out, probe, tasks, shown(quiet=quiet)))
+                found.append(
+                    plans.probed(one, folder, out, probe, tasks, make_reporter(quiet=quiet))
+                )
             else:
                 found.append(plans.recorded(one, out, tasks))
     if as_json:
@@ -83,7 +85,7 @@ def plan(
     )
 
 
-def _table(rows: list["Plan"], workers: int) -> "Table":
+def _table(rows: list["BuildEstimate"], workers: int) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

@@ -12,9 +12,9 @@ from pmd_pipeline.cli.app import (
     Workers,
     app,
     interruptible,
+    make_reporter,
     out_console,
     say,
-    shown,
 )
 from pmd_pipeline.cli.build import fail_if_parts_failed
 from pmd_pipeline.contract.errors import PmdError
@@ -46,7 +46,7 @@ def quickstart(
     from pmd_pipeline.demo.training_summary import as_tables
     from pmd_pipeline.inspect import stats as statistics
 
-    folder, show = Path(out), shown(quiet=quiet)
+    folder, reporter = Path(out), make_reporter(quiet=quiet)
     lacking = whole.lacking()
     trains = not (no_train or lacking)
     if trains and scenes < whole.LEAST_SCENES:
@@ -55,7 +55,7 @@ def quickstart(
             "--no-train"
         )
     with interruptible():
-        built = whole.run(folder, scenes, runner.value, workers, show)
+        built = whole.run(folder, scenes, runner.value, workers, reporter)
     path, manifest = built.manifests[-1]
     for table in statistics.as_table(statistics.lengths(manifest), manifest):
         out_console.print(table)
@@ -69,7 +69,7 @@ def quickstart(
     if not trains:
         return
     with interruptible():
-        whole.prepare(folder, workers, show)
+        whole.prepare(folder, workers, reporter)
         learned = whole.train(folder, steps, quiet=quiet)
         poster = whole.show_off(folder, learned)
     for table in as_tables(learned):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pmd_pipeline.cli.app import Quiet, app, interruptible, say, shown
+from pmd_pipeline.cli.app import Quiet, app, interruptible, make_reporter, say
 
 
 @app.command()
@@ -32,7 +32,10 @@ def report(
     from pmd_pipeline.contract.files import write_whole
     from pmd_pipeline.inspect.report.page import page
 
-    with interruptible(resumes=False), shown(quiet=quiet).stage("report", "ledgers") as stage:
-        html = page(manifest, data, stage.watch).encode()
+    with (
+        interruptible(resumes=False),
+        make_reporter(quiet=quiet).stage("report", "ledgers") as stage,
+    ):
+        html = page(manifest, data, stage.update).encode()
     write_whole(out, html)
     say(f"wrote {out}, {len(html) / 1e6:.1f} MB")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pmd_pipeline.cli.app import Quiet, app, say, shown
+from pmd_pipeline.cli.app import Quiet, app, make_reporter, say
 
 
 @app.command()
@@ -26,8 +26,8 @@ def tokenizer(
     from pmd_pipeline.contract.files import write_whole
     from pmd_pipeline.text.vocabulary import learn_vocabulary
 
-    with shown(quiet=quiet).stage("tokenizer", "texts") as stage:
-        vocabulary, forgotten = learn_vocabulary(manifest, size, stage.watch)
+    with make_reporter(quiet=quiet).stage("tokenizer", "texts") as stage:
+        vocabulary, forgotten = learn_vocabulary(manifest, size, stage.update)
     write_whole(out, vocabulary.content)
     if forgotten:
         say(f"words that occur up to {forgotten} times may be missing: there are too many to count")

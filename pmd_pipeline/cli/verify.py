@@ -14,8 +14,8 @@ from pmd_pipeline.cli.app import (
     Workers,
     app,
     interruptible,
+    make_reporter,
     say,
-    shown,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -42,7 +42,7 @@ def verify(
 
     found = []
     with interruptible(resumes=False), open_pool(runner.value, workers, ray_address) as pool:
-        for finding in findings(manifest, pool, shown(quiet=quiet), fast=fast):
+        for finding in findings(manifest, pool, make_reporter(quiet=quiet), fast=fast):
             found.append(finding)
             if not as_json:
                 typer.echo(str(finding))
@@ -73,7 +73,7 @@ def diff(
     """
     from pmd_pipeline.inspect import diff as compare
 
-    with interruptible(resumes=False), shown(quiet=quiet).stage("diff", "records") as stage:
+    with interruptible(resumes=False), make_reporter(quiet=quiet).stage("diff", "records") as stage:
         found = compare.compare(before, after, stage)
     typer.echo(compare.as_json(found) if as_json else "\n".join(compare.as_lines(found)))
     if not found.are_equal:

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-WHOLE = (0.0, 0.0, 1.0, 1.0)
-"""View 0 of every image."""
+from pmd_pipeline.contract.boxes import WHOLE_IMAGE
 
 _LEAST_AREA = 0.9
 _FLATTEST = 4 / 3
 """Width by height, or height by width, of the longest drawn view."""
 
 
-def view_boxes(
+def crop_boxes(
     key: str,
     size: tuple[int, int],
     captioned: Sequence[Sequence[float]],
@@ -30,10 +29,10 @@ def view_boxes(
         views: of an image without them, the whole included.
     """
     if captioned:
-        return np.array([WHOLE, *captioned], dtype=np.float32)
+        return np.array([WHOLE_IMAGE, *captioned], dtype=np.float32)
     dice = _uniform(seed, int(key, 16), 4 * (views - 1))
     drawn = [_drawn(size, *dice[start : start + 4]) for start in range(0, len(dice), 4)]
-    return np.array([WHOLE, *drawn], dtype=np.float32)
+    return np.array([WHOLE_IMAGE, *drawn], dtype=np.float32)
 
 
 def _drawn(

@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from PIL import features
 from PIL.Image import Resampling
 
-from pmd_pipeline.base.parallel import Tick
+from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.storage import remove
 from pmd_pipeline.build.shard_reader import (
-    Sample,
+    ShardSample,
     caption_boxes,
     check_tar,
-    picture,
+    decode_image,
     read_member,
     read_samples,
 )
-from pmd_pipeline.codes.crops import view_boxes
+from pmd_pipeline.codes.crops import crop_boxes
 from pmd_pipeline.codes.reports import codes_dependency
 from pmd_pipeline.codes.tokenizers import Tokenizer, open_tokenizer
 from pmd_pipeline.codes.tokenizers.weights import read_weights, tensor_file
@@ -71,7 +71,7 @@ class CodesTask:
         return self.shard.removesuffix(".tar")
 
 
-def code_shard(task: CodesTask, tick: Tick) -> CodesReport:
+def code_shard(task: CodesTask, report_progress: ReportProgress) -> CodesReport:
     """Make the codes of one shard and, last, their report.
 
     Raises:
@@ -86,7 +86,7 @@ def code_shard(task: CodesTask, tick: Tick) -> CodesReport:
     boxes: list[Boxes] = []
     codes: list[NDArray[np.uint16]] = []
     agreement: float | None = None
-    for batch in _batches(_told(_seen(task, samples), boxes, tick), tokenizer.batch):
+    for batch in _batches(_told(_seen(task, samples), boxes, report_progress), tokenizer.batch):
         codes.append(tokenizer.codes(batch))
         if agreement is None and rules.dtype != "float32":
             exact = _loaded(task.weights, rules.sha256, "float32", task.device)
@@ -124,13 +124,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def view_pixels(sample: Sample, jpeg: bytes, boxes: Boxes, size: int) -> Pixels:
+def crop_pixels(sample: ShardSample, jpeg: bytes, boxes: Boxes, size: int) -> Pixels:
     """The views [v, size, size, 3] of a stored image, each resized by Lanczos from its exact box.
 
     Raises:
         PmdError: the image cannot be decoded.
     """
-    image = picture(sample, jpeg)
+    image = decode_image(sample, jpeg)
     width, height = image.size
     sides = boxes.astype(float) * (width, height, width, height)
     return np.stack(
@@ -149,7 +149,7 @@ def _loaded(weights: str, sha256: str, dtype: str, device: str) -> Tokenizer:
     return open_tokenizer(read, dtype=dtype, device=device)
 
 
-def _seen(task: CodesTask, samples: Iterable[Sample]) -> Iterator[tuple[Boxes, Pixels]]:
+def _seen(task: CodesTask, samples: Iterable[ShardSample]) -> Iterator[tuple[Boxes, Pixels]]:
     """Boxes and pixels of the views of each sample, in order; threads decode some ahead."""
     rules = task.rules
     ahead = deque[tuple[Boxes, Future[Pixels]]]()
@@ -158,8 +158,8 @@ def _seen(task: CodesTask, samples: Iterable[Sample]) -> Iterator[tuple[Boxes, P
             for sample in samples:
                 jpeg = read_member(file, sample, sample.image)
                 captioned = caption_boxes(sample, read_member(file, sample, sample.described))
-                boxes = view_boxes(sample.key, sample.size, captioned, rules.views, rules.seed)
-                ahead.append((boxes, pool.submit(view_pixels, sample, jpeg, boxes, rules.size)))
+                boxes = crop_boxes(sample.key, sample.size, captioned, rules.views, rules.seed)
+                ahead.append((boxes, pool.submit(crop_pixels, sample, jpeg, boxes, rules.size)))
                 if len(ahead) > _AHEAD * task.threads:
                     boxes, pixels = ahead.popleft()
                     yield boxes, pixels.result()
@@ -169,13 +169,15 @@ def _seen(task: CodesTask, samples: Iterable[Sample]) -> Iterator[tuple[Boxes, P
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _told(seen: Iterable[tuple[Boxes, Pixels]], boxes: list[Boxes], tick: Tick) -> Iterator[Pixels]:
+def _told(
+    seen: Iterable[tuple[Boxes, Pixels]], boxes: list[Boxes], report_progress: ReportProgress
+) -> Iterator[Pixels]:
     """The pixels, while `boxes` collects their boxes and the driver hears how many there were."""
     views = 0
     for own, pixels in seen:
         boxes.append(own)
         views += len(own)
-        tick({"images": len(boxes), "views": views})
+        report_progress({"images": len(boxes), "views": views})
         yield pixels
 
 

@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pmd_pipeline.base.parallel import WorkerDied, open_pool
-from pmd_pipeline.base.progress import Show
+from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.storage import sizes, sweep
-from pmd_pipeline.build.shard_reader import Sample, check_tar, read_member, read_samples
-from pmd_pipeline.codes.crops import WHOLE
+from pmd_pipeline.build.shard_reader import ShardSample, check_tar, read_member, read_samples
 from pmd_pipeline.codes.reports import done_codes, with_codes
-from pmd_pipeline.codes.shard import CodesTask, code_shard, view_pixels
+from pmd_pipeline.codes.shard import CodesTask, code_shard, crop_pixels
 from pmd_pipeline.codes.tokenizers import best_device
 from pmd_pipeline.codes.tokenizers.kmeans import PATCH, fit, patches
 from pmd_pipeline.codes.tokenizers.pickles import read_pickle
@@ -27,6 +26,7 @@ from pmd_pipeline.codes.tokenizers.weights import (
     read_weights,
     tensor_file,
 )
+from pmd_pipeline.contract.boxes import WHOLE_IMAGE
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import open_read, write_whole
@@ -88,7 +88,7 @@ class Coded:
     failures: list[str] = field(default_factory=list)
 
 
-def code_manifest(request: CodesRequest, show: Show) -> Coded:
+def code_manifest(request: CodesRequest, reporter: Reporter) -> Coded:
     """Make the codes of all shards of a manifest; what is done and still true is not done again.
 
     Raises:
@@ -98,7 +98,7 @@ def code_manifest(request: CodesRequest, show: Show) -> Coded:
     manifest = load_manifest(request.manifest)
     shards = [(located(request.manifest, shard.path), shard) for shard in manifest.shards]
     _check(request, manifest, shards)
-    address = _weights_address(request, manifest, shards, show)
+    address = _weights_address(request, manifest, shards, reporter)
     weights = read_weights(address)
     if request.tokenizer not in {None, weights.tokenizer}:
         raise PmdError(f"{address} holds weights of {weights.tokenizer}, not {request.tokenizer}")
@@ -118,7 +118,7 @@ def code_manifest(request: CodesRequest, show: Show) -> Coded:
     del weights  # workers read them where they compute
     tasks = [_task(shard, entry, rules, address, device) for shard, entry in shards]
     coded = Coded(manifest, rules, address)
-    reports = list(_reports(request, tasks, coded, show))
+    reports = list(_reports(request, tasks, coded, reporter))
     if coded.failures:
         return coded
     coded.manifest = with_codes(manifest, reports)
@@ -161,7 +161,7 @@ def _weights_address(
     request: CodesRequest,
     manifest: Manifest,
     shards: Sequence[tuple[str, ShardEntry]],
-    show: Show,
+    reporter: Reporter,
 ) -> str:
     """Where the weights are; those of k-means are fitted unless they lie beside the manifest."""
     if request.weights is not None:
@@ -178,11 +178,11 @@ def _weights_address(
     }
     folder, _, name = address.rpartition("/")
     if name not in sizes(folder or ".") or read_weights(address).facts != facts:
-        with show.stage(f"{manifest.name} k-means", "images") as stage:
+        with reporter.stage(f"{manifest.name} k-means", "images") as stage:
             seen = []
             for pixels in _first_images(shards, PATCH * request.grid):
                 seen.append(patches(pixels))
-                stage.watch("k-means", {"images": len(seen)})
+                stage.update("k-means", {"images": len(seen)})
             centroids = fit(np.concatenate(seen), request.vocabulary, request.seed)
             write_whole(address, tensor_file({"centroids": centroids}, facts))
     return address
@@ -196,10 +196,10 @@ def _first_images(
     for shard, entry in sorted(shards, key=lambda one: one[1].part):
         by_source[entry.source].append((shard, entry))
     in_order = merge(*map(_by_key, by_source.values()), key=attrgetter("key"))
-    by_shard = defaultdict[str, list[Sample]](list)
+    by_shard = defaultdict[str, list[ShardSample]](list)
     for sample in islice(in_order, _FITTED_IMAGES):
         by_shard[sample.shard].append(sample)
-    whole = np.array([WHOLE], dtype=np.float32)
+    whole = np.array([WHOLE_IMAGE], dtype=np.float32)
     for shard, entry in shards:
         if shard not in by_shard:
             continue
@@ -207,10 +207,10 @@ def _first_images(
         with open_read(shard) as file:
             for sample in by_shard[shard]:
                 jpeg = read_member(file, sample, sample.image)
-                yield view_pixels(sample, jpeg, whole, size)
+                yield crop_pixels(sample, jpeg, whole, size)
 
 
-def _by_key(shards: Iterable[tuple[str, ShardEntry]]) -> Iterator[Sample]:
+def _by_key(shards: Iterable[tuple[str, ShardEntry]]) -> Iterator[ShardSample]:
     """The samples of one source; parts are key ranges, and no ledger is read before its turn."""
     for shard, entry in shards:
         yield from read_samples(shard, entry)
@@ -222,7 +222,7 @@ def _task(shard: str, entry: ShardEntry, rules: CodeRules, weights: str, device:
 
 
 def _reports(
-    request: CodesRequest, tasks: Sequence[CodesTask], coded: Coded, show: Show
+    request: CodesRequest, tasks: Sequence[CodesTask], coded: Coded, reporter: Reporter
 ) -> Iterator[CodesReport]:
     """Reports of all shards but those that failed, which `coded` hears of."""
     folders = {task.shard.rpartition("/")[0] for task in tasks}
@@ -241,16 +241,16 @@ def _reports(
     workers = request.workers or (1 if on_gpu and request.runner == "local" else None)
     images = sum(task.entry.images for task in tasks)
     with (
-        show.stage(f"{coded.manifest.name} codes", "images", images) as stage,
+        reporter.stage(f"{coded.manifest.name} codes", "images", images) as stage,
         open_pool(request.runner, workers, request.ray_address, gpus=int(on_gpu)) as pool,
     ):
         for report in done:
-            stage.found(_counts(report))
-        for task, result in pool.run(code_shard, waiting, stage.watch):
+            stage.resume_from(_counts(report))
+        for task, result in pool.run(code_shard, waiting, stage.update):
             if isinstance(result, WorkerDied):
                 coded.failures.append(str(result))
             else:
-                stage.finished(str(task), _counts(result))
+                stage.advance(str(task), _counts(result))
                 yield result
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from pmd_pipeline.contract.digests import digest
+from pmd_pipeline.contract.names import Address, FileName, RelativePath, Sha256
+from pmd_pipeline.contract.paths import ShardPaths
 
 Kind: TypeAlias = Literal["pairs", "images", "text"]
 """What a sample of a dataset is."""
@@ -21,10 +23,10 @@ class _Stored(BaseModel):
 
 
 class FileDigest(_Stored):
-    """A file by its content: `name` without folder, sha256 as hex, size in bytes."""
+    """A file by its content: `name` in its folder, SHA-256, size in bytes."""
 
-    name: str
-    sha256: str
+    name: RelativePath
+    sha256: Sha256
     num_bytes: int
 
     @classmethod
@@ -107,7 +109,7 @@ class Report(_Stored):
     """
 
     format: int = FORMAT
-    source: str
+    source: FileName
     part: int
     dependency: str
     counts: Counts
@@ -144,7 +146,7 @@ class CodeRules(_Stored):
     """
 
     tokenizer: Literal["dalle", "kmeans"]
-    sha256: str
+    sha256: Sha256
     vocabulary: int
     size: int
     grid: int
@@ -167,7 +169,7 @@ class CodesReport(_Stored):
     """
 
     format: int = FORMAT
-    source: str
+    source: FileName
     part: int
     dependency: str
     rules: CodeRules
@@ -210,7 +212,7 @@ class SourceEntry(_Stored):
     words: dict[int, int]
     tokens: int = 0
     rules: dict[str, Any]
-    rules_sha256: str
+    rules_sha256: Sha256
     upstream: list[FileDigest]
     leakage: str
     limit: int | None = None
@@ -228,27 +230,27 @@ class ShardEntry(_Stored):
         views: rows of that file.
     """
 
-    source: str
+    source: FileName
     part: int
-    path: str
-    sha256: str
+    path: Address
+    sha256: Sha256
     num_bytes: int
-    ledger_sha256: str
+    ledger_sha256: Sha256
     records: int
     images: int
     pairs: int
-    codes_sha256: str | None = None
+    codes_sha256: Sha256 | None = None
     views: int | None = None
 
     @property
     def ledger_path(self) -> str:
         """Where the ledger is: beside the tar."""
-        return self.path.removesuffix(".tar").removesuffix(".parquet") + ".parquet"
+        return ShardPaths.of(self.path).ledger
 
     @property
     def codes_path(self) -> str:
         """Where the image codes are, if there are any: beside the tar."""
-        return self.path.removesuffix(".tar") + ".codes.safetensors"
+        return ShardPaths.of(self.path).codes
 
 
 class Manifest(_Stored):
@@ -263,9 +265,9 @@ class Manifest(_Stored):
     """
 
     format: int = FORMAT
-    name: str
+    name: FileName
     kind: Kind = "pairs"
-    sources: dict[str, SourceEntry]
+    sources: dict[FileName, SourceEntry]
     shards: list[ShardEntry]
     codes: CodeRules | None = None
     versions: dict[str, str]

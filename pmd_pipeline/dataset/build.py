@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pmd_pipeline import sources
 from pmd_pipeline.base.parallel import Pool, WorkerDied, open_pool
-from pmd_pipeline.base.progress import Show
+from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.storage import sizes, sweep
 from pmd_pipeline.build.optout import add_to_list, load_list
 from pmd_pipeline.build.part import (
@@ -25,8 +24,9 @@ from pmd_pipeline.contract.files import is_local, join
 from pmd_pipeline.contract.manifest import save_manifest
 from pmd_pipeline.contract.models import Manifest, Report
 from pmd_pipeline.contract.reasons import FAILURE_REASONS
-from pmd_pipeline.dataset.manifest import merged, repeated_pictures, source_manifest
-from pmd_pipeline.images.local.archives import open_shelf, stamp
+from pmd_pipeline.contract.suggestions import suggestion
+from pmd_pipeline.dataset.manifest import merge_manifests, repeated_pictures, source_manifest
+from pmd_pipeline.images.local.archives import open_archive, stamp
 from pmd_pipeline.images.local.imagenet import check_images, laid_out
 from pmd_pipeline.images.local.img2dataset import catalogue, is_img2dataset
 from pmd_pipeline.index.build import Index, build_index
@@ -38,7 +38,7 @@ from pmd_pipeline.text.packing import build_texts, with_tokenizer
 
 
 @dataclass(frozen=True)
-class Order:
+class SourceBuild:
     """What to build and where.
 
     Args:
@@ -71,7 +71,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Request:
+class BuildRequest:
     """What a user asks for, of one or of many sources.
 
     Args:
@@ -80,10 +80,10 @@ class Request:
         manifests: address for manifests.
         raw: folder of annotation files, one source's or with a folder for each; None takes
             `out/raw/SOURCE`, where what upstream gives freely is downloaded to.
-        images: see `Order.places`.
+        images: see `SourceBuild.places`.
         changes: laid over every recipe.
         optout: file of images to leave out, now and in later builds; see `parts.optout`.
-        again: see `Order`.
+        again: see `SourceBuild`.
     """
 
     recipes: tuple[str, ...]
@@ -101,7 +101,7 @@ class Request:
 
 
 @dataclass
-class Built:
+class BuildResult:
     """Manifests with their addresses, and a sentence for each part that failed."""
 
     manifests: list[tuple[str, Manifest]] = field(default_factory=list)
@@ -117,19 +117,11 @@ def reasons_of(words: Sequence[str]) -> frozenset[str]:
     names = [name.strip() for word in words for name in word.split(",")]
     for name in names:
         if name not in FAILURE_REASONS:
-            near = get_close_matches(name, FAILURE_REASONS, n=1)
-            raise PmdError(
-                f"--reason {name}: "
-                + (
-                    f"did you mean {near[0]}?"
-                    if near
-                    else f"there are {', '.join(sorted(FAILURE_REASONS))}"
-                )
-            )
+            raise PmdError(f"--reason {name}: {suggestion(name, FAILURE_REASONS)}")
     return frozenset(names)
 
 
-def build_all(request: Request, show: Show) -> Built:
+def build_all(request: BuildRequest, reporter: Reporter) -> BuildResult:
     """Build every source that is asked for, one after another, then the manifests of many.
 
     Raises:
@@ -148,13 +140,13 @@ def build_all(request: Request, show: Show) -> Built:
         add_to_list(request.out, request.optout)
     if request.raw is None:
         for order in orders:
-            _download(order, show)
-    built = Built()
+            _download(order, reporter)
+    built = BuildResult()
     done: dict[str, str] = {}
     with open_pool(request.runner, request.workers, request.ray_address) as pool:
         for order in orders:
             done[order.recipe.source] = order.manifest
-            manifest, failures = build_source(order, pool, show)
+            manifest, failures = build_source(order, pool, reporter)
             built.manifests.append((order.manifest, manifest))
             built.failures += failures
     by_path = dict(built.manifests)
@@ -162,13 +154,15 @@ def build_all(request: Request, show: Show) -> Built:
         if len(recipes) > 1:
             path = join(request.manifests, f"{Path(name).stem}.json")
             paths = [done[recipe.source] for recipe in recipes]
-            manifest = merged(Path(name).stem, path, [(one, by_path[one]) for one in paths])
+            manifest = merge_manifests(
+                Path(name).stem, path, [(one, by_path[one]) for one in paths]
+            )
             save_manifest(path, manifest)
             built.manifests.append((path, manifest))
     return built
 
 
-def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[str]]:
+def build_source(order: SourceBuild, pool: Pool, reporter: Reporter) -> tuple[Manifest, list[str]]:
     """Index, build and list one source; what is done and still true is not done again.
 
     Returns the manifest, and a sentence for each part that failed.
@@ -180,16 +174,16 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
     sweep(order.index)
     sweep(order.shards)
     if order.recipe.kind == "images":
-        order = _with_images(order, pool, show)
+        order = _with_images(order, pool, reporter)
     catalogues = tuple(_catalogues(order, pool))
     for place in order.places:
         if place != WEB and place not in dict(catalogues):
-            open_shelf(place)  # says what is wrong with it before hours of indexing
-    with show.stage(f"{source} index", "rows") as stage:
-        index = build_index(order.recipe, order.raw, order.index, pool, stage.watch)
-        stage.settled({"rows": index.rows})
+            open_archive(place)  # says what is wrong with it before hours of indexing
+    with reporter.stage(f"{source} index", "rows") as stage:
+        index = build_index(order.recipe, order.raw, order.index, pool, stage.update)
+        stage.set_total({"rows": index.rows})
     if index.leakage == "not checked":
-        show.warn(
+        reporter.warn(
             f"{source}: no {KARPATHY_FILE} in {order.raw} or beside it, so evaluation images were "
             "not left out; the manifest says so"
         )
@@ -201,16 +195,16 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
         reports.pop(task.part.part, None)
     failures: list[str] = []
     num_records = sum(_records(task) for task in tasks)
-    with show.stage(f"{source} build", "records", num_records) as stage:
+    with reporter.stage(f"{source} build", "records", num_records) as stage:
         for report in reports.values():
-            stage.found(_counts(report))
+            stage.resume_from(_counts(report))
         build = build_texts if order.recipe.kind == "text" else build_part
-        for task, result in pool.run(build, list(_side_by_side(waiting, pool)), stage.watch):
+        for task, result in pool.run(build, list(_side_by_side(waiting, pool)), stage.update):
             if isinstance(result, WorkerDied):
                 failures.append(str(result))
             else:
                 reports[task.part.part] = result
-                stage.finished(str(task), _counts(result))
+                stage.advance(str(task), _counts(result))
     manifest = source_manifest(
         order.recipe,
         index,
@@ -223,7 +217,7 @@ def build_source(order: Order, pool: Pool, show: Show) -> tuple[Manifest, list[s
     )
     save_manifest(order.manifest, manifest)
     for sentence in repeated_pictures(manifest):
-        show.warn(sentence)
+        reporter.warn(sentence)
     return manifest, failures
 
 
@@ -245,7 +239,7 @@ def raw_folder(raw: str | None, out: str, source: str) -> str:
     return folder
 
 
-def _order(request: Request, recipe: Recipe) -> Order:
+def _order(request: BuildRequest, recipe: Recipe) -> SourceBuild:
     """What to build of one source, whose annotation files are there or can be downloaded."""
     source = sources.load(recipe.source)
     recipe = with_tokenizer(recipe)
@@ -258,7 +252,7 @@ def _order(request: Request, recipe: Recipe) -> Order:
         check_images(raw)
     elif request.raw is not None or not source.downloadable(recipe.form):
         sources.find_spans(source, raw, recipe.form)  # says now what a later source lacks
-    return Order(
+    return SourceBuild(
         recipe=recipe,
         raw=raw,
         data=request.out,
@@ -269,29 +263,31 @@ def _order(request: Request, recipe: Recipe) -> Order:
     )
 
 
-def _download(order: Order, show: Show) -> None:
+def _download(order: SourceBuild, reporter: Reporter) -> None:
     recipe, source = order.recipe, sources.load(order.recipe.source)
     if recipe.kind == "images":
         return  # its raw folder holds images, which are many
     if recipe.texts.dataset:
-        with show.stage(f"{recipe.source} dataset", "rows") as stage:
-            keep_dataset(recipe, order.raw, stage.watch)
+        with reporter.stage(f"{recipe.source} dataset", "rows") as stage:
+            keep_dataset(recipe, order.raw, stage.update)
         return
-    with show.stage(f"{recipe.source} annotations", "bytes") as stage:
+    with reporter.stage(f"{recipe.source} annotations", "bytes") as stage:
         contact = recipe.fetch.contact
-        for sentence in annotations.ensure(source, order.raw, recipe.form, contact, stage.watch):
-            show.say(sentence)
+        for sentence in annotations.download_annotations(
+            source, order.raw, recipe.form, contact, stage.update
+        ):
+            reporter.say(sentence)
 
 
-def _with_images(order: Order, pool: Pool, show: Show) -> Order:
+def _with_images(order: SourceBuild, pool: Pool, reporter: Reporter) -> SourceBuild:
     """The order with a list of its images as what the index reads, and where they are now."""
-    with show.stage(f"{order.recipe.source} images", "rows") as stage:
-        raw, place = laid_out(order.raw, join(order.index, "images"), pool, stage.watch)
+    with reporter.stage(f"{order.recipe.source} images", "rows") as stage:
+        raw, place = laid_out(order.raw, join(order.index, "images"), pool, stage.update)
     return replace(order, raw=raw, places=(place,))
 
 
 def _tasks(
-    order: Order, index: Index, catalogues: tuple[tuple[str, str], ...]
+    order: SourceBuild, index: Index, catalogues: tuple[tuple[str, str], ...]
 ) -> Iterator[PartTask]:
     """The parts to build; with a limit, the first ones, the last of them in part."""
     stamps = [place if place == WEB else stamp(place) for place in order.places]
@@ -316,7 +312,7 @@ def _tasks(
 
 
 def _waiting(
-    order: Order, tasks: Sequence[PartTask], reports: Mapping[int, Report]
+    order: SourceBuild, tasks: Sequence[PartTask], reports: Mapping[int, Report]
 ) -> Iterator[PartTask]:
     """The parts to build: not built, or not as what is to be left out or asked again wants.
 
@@ -362,7 +358,7 @@ def _records(task: PartTask) -> int:
     return task.part.records if task.limit is None else task.limit
 
 
-def _catalogues(order: Order, pool: Pool) -> Iterator[tuple[str, str]]:
+def _catalogues(order: SourceBuild, pool: Pool) -> Iterator[tuple[str, str]]:
     for number, place in enumerate(order.places):
         if place != WEB and is_img2dataset(place):
             folder = join(order.index, f"img2dataset-{number}")

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from itertools import islice
 
 from pmd_pipeline import sources
-from pmd_pipeline.base.progress import Show
+from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.record import Row
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join
@@ -24,7 +24,7 @@ _RECORD_BYTES = 2048
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildEstimate:
     """What building one source, or several, will take.
 
     Args:
@@ -54,7 +54,7 @@ class Plan:
     lost: Mapping[str, float]
 
 
-def recorded(recipe: Recipe, data: str, workers: int) -> Plan:
+def recorded(recipe: Recipe, data: str, workers: int) -> BuildEstimate:
     """The plan of a source from what its recipe records of others' runs, without network.
 
     Args:
@@ -80,7 +80,9 @@ def recorded(recipe: Recipe, data: str, workers: int) -> Plan:
     return _plan(recipe, data, trial, f"recorded: {expected.seen}", workers)
 
 
-def probed(recipe: Recipe, raw: str, data: str, num: int, workers: int, show: Show) -> Plan:
+def probed(
+    recipe: Recipe, raw: str, data: str, num: int, workers: int, reporter: Reporter
+) -> BuildEstimate:
     """The plan of a source from `num` of its records, fetched now as the build would fetch them.
 
     The records are the first of its index, which are a random sample; where there is no index yet,
@@ -95,11 +97,11 @@ def probed(recipe: Recipe, raw: str, data: str, num: int, workers: int, show: Sh
     records = index or _of_rows(recipe, raw, num)
     if len(records) < GROUPS:
         raise PmdError(f"{len(records)} records of {recipe.source} tell nothing: probe {GROUPS}")
-    with show.stage(f"{recipe.source} probe", "records", len(records)) as stage:
+    with reporter.stage(f"{recipe.source} probe", "records", len(records)) as stage:
         trial = tried(
             recipe,
             records,
-            lambda report: stage.finished(
+            lambda report: stage.advance(
                 f"group {report.part}", {"records": report.records, "images": report.images}
             ),
             workers,
@@ -110,11 +112,11 @@ def probed(recipe: Recipe, raw: str, data: str, num: int, workers: int, show: Sh
     return _plan(recipe, data, trial, basis, workers)
 
 
-def total(plans: Sequence[Plan]) -> Plan:
+def total(plans: Sequence[BuildEstimate]) -> BuildEstimate:
     """The sum of plans that are carried out one after another."""
     records = sum(plan.records for plan in plans)
     images = _sum([plan.images for plan in plans])
-    return Plan(
+    return BuildEstimate(
         source="all",
         basis="",
         records=records,
@@ -135,7 +137,7 @@ def _check(recipe: Recipe) -> None:
         raise PmdError(f"{recipe.source} is read from files you have: there is nothing to plan")
 
 
-def _plan(recipe: Recipe, data: str, trial: Trial, basis: str, workers: int) -> Plan:
+def _plan(recipe: Recipe, data: str, trial: Trial, basis: str, workers: int) -> BuildEstimate:
     records, pairs = _population(recipe, data)
     cpu_hours = trial.cpu_seconds * (records / 3600)
     least = cpu_hours.value / workers
@@ -143,7 +145,7 @@ def _plan(recipe: Recipe, data: str, trial: Trial, basis: str, workers: int) -> 
     if trial.seconds:
         slowest = max(least, trial.seconds.value * records / 3600 / workers)
         hours = Range(slowest, least, slowest)
-    return Plan(
+    return BuildEstimate(
         source=recipe.source,
         basis=basis,
         records=records,

@@ -90,7 +90,7 @@ def source_manifest(
     return with_codes(manifest, _codes_there(manifest, shards))
 
 
-def merged(name: str, path: str, manifests: Sequence[tuple[str, Manifest]]) -> Manifest:
+def merge_manifests(name: str, path: str, manifests: Sequence[tuple[str, Manifest]]) -> Manifest:
     """One manifest of several, each given with where it lies; `path` is where this one will lie.
 
     It has image codes if all have them by one rule.

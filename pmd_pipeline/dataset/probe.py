@@ -27,7 +27,8 @@ from pmd_pipeline.base.record import Row, key_of
 from pmd_pipeline.build.part import WEB, PartTask, build_part
 from pmd_pipeline.contract.models import Counts, FileDigest, Report
 from pmd_pipeline.contract.paths import part_name
-from pmd_pipeline.index.records import KEPT, IndexPart, IndexRecord
+from pmd_pipeline.contract.schemas import KEPT_SCHEMA
+from pmd_pipeline.index.records import IndexPart, IndexRecord
 from pmd_pipeline.recipe import Fetch, Images, Recipe
 
 GROUPS = 8
@@ -196,7 +197,7 @@ def _task(
     name = f"kept-{part_name(number)}.parquet"
     out = BytesIO()
     rows = sorted((asdict(one) for one in single), key=lambda row: str(row["key"]))
-    pq.write_table(pa.Table.from_pylist(rows, schema=KEPT), out)
+    pq.write_table(pa.Table.from_pylist(rows, schema=KEPT_SCHEMA), out)
     (scratch / name).write_bytes(out.getvalue())
     file = FileDigest.of(name, out.getvalue())
     counts = Counts(pairs_in=len(rows), kept=len(rows))

@@ -1,4 +1,4 @@
-"""The picture of a run: loss curves, recall beside chance, and what a few queries found."""
+"""The decode_image of a run: loss curves, recall beside chance, and what a few queries found."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pmd_pipeline.build.shard_reader import Sample, picture, read_member, read_samples
+from pmd_pipeline.build.shard_reader import ShardSample, decode_image, read_member, read_samples
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import open_read, whole_file
 from pmd_pipeline.contract.manifest import load_manifest, located
@@ -66,7 +66,7 @@ def draw(learned: Learned, found: Sequence[Found], manifest: str, path: str) -> 
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, and slow to import
     except ImportError as error:
-        raise PmdError('a picture needs matplotlib: pip install "pmd-flava[plot]"') from error
+        raise PmdError('a decode_image needs matplotlib: pip install "pmd-flava[plot]"') from error
     figure = Figure(figsize=(14, 5.6 + 2.1 * len(found)), layout="constrained", facecolor="white")
     heights = [5.6, 2.1 * len(found)]
     [[curves], [gallery]] = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
@@ -177,14 +177,14 @@ def _smooth(values: Sequence[float]) -> list[float]:
 def _pictures(manifest: str, found: Sequence[Found]) -> dict[str, "Image"]:
     keys = {key for one in found for key in (one.wanted, *one.keys)}
     there = {sample.key: sample for sample in _samples(manifest) if sample.key in keys}
-    return {key: picture(there[key], _member(there[key])) for key in keys}
+    return {key: decode_image(there[key], _member(there[key])) for key in keys}
 
 
-def _samples(manifest: str) -> Iterator[Sample]:
+def _samples(manifest: str) -> Iterator[ShardSample]:
     for entry in load_manifest(manifest).shards:
         yield from read_samples(located(manifest, entry.path), entry)
 
 
-def _member(sample: Sample, *, described: bool = False) -> bytes:
+def _member(sample: ShardSample, *, described: bool = False) -> bytes:
     with open_read(sample.shard) as file:
         return read_member(file, sample, sample.described if described else sample.image)

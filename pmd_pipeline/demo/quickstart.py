@@ -11,12 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pmd_pipeline.base.progress import Show
+from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.build.part import WEB
 from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import write_whole
-from pmd_pipeline.dataset.build import Built, Request, build_all
+from pmd_pipeline.dataset.build import BuildRequest, BuildResult, build_all
 from pmd_pipeline.demo.poster import Found, draw, fingerprints, first_captions
 from pmd_pipeline.demo.training_summary import Learned, read_learned
 from pmd_pipeline.demo.world import World, serve, write_world
@@ -73,14 +73,16 @@ class Places:
         return str(self.folder / "learned.png")
 
 
-def run(folder: Path, scenes: int, runner: str, workers: int | None, show: Show) -> Built:
+def run(
+    folder: Path, scenes: int, runner: str, workers: int | None, reporter: Reporter
+) -> BuildResult:
     """Draw a world of `scenes` pictures per source under `folder`, and build all nine from it.
 
     The recipes are those that real data takes; only the addresses of the hosts lead to this
     machine. Run again, it finds everything done.
     """
     world = write_world(folder / "world", scenes=scenes)
-    return _build(world, folder, ("pmd",), runner, workers, show)
+    return _build(world, folder, ("pmd",), runner, workers, reporter)
 
 
 def lacking() -> list[str]:
@@ -88,7 +90,7 @@ def lacking() -> list[str]:
     return [name for name in _NEEDED if not find_spec(name)]
 
 
-def prepare(folder: Path, workers: int | None, show: Show) -> None:
+def prepare(folder: Path, workers: int | None, reporter: Reporter) -> None:
     """Make what a training needs besides the nine that `run` has built.
 
     It is a second world to test on, a vocabulary, images alone and texts alone, and image codes.
@@ -97,16 +99,16 @@ def prepare(folder: Path, workers: int | None, show: Show) -> None:
         PmdError: an image of the second world is among those to train on.
     """
     places, model = Places(folder), _config()
-    show.say("another world, never trained on:")
+    reporter.say("another world, never trained on:")
     other = write_world(
         folder / "held_out" / "world", scenes=HELD_OUT_SCENES, seed=_HELD_OUT_SEED, only=("coco",)
     )
-    _build(other, folder / "held_out", ("coco",), "local", workers, show)
-    with show.stage("tokenizer", "texts") as stage:
-        vocabulary, _ = learn_vocabulary(places.manifest("pmd"), _MOST_PIECES, stage.watch)
+    _build(other, folder / "held_out", ("coco",), "local", workers, reporter)
+    with reporter.stage("tokenizer", "texts") as stage:
+        vocabulary, _ = learn_vocabulary(places.manifest("pmd"), _MOST_PIECES, stage.update)
     write_whole(places.vocabulary, vocabulary.content)
     texts = {"tokenizer": places.vocabulary, "tokens": model["data"]["text_tokens"]}
-    request = Request(
+    request = BuildRequest(
         recipes=_ALONE,
         out=str(folder / "data"),
         manifests=str(folder / "manifests"),
@@ -115,7 +117,7 @@ def prepare(folder: Path, workers: int | None, show: Show) -> None:
         runner="local",
         workers=workers,
     )
-    build_all(request, show)
+    build_all(request, reporter)
     grid = model["model"]["image_size"] // model["model"]["patch_size"]
     for name in ("pmd", "imagenet1k"):
         wanted = CodesRequest(
@@ -126,7 +128,7 @@ def prepare(folder: Path, workers: int | None, show: Show) -> None:
             runner="local",
             workers=workers,
         )
-        code_manifest(wanted, show)
+        code_manifest(wanted, reporter)
     _check_apart(places)
 
 
@@ -196,10 +198,10 @@ def _build(
     recipes: tuple[str, ...],
     runner: str,
     workers: int | None,
-    show: Show,
-) -> Built:
+    reporter: Reporter,
+) -> BuildResult:
     with serve(world) as origin:
-        request = Request(
+        request = BuildRequest(
             recipes=recipes,
             out=str(folder / "data"),
             manifests=str(folder / "manifests"),
@@ -209,7 +211,7 @@ def _build(
             runner=runner,
             workers=workers,
         )
-        return build_all(request, show)
+        return build_all(request, reporter)
 
 
 def _check_apart(places: Places) -> None:

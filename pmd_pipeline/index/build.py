@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from pmd_pipeline import sources
-from pmd_pipeline.base.parallel import Pool, Tick, Watch, in_order
+from pmd_pipeline.base.parallel import OnProgress, Pool, ReportProgress, in_order
 from pmd_pipeline.base.storage import load_model, remove
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.files import join, write_whole
@@ -27,7 +27,7 @@ from pmd_pipeline.index.scatter import Scattered, ScatterTask, by_field, estimat
 from pmd_pipeline.index.upstream_digests import upstream_digests
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.sources.upstream.files import SPAN_BYTES, Span, UpstreamFile
-from pmd_pipeline.sources.upstream.held_out import HeldOut, find_heldout
+from pmd_pipeline.sources.upstream.held_out import HeldOutImages, find_heldout
 
 GATHER_BYTES = 48 << 20
 """Bytes of runs that one gather task takes into memory at once."""
@@ -118,7 +118,9 @@ class GatherTask:
         return f"gathering index parts {self.first} to {self.stop - 1} of {self.folder}"
 
 
-def build_index(recipe: Recipe, raw: str, folder: str, pool: Pool, watch: Watch) -> Index:
+def build_index(
+    recipe: Recipe, raw: str, folder: str, pool: Pool, on_progress: OnProgress
+) -> Index:
     """The finished index of `recipe` in `folder`, from the annotation files under `raw`.
 
     What is already there and still true is not made again, whether finished or not.
@@ -135,7 +137,7 @@ def build_index(recipe: Recipe, raw: str, folder: str, pool: Pool, watch: Watch)
     heldout = (
         find_heldout([raw, str(Path(raw).parent / "coco")]) if source.info.shares_coco else None
     )
-    upstream, split = upstream_digests(raw, folder, spans, heldout, pool, watch)
+    upstream, split = upstream_digests(raw, folder, spans, heldout, pool, on_progress)
     leakage = split or ("not checked" if source.info.shares_coco else "none")
     dependency = _dependency(recipe, upstream, leakage)
     old = load_index(folder)
@@ -143,8 +145,8 @@ def build_index(recipe: Recipe, raw: str, folder: str, pool: Pool, watch: Watch)
         return old
     remove(join(folder, _DONE))
     bits = _bucket_bits(spans)
-    scattered = _scatter_all(recipe, spans, heldout, folder, (dependency, bits), pool, watch)
-    parts = _gather_all(recipe, scattered, folder, bits, pool, watch)
+    scattered = _scatter_all(recipe, spans, heldout, folder, (dependency, bits), pool, on_progress)
+    parts = _gather_all(recipe, scattered, folder, bits, pool, on_progress)
     index = Index(
         source=recipe.source,
         dependency=dependency,
@@ -170,7 +172,7 @@ def load_index(folder: str) -> Index | None:
     return load_model(Index, folder, _DONE)
 
 
-def gather(task: GatherTask, _tick: Tick) -> list[IndexPart]:
+def gather(task: GatherTask, _tick: ReportProgress) -> list[IndexPart]:
     """Write the index files of the task's parts."""
     bounds = part_bounds(task.num_parts)
     low, high = bounds[task.first], bounds[task.stop]
@@ -199,11 +201,11 @@ def _dependency(recipe: Recipe, upstream: Sequence[FileDigest], leakage: str) ->
 def _scatter_all(
     recipe: Recipe,
     spans: Sequence[Span],
-    heldout: HeldOut | None,
+    heldout: HeldOutImages | None,
     folder: str,
     dependency: tuple[str, int],
     pool: Pool,
-    watch: Watch,
+    on_progress: OnProgress,
 ) -> list[Scattered]:
     tasks = [
         ScatterTask(
@@ -216,7 +218,7 @@ def _scatter_all(
         )
         for number, group in enumerate(_grouped(spans))
     ]
-    return in_order(pool, scatter, tasks, watch)
+    return in_order(pool, scatter, tasks, on_progress)
 
 
 def _gather_all(
@@ -225,7 +227,7 @@ def _gather_all(
     folder: str,
     bucket_bits: int,
     pool: Pool,
-    watch: Watch,
+    on_progress: OnProgress,
 ) -> list[IndexPart]:
     records = estimated_records(one.smallest for one in scattered)
     num_parts = max(1, round(records / recipe.part_records))
@@ -245,7 +247,7 @@ def _gather_all(
         )
         for first, stop in zip(starts, [*starts[1:], num_parts], strict=True)
     ]
-    return list(chain.from_iterable(in_order(pool, gather, tasks, watch)))
+    return list(chain.from_iterable(in_order(pool, gather, tasks, on_progress)))
 
 
 def _grouped(spans: Sequence[Span]) -> Iterator[list[tuple[int, Span]]]:

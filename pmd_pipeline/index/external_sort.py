@@ -18,29 +18,18 @@ import pyarrow.compute as pc
 from pmd_pipeline.base.record import Box, Row
 from pmd_pipeline.contract.digests import canonical_json
 from pmd_pipeline.contract.files import open_read, whole_file
+from pmd_pipeline.contract.schemas import INDEX_IMAGE
 from pmd_pipeline.index.choose import Pair
 
 KEYS = 1 << 64
 """Keys are numbers below this."""
-
-IMAGE = {
-    "id": pa.string(),
-    "url": pa.string(),
-    "file": pa.string(),
-    "licence": pa.string(),
-    "width": pa.int32(),
-    "height": pa.int32(),
-    "sha256": pa.string(),
-    "meta": pa.string(),
-}
-"""What upstream knows of an image; `width`, `height` and `sha256` are its word, `meta` is JSON."""
 
 SCHEMA = pa.schema(
     [
         ("key", pa.uint64()),
         ("span", pa.uint32()),
         ("row", pa.uint32()),
-        *IMAGE.items(),
+        *INDEX_IMAGE.items(),
         ("heldout", pa.bool_()),
         ("pair", pa.bool_()),
         ("text", pa.string()),

@@ -17,35 +17,8 @@ from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, open_read, write_whole
 from pmd_pipeline.contract.models import Counts, FileDigest
 from pmd_pipeline.contract.paths import part_name
-from pmd_pipeline.index.external_sort import IMAGE, KEYS
-
-KEPT = pa.schema(
-    [
-        ("key", pa.string()),
-        *IMAGE.items(),
-        ("captions", pa.list_(pa.string())),
-        ("fields", pa.list_(pa.string())),
-        ("boxes", pa.list_(pa.list_(pa.float32()))),
-        ("spans", pa.list_(pa.uint32())),
-        ("rows", pa.list_(pa.uint32())),
-    ]
-)
-"""One row per record. `boxes` holds one box per caption as fractions of the image, or is null;
-`spans` and `rows` say where each pair stands upstream."""
-
-DROPPED = pa.schema(
-    [
-        ("key", pa.string()),
-        ("id", pa.string()),
-        ("url", pa.string()),
-        ("field", pa.string()),
-        ("text", pa.string()),
-        ("reason", pa.string()),
-        ("span", pa.uint32()),
-        ("row", pa.uint32()),
-    ]
-)
-"""One row per dropped pair; the text of a bad row is what is wrong with it."""
+from pmd_pipeline.contract.schemas import DROPPED_SCHEMA, INDEX_IMAGE, KEPT_SCHEMA
+from pmd_pipeline.index.external_sort import KEYS
 
 _LEAST_SIDE = 1.0
 """Pixels that a box must have inside the image, both ways."""
@@ -70,7 +43,7 @@ class IndexPart(BaseModel):
 
 @dataclass(frozen=True)
 class IndexRecord:
-    """One record of the index, as the build takes it; see `KEPT`."""
+    """One record of the index, as the build takes it; see `KEPT_SCHEMA`."""
 
     key: str
     id: str
@@ -149,7 +122,7 @@ def is_whole(folder: str, parts: Sequence[IndexPart]) -> bool:
 
 def _records(lines: pl.DataFrame) -> pl.DataFrame:
     """One row per key; of each column, the first value in upstream order."""
-    known = [pl.col(name).drop_nulls().first() for name in IMAGE]
+    known = [pl.col(name).drop_nulls().first() for name in INDEX_IMAGE]
     records = lines.group_by("key", maintain_order=True).agg(
         *known,
         pl.col("heldout").any(),
@@ -172,7 +145,7 @@ def _judged(lines: pl.DataFrame, records: pl.DataFrame, *, drop_repeats: bool) -
     bare = bare.with_columns(reason=pl.lit("no_caption"), bare=pl.lit(value=True))
     pairs = pl.concat(
         [
-            lines.filter(pl.col("pair")).drop(*IMAGE, "heldout", "pair"),
+            lines.filter(pl.col("pair")).drop(*INDEX_IMAGE, "heldout", "pair"),
             bare.select("key", "span", "row", "reason", "bare"),
         ],
         how="diagonal",
@@ -238,7 +211,7 @@ def _kept(pairs: pl.DataFrame, records: pl.DataFrame) -> pl.DataFrame:
         rows=pl.col("row"),
     )
     return grouped.with_columns(boxes=pl.when("has_boxes").then(pl.col("boxes"))).join(
-        records.select("key", *IMAGE), on="key", how="left", maintain_order="left"
+        records.select("key", *INDEX_IMAGE), on="key", how="left", maintain_order="left"
     )
 
 
@@ -257,8 +230,8 @@ def _write_part(folder: str, part: int, kept: pl.DataFrame, dropped: pl.DataFram
         records=len(kept),
         bare=int(dropped["bare"].sum()),
         counts=Counts(pairs_in=pairs_kept + len(dropped), kept=pairs_kept, dropped=reasons),
-        kept=_write(folder, f"kept-{part_name(part)}.parquet", kept, KEPT),
-        dropped=_write(folder, f"dropped-{part_name(part)}.parquet", dropped, DROPPED),
+        kept=_write(folder, f"kept-{part_name(part)}.parquet", kept, KEPT_SCHEMA),
+        dropped=_write(folder, f"dropped-{part_name(part)}.parquet", dropped, DROPPED_SCHEMA),
     )
 
 

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pydantic import BaseModel, ConfigDict
 
 from pmd_pipeline import sources
-from pmd_pipeline.base.parallel import Tick
+from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.record import BadRow, Row, key_of
 from pmd_pipeline.base.storage import load_model
 from pmd_pipeline.contract.errors import PmdError
@@ -19,7 +19,7 @@ from pmd_pipeline.index.choose import Chooser, Pair
 from pmd_pipeline.index.external_sort import KEYS, Run, RunWriter
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.sources.upstream.files import Span
-from pmd_pipeline.sources.upstream.held_out import HeldOut
+from pmd_pipeline.sources.upstream.held_out import HeldOutImages
 
 _SKETCH = 4096
 """How many of the smallest keys are kept to estimate the number of different ones."""
@@ -41,7 +41,7 @@ class ScatterTask:
 
     recipe: Recipe
     spans: tuple[tuple[int, Span], ...]
-    heldout: HeldOut | None
+    heldout: HeldOutImages | None
     prefix: str
     bucket_bits: int
     dependency: str
@@ -69,7 +69,7 @@ class Scattered(BaseModel):
     smallest: list[int]
 
 
-def scatter(task: ScatterTask, tick: Tick) -> Scattered:
+def scatter(task: ScatterTask, report_progress: ReportProgress) -> Scattered:
     """Read the spans of `task` into runs; nothing is read where that was done before."""
     folder, _, name = task.prefix.rpartition("/")
     old = load_model(Scattered, folder, f"{name}.json")
@@ -97,7 +97,7 @@ def scatter(task: ScatterTask, tick: Tick) -> Scattered:
                 num_rows += 1
                 num_pairs += len(pairs)
                 if num_rows % _TICK_ROWS == 0:
-                    tick({"rows": num_rows})
+                    report_progress({"rows": num_rows})
     result = Scattered(
         dependency=task.dependency,
         runs=writer.close(),

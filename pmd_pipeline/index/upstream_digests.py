@@ -5,12 +5,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pmd_pipeline.base.parallel import Pool, Tick, Watch, in_order
+from pmd_pipeline.base.parallel import OnProgress, Pool, ReportProgress, in_order
 from pmd_pipeline.base.storage import load_model
 from pmd_pipeline.contract.files import join, sha256_of, write_whole
 from pmd_pipeline.contract.models import FileDigest
 from pmd_pipeline.sources.upstream.files import Span
-from pmd_pipeline.sources.upstream.held_out import HeldOut
+from pmd_pipeline.sources.upstream.held_out import HeldOutImages
 
 _NOTE = "upstream.json"
 
@@ -19,9 +19,9 @@ def upstream_digests(
     raw: str,
     folder: str,
     spans: Sequence[Span],
-    heldout: HeldOut | None,
+    heldout: HeldOutImages | None,
     pool: Pool,
-    watch: Watch,
+    on_progress: OnProgress,
 ) -> tuple[list[FileDigest], str | None]:
     """Digests of the files that are read, and sha256 of the file of held-out images, if any.
 
@@ -34,7 +34,7 @@ def upstream_digests(
     stamps = {path: f"{(stat := Path(path).stat()).st_size} {stat.st_mtime_ns}" for path in paths}
     fresh = [path for path in paths if known.stamps.get(path) != stamps[path]]
     found = {path: known.sha256[path] for path in paths if path not in fresh}
-    found |= dict(zip(fresh, in_order(pool, _hash, fresh, watch), strict=True))
+    found |= dict(zip(fresh, in_order(pool, _hash, fresh, on_progress), strict=True))
     write_whole(
         join(folder, _NOTE),
         _Known(stamps=stamps, sha256=found).model_dump_json().encode(),
@@ -58,5 +58,5 @@ class _Known(BaseModel):
     sha256: dict[str, str] = Field(default_factory=dict)
 
 
-def _hash(path: str, _tick: Tick) -> str:
+def _hash(path: str, _tick: ReportProgress) -> str:
     return sha256_of(path)

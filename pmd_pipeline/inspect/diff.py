@@ -185,7 +185,7 @@ def _source_changes(
     )
     for rows in _side_by_side(*sides):
         _count(rows, found)
-        stage.found({"records": len(rows)})
+        stage.resume_from({"records": len(rows)})
     return found
 
 

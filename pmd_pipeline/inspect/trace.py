@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from pmd_pipeline import sources
-from pmd_pipeline.base.parallel import Pool, Tick, in_order, no_watch
+from pmd_pipeline.base.parallel import Pool, ReportProgress, ignore_progress, in_order
 from pmd_pipeline.base.record import BadRow, Row, key_of, url_id
 from pmd_pipeline.base.storage import folders, sizes
 from pmd_pipeline.base.tables import MEND_INDEX, MEND_SHARD, read_batches, read_table
@@ -39,7 +39,7 @@ class ReadRow:
 
 
 @dataclass(frozen=True)
-class Story:
+class Trace:
     """What is known of one record, or of one bad row.
 
     Args:
@@ -96,7 +96,7 @@ class _ScanTask:
         return f"searching {self.files[0]}"
 
 
-def stories(data: str, asked: str, pool: Pool, source: str | None = None) -> list[Story]:
+def find_traces(data: str, asked: str, pool: Pool, source: str | None = None) -> list[Trace]:
     """The story of each record under the address `data` that `asked` names, source by source.
 
     `asked` is a key, an id as upstream has it, the place of a bad row (`FILE:START:ROW`), or the
@@ -144,7 +144,7 @@ def holdings(shard: str) -> Holdings:
     )
 
 
-def stored_image(story: Story) -> bytes:
+def stored_image(story: Trace) -> bytes:
     """The stored JPEG of the story's record.
 
     Raises:
@@ -207,7 +207,7 @@ def _searched(
         for part in index.parts
     ]
     by_name = {index.source: index for index in indexes}
-    results = in_order(pool, scan, tasks, no_watch)
+    results = in_order(pool, scan, tasks, ignore_progress)
     return [
         (by_name[task.source], key)
         for task, keys in zip(tasks, results, strict=True)
@@ -215,7 +215,7 @@ def _searched(
     ]
 
 
-def scan(task: _ScanTask, _tick: Tick) -> list[str]:
+def scan(task: _ScanTask, _tick: ReportProgress) -> list[str]:
     """The keys of the records that have one of the addresses."""
     wanted, found = pa.array(task.addresses), set[str]()
     for address in task.files:
@@ -226,7 +226,7 @@ def scan(task: _ScanTask, _tick: Tick) -> list[str]:
     return sorted(found)
 
 
-def _story(data: str, index: Index, key: str) -> Story:
+def _story(data: str, index: Index, key: str) -> Trace:
     number = part_of(key, len(index.parts))
     part, folder = index.parts[number], join(data, "index", index.source)
     kept = _rows(join(folder, part.kept.name), key, MEND_INDEX)
@@ -241,7 +241,7 @@ def _story(data: str, index: Index, key: str) -> Story:
     sample = None
     if ledger and ledger[0]["json_offset"] is not None:
         sample = json.loads(_content(shard, ledger[0]["json_offset"], ledger[0]["json_size"]))
-    return Story(
+    return Trace(
         source=index.source,
         key=key,
         rules=index.rules,

@@ -9,7 +9,7 @@ from pmd_pipeline.contract.paths import part_name
 from pmd_pipeline.contract.reasons import DROP_REASONS, FAILURE_REASONS, Status
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.index.cleaning import clean
-from pmd_pipeline.inspect.trace import ReadRow, Story
+from pmd_pipeline.inspect.trace import ReadRow, Trace
 from pmd_pipeline.recipe import Captions, predicate
 
 _MOST_TEXTS = 20
@@ -32,7 +32,7 @@ _MEASURED: Mapping[str, Callable[[str], str]] = {
 """What a filter of captions looks at, measured; one that is not here only says yes or no."""
 
 
-def told(story: Story) -> Iterator[str]:
+def trace_lines(story: Trace) -> Iterator[str]:
     """The story line by line, its end first."""
     yield f"{story.source} {story.id}  (key {story.key})"
     yield f"  {outcome(story)}"
@@ -53,7 +53,7 @@ def told(story: Story) -> Iterator[str]:
         yield from _built(story)
 
 
-def outcome(story: Story) -> str:
+def outcome(story: Trace) -> str:
     """How the story ends, in one sentence."""
     if not story.kept:
         reasons = dict.fromkeys(row["reason"] for row in story.dropped)
@@ -71,7 +71,7 @@ def outcome(story: Story) -> str:
     return f"{_STEPS[story.ledger['status']]}: {reason}, {_meaning(reason)}"
 
 
-def as_facts(story: Story) -> dict[str, Any]:
+def as_facts(story: Trace) -> dict[str, Any]:
     """The story for programs."""
     facts = asdict(story) | {"id": story.id, "outcome": outcome(story)}
     facts["rows"] = [
@@ -86,7 +86,7 @@ def as_facts(story: Story) -> dict[str, Any]:
     return facts
 
 
-def verdicts(story: Story, row: Row) -> list[dict[str, Any]]:
+def verdicts(story: Trace, row: Row) -> list[dict[str, Any]]:
     """What the rules say of each candidate of an upstream row, filters run again.
 
     Each has the `field`, the `text` as it would be stored, the `verdict` (`passes`, `not looked
@@ -124,7 +124,7 @@ def _judged(one: Candidate, row: Row, rules: Captions) -> dict[str, Any]:
     return {"field": one.field, "text": text, "verdict": verdict or "passes", "filters": asked}
 
 
-def _read(story: Story, read: ReadRow) -> Iterator[str]:
+def _read(story: Trace, read: ReadRow) -> Iterator[str]:
     if isinstance(read.row, BadRow):
         yield f"cannot be understood: {read.row.detail}"
     elif read.row is None:
@@ -155,7 +155,7 @@ def _candidate(said: Mapping[str, Any]) -> str:
     return f"{said['field']} {_start(said['text'])!r}: {said['verdict']}{detail}"
 
 
-def _built(story: Story) -> Iterator[str]:
+def _built(story: Trace) -> Iterator[str]:
     """What the build did with the record."""
     row = story.ledger
     if row is None:

@@ -1,7 +1,6 @@
 """Shards with the image codes inside, for loaders of other people."""
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,12 +11,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pmd_pipeline.base.overwrite import check_apart
-from pmd_pipeline.base.parallel import Pool, Tick, WorkerDied
-from pmd_pipeline.base.progress import Show
+from pmd_pipeline.base.overwrite import refuse_overwrite
+from pmd_pipeline.base.parallel import Pool, ReportProgress, WorkerDied
+from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.build.shard_reader import check_tar, read_samples
 from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter
-from pmd_pipeline.build.tar_reader import Members
+from pmd_pipeline.build.tar_reader import TarReader
 from pmd_pipeline.codes.tensors import Tensors, code_tensors
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, open_read, read_bytes, whole_file
@@ -26,7 +25,6 @@ from pmd_pipeline.contract.models import CodeRules, ShardEntry
 from pmd_pipeline.contract.paths import part_name
 
 _MEMBERS = {"jpg", "json", "txt"}
-_SOURCE = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class ExportTask:
         return f"export of part {part_name(self.entry.part)} of {self.entry.source}"
 
 
-def export(path: str, out: str, pool: Pool, show: Show) -> Iterator[tuple[ExportTask, str]]:
+def export(path: str, out: str, pool: Pool, reporter: Reporter) -> Iterator[tuple[ExportTask, str]]:
     """Write every shard of the manifest at `path` below `out`, with codes; each tar's sha256.
 
     A sample has two members more: `<key>.codes.npy`, uint16 [views, grid, grid], and
@@ -55,10 +53,6 @@ def export(path: str, out: str, pool: Pool, show: Show) -> Iterator[tuple[Export
     manifest = load_manifest(path)
     if manifest.codes is None:
         raise PmdError(f"{path} has no image codes: run `pmd codes {path}` first")
-    if odd := sorted(
-        name for name in {shard.source for shard in manifest.shards} if not _SOURCE.fullmatch(name)
-    ):
-        raise PmdError(f"{path} has a source whose name is no name of a folder: {odd[0]!r}")
     tasks = [
         ExportTask(
             located(path, shard.path),
@@ -68,17 +62,17 @@ def export(path: str, out: str, pool: Pool, show: Show) -> Iterator[tuple[Export
         )
         for shard in manifest.shards
     ]
-    check_apart(out, [task.shard for task in tasks], [task.out for task in tasks])
+    refuse_overwrite(out, [task.shard for task in tasks], [task.out for task in tasks])
     images = sum(shard.images for shard in manifest.shards)
-    with show.stage(f"{manifest.name} export", "images", images) as stage:
-        for task, result in pool.run(export_shard, tasks, stage.watch):
+    with reporter.stage(f"{manifest.name} export", "images", images) as stage:
+        for task, result in pool.run(export_shard, tasks, stage.update):
             if isinstance(result, WorkerDied):
                 raise result
-            stage.finished(str(task), {"images": task.entry.images})
+            stage.advance(str(task), {"images": task.entry.images})
             yield task, result
 
 
-def export_shard(task: ExportTask, tick: Tick) -> str:
+def export_shard(task: ExportTask, report_progress: ReportProgress) -> str:
     """Write one shard with its codes inside; its sha256.
 
     Raises:
@@ -96,7 +90,7 @@ def export_shard(task: ExportTask, tick: Tick) -> str:
             members["codes.npy"] = _npy(codes["codes"][views])
             members["boxes.npy"] = _npy(codes["boxes"][views])
             writer.add(key, members)
-            tick({"images": number + 1})
+            report_progress({"images": number + 1})
         writer.close()
     return tar.hexdigest()
 
@@ -131,7 +125,7 @@ def _samples(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of the tar, which are those of `keys`: key, and content by extension."""
     left = iter(keys)
-    members = Members(file)
+    members = TarReader(file)
     named = ((*member.name.partition(".")[::2], content) for member, content in members)
     for key, group in groupby(named, key=itemgetter(0)):
         found = {extension: content for _, extension, content in group}

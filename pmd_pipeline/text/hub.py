@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pmd_pipeline.base.parallel import Watch
+from pmd_pipeline.base.parallel import OnProgress
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import whole_file
@@ -41,7 +41,7 @@ def dataset_folder(recipe: Recipe, raw: str) -> str:
     return f"{raw}/dataset-{named[:12]}"
 
 
-def keep_dataset(recipe: Recipe, folder: str, watch: Watch) -> None:
+def keep_dataset(recipe: Recipe, folder: str, on_progress: OnProgress) -> None:
     """Read the dataset into Parquet files in `folder`; an interrupted reading is gone on with.
 
     All files appear together, so that a part is never taken for the whole.
@@ -59,7 +59,7 @@ def keep_dataset(recipe: Recipe, folder: str, watch: Watch) -> None:
             left = islice(rows, FILE_ROWS - len(group))
             with whole_file(str(here / f".{_name(num_files)}")) as file:
                 num_rows = _write(file, group, left, column)
-            watch(recipe.texts.dataset, {"rows": num_files * FILE_ROWS + num_rows})
+            on_progress(recipe.texts.dataset, {"rows": num_files * FILE_ROWS + num_rows})
             num_files += 1
     for number in reversed(range(num_files)):
         hidden = here / f".{_name(number)}"

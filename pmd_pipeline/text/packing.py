@@ -13,27 +13,21 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pmd_pipeline.base.parallel import Tick
+from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.storage import remove
 from pmd_pipeline.build.part import PartTask
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import is_local, join, write_whole
 from pmd_pipeline.contract.models import Counts, FileDigest, Report, Timing
 from pmd_pipeline.contract.paths import part_name
+from pmd_pipeline.contract.schemas import TEXT_SCHEMA
+from pmd_pipeline.contract.tokens import DOCUMENT_SEPARATOR
 from pmd_pipeline.index.records import read_part
 from pmd_pipeline.recipe import Recipe
 from pmd_pipeline.text.wordpiece import load_vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-BETWEEN = "\n\n"
-"""Stands between two documents of a sequence, and inside none; the trainer puts [SEP] there."""
-
-SEQUENCES = pa.schema(
-    [("text", pa.string()), ("tokens", pa.int32()), ("keys", pa.list_(pa.string()))]
-)
-"""One row per sequence: its text, its pieces with [CLS] and [SEP]s, the keys of its documents."""
 
 _ROW_GROUP = 64
 """Rows that a reader of one row has to unpack."""
@@ -46,7 +40,7 @@ Words: TypeAlias = list[tuple[int, int]]
 
 
 class Sequence(NamedTuple):
-    """A row of a shard; see `SEQUENCES`."""
+    """A row of a shard; see `TEXT_SCHEMA`."""
 
     text: str
     tokens: int
@@ -80,7 +74,7 @@ class Packer:
     def close(self) -> Iterator[Sequence]:
         """The sequence in hand, if anything is in it."""
         if self._texts:
-            yield Sequence(BETWEEN.join(self._texts), self._used, self._keys)
+            yield Sequence(DOCUMENT_SEPARATOR.join(self._texts), self._used, self._keys)
         self._empty()
 
     def _empty(self) -> None:
@@ -104,7 +98,7 @@ class _Tally:
     records: int = 0
 
 
-def build_texts(task: PartTask, tick: Tick) -> Report:
+def build_texts(task: PartTask, report_progress: ReportProgress) -> Report:
     """Build the shard and, last, the report of one part; `counts` are documents.
 
     Raises:
@@ -114,7 +108,7 @@ def build_texts(task: PartTask, tick: Tick) -> Report:
     name = part_name(task.part.part)
     remove(join(task.shards, f"{name}.json"))  # nothing may vouch for a file that is being replaced
     tally = _Tally()
-    sequences = list(_packed(task, tally, tick))
+    sequences = list(_packed(task, tally, report_progress))
     content = _as_parquet(sequences)
     write_whole(join(task.shards, f"{name}.parquet"), content)
     shard = FileDigest.of(f"{name}.parquet", content)
@@ -176,7 +170,7 @@ def words(cutter: "Tokenizer", document: str) -> Words:
     return found
 
 
-def _packed(task: PartTask, tally: _Tally, tick: Tick) -> Iterator[Sequence]:
+def _packed(task: PartTask, tally: _Tally, report_progress: ReportProgress) -> Iterator[Sequence]:
     texts = task.recipe.texts
     vocabulary = load_vocabulary(texts.tokenizer)
     _check(texts.tokenizer, vocabulary.sha256, texts.sha256)
@@ -192,7 +186,7 @@ def _packed(task: PartTask, tally: _Tally, tick: Tick) -> Iterator[Sequence]:
                 yield from packer.add(record.key, document, cuts)
             else:
                 tally.dropped["no_text"] += 1  # signs that BERT does not see
-        tick({"records": tally.records})
+        report_progress({"records": tally.records})
     yield from packer.close()
 
 
@@ -200,7 +194,7 @@ def _as_parquet(sequences: Iterable[Sequence]) -> bytes:
     rows = [sequence._asdict() for sequence in sequences]
     out = BytesIO()
     pq.write_table(
-        pa.Table.from_pylist(rows, schema=SEQUENCES),
+        pa.Table.from_pylist(rows, schema=TEXT_SCHEMA),
         out,
         row_group_size=_ROW_GROUP,
         compression="zstd",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pmd_pipeline.base.parallel import Watch
+from pmd_pipeline.base.parallel import OnProgress
 from pmd_pipeline.base.tables import read_batches
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import open_read
@@ -20,7 +20,7 @@ _ROWS = 1000
 
 
 def learn_vocabulary(
-    path: str, size: int, watch: Watch, most_words: int = MOST_WORDS
+    path: str, size: int, on_progress: OnProgress, most_words: int = MOST_WORDS
 ) -> tuple[Vocabulary, int]:
     """A vocabulary of at most `size` pieces, learned from all texts of the manifest at `path`.
 
@@ -35,8 +35,8 @@ def learn_vocabulary(
     for number, text in enumerate(texts(path, load_manifest(path)), start=1):
         counts.add(text)
         if number % _TICK_TEXTS == 0:
-            watch(path, {"texts": number})
-    watch(path, {"texts": number})
+            on_progress(path, {"texts": number})
+    on_progress(path, {"texts": number})
     words = counts.words()
     if not words:
         raise PmdError(f"{path} has no words to learn from: its shards are empty")

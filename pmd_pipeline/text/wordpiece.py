@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import read_bytes
+from pmd_pipeline.contract.tokens import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     import tokenizers
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-"""The first pieces of a learned vocabulary, and those that every vocabulary must have."""
 
 MOST_WORDS = 1_000_000
 """Different words that are counted at a time; learning from as many takes about two GiB."""
@@ -89,7 +88,7 @@ def load_vocabulary(path: str) -> Vocabulary:
         raise PmdError(
             f"{path} is no vocabulary: give BERT's vocab.txt, or the tokenizer.json of a WordPiece"
         ) from error
-    absent = [piece for piece in SPECIAL if piece not in pieces]
+    absent = [piece for piece in SPECIAL_TOKENS if piece not in pieces]
     if absent or pieces[0] != "[PAD]" or len(set(pieces)) < len(pieces):
         wrong = (
             f"lacks {', '.join(absent)}"
@@ -161,7 +160,7 @@ def learned(words: Mapping[str, int], size: int) -> Vocabulary:
         if len(word) <= _LONGEST_WORD and alphabet.issuperset(word)
     ]
     inside = {char for word, _ in usable for char in word[1:]}
-    merging = _Merging([*SPECIAL, *sorted(alphabet), *(_INSIDE + c for c in sorted(inside))])
+    merging = _Merging([*SPECIAL_TOKENS, *sorted(alphabet), *(_INSIDE + c for c in sorted(inside))])
     for word, count in usable:
         merging.add([word[0], *(_INSIDE + char for char in word[1:])], count)
     return Vocabulary(tuple(merging.merged(size)))

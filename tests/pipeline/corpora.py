@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from toy import QUIET
 
 from pmd_pipeline.base.parallel import open_pool
-from pmd_pipeline.dataset.build import Order, build_source
+from pmd_pipeline.dataset.build import SourceBuild, build_source
 from pmd_pipeline.recipe import load_recipe
 from pmd_pipeline.text.packing import with_tokenizer
 from pmd_pipeline.text.wordpiece import WordCounts, learned
@@ -57,7 +57,7 @@ def order_of(folder, source="ccnews", **changes):
     vocabulary = write_vocabulary(folder / "vocab.txt")
     texts = {"tokenizer": vocabulary, "tokens": 128, **changes.pop("texts", {})}
     recipe = with_tokenizer(load_recipe(source, {"texts": texts, **changes})[0])
-    return Order(
+    return SourceBuild(
         recipe=recipe,
         raw=str(folder / "raw"),
         data=str(folder / "data"),

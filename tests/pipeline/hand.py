@@ -10,11 +10,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter, ledger_bytes
+from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter
 from pmd_pipeline.contract.digests import canonical_json
 from pmd_pipeline.contract.manifest import save_manifest
 from pmd_pipeline.contract.models import Counts, Manifest, ShardEntry, SourceEntry
 from pmd_pipeline.contract.reasons import Status
+from pmd_pipeline.contract.schemas import LedgerRow, ledger_bytes
 
 
 @dataclass
@@ -86,12 +87,13 @@ def write_shard(folder: Path, source: str, part: int, records: Sequence[Hand]) -
             }
         row |= {
             "key": record.key,
+            "id": record.key,
             "status": Status.SUCCESS if record.image is not None else "failed_to_download",
             "num_pairs": len(record.captions),
         }
         rows.append(row | record.row)
     writer.close()
-    ledger = ledger_bytes(rows)
+    ledger = ledger_bytes([LedgerRow(**row) for row in rows])
     (folder / f"{part:05d}.tar").write_bytes(out.getvalue())
     (folder / f"{part:05d}.parquet").write_bytes(ledger)
     kept = [record for record in records if record.image is not None]
@@ -121,7 +123,7 @@ def write_manifest(
             unique_images=0,
             words={},
             rules={},
-            rules_sha256="",
+            rules_sha256="0" * 64,
             upstream=[],
             leakage="none",
         )

@@ -11,7 +11,7 @@ import pytest
 
 from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.contract.reasons import FAILURE_REASONS
-from pmd_pipeline.images.fetch.client import Web
+from pmd_pipeline.images.fetch.client import FetchClient
 from pmd_pipeline.images.fetch.rate_limiter import Clock
 from pmd_pipeline.recipe import Fetch
 
@@ -150,7 +150,7 @@ CLIENTS = []
 
 
 def new_web(manners=None, max_bytes=1000, respect=(), clock=None, workers=1):
-    made = Web(manners or Fetch(), max_bytes, respect, clock or Still(), workers)
+    made = FetchClient(manners or Fetch(), max_bytes, respect, clock or Still(), workers)
     CLIENTS.append(made)
     return made
 

@@ -17,7 +17,7 @@ from pmd_pipeline import sources
 from pmd_pipeline.base.record import BadRow
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import Info, Published, Source
-from pmd_pipeline.sources.upstream.download import download_all, ensure
+from pmd_pipeline.sources.upstream.download import download_all, download_annotations
 
 CONTENT = random.Random(0).randbytes(3_000_000)
 
@@ -305,9 +305,11 @@ def test_the_first_form_that_can_be_had_is_downloaded(upstream, tmp_path):
         Published("c.tsv", "", form="c", url=f"{at}/c.tsv"),
     )
 
-    assert ensure(source, str(tmp_path / "b"), None, "", no_watch) == []
-    assert ensure(source, str(tmp_path / "c"), "c", "", no_watch) == []
-    assert ensure(source, str(tmp_path / "a"), "a", "", no_watch) == []  # find_spans says it
+    assert download_annotations(source, str(tmp_path / "b"), None, "", no_watch) == []
+    assert download_annotations(source, str(tmp_path / "c"), "c", "", no_watch) == []
+    assert (
+        download_annotations(source, str(tmp_path / "a"), "a", "", no_watch) == []
+    )  # find_spans says it
 
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["b.tsv", "extra.tsv"]
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["c.tsv"]
@@ -320,7 +322,7 @@ def test_nothing_is_asked_where_a_form_is_complete(upstream, tmp_path):
     )
     (tmp_path / "b.tsv").write_bytes(b"")
 
-    assert ensure(source, str(tmp_path), None, "", no_watch) == []
+    assert download_annotations(source, str(tmp_path), None, "", no_watch) == []
 
     assert upstream.asked == []
 
@@ -333,7 +335,7 @@ def test_what_the_user_put_there_is_not_asked_for(upstream, tmp_path):
     )
     (tmp_path / "a1.tsv").write_bytes(b"")
 
-    ensure(source, str(tmp_path), None, "", no_watch)
+    download_annotations(source, str(tmp_path), None, "", no_watch)
 
     assert upstream.asked == [("/b.tsv", None)]
 
@@ -347,12 +349,12 @@ def test_files_of_a_form_appear_together_or_not_at_all(upstream, tmp_path):
         Published("a.tsv", "", form="a"),
     )
     with pytest.raises(PmdError, match=r"HTTP 404: ask a\.test"):
-        ensure(source, str(tmp_path), None, "", no_watch)
+        download_annotations(source, str(tmp_path), None, "", no_watch)
     with pytest.raises(PmdError, match=r"has no b.tsv, nor a.tsv"):
         sources.find_spans(source, str(tmp_path))
     upstream.files["/b.tsv"] = b"b"
 
-    ensure(source, str(tmp_path), None, "", no_watch)
+    download_annotations(source, str(tmp_path), None, "", no_watch)
 
     assert [span.form for span in sources.find_spans(source, str(tmp_path))] == ["ab", "ab"]
     assert [path for path, _ in upstream.asked].count("/a.tsv") == 1
@@ -388,9 +390,9 @@ def test_a_source_that_shares_cocos_images_gets_karpathys_split_beside_it(karpat
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "regions.json").write_bytes(b"")
 
-    first = ensure(source, str(tmp_path / "toy"), None, "", no_watch)
+    first = download_annotations(source, str(tmp_path / "toy"), None, "", no_watch)
     asked = len(karpathy.asked)
-    again = ensure(source, str(tmp_path / "toy"), None, "", no_watch)
+    again = download_annotations(source, str(tmp_path / "toy"), None, "", no_watch)
 
     assert first == again == []
     assert len(karpathy.asked) == asked == 2
@@ -405,7 +407,7 @@ def test_karpathys_split_is_not_asked_for_where_it_is(place, karpathy, tmp_path)
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"")
 
-    assert ensure(source, str(tmp_path / "toy"), None, "", no_watch) == []
+    assert download_annotations(source, str(tmp_path / "toy"), None, "", no_watch) == []
 
     assert karpathy.asked == []
 
@@ -416,7 +418,7 @@ def test_without_karpathys_split_the_build_can_go_on_and_the_user_hears_why(karp
     (tmp_path / "toy" / "regions.json").write_bytes(b"")
     del karpathy.files["/caption_datasets.zip"]
 
-    [sentence] = ensure(source, str(tmp_path / "toy"), None, "", no_watch)
+    [sentence] = download_annotations(source, str(tmp_path / "toy"), None, "", no_watch)
 
     assert sentence.startswith(
         f"toy goes on without dataset_coco.json: {karpathy.origin}/caption_datasets.zip answers "

@@ -26,7 +26,7 @@ from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import Report
 from pmd_pipeline.dataset import build as dataset
-from pmd_pipeline.dataset.build import Order
+from pmd_pipeline.dataset.build import SourceBuild
 from pmd_pipeline.images.fetch import rate_limiter as hosts_room
 from pmd_pipeline.index.records import IndexPart, IndexRecord
 from pmd_pipeline.recipe import load_recipe
@@ -280,7 +280,7 @@ def test_an_address_that_several_records_share_is_asked_once(tmp_path):
         outcomes = [outcome for _, outcome in _fetched(task, records, lambda _: None)]
 
     assert host.paths == ["/robots.txt", "/1.jpg"]
-    assert [outcome.picture.jpeg for outcome in outcomes] == [body] * 3
+    assert [outcome.image.jpeg for outcome in outcomes] == [body] * 3
 
 
 def record(key, url):
@@ -420,7 +420,7 @@ def test_images_of_other_proportions_than_upstreams_do_not_get_its_boxes(tmp_pat
 
 def test_index_and_shards_may_lie_under_any_fsspec_address(toy, tmp_path):
     here = toy_build(toy)
-    away = Order(
+    away = SourceBuild(
         recipe=toy.recipe,
         raw=toy.raw,
         data="memory://toy",

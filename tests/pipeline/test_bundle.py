@@ -28,11 +28,11 @@ from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
 from pmd_pipeline.contract.models import CodeRules, Manifest, ShardEntry, SourceEntry
-from pmd_pipeline.dataset.build import Order, build_source
-from pmd_pipeline.dataset.manifest import merged
+from pmd_pipeline.dataset.build import SourceBuild, build_source
+from pmd_pipeline.dataset.manifest import merge_manifests
 from pmd_pipeline.publish.bundle import project as projects
 from pmd_pipeline.publish.bundle.contents import (
-    Wanted,
+    BundleRequest,
     build_commands,
     codes_command,
     contents,
@@ -69,7 +69,7 @@ def built(web, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
     write_rows(folder / "raw", toy_rows(PICTURES))
     recipe = toy_recipe(part_records=4, fetch={"connect_to": {"a.test": web}, "retries": 0})
-    order = Order(
+    order = SourceBuild(
         recipe=recipe,
         raw=str(folder / "raw"),
         data=str(folder / "data"),
@@ -88,7 +88,7 @@ def manifest(built):
 
 @pytest.fixture(scope="module")
 def members(built):
-    return contents(Wanted(str(built / "manifests" / "cc3m.json")))
+    return contents(BundleRequest(str(built / "manifests" / "cc3m.json")))
 
 
 def entry(rules, **known):
@@ -131,7 +131,7 @@ def test_a_folder_and_a_tar_hold_the_same_files_whose_digests_agree(members, tmp
 
 
 def test_the_same_dataset_gives_the_same_tar(built, tmp_path):
-    wanted = Wanted(str(built / "manifests" / "cc3m.json"))
+    wanted = BundleRequest(str(built / "manifests" / "cc3m.json"))
 
     for name in ("one.tar", "two.tar"):
         pack(contents(wanted), str(tmp_path / name))
@@ -217,10 +217,10 @@ def test_a_manifest_of_many_has_one_recipe_that_includes_theirs(manifest, tmp_pa
     rules = load_recipe("sbu")[0].rules()
     other = Manifest(name="sbu", sources={"sbu": entry(rules)}, shards=[], versions={})
     path = str(tmp_path / "manifests" / "both.json")
-    both = merged("both", path, [(path, manifest), (path, other)])
+    both = merge_manifests("both", path, [(path, manifest), (path, other)])
     save_manifest(path, both)
 
-    made = contents(Wanted(path))
+    made = contents(BundleRequest(path))
     pack(made, str(tmp_path / "bundle"))
 
     recipes = load_recipe(str(tmp_path / "bundle" / "recipes" / "both.toml"))
@@ -252,7 +252,7 @@ def test_image_codes_have_their_command(manifest, built, tmp_path):
     coded = coded.model_copy(update={"digest": coded.computed_digest()})
     save_manifest(str(tmp_path / "coded.json"), coded)
 
-    readme = contents(Wanted(str(tmp_path / "coded.json")))["README.md"].decode()
+    readme = contents(BundleRequest(str(tmp_path / "coded.json")))["README.md"].decode()
 
     command = codes_command(coded)
     assert command.endswith("--vocabulary 64 --grid 8 --views 2 --seed 3")
@@ -282,7 +282,7 @@ def described(built, tmp_path_factory):
     """A bundle with its shards rebuilt, and its Croissant description read."""
     folder = tmp_path_factory.mktemp("described")
     path = str(built / "manifests" / "cc3m.json")
-    pack(contents(Wanted(path, url="https://a.test/", published="2026-11-21")), str(folder))
+    pack(contents(BundleRequest(path, url="https://a.test/", published="2026-11-21")), str(folder))
     shutil.copytree(built / "data" / "shards", folder / "data" / "shards")
     dataset = validated(folder / "croissant.json")
     extract = sys.modules["mlcroissant._src.operation_graph.operations.extract"]
@@ -481,7 +481,7 @@ def test_a_kit_is_packed_as_it_is(built, kit, tmp_path):
     (kit / ".00000.parquet.1234.tmp").write_bytes(b"left by a killed process")
     path = str(built / "manifests" / "cc3m.json")
 
-    made = contents(Wanted(path, kit=str(kit)))
+    made = contents(BundleRequest(path, kit=str(kit)))
     pack(made, str(tmp_path / "bundle"))
 
     assert load_kit(str(tmp_path / "bundle" / "kit")) == load_kit(str(kit))
@@ -496,7 +496,7 @@ def test_a_kit_of_another_version_is_refused(manifest, kit, tmp_path):
     save_manifest(str(tmp_path / "other.json"), other)
 
     with pytest.raises(PmdError, match="not of other"):
-        contents(Wanted(str(tmp_path / "other.json"), kit=str(kit)))
+        contents(BundleRequest(str(tmp_path / "other.json"), kit=str(kit)))
 
 
 def test_a_damaged_kit_is_refused(built, kit, tmp_path):
@@ -505,7 +505,7 @@ def test_a_damaged_kit_is_refused(built, kit, tmp_path):
     rows.write_bytes(rows.read_bytes()[:-1])
 
     with pytest.raises(PmdError, match="is not the file that its kit names"):
-        contents(Wanted(str(built / "manifests" / "cc3m.json"), kit=str(tmp_path / "kit")))
+        contents(BundleRequest(str(built / "manifests" / "cc3m.json"), kit=str(tmp_path / "kit")))
 
 
 @pytest.mark.parametrize(
@@ -555,7 +555,7 @@ texts = 0.0
 
 
 def test_the_kit_in_a_bundle_rebuilds_the_dataset(built, kit, manifest, tmp_path, monkeypatch):
-    made = contents(Wanted(str(built / "manifests" / "cc3m.json"), kit=str(kit)))
+    made = contents(BundleRequest(str(built / "manifests" / "cc3m.json"), kit=str(kit)))
     pack(made, str(tmp_path / "bundle"))
     command = re.search(r"^pmd rebuild .*$", made["README.md"].decode(), re.MULTILINE)[0].split()
     pictures = write_pictures(tmp_path / "p", [f"{number}.jpg" for number in range(PICTURES - 2)])
@@ -575,7 +575,9 @@ def test_the_commands_of_the_readme_rebuild_the_same_dataset_and_train(
     built, web, manifest, tmp_path
 ):
     (tmp_path / "mine.toml").write_text(CONFIG)
-    wanted = Wanted(str(built / "manifests" / "cc3m.json"), configs=(str(tmp_path / "mine.toml"),))
+    wanted = BundleRequest(
+        str(built / "manifests" / "cc3m.json"), configs=(str(tmp_path / "mine.toml"),)
+    )
     folder = tmp_path / "bundle"
     pack(contents(wanted), str(folder))
     site = tmp_path / "site"

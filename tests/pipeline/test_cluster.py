@@ -9,7 +9,7 @@ import ray
 from ray.cluster_utils import Cluster
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
-from pmd_pipeline.base.parallel import no_watch, open_pool
+from pmd_pipeline.base.parallel import ignore_progress, open_pool
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,7 +35,7 @@ def machine(_task, _tick):
 def test_all_machines_of_a_cluster_that_is_joined_work(cluster):
     with open_pool("ray", None, cluster.address) as pool:
         assert pool.workers == 2
-        machines = dict(pool.run(machine, range(8), no_watch))
+        machines = dict(pool.run(machine, range(8), ignore_progress))
 
     assert machines.keys() == set(range(8))
     assert len(set(machines.values())) == 2
@@ -56,7 +56,7 @@ def test_what_a_machine_that_goes_away_was_at_is_done_by_another(cluster):
             yield task, result
 
     with open_pool("ray", 4, cluster.address) as pool:
-        found = dict(watch(pool.run(machine, range(16), no_watch)))
+        found = dict(watch(pool.run(machine, range(16), ignore_progress)))
     left[0].join()
 
     assert found.keys() == set(range(16))

@@ -21,7 +21,7 @@ from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_picture
 from pmd_pipeline.base.parallel import WorkerDied
 from pmd_pipeline.build import shard_reader as stored
 from pmd_pipeline.codes import tokenize as coding
-from pmd_pipeline.codes.crops import view_boxes
+from pmd_pipeline.codes.crops import crop_boxes
 from pmd_pipeline.codes.reports import codes_dependency
 from pmd_pipeline.codes.tensors import code_tensors
 from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
@@ -29,7 +29,7 @@ from pmd_pipeline.codes.tokenizers.weights import tensor_file
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import CodesReport
-from pmd_pipeline.dataset.manifest import merged
+from pmd_pipeline.dataset.manifest import merge_manifests
 
 COLOURS = np.array([[250, 20, 20], [20, 250, 20], [20, 20, 250], [240, 240, 240]], dtype=np.uint8)
 NAMES = np.array([[0, 1], [2, 3]])
@@ -146,7 +146,7 @@ def test_a_shard_without_images_has_an_empty_file(tmp_path, order):
     size=st.tuples(st.integers(1, 4000), st.integers(1, 4000)),
 )
 def test_drawn_views_are_as_large_and_as_flat_as_they_may(number, seed, size):
-    boxes = view_boxes(key(number), size, (), 5, seed).astype(float)
+    boxes = crop_boxes(key(number), size, (), 5, seed).astype(float)
 
     assert boxes[0].tolist() == [0, 0, 1, 1]
     assert (boxes >= 0).all()
@@ -162,17 +162,17 @@ def test_drawn_views_are_as_large_and_as_flat_as_they_may(number, seed, size):
 
 
 def test_drawn_views_depend_on_seed_and_key_alone():
-    same = view_boxes(key(7), (40, 30), (), 4, 1)
+    same = crop_boxes(key(7), (40, 30), (), 4, 1)
 
-    assert np.array_equal(same, view_boxes(key(7), (40, 30), (), 4, 1))
-    assert np.array_equal(same[:3], view_boxes(key(7), (40, 30), (), 3, 1))
-    assert not np.array_equal(same, view_boxes(key(8), (40, 30), (), 4, 1))
-    assert not np.array_equal(same, view_boxes(key(7), (40, 30), (), 4, 2))
+    assert np.array_equal(same, crop_boxes(key(7), (40, 30), (), 4, 1))
+    assert np.array_equal(same[:3], crop_boxes(key(7), (40, 30), (), 3, 1))
+    assert not np.array_equal(same, crop_boxes(key(8), (40, 30), (), 4, 1))
+    assert not np.array_equal(same, crop_boxes(key(7), (40, 30), (), 4, 2))
 
 
 def test_drawn_views_are_those_of_every_dataset_so_far():
     """A change would move every drawn crop of every dataset."""
-    drawn = view_boxes(key(7), (40, 30), (), 2, 1)[1]
+    drawn = crop_boxes(key(7), (40, 30), (), 2, 1)[1]
 
     assert drawn.tolist() == pytest.approx(
         [0.0001380917, 0.0000349480, 0.9924114347, 0.9999098182], abs=1e-6
@@ -180,7 +180,7 @@ def test_drawn_views_are_those_of_every_dataset_so_far():
 
 
 def test_drawn_views_spread_over_all_that_they_may_be():
-    boxes = np.stack([view_boxes(key(n), (400, 400), (), 2, 0)[1] for n in range(500)])
+    boxes = np.stack([crop_boxes(key(n), (400, 400), (), 2, 0)[1] for n in range(500)])
 
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     assert area.min() < 0.905
@@ -462,8 +462,8 @@ def test_a_merged_manifest_has_codes_if_all_have_them_by_one_rule(tmp_path, orde
         both.append((request.manifest, coded(request).manifest))
     bare = load_manifest(order(*shards[3:]).manifest)
 
-    whole = merged("both", str(tmp_path / "both.json"), both)
-    partly = merged("both", str(tmp_path / "both.json"), [both[0], (both[1][0], bare)])
+    whole = merge_manifests("both", str(tmp_path / "both.json"), both)
+    partly = merge_manifests("both", str(tmp_path / "both.json"), [both[0], (both[1][0], bare)])
 
     assert whole.codes == both[0][1].codes
     assert all(shard.codes_sha256 and shard.views for shard in whole.shards)

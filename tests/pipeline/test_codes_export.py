@@ -12,7 +12,7 @@ import webdataset
 from hand import Hand, tiles, write_manifest, write_shard
 from toy import QUIET
 
-from pmd_pipeline.base.overwrite import check_apart
+from pmd_pipeline.base.overwrite import refuse_overwrite
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.codes.tensors import code_tensors
 from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
@@ -115,9 +115,10 @@ def test_codes_that_were_changed_are_refused_by_their_name(manifest, tmp_path):
 
 
 def test_a_source_that_is_a_path_is_refused(manifest, tmp_path):
-    rewritten(manifest, {"source": "../../evil"})
+    content = Path(manifest).read_text(encoding="utf-8").replace('"toy"', '"../../evil"')
+    Path(manifest).write_text(content, encoding="utf-8")
 
-    refused(manifest, tmp_path / "out", "whose name is no name of a folder")
+    refused(manifest, tmp_path / "out", "is no name of a file")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_an_export_over_what_a_link_in_the_dataset_stands_for_is_refused(manifes
 
 def test_addresses_elsewhere_are_compared_as_they_are():
     shards = ["memory://data/toy/00000.tar"]
-    check_apart("memory://out", shards, ["memory://out/toy/00000.tar"])
+    refuse_overwrite("memory://out", shards, ["memory://out/toy/00000.tar"])
 
     with pytest.raises(PmdError, match="--out memory://data is where"):
-        check_apart("memory://data", shards, ["memory://data/toy/00000.tar"])
+        refuse_overwrite("memory://data", shards, ["memory://data/toy/00000.tar"])

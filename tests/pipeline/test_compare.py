@@ -14,7 +14,7 @@ from pmd_pipeline import cli
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
-from pmd_pipeline.dataset.manifest import merged
+from pmd_pipeline.dataset.manifest import merge_manifests
 from pmd_pipeline.inspect import diff as compare
 
 
@@ -119,7 +119,7 @@ def test_a_limit_loses_records_that_are_absent(before, tmp_path):
 
 def test_a_source_that_only_one_has_and_another_version_are_told(before, tmp_path):
     manifest = load_manifest(before)
-    both = merged("two", before, [(before, manifest)])
+    both = merge_manifests("two", before, [(before, manifest)])
     other = both.model_copy(update={"sources": {}, "shards": [], "versions": {"pillow": "1"}})
     save_manifest(
         f"{tmp_path}/none.json", other.model_copy(update={"digest": other.computed_digest()})

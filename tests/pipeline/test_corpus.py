@@ -7,7 +7,7 @@ import pytest
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 from typer.testing import CliRunner
 
-from pmd_pipeline.base.parallel import no_watch
+from pmd_pipeline.base.parallel import ignore_progress
 from pmd_pipeline.cli import app
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
@@ -45,7 +45,7 @@ def test_the_command_prints_the_digest_of_what_it_wrote(built, tmp_path):
     vocabulary = load_vocabulary(str(out))
     assert f"{out}  {vocabulary.sha256}" in result.output
     assert "picture" in vocabulary.pieces
-    assert learn_vocabulary(built.manifest, 120, no_watch) == (vocabulary, 0)
+    assert learn_vocabulary(built.manifest, 120, ignore_progress) == (vocabulary, 0)
 
 
 def test_a_manifest_of_images_has_nothing_to_learn_from(built):

@@ -11,8 +11,8 @@ import pytest
 from toy import toy_rows, write_pictures, write_rows
 
 from pmd_pipeline.contract.manifest import load_manifest
-from pmd_pipeline.images.decode.isolation import _KEY_BYTES, careful_maker
-from pmd_pipeline.images.decode.results import Maker
+from pmd_pipeline.images.decode.isolation import _KEY_BYTES, isolated_processor
+from pmd_pipeline.images.decode.results import ImageProcessor
 from pmd_pipeline.images.fetch.client import Fetched
 from pmd_pipeline.recipe import Images
 
@@ -62,9 +62,9 @@ def test_a_suspect_is_made_apart_and_only_what_kills_again_is_a_crash(tmp_path, 
     mark(marked)
     (tmp_path / ".part.first.note.tmp").write_text(keys[0])
     (tmp_path / ".part.second.note.tmp").write_text(keys[1])
-    maker = Maker(Images())
+    maker = ImageProcessor(Images())
 
-    with careful_maker(maker, str(tmp_path), "part") as careful:
+    with isolated_processor(maker, str(tmp_path), "part") as careful:
         well = careful.outcome(keys[0], Fetched(body))
         killed = careful.outcome(keys[1], Fetched(marked.read_bytes()))
 
@@ -74,13 +74,13 @@ def test_a_suspect_is_made_apart_and_only_what_kills_again_is_a_crash(tmp_path, 
 
 
 def test_who_dies_leaves_the_key_of_what_it_was_at(tmp_path, body):
-    class Dying(Maker):
+    class Dying(ImageProcessor):
         def outcome(self, found):
             notes.append([path.read_bytes().decode() for path in tmp_path.glob(".part*")])
             return super().outcome(found)
 
     notes = []
-    with careful_maker(Dying(Images()), str(tmp_path), "part") as careful:
+    with isolated_processor(Dying(Images()), str(tmp_path), "part") as careful:
         careful.outcome("a" * _KEY_BYTES, Fetched(body))
         notes.append([path.read_bytes().decode() for path in tmp_path.glob(".part*")])
 

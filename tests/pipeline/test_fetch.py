@@ -16,7 +16,7 @@ from pmd_pipeline.contract.errors import PmdError, RecordError
 from pmd_pipeline.contract.reasons import FAILURE_REASONS
 from pmd_pipeline.images.fetch import client as fetch
 from pmd_pipeline.images.fetch import responses as answers
-from pmd_pipeline.images.fetch.client import Web, web_for
+from pmd_pipeline.images.fetch.client import FetchClient, fetch_client
 from pmd_pipeline.recipe import Fetch, Images
 
 
@@ -235,7 +235,7 @@ def test_we_say_who_we_are():
 @pytest.mark.parametrize("contact", ["us\r\nX-Evil: 1", "jörg@lab.example"])
 def test_a_contact_that_is_no_header_is_a_mistake_of_the_recipe(contact):
     with pytest.raises(PmdError, match=r"fetch\.contact"):
-        Web(Fetch(contact=contact), 1000)
+        FetchClient(Fetch(contact=contact), 1000)
 
 
 def test_connections_are_used_again():
@@ -479,13 +479,13 @@ def test_workers_together_ask_a_host_no_more_often_than_one_would(workers, most)
 
 
 def test_the_client_of_a_process_stays_until_another_is_wanted_or_it_is_left_in_the_middle():
-    with web_for(Fetch(), Images()) as first:
+    with fetch_client(Fetch(), Images()) as first:
         pass
-    with web_for(Fetch(), Images()) as again:
+    with fetch_client(Fetch(), Images()) as again:
         again.memory.take(1)  # and never given back
-    with web_for(Fetch(), Images()) as fresh:
+    with fetch_client(Fetch(), Images()) as fresh:
         pass
-    with web_for(Fetch(timeout=1), Images()) as other:
+    with fetch_client(Fetch(timeout=1), Images()) as other:
         pass
 
     assert first is again

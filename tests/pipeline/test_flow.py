@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmd_pipeline.build import reorder_buffer as piles
-from pmd_pipeline.build.pipeline import Flow
-from pmd_pipeline.build.reorder_buffer import Pile
+from pmd_pipeline.build.pipeline import FetchPipeline
+from pmd_pipeline.build.reorder_buffer import ReorderBuffer
 from pmd_pipeline.contract.errors import PmdError, RecordError
-from pmd_pipeline.images.decode.processing import Picture
-from pmd_pipeline.images.decode.results import Outcome
-from pmd_pipeline.images.fetch.byte_budget import Memory
+from pmd_pipeline.images.decode.processing import StoredImage
+from pmd_pipeline.images.decode.results import ImageResult
+from pmd_pipeline.images.fetch.byte_budget import ByteBudget
 from pmd_pipeline.images.fetch.client import Fetched
 
 
@@ -32,19 +32,19 @@ def loop():
 
 def drawn(_item, found):
     if isinstance(found, RecordError):
-        return Outcome(status="failed_to_download", reason=found.kind)
-    return Outcome(Picture(found.body, 1, 1, 1, 1))
+        return ImageResult(status="failed_to_download", reason=found.kind)
+    return ImageResult(StoredImage(found.body, 1, 1, 1, 1))
 
 
 def flow_of(loop, ask, **changes):
-    memory = Memory(1 << 30)
+    memory = ByteBudget(1 << 30)
 
     async def asked(item):
         found = await ask(item)
         memory.take(len(found.body))
         return found
 
-    return Flow(loop, memory, asked, drawn, **{"ahead": 20, "per_host": 2, **changes})
+    return FetchPipeline(loop, memory, asked, drawn, **{"ahead": 20, "per_host": 2, **changes})
 
 
 def no_host(_item):
@@ -87,7 +87,7 @@ def test_outcomes_come_in_order_and_no_host_is_asked_by_more_than_it_may(
         if number % 5 == 4:
             assert outcome.reason == "http_404"
         else:
-            assert outcome.picture.jpeg == b"%d" % number
+            assert outcome.image.jpeg == b"%d" % number
     assert most["all"] <= ahead
     assert all(most[host] <= per_host for host in "abc")
     assert flow.memory.used == 0
@@ -124,7 +124,7 @@ def test_what_several_items_share_is_asked_for_once(loop):
 
     outcomes = list(flow_of(loop, ask).outcomes(items, no_host, str))
 
-    assert [outcome.picture.jpeg.decode() for _, outcome in outcomes] == items
+    assert [outcome.image.jpeg.decode() for _, outcome in outcomes] == items
     assert sorted(asked) == ["a", "b", "c"]
 
 
@@ -141,18 +141,18 @@ def test_one_that_is_slow_keeps_nobody_waiting_and_takes_no_memory(loop, monkeyp
                 others.set()
         return Fetched(b"%100d" % number)
 
-    put = Pile.put
+    put = ReorderBuffer.put
 
     def watched(pile, number, outcome):
         put(pile, number, outcome)
-        held.append(sum(len(one.picture.jpeg) for one in pile._outcomes.values()))
+        held.append(sum(len(one.image.jpeg) for one in pile._outcomes.values()))
 
-    monkeypatch.setattr(Pile, "put", watched)
+    monkeypatch.setattr(ReorderBuffer, "put", watched)
     flow = flow_of(loop, ask, ahead=10, folder=str(tmp_path))
 
     outcomes = list(flow.outcomes(range(200), no_host, int))
 
-    assert [int(outcome.picture.jpeg) for _, outcome in outcomes] == list(range(200))
+    assert [int(outcome.image.jpeg) for _, outcome in outcomes] == list(range(200))
     assert max(held) == 1000
 
 
@@ -172,7 +172,7 @@ def test_an_error_in_making_flies(loop):
     def make(_item, found):
         raise ZeroDivisionError
 
-    flow = Flow(loop, Memory(1), ask, make, ahead=3, per_host=1)
+    flow = FetchPipeline(loop, ByteBudget(1), ask, make, ahead=3, per_host=1)
 
     with pytest.raises(ZeroDivisionError):
         list(flow.outcomes(range(100), no_host, int))
@@ -207,12 +207,12 @@ def test_a_pile_gives_back_what_was_put(sizes, limit, seed):
     dice.shuffle(takes)
     contents = [dice.randbytes(size) for size in sizes]
 
-    with Pile(dict(enumerate(uses)), None, limit) as pile:
+    with ReorderBuffer(dict(enumerate(uses)), None, limit) as pile:
         for number, content in enumerate(contents):
-            pile.put(number, Outcome(Picture(content, 1, 1, 1, 1)))
+            pile.put(number, ImageResult(StoredImage(content, 1, 1, 1, 1)))
             assert pile._held <= limit
         for number in takes:
-            assert pile.take(number).picture.jpeg == contents[number]
+            assert pile.take(number).image.jpeg == contents[number]
 
         assert not pile._outcomes
         assert pile._held == 0
@@ -223,5 +223,8 @@ def test_a_pile_that_finds_no_room_says_so(monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(piles.tempfile, "TemporaryFile", full)
-    with Pile({0: 1}, str(tmp_path), 0) as pile, pytest.raises(PmdError, match="No space left"):
-        pile.put(0, Outcome(Picture(b"a", 1, 1, 1, 1)))
+    with (
+        ReorderBuffer({0: 1}, str(tmp_path), 0) as pile,
+        pytest.raises(PmdError, match="No space left"),
+    ):
+        pile.put(0, ImageResult(StoredImage(b"a", 1, 1, 1, 1)))

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.contract.reasons import FAILURE_REASONS, Status
-from pmd_pipeline.images.decode.processing import opened, picture
+from pmd_pipeline.images.decode.processing import make_stored_image, open_image
 from pmd_pipeline.recipe import Fetch, Images
 
 TIMEOUT = 0.5
@@ -351,7 +351,7 @@ def outcome(client, url="http://a.example/1.jpg"):
     rules = Images()
     try:
         body = client.get(url).body
-        picture(body, opened(body, rules), rules)
+        make_stored_image(body, open_image(body, rules), rules)
     except RecordError as error:
         assert error.kind in FAILURE_REASONS  # noqa: PT017 - one of two ways
         return error.kind

@@ -19,10 +19,10 @@ from pmd_pipeline.images.fetch.rate_limiter import (
     MOST_RESTS,
     MOST_TROUBLES,
     Clock,
-    Ending,
-    GivenUp,
     Hosts,
-    Turns,
+    HostUnavailable,
+    RateLimiter,
+    RequestResult,
 )
 from pmd_pipeline.recipe import Fetch
 
@@ -48,7 +48,7 @@ def room(hosts, name="a", now=0.0):
             break
         turns.append(turn)
     for turn in turns:
-        ended(hosts, turn, Ending.UNASKED, now)
+        ended(hosts, turn, RequestResult.UNASKED, now)
     return len(turns)
 
 
@@ -59,11 +59,11 @@ def wait_of(hosts, name="a", now=0.0):
     finally:
         hosts.leave(turn)
     if seconds == 0:
-        ended(hosts, turn, Ending.UNASKED, now)
+        ended(hosts, turn, RequestResult.UNASKED, now)
     return seconds
 
 
-def in_trouble(hosts, times, ending=Ending.BROKEN, now=0.0):
+def in_trouble(hosts, times, ending=RequestResult.BROKEN, now=0.0):
     for _ in range(times):
         ended(hosts, begun(hosts, now=now), ending, now)
 
@@ -93,7 +93,7 @@ class Requests:
     def end(self, number, ending, retry_after):
         if self.active:
             turn = self.active.pop(number % len(self.active))
-            if ending is Ending.BUSY and retry_after is not None:
+            if ending is RequestResult.BUSY and retry_after is not None:
                 until = self.now + retry_after
                 self.held[turn.host] = max(self.held.get(turn.host, 0), until)
             ended(self.hosts, turn, ending, self.now, retry_after=retry_after)
@@ -107,7 +107,7 @@ class Requests:
             for turn in self.waiting[::-1]:
                 try:
                     seconds = self.hosts.wait(turn, self.now)
-                except GivenUp:
+                except HostUnavailable:
                     self.hosts.leave(turn)
                     self.waiting.remove(turn)
                     continue
@@ -133,7 +133,7 @@ steps = st.one_of(
     st.tuples(
         st.just("end"),
         st.integers(0, 9),
-        st.sampled_from(Ending),
+        st.sampled_from(RequestResult),
         st.none() | st.integers(0, 100),
     ),
     st.tuples(st.just("pass"), st.floats(0, 100)),
@@ -156,7 +156,7 @@ def test_never_too_many_never_too_early_and_everybody_in_turn(most, delay, taken
 
     for _ in range(len(taken) * 2):  # everybody gets an end
         while requests.active:
-            requests.end(0, Ending.ANSWERED, None)
+            requests.end(0, RequestResult.ANSWERED, None)
         requests.now += LONGEST_CUT
         requests.look()
     assert not requests.waiting
@@ -165,7 +165,7 @@ def test_never_too_many_never_too_early_and_everybody_in_turn(most, delay, taken
 def test_a_busy_host_is_asked_by_half_as_many_once_for_all_in_flight():
     hosts = Hosts(8)
     for turn in [begun(hosts) for _ in range(8)]:
-        ended(hosts, turn, Ending.BUSY, now=1, kind="http_429", retry_after=0)
+        ended(hosts, turn, RequestResult.BUSY, now=1, kind="http_429", retry_after=0)
 
     assert room(hosts, now=2) == 4
 
@@ -173,12 +173,12 @@ def test_a_busy_host_is_asked_by_half_as_many_once_for_all_in_flight():
 def test_a_host_that_answers_is_asked_by_one_more_after_each_round():
     hosts = Hosts(8)
     for now in range(5):
-        ended(hosts, begun(hosts, now=now), Ending.BUSY, now, retry_after=0)
+        ended(hosts, begun(hosts, now=now), RequestResult.BUSY, now, retry_after=0)
     assert room(hosts, now=5) == 1
 
     rooms = []
     for _ in range(40):
-        ended(hosts, begun(hosts, now=5), Ending.ANSWERED, 5)
+        ended(hosts, begun(hosts, now=5), RequestResult.ANSWERED, 5)
         rooms.append(room(hosts, now=5))
 
     assert rooms == sorted(rooms)
@@ -189,8 +189,8 @@ def test_a_host_that_answers_is_asked_by_one_more_after_each_round():
 
 def test_what_one_request_is_told_to_wait_is_waited_by_all_and_by_no_other_host():
     hosts = Hosts(4)
-    ended(hosts, begun(hosts), Ending.BUSY, retry_after=20)
-    ended(hosts, begun(hosts, "b"), Ending.ANSWERED)
+    ended(hosts, begun(hosts), RequestResult.BUSY, retry_after=20)
+    ended(hosts, begun(hosts, "b"), RequestResult.ANSWERED)
 
     assert wait_of(hosts, now=5) == 15
     assert wait_of(hosts, "b", now=5) == 0
@@ -200,9 +200,9 @@ def test_what_one_request_is_told_to_wait_is_waited_by_all_and_by_no_other_host(
 def test_a_shorter_wait_does_not_end_a_longer_one():
     hosts = Hosts(4)
     first, second, third = (begun(hosts) for _ in range(3))
-    ended(hosts, first, Ending.BUSY, retry_after=20)
-    ended(hosts, second, Ending.BUSY, retry_after=1)
-    ended(hosts, third, Ending.ANSWERED)
+    ended(hosts, first, RequestResult.BUSY, retry_after=20)
+    ended(hosts, second, RequestResult.BUSY, retry_after=1)
+    ended(hosts, third, RequestResult.ANSWERED)
 
     assert wait_of(hosts) == 20
 
@@ -210,7 +210,7 @@ def test_a_shorter_wait_does_not_end_a_longer_one():
 def test_a_busy_host_that_names_no_time_is_left_alone_longer_each_time():
     hosts, now, waits = Hosts(1), 0.0, []
     for _ in range(9):
-        ended(hosts, begun(hosts, now=now), Ending.BUSY, now)
+        ended(hosts, begun(hosts, now=now), RequestResult.BUSY, now)
         waits.append(wait_of(hosts, now=now))
         now += waits[-1]
 
@@ -219,9 +219,9 @@ def test_a_busy_host_that_names_no_time_is_left_alone_longer_each_time():
 
 def test_a_host_that_wants_more_time_than_there_is_is_given_up_until_then():
     hosts = Hosts(4)
-    ended(hosts, begun(hosts), Ending.BUSY, kind="http_429", retry_after=LONGEST_WAIT + 10)
+    ended(hosts, begun(hosts), RequestResult.BUSY, kind="http_429", retry_after=LONGEST_WAIT + 10)
 
-    with pytest.raises(GivenUp, match="http_429"):
+    with pytest.raises(HostUnavailable, match="http_429"):
         wait_of(hosts)
     assert wait_of(hosts, now=10) == LONGEST_WAIT
 
@@ -237,7 +237,7 @@ def test_requests_to_a_host_keep_their_distance():
 
 def test_a_host_in_trouble_is_left_alone_and_then_asked_by_one():
     hosts = Hosts(4)
-    ended(hosts, begun(hosts), Ending.ANSWERED)
+    ended(hosts, begun(hosts), RequestResult.ANSWERED)
     in_trouble(hosts, MOST_TROUBLES - 1)
     assert wait_of(hosts) == 0
     in_trouble(hosts, 1)
@@ -250,7 +250,7 @@ def test_a_host_in_trouble_is_left_alone_and_then_asked_by_one():
 def test_one_answer_brings_a_host_back():
     hosts = Hosts(4)
     now = rested(hosts, 3) + LONGEST_WAIT
-    ended(hosts, begun(hosts, now=now), Ending.ANSWERED, now)
+    ended(hosts, begun(hosts, now=now), RequestResult.ANSWERED, now)
 
     in_trouble(hosts, MOST_TROUBLES - 1, now=now)
 
@@ -261,7 +261,7 @@ def test_rests_grow_to_the_longest_wait():
     waits = []
     for rests in range(1, MOST_RESTS + 1):
         hosts = Hosts(4)
-        ended(hosts, begun(hosts), Ending.ANSWERED)
+        ended(hosts, begun(hosts), RequestResult.ANSWERED)
         now = rested(hosts, rests)
         waits.append(wait_of(hosts, now=now))
 
@@ -272,29 +272,29 @@ def test_a_host_that_never_worked_is_not_waited_for():
     hosts = Hosts(4)
     now = rested(hosts, 1)
 
-    with pytest.raises(GivenUp, match="connect"):
+    with pytest.raises(HostUnavailable, match="connect"):
         wait_of(hosts, now=now)
 
 
 def test_a_host_that_worked_is_waited_for_only_so_long():
     hosts = Hosts(4)
-    ended(hosts, begun(hosts), Ending.ANSWERED)
+    ended(hosts, begun(hosts), RequestResult.ANSWERED)
     now = rested(hosts, MOST_RESTS + 1)
 
-    with pytest.raises(GivenUp):
+    with pytest.raises(HostUnavailable):
         wait_of(hosts, now=now)
     probe = begun(hosts, now=now + LONGEST_WAIT)
-    with pytest.raises(GivenUp):
+    with pytest.raises(HostUnavailable):
         wait_of(hosts, now=now + LONGEST_WAIT)
-    ended(hosts, probe, Ending.ANSWERED, now + LONGEST_WAIT)
+    ended(hosts, probe, RequestResult.ANSWERED, now + LONGEST_WAIT)
     assert wait_of(hosts, now=now + LONGEST_WAIT) == 0
 
 
 def test_those_in_flight_at_a_rest_make_no_further_rests():
     hosts = Hosts(20)
-    ended(hosts, begun(hosts), Ending.ANSWERED)
+    ended(hosts, begun(hosts), RequestResult.ANSWERED)
     for turn in [begun(hosts) for _ in range(20)]:
-        ended(hosts, turn, Ending.BROKEN, now=1)
+        ended(hosts, turn, RequestResult.BROKEN, now=1)
 
     assert wait_of(hosts, now=1) == 15
     assert room(hosts, now=16) == 1
@@ -303,19 +303,19 @@ def test_those_in_flight_at_a_rest_make_no_further_rests():
 def test_those_in_flight_at_a_refusal_are_one_trouble():
     hosts = Hosts(20)
     for turn in [begun(hosts) for _ in range(20)]:
-        ended(hosts, turn, Ending.BUSY, now=1, retry_after=0)
+        ended(hosts, turn, RequestResult.BUSY, now=1, retry_after=0)
 
     assert room(hosts, now=1) == 10
 
 
 def silence(hosts, names, now=0.0):
     for name in names:
-        ended(hosts, begun(hosts, name, now), Ending.SILENT, now)
+        ended(hosts, begun(hosts, name, now), RequestResult.SILENT, now)
 
 
 def test_many_silent_hosts_and_no_answer_mean_that_the_network_is_cut():
     hosts = Hosts(4)
-    ended(hosts, begun(hosts, "well"), Ending.ANSWERED)
+    ended(hosts, begun(hosts, "well"), RequestResult.ANSWERED)
     silence(hosts, range(BURST - 1))
     assert not hosts.is_cut()
     silence(hosts, [BURST - 1])
@@ -328,7 +328,7 @@ def test_many_silent_hosts_and_no_answer_mean_that_the_network_is_cut():
 def test_those_in_flight_when_the_network_is_cut_make_no_longer_pause():
     hosts = Hosts(4)
     for turn in [begun(hosts, name) for name in range(5 * BURST)]:
-        ended(hosts, turn, Ending.SILENT, now=1)
+        ended(hosts, turn, RequestResult.SILENT, now=1)
 
     assert wait_of(hosts, "new", now=1) == 5
 
@@ -336,7 +336,7 @@ def test_those_in_flight_when_the_network_is_cut_make_no_longer_pause():
 def test_an_answer_between_means_that_it_is_not():
     hosts = Hosts(4)
     silence(hosts, range(BURST - 1))
-    ended(hosts, begun(hosts, "well"), Ending.ANSWERED)
+    ended(hosts, begun(hosts, "well"), RequestResult.ANSWERED)
     silence(hosts, range(BURST - 1))
 
     assert not hosts.is_cut()
@@ -345,18 +345,18 @@ def test_an_answer_between_means_that_it_is_not():
 def test_one_dead_host_among_others_is_its_own_trouble():
     hosts = Hosts(4)
     for name in "bcd":
-        ended(hosts, begun(hosts, name), Ending.ANSWERED)
+        ended(hosts, begun(hosts, name), RequestResult.ANSWERED)
     silence(hosts, ["a"] * MOST_TROUBLES)
 
     assert not hosts.is_cut()
-    with pytest.raises(GivenUp):
+    with pytest.raises(HostUnavailable):
         wait_of(hosts)
 
 
 def test_a_cut_network_ends_with_an_answer():
     hosts = Hosts(4)
     silence(hosts, range(BURST))
-    ended(hosts, begun(hosts, "well", 5), Ending.ANSWERED, 5)
+    ended(hosts, begun(hosts, "well", 5), RequestResult.ANSWERED, 5)
 
     assert not hosts.is_cut()
     assert wait_of(hosts, "new", now=5) == 0
@@ -373,18 +373,18 @@ def test_a_cut_network_is_waited_for_only_so_long_and_then_failures_count():
     assert now <= LONGEST_CUT
     assert now + LONGEST_WAIT > LONGEST_CUT
     silence(hosts, ["new"] * (MOST_TROUBLES - 1), now + LONGEST_WAIT)
-    with pytest.raises(GivenUp):
+    with pytest.raises(HostUnavailable):
         wait_of(hosts, "new", now + LONGEST_WAIT)
 
 
 def test_hosts_without_a_past_are_forgotten(monkeypatch):
     monkeypatch.setattr(rules, "_MOST_HOSTS", 5)
     hosts = Hosts(4)
-    ended(hosts, begun(hosts, "held"), Ending.BUSY, retry_after=50)
+    ended(hosts, begun(hosts, "held"), RequestResult.BUSY, retry_after=50)
     begun(hosts, "asked")
 
     for number in range(100):
-        ended(hosts, begun(hosts, number), Ending.ANSWERED)
+        ended(hosts, begun(hosts, number), RequestResult.ANSWERED)
 
     assert len(hosts._hosts) <= 5
     assert wait_of(hosts, "held") == 50
@@ -392,7 +392,7 @@ def test_hosts_without_a_past_are_forgotten(monkeypatch):
 
 
 def turns_of(hosts, has_room=lambda: True):
-    return Turns(hosts, Clock(), has_room)
+    return RateLimiter(hosts, Clock(), has_room)
 
 
 def test_who_waits_goes_when_another_ends():
@@ -402,7 +402,7 @@ def test_who_waits_goes_when_another_ends():
         async with turns.turn("a") as turn:
             order.append(number)
             await asyncio.sleep(0)
-            turn.ending = Ending.ANSWERED
+            turn.ending = RequestResult.ANSWERED
 
     async def ask_all():
         turns = turns_of(Hosts(1))
@@ -423,7 +423,7 @@ def test_no_host_keeps_the_room_that_all_share():
             most.append(len(now))
             await asyncio.sleep(0)
             now.remove(host)
-            turn.ending = Ending.ANSWERED
+            turn.ending = RequestResult.ANSWERED
 
     async def ask_all():
         turns = turns_of(Hosts(8), lambda: turns.in_flight < 2)
@@ -446,11 +446,11 @@ def test_a_network_that_is_back_is_asked_at_once_by_all_who_waited():
         first = turns.turn("well")
         went = await first.__aenter__()
         for number in range(BURST):
-            await ask(turns, str(number), Ending.SILENT)
+            await ask(turns, str(number), RequestResult.SILENT)
         assert hosts.is_cut()
-        late = asyncio.create_task(ask(turns, "late", Ending.ANSWERED))
+        late = asyncio.create_task(ask(turns, "late", RequestResult.ANSWERED))
         await asyncio.sleep(0)
-        went.ending = Ending.ANSWERED
+        went.ending = RequestResult.ANSWERED
         await first.__aexit__(None, None, None)
         await asyncio.wait_for(late, 1)
 

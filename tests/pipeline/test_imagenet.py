@@ -20,7 +20,7 @@ from toy import QUIET
 
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.dataset.build import Order, Request, build_all
+from pmd_pipeline.dataset.build import BuildRequest, SourceBuild, build_all
 from pmd_pipeline.inspect import stats as statistics
 from pmd_pipeline.recipe import load_recipe
 
@@ -75,7 +75,7 @@ def write_tables(root, entries, at="data"):
 
 
 def order_of(folder, raw, **changes):
-    return Order(
+    return SourceBuild(
         recipe=load_recipe("imagenet1k", {"part_records": 5, **changes})[0],
         raw=str(raw),
         data=str(folder / "data"),
@@ -218,7 +218,7 @@ def test_a_folder_of_something_else_is_refused_in_a_sentence(tmp_path, name, con
         path = tmp_path / "raw" / "imagenet1k" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    request = Request(
+    request = BuildRequest(
         recipes=("imagenet1k",),
         out=str(tmp_path / "data"),
         manifests=str(tmp_path / "manifests"),

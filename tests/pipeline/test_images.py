@@ -23,8 +23,8 @@ from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.contract.reasons import FAILURE_REASONS
 from pmd_pipeline.images.decode.processing import (
     FORMATS,
-    opened,
-    picture,
+    make_stored_image,
+    open_image,
     target_size,
     upright_size,
 )
@@ -56,7 +56,7 @@ def encoded(image, form="PNG", **options):
 
 
 def stored(body, rules=SMALL):
-    return picture(body, opened(body, rules), rules)
+    return make_stored_image(body, open_image(body, rules), rules)
 
 
 def pixels_of(made):
@@ -91,7 +91,7 @@ IN_EVERY_FORMAT = {
 @pytest.mark.parametrize("form", [*FORMATS, "MPO"])
 def test_every_format_is_read(form):
     body = IN_EVERY_FORMAT[form]
-    assert opened(body, SMALL).format == form
+    assert open_image(body, SMALL).format == form
 
     made = stored(body)
 
@@ -132,7 +132,7 @@ def test_a_small_upright_jpeg_keeps_its_bytes(mode, progressive):
 def test_a_small_jpeg_that_is_cut_is_not_kept():
     body = encoded(scene(32, 20), "JPEG")
 
-    opened(body[:-20], SMALL)  # what is missing is no part of the header
+    open_image(body[:-20], SMALL)  # what is missing is no part of the header
     assert kind_of(body[:-20]) == "truncated"
 
 
@@ -164,7 +164,7 @@ def test_pictures_come_upright(form, orientation):
 
     made = stored(body)
 
-    assert upright_size(opened(body, SMALL)) == (60, 40)
+    assert upright_size(open_image(body, SMALL)) == (60, 40)
     assert (made.original_width, made.original_height) == (60, 40)
     expected = np.asarray(scene().resize((48, 32), Image.Resampling.LANCZOS)).astype(float)
     assert psnr(pixels_of(made), expected) > 25
@@ -426,7 +426,7 @@ def test_a_size_is_known_before_any_pixel_is_decoded(form, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(ImageFile.ImageFile, "load", pytest.fail)
 
-            assert upright_size(opened(body, SMALL)) == (60, 40)
+            assert upright_size(open_image(body, SMALL)) == (60, 40)
 
 
 def ssim(one, other):
@@ -497,7 +497,7 @@ def quality(body, size, *, fast=False):
 @pytest.mark.parametrize("kind", ["as they are", "a little larger", "large", "large and sharp"])
 @pytest.mark.parametrize("size", [224, 256, 384, 512])
 def test_cheap_pixels_are_as_good_as_those_of_img2dataset(kind, size):
-    bodies = [one for one in photographs(kind) if min(opened(one, SMALL).size) > size]
+    bodies = [one for one in photographs(kind) if min(open_image(one, SMALL).size) > size]
     if not bodies:
         assert (kind, size) == ("as they are", 512)
         return
@@ -654,11 +654,11 @@ def test_pillow_is_heard_of_neither_as_noise_nor_as_a_failure(tmp_path):
     (tmp_path / "3").write_bytes(encoded(palette, transparency=b"\0\x80"))
     code = (
         "import sys\n"
-        "from pmd_pipeline.images.decode.processing import opened, picture\n"
+        "from pmd_pipeline.images.decode.processing import open_image, make_stored_image\n"
         "from pmd_pipeline.recipe import Images\n"
         "for name in sys.argv[1:]:\n"
         "    body = open(name, 'rb').read()\n"
-        "    picture(body, opened(body, Images(size=16)), Images(size=16))\n"
+        "    make_stored_image(body, open_image(body, Images(size=16)), Images(size=16))\n"
     )
 
     names = [str(tmp_path / name) for name in "123"]

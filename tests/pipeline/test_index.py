@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import toy_recipe, toy_rows, write_rows
 
-from pmd_pipeline.base.parallel import no_watch, open_pool
+from pmd_pipeline.base.parallel import ignore_progress, open_pool
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.index import build as stage
@@ -34,7 +34,7 @@ lines = st.one_of(
 
 def build(folder: Path, raw: Path, **changes: object) -> Index:
     with open_pool("local", 1, None) as pool:
-        return build_index(toy_recipe(**changes), str(raw), str(folder), pool, no_watch)
+        return build_index(toy_recipe(**changes), str(raw), str(folder), pool, ignore_progress)
 
 
 def records(folder: Path, index: Index) -> list[object]:
@@ -249,6 +249,6 @@ def test_a_lone_surrogate_in_json_does_not_stop_the_index(tmp_path):
 
     with open_pool("local", 1, None) as pool:
         recipe = load_recipe("localized_narratives")[0]
-        index = build_index(recipe, str(raw), str(tmp_path / "index"), pool, no_watch)
+        index = build_index(recipe, str(raw), str(tmp_path / "index"), pool, ignore_progress)
 
     assert index.counts.kept + sum(index.counts.dropped.values()) >= 1

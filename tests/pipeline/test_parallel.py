@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pmd_pipeline.base import parallel
-from pmd_pipeline.base.parallel import WorkerDied, _Ticks, no_watch, open_pool
+from pmd_pipeline.base.parallel import WorkerDied, _ProgressChannel, ignore_progress, open_pool
 from pmd_pipeline.contract.errors import PmdError, RecordError
 
 
@@ -62,7 +62,7 @@ def _workers_find_this_module(monkeypatch):
 @pytest.mark.parametrize(("runner", "workers"), POOLS)
 def test_every_task_gives_its_result_once(runner, workers):
     with open_pool(runner, workers, None) as pool:
-        results = dict(pool.run(double, range(25), no_watch))
+        results = dict(pool.run(double, range(25), ignore_progress))
 
     assert results == {task: 2 * task for task in range(25)}
 
@@ -70,7 +70,7 @@ def test_every_task_gives_its_result_once(runner, workers):
 @pytest.mark.parametrize(("runner", "workers"), POOLS[1:])
 def test_what_a_task_leaves_in_its_process_later_ones_find(runner, workers):
     with open_pool(runner, workers, None) as pool:
-        results = dict(pool.run(keep, range(25), no_watch)).values()
+        results = dict(pool.run(keep, range(25), ignore_progress)).values()
 
     processes = {pid for pid, _ in results}
     assert len(processes) <= workers
@@ -84,7 +84,7 @@ def test_what_a_task_leaves_in_its_process_later_ones_find(runner, workers):
 @pytest.mark.parametrize(("runner", "workers"), POOLS)
 def test_an_error_of_a_task_arrives_as_itself(runner, workers):
     with open_pool(runner, workers, None) as pool, pytest.raises(RecordError) as caught:
-        list(pool.run(refuse, range(3), no_watch))
+        list(pool.run(refuse, range(3), ignore_progress))
 
     assert caught.value.kind == "kind"
     assert caught.value.detail.startswith("detail of")
@@ -93,7 +93,7 @@ def test_an_error_of_a_task_arrives_as_itself(runner, workers):
 @pytest.mark.parametrize(("runner", "workers"), POOLS[1:])
 def test_a_task_that_kills_its_worker_takes_nobody_with_it(runner, workers):
     with open_pool(runner, workers, None) as pool:
-        results = dict(pool.run(kill_itself_on_seven, range(12), no_watch))
+        results = dict(pool.run(kill_itself_on_seven, range(12), ignore_progress))
 
     assert isinstance(results.pop(7), WorkerDied)
     assert results == {task: task for task in range(12) if task != 7}
@@ -110,7 +110,7 @@ def test_ticks_reach_the_driver_under_the_name_of_their_task(runner, workers):
 
 def test_a_tick_is_refused_from_a_stranger():
     heard = []
-    with _Ticks("127.0.0.1", lambda *tick: heard.append(tick)) as ticks:
+    with _ProgressChannel("127.0.0.1", lambda *tick: heard.append(tick)) as ticks:
         ticker = ticks.ticker("mine")
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
             out.sendto(json.dumps(["wrong", "theirs", {}]).encode(), ticker.address)
@@ -128,7 +128,7 @@ def test_a_tick_that_cannot_be_sent_is_lost_and_ends_nothing(monkeypatch):
     def unreachable(*_):
         raise OSError(101, "Network is unreachable")
 
-    with _Ticks("127.0.0.1", no_watch) as ticks:
+    with _ProgressChannel("127.0.0.1", ignore_progress) as ticks:
         ticker = ticks.ticker("mine")
         monkeypatch.setattr(parallel.socket, "socket", unreachable)
         ticker({"rows": 1})
@@ -136,7 +136,7 @@ def test_a_tick_that_cannot_be_sent_is_lost_and_ends_nothing(monkeypatch):
 
 def test_a_lone_task_needs_no_ray():
     with open_pool("ray", 2, None) as pool:
-        assert dict(pool.run(double, [5], no_watch)) == {5: 10}
+        assert dict(pool.run(double, [5], ignore_progress)) == {5: 10}
 
     assert "ray" not in sys.modules or not __import__("ray").is_initialized()
 
@@ -147,7 +147,7 @@ def test_a_cluster_without_a_gpu_is_one_sentence():
         pytest.raises(PmdError, match="Ray has no GPU here"),
         open_pool("ray", 2, None, gpus=64) as pool,
     ):
-        list(pool.run(double, [1, 2], no_watch))
+        list(pool.run(double, [1, 2], ignore_progress))
 
 
 def test_an_unreachable_cluster_is_one_sentence():
@@ -155,7 +155,7 @@ def test_an_unreachable_cluster_is_one_sentence():
         pytest.raises(PmdError, match="cannot start or join Ray"),
         open_pool("ray", 2, "127.0.0.1:1") as pool,
     ):
-        list(pool.run(double, [1, 2], no_watch))
+        list(pool.run(double, [1, 2], ignore_progress))
 
 
 @pytest.mark.slow
@@ -164,13 +164,13 @@ def test_workers_die_with_a_driver_that_is_killed(tmp_path):
     script.write_text(
         "import os, time\n"
         "from pathlib import Path\n"
-        "from pmd_pipeline.base.parallel import no_watch, open_pool\n"
+        "from pmd_pipeline.base.parallel import ignore_progress, open_pool\n"
         "def work(task, tick):\n"
         f"    Path({str(tmp_path)!r}, f'{{os.getpid()}}.pid').touch()\n"
         "    time.sleep(60)\n"
         "if __name__ == '__main__':\n"
         "    with open_pool('local', 2, None) as pool:\n"
-        "        list(pool.run(work, range(4), no_watch))\n"
+        "        list(pool.run(work, range(4), ignore_progress))\n"
     )
     driver = subprocess.Popen([sys.executable, str(script)])
     while len(pids := [int(path.stem) for path in tmp_path.glob("*.pid")]) < 2:

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from pmd_pipeline.base.progress import Show
+from pmd_pipeline.base.progress import Reporter
 
 
 class Clock:
@@ -23,88 +23,88 @@ def clock():
 
 def show_on(clock, *, terminal=False, quiet=False):
     console = Console(force_terminal=terminal, file=io.StringIO(), width=100, emoji=False)
-    return Show(console, quiet=quiet, clock=clock), console.file
+    return Reporter(console, quiet=quiet, clock=clock), console.file
 
 
 def test_a_line_says_how_much_is_done_how_fast_what_failed_and_how_long_it_takes(clock):
-    show, _ = show_on(clock)
-    with show.stage("toy build", "records", 240) as stage:
-        stage.finished("part 0", {"records": 100, "images": 90, "failed": 10})
-        stage.watch("part 1", {"records": 20, "images": 18, "failed": 2})
+    reporter, _ = show_on(clock)
+    with reporter.stage("toy build", "records", 240) as stage:
+        stage.advance("part 0", {"records": 100, "images": 90, "failed": 10})
+        stage.update("part 1", {"records": 20, "images": 18, "failed": 2})
         clock.seconds += 4
 
         assert stage.line() == "120 of 240 records, 27 images/s, 12 pairs failed, 4 s left"
 
 
 def test_a_line_says_that_the_network_is_cut_while_it_is(clock):
-    show, _ = show_on(clock)
-    with show.stage("coco build", "records", 10) as stage:
-        stage.watch("part 0", {"records": 2, "cut": 1})
+    reporter, _ = show_on(clock)
+    with reporter.stage("coco build", "records", 10) as stage:
+        stage.update("part 0", {"records": 2, "cut": 1})
         waiting = stage.line()
-        stage.watch("part 0", {"records": 3, "cut": 0})
+        stage.update("part 0", {"records": 3, "cut": 0})
 
     assert waiting == "2 of 10 records, nobody answers: waiting for the network"
     assert stage.line() == "3 of 10 records"
 
 
 def test_no_speed_is_told_before_it_has_settled(clock):
-    show, _ = show_on(clock)
-    with show.stage("toy build", "records", 240) as stage:
-        stage.finished("part 0", {"records": 100, "images": 90})
+    reporter, _ = show_on(clock)
+    with reporter.stage("toy build", "records", 240) as stage:
+        stage.advance("part 0", {"records": 100, "images": 90})
         clock.seconds += 1
 
         assert stage.line() == "100 of 240 records"
 
 
 def test_what_an_earlier_run_has_done_is_progress_but_no_speed(clock):
-    show, _ = show_on(clock)
-    with show.stage("toy build", "records", 400) as stage:
-        stage.found({"records": 200, "images": 200, "failed": 3})
+    reporter, _ = show_on(clock)
+    with reporter.stage("toy build", "records", 400) as stage:
+        stage.resume_from({"records": 200, "images": 200, "failed": 3})
         clock.seconds += 10
         assert stage.line() == "200 of 400 records, 3 pairs failed"
 
-        stage.finished("part 9", {"records": 100, "images": 50})
+        stage.advance("part 9", {"records": 100, "images": 50})
 
         assert stage.line() == "300 of 400 records, 5 images/s, 3 pairs failed, 10 s left"
 
 
 def test_a_task_that_has_ended_is_not_counted_again_by_a_late_tick(clock):
-    show, _ = show_on(clock)
-    with show.stage("toy build", "records", 240) as stage:
-        stage.watch("part 0", {"records": 90})
-        stage.finished("part 0", {"records": 100})
-        stage.watch("part 0", {"records": 95})
+    reporter, _ = show_on(clock)
+    with reporter.stage("toy build", "records", 240) as stage:
+        stage.update("part 0", {"records": 90})
+        stage.advance("part 0", {"records": 100})
+        stage.update("part 0", {"records": 95})
 
         assert stage.done == 100
 
 
 def test_a_stage_that_is_settled_counts_once(clock):
-    show, file = show_on(clock)
-    with show.stage("toy index", "rows") as stage:
-        stage.watch("reading a.tsv", {"rows": 5000})
-        stage.watch("reading b.tsv", {"rows": 5000})
-        stage.settled({"rows": 12_345})
-        stage.watch("reading b.tsv", {"rows": 5000})
+    reporter, file = show_on(clock)
+    with reporter.stage("toy index", "rows") as stage:
+        stage.update("reading a.tsv", {"rows": 5000})
+        stage.update("reading b.tsv", {"rows": 5000})
+        stage.set_total({"rows": 12_345})
+        stage.update("reading b.tsv", {"rows": 5000})
 
     assert file.getvalue() == "toy index: 12,345 rows\n"
 
 
 def test_bytes_are_told_in_megabytes(clock):
-    show, file = show_on(clock)
-    with show.stage("toy annotations", "bytes") as stage:
-        stage.watch("http://a.test/a", {"bytes": 30_000_000})
+    reporter, file = show_on(clock)
+    with reporter.stage("toy annotations", "bytes") as stage:
+        stage.update("http://a.test/a", {"bytes": 30_000_000})
         clock.seconds += 10
 
     assert file.getvalue() == "toy annotations: 30.0 MB, 3.0 MB/s\n"
 
 
 def test_off_a_terminal_there_is_a_line_every_ten_seconds_and_one_at_the_end(clock):
-    show, file = show_on(clock)
-    with show.stage("toy build", "records", 100) as stage:
+    reporter, file = show_on(clock)
+    with reporter.stage("toy build", "records", 100) as stage:
         for count in range(25):
-            stage.watch("part 0", {"records": count})
+            stage.update("part 0", {"records": count})
             clock.seconds += 1
-        stage.finished("part 0", {"records": 100})
+        stage.advance("part 0", {"records": 100})
 
     assert file.getvalue().splitlines() == [
         "toy build: 10 of 100 records, 1 records/s, 1 min 30 s left",
@@ -114,26 +114,26 @@ def test_off_a_terminal_there_is_a_line_every_ten_seconds_and_one_at_the_end(clo
 
 
 def test_a_stage_that_had_nothing_to_do_says_nothing(clock):
-    show, file = show_on(clock)
-    with show.stage("toy annotations", "bytes"):
+    reporter, file = show_on(clock)
+    with reporter.stage("toy annotations", "bytes"):
         pass
 
     assert file.getvalue() == ""
 
 
 def test_a_stage_that_fails_says_nothing_so_that_the_error_stands_alone(clock):
-    show, file = show_on(clock)
+    reporter, file = show_on(clock)
 
-    with pytest.raises(ZeroDivisionError), show.stage("toy build", "records", 3):
+    with pytest.raises(ZeroDivisionError), reporter.stage("toy build", "records", 3):
         _ = 1 / 0
 
     assert file.getvalue() == ""
 
 
 def test_on_a_terminal_there_is_a_bar_and_then_one_line(clock):
-    show, file = show_on(clock, terminal=True)
-    with show.stage("toy build", "records", 240) as stage:
-        stage.watch("part 0", {"records": 120, "failed": 2})
+    reporter, file = show_on(clock, terminal=True)
+    with reporter.stage("toy build", "records", 240) as stage:
+        stage.update("part 0", {"records": 120, "failed": 2})
     screen = file.getvalue()
 
     assert "120 of 240 records, 2 pairs failed" in screen
@@ -143,18 +143,18 @@ def test_on_a_terminal_there_is_a_bar_and_then_one_line(clock):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_quiet_is_quiet(terminal, clock):
-    show, file = show_on(clock, terminal=terminal, quiet=True)
-    with show.stage("toy build", "records", 240) as stage:
+    reporter, file = show_on(clock, terminal=terminal, quiet=True)
+    with reporter.stage("toy build", "records", 240) as stage:
         clock.seconds += 100
-        stage.finished("part 0", {"records": 240})
-        show.say("something")
+        stage.advance("part 0", {"records": 240})
+        reporter.say("something")
 
     assert file.getvalue() == ""
 
 
 def test_words_are_printed_as_they_are(clock):
-    show, file = show_on(clock)
+    reporter, file = show_on(clock)
 
-    show.say("[bold] :dog: /a/path " + "x" * 200)
+    reporter.say("[bold] :dog: /a/path " + "x" * 200)
 
     assert file.getvalue() == "[bold] :dog: /a/path " + "x" * 200 + "\n"

@@ -10,7 +10,7 @@ from source_helpers import SAMPLES, needs_samples
 from toy import QUIET, toy_build, toy_order
 
 from pmd_pipeline.base.parallel import open_pool
-from pmd_pipeline.dataset.build import Order, build_source
+from pmd_pipeline.dataset.build import SourceBuild, build_source
 from pmd_pipeline.recipe import load_recipe
 
 pytestmark = needs_samples
@@ -18,7 +18,7 @@ pytestmark = needs_samples
 
 def test_eighty_photographs_of_coco_with_their_400_captions(tmp_path):
     mini = SAMPLES / "coco" / "mini"
-    order = Order(
+    order = SourceBuild(
         recipe=load_recipe("coco")[0],
         raw=str(mini),
         data=str(tmp_path / "data"),

@@ -14,7 +14,7 @@ from rich.console import Console
 from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
 
 from pmd_pipeline.base.parallel import open_pool
-from pmd_pipeline.base.progress import Show
+from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.build.optout import REASON, add_to_list
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
 from pmd_pipeline.dataset import manifest as manifest_room
@@ -24,7 +24,7 @@ from pmd_pipeline.inspect.diff import as_lines, compare
 from pmd_pipeline.inspect.stats import remarks
 from pmd_pipeline.inspect.verify.dataset import verify
 from pmd_pipeline.publish.lockfile.lock import lock
-from pmd_pipeline.publish.lockfile.rebuild import Rebuild, rebuild
+from pmd_pipeline.publish.lockfile.rebuild import RebuildRequest, rebuild
 
 NUM, SAME = 40, 12
 
@@ -49,7 +49,7 @@ def sha256(order, number):
 def test_the_manifest_and_the_build_tell_a_picture_that_many_records_share(order):
     said = io.StringIO()
     with open_pool("local", 1, None) as pool:
-        manifest, _ = build_source(order, pool, Show(Console(file=said, width=300), quiet=True))
+        manifest, _ = build_source(order, pool, Reporter(Console(file=said, width=300), quiet=True))
 
     assert manifest.sources["cc3m"].repeated == {sha256(order, 0): SAME}
     [sentence] = remarks(manifest)[-1:]
@@ -96,7 +96,7 @@ def test_a_rebuild_tells_the_same_and_counts_what_is_missing(order, tmp_path):
     made = toy_build(order)
     with open_pool("local", 1, None) as pool:
         lock(order.manifest, str(tmp_path / "kit"), pool, QUIET, hashed=False)
-        again = Rebuild(
+        again = RebuildRequest(
             kit=str(tmp_path / "kit"),
             out=str(tmp_path / "again"),
             manifests=str(tmp_path / "again"),
@@ -132,7 +132,7 @@ def test_a_rebuild_tells_those_that_move_up_when_others_are_missing(tmp_path, mo
         lock(order.manifest, str(tmp_path / "kit"), pool, QUIET, hashed=False)
         for number in (0, 2, 4):
             (folder / f"{number}.jpg").unlink()
-        again = Rebuild(
+        again = RebuildRequest(
             kit=str(tmp_path / "kit"),
             out=str(tmp_path / "again" / "data"),
             manifests=str(tmp_path / "again"),

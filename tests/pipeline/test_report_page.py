@@ -221,7 +221,7 @@ def manifest_of(folder, **changes):
         counts=Counts(pairs_in=3, kept=2, dropped={"no_text": 1}),
         words={3: 1, 4: 1},
         rules={},
-        rules_sha256="",
+        rules_sha256="0" * 64,
         leakage="none",
     )
     made = Manifest(name="toy", sources={"ccnews": entry}, versions={}, **changes)

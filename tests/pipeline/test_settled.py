@@ -18,9 +18,9 @@ from pmd_pipeline.build.optout import LIST, REASON, add_to_list
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.dataset import build as dataset
-from pmd_pipeline.dataset.build import Request, build_all, reasons_of
-from pmd_pipeline.inspect.trace import stories
-from pmd_pipeline.inspect.trace_text import told
+from pmd_pipeline.dataset.build import BuildRequest, build_all, reasons_of
+from pmd_pipeline.inspect.trace import find_traces
+from pmd_pipeline.inspect.trace_text import trace_lines
 
 NUM = 60
 LATE = range(0, NUM, 10)
@@ -118,8 +118,8 @@ def test_attempts_are_told_and_carried_over_and_no_digest_covers_them(tmp_path):
         assert asked_again(order) == {"1": 2, "2": 2}
         key = key_of("cc3m", "http://a.test/1.jpg")
         with open_pool("local", 1, None) as pool:
-            [story] = stories(str(tmp_path / "once" / "data"), key, pool)
-        assert "fetched: http://a.test/1.jpg, asked 2 times" in list(told(story))
+            [story] = find_traces(str(tmp_path / "once" / "data"), key, pool)
+        assert "fetched: http://a.test/1.jpg, asked 2 times" in list(trace_lines(story))
 
         answers["2"] = [answer(body=body)]
         again = toy_build(replace(order, again=frozenset({"http_5xx"})))
@@ -333,7 +333,7 @@ def test_a_choice_of_licences_is_a_choice_of_records_and_may_be_changed(tmp_path
 
 def test_a_list_given_once_is_obeyed_by_builds_that_do_not_name_it(tmp_path, web, origin):
     (tmp_path / "list.txt").write_text("http://a.test/7.jpg\n")
-    request = Request(
+    request = BuildRequest(
         recipes=("cc3m",),
         out=str(tmp_path / "data"),
         manifests=str(tmp_path / "manifests"),
@@ -353,7 +353,7 @@ def test_a_list_given_once_is_obeyed_by_builds_that_do_not_name_it(tmp_path, web
 
 def test_reasons_are_those_that_are_counted():
     assert reasons_of(["timeout,dns", "http_5xx"]) == {"timeout", "dns", "http_5xx"}
-    with pytest.raises(PmdError, match="did you mean timeout"):
+    with pytest.raises(PmdError, match="did you mean 'timeout'"):
         reasons_of(["timeouts"])
 
 

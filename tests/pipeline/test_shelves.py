@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pmd_pipeline.contract.errors import PmdError, RecordError
 from pmd_pipeline.images.local import archives as shelves
-from pmd_pipeline.images.local.archives import names_of, open_shelf, stamp
+from pmd_pipeline.images.local.archives import names_of, open_archive, stamp
 from pmd_pipeline.index.records import IndexRecord
 
 FILES = {
@@ -56,7 +56,7 @@ def make_tar(path, files, mode="w"):
 def shelf(request, tmp_path):
     path = tmp_path / f"images.{request.param}"
     {"folder": make_folder, "zip": make_zip, "tar": make_tar}[request.param](path, FILES)
-    return open_shelf(str(path))
+    return open_archive(str(path))
 
 
 def body_of(found):
@@ -87,7 +87,7 @@ def test_an_image_is_found_without_the_folder_around_it(shelf, file, body):
 def test_an_image_in_an_archive_is_found_by_a_name_that_only_it_has(tmp_path, kind):
     path = tmp_path / f"images.{kind}"
     {"zip": make_zip, "tar": make_tar}[kind](path, FILES)
-    shelf = open_shelf(str(path))
+    shelf = open_archive(str(path))
 
     assert shelf(record(file="other/3.jpg")).body == b"three"
     assert shelf(record(url="https://a.example/x/3.jpg?size=z#top")).body == b"three"
@@ -96,7 +96,7 @@ def test_an_image_in_an_archive_is_found_by_a_name_that_only_it_has(tmp_path, ki
 
 def test_a_leading_dot_in_a_tar_is_no_folder(tmp_path):
     make_tar(tmp_path / "images.tar", {f"./{name}": content for name, content in FILES.items()})
-    shelf = open_shelf(str(tmp_path / "images.tar"))
+    shelf = open_archive(str(tmp_path / "images.tar"))
 
     assert shelf(record(file="train2014/2.jpg")).body == b"two"
     assert shelf(record(file="4.jpg")).body == b"four"
@@ -128,7 +128,7 @@ def test_the_names_of_an_image_go_from_exact_to_bare():
 def test_a_hostile_name_stays_in_its_folder(tmp_path, name):
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     make_folder(tmp_path / "images", FILES)
-    shelf = open_shelf(str(tmp_path / "images"))
+    shelf = open_archive(str(tmp_path / "images"))
 
     assert shelf(record(file=name)) is None
     assert shelf(record(file=str(tmp_path / "secret.jpg"))) is None
@@ -140,7 +140,7 @@ def test_a_folder_may_be_made_of_links(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "train2014").symlink_to(tmp_path / "disk" / "train2014")
 
-    shelf = open_shelf(str(tmp_path / "images"))
+    shelf = open_archive(str(tmp_path / "images"))
 
     assert shelf(record(file="train2014/1.jpg")).body == b"one"
 
@@ -151,7 +151,7 @@ def test_links_and_folders_in_a_tar_are_no_images(tmp_path):
             entry = tarfile.TarInfo(f"{kind.decode()}.jpg")
             entry.type, entry.linkname = kind, "/etc/passwd"
             tar.addfile(entry)
-    shelf = open_shelf(str(tmp_path / "images.tar"))
+    shelf = open_archive(str(tmp_path / "images.tar"))
 
     assert [shelf(record(file=f"{kind}.jpg")) for kind in "2156"] == [None] * 4
 
@@ -165,7 +165,7 @@ def test_a_damaged_member_of_a_zip_is_one_lost_record(tmp_path, compression):
     content = bytearray(path.read_bytes())
     content[start : start + 4] = b"\xff\xff\xff\xff"
     path.write_bytes(content)
-    shelf = open_shelf(str(path))
+    shelf = open_archive(str(path))
 
     with pytest.raises(RecordError) as caught:
         shelf(record(file="1.jpg"))
@@ -177,7 +177,7 @@ def test_a_damaged_member_of_a_zip_is_one_lost_record(tmp_path, compression):
 def test_a_tar_that_lost_its_end_since_is_one_lost_record(tmp_path):
     path = tmp_path / "images.tar"
     make_tar(path, {"1.jpg": b"one", "2.jpg": b"two" * 500})
-    shelf = open_shelf(str(path))
+    shelf = open_archive(str(path))
     path.write_bytes(path.read_bytes()[:2000])
 
     assert shelf(record(file="1.jpg")).body == b"one"
@@ -192,7 +192,7 @@ def test_a_file_too_large_for_memory_is_not_read(tmp_path, kind, monkeypatch):
     path = tmp_path / f"images.{kind}"
     make = {"folder": make_folder, "zip": make_zip, "tar": make_tar}[kind]
     make(path, {"1.jpg": bytes(99), "2.jpg": bytes(100)})
-    shelf = open_shelf(str(path))
+    shelf = open_archive(str(path))
 
     assert shelf(record(file="1.jpg")).body == bytes(99)
     with pytest.raises(RecordError) as caught:
@@ -207,12 +207,12 @@ def test_a_compressed_tar_is_to_be_unpacked_first(tmp_path, name, mode):
     make_tar(tmp_path / name, FILES, mode)
 
     with pytest.raises(PmdError, match="unpack it first"):
-        open_shelf(str(tmp_path / name))
+        open_archive(str(tmp_path / name))
 
 
 def test_a_place_that_is_not_there_is_named():
     with pytest.raises(PmdError, match="--images nowhere/x: there is no such folder"):
-        open_shelf("nowhere/x")
+        open_archive("nowhere/x")
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8\xff", b"PKtext" * 99, b"x" * 5000])
@@ -220,7 +220,7 @@ def test_a_place_that_is_no_archive_is_named(tmp_path, content):
     (tmp_path / "images").write_bytes(content)
 
     with pytest.raises(PmdError, match="no whole zip" if content[:2] == b"PK" else "neither"):
-        open_shelf(str(tmp_path / "images"))
+        open_archive(str(tmp_path / "images"))
 
 
 def test_a_zip_that_is_cut_is_named(tmp_path):
@@ -228,7 +228,7 @@ def test_a_zip_that_is_cut_is_named(tmp_path):
     (tmp_path / "images.zip").write_bytes((tmp_path / "images.zip").read_bytes()[:-30])
 
     with pytest.raises(PmdError, match="no whole zip"):
-        open_shelf(str(tmp_path / "images.zip"))
+        open_archive(str(tmp_path / "images.zip"))
 
 
 def test_a_member_without_a_name_disturbs_nobody(tmp_path):
@@ -236,7 +236,7 @@ def test_a_member_without_a_name_disturbs_nobody(tmp_path):
     content = (tmp_path / "images.zip").read_bytes()
     (tmp_path / "images.zip").write_bytes(content[::-1].replace(b"x", b"\0", 1)[::-1])
 
-    assert open_shelf(str(tmp_path / "images.zip"))(record(file="1.jpg")).body == b"one"
+    assert open_archive(str(tmp_path / "images.zip"))(record(file="1.jpg")).body == b"one"
 
 
 def test_a_zip_that_is_encrypted_is_to_be_unpacked(tmp_path):
@@ -248,7 +248,7 @@ def test_a_zip_that_is_encrypted_is_to_be_unpacked(tmp_path):
     path.write_bytes(content)
 
     with pytest.raises(PmdError, match="encrypted"):
-        open_shelf(str(path))
+        open_archive(str(path))
 
 
 def test_a_zip_that_is_packed_in_a_rare_way_is_to_be_unpacked(tmp_path):
@@ -260,7 +260,7 @@ def test_a_zip_that_is_packed_in_a_rare_way_is_to_be_unpacked(tmp_path):
     path.write_bytes(content)
 
     with pytest.raises(PmdError, match="unpack it"):
-        open_shelf(str(path))(record(file="1.jpg"))
+        open_archive(str(path))(record(file="1.jpg"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "header"])
@@ -275,7 +275,7 @@ def test_a_tar_that_is_not_whole_is_named_rather_than_half_read(tmp_path, damage
     path.write_bytes(content)
 
     with pytest.raises(PmdError, match="no whole tar"):
-        open_shelf(str(path))
+        open_archive(str(path))
 
 
 def test_a_tar_with_a_zip_inside_is_a_tar(tmp_path):
@@ -284,7 +284,7 @@ def test_a_tar_with_a_zip_inside_is_a_tar(tmp_path):
         tmp_path / "images.tar", {"1.jpg": b"1", "z.zip": (tmp_path / "inner.zip").read_bytes()}
     )
 
-    assert open_shelf(str(tmp_path / "images.tar"))(record(file="1.jpg")).body == b"1"
+    assert open_archive(str(tmp_path / "images.tar"))(record(file="1.jpg")).body == b"1"
 
 
 def test_many_threads_get_each_their_own_member(shelf):
@@ -298,7 +298,7 @@ def test_many_threads_get_each_their_own_member(shelf):
 def test_many_threads_may_read_one_packed_zip_at_once(tmp_path):
     files = {f"{n}.jpg": bytes([n]) * 50_000 for n in range(20)}
     make_zip(tmp_path / "images.zip", files, compression=zipfile.ZIP_DEFLATED)
-    shelf = open_shelf(str(tmp_path / "images.zip"))
+    shelf = open_archive(str(tmp_path / "images.zip"))
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda name: shelf(record(file=name)).body, [*files] * 10))
 
@@ -308,10 +308,10 @@ def test_many_threads_may_read_one_packed_zip_at_once(tmp_path):
 def test_a_changed_archive_is_read_anew(tmp_path):
     path = tmp_path / "images.tar"
     make_tar(path, {"1.jpg": b"one"})
-    assert open_shelf(str(path))(record(file="1.jpg")).body == b"one"
+    assert open_archive(str(path))(record(file="1.jpg")).body == b"one"
 
     make_tar(path, {"0.jpg": b"zero", "1.jpg": b"another one"})
-    assert open_shelf(str(path))(record(file="1.jpg")).body == b"another one"
+    assert open_archive(str(path))(record(file="1.jpg")).body == b"another one"
 
 
 def test_a_place_is_known_by_its_name_and_size_wherever_it_lies(tmp_path):
@@ -340,7 +340,7 @@ def test_no_damage_is_more_than_an_error_in_words(tmp_path, kind):
         path = tmp_path / f"{next(numbers)}.{kind}"
         path.write_bytes(content)
         try:
-            shelf = open_shelf(str(path))
+            shelf = open_archive(str(path))
         except PmdError:
             return
         for name in files:

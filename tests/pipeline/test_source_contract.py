@@ -3,7 +3,7 @@
 import pytest
 
 from pmd_pipeline import sources
-from pmd_pipeline.base.parallel import no_watch, open_pool
+from pmd_pipeline.base.parallel import ignore_progress, open_pool
 from pmd_pipeline.base.record import BadRow, Row
 from pmd_pipeline.demo.world import write_world
 from pmd_pipeline.index.build import build_index
@@ -70,7 +70,9 @@ def test_a_key_belongs_to_one_image_and_no_pair_is_lost(world, name, tmp_path):
     )
 
     with open_pool("local", 1, None) as pool:  # raises where two images share a key
-        index = build_index(recipe, str(world.folder / "raw" / name), str(tmp_path), pool, no_watch)
+        index = build_index(
+            recipe, str(world.folder / "raw" / name), str(tmp_path), pool, ignore_progress
+        )
 
     assert index.counts.unaccounted() == 0
     assert index.counts.pairs_in - sum(part.bare for part in index.parts) == pairs

@@ -9,15 +9,15 @@ from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_picture
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.dataset.build import Order, build_source
-from pmd_pipeline.inspect.trace import holdings, stored_image, stories
-from pmd_pipeline.inspect.trace_text import as_facts, outcome, told, verdicts
+from pmd_pipeline.dataset.build import SourceBuild, build_source
+from pmd_pipeline.inspect.trace import find_traces, holdings, stored_image
+from pmd_pipeline.inspect.trace_text import as_facts, outcome, trace_lines, verdicts
 from pmd_pipeline.recipe import load_recipe
 
 
 def ask(data, asked, source=None):
     with open_pool("local", 1, None) as pool:
-        return stories(str(data), asked, pool, source)
+        return find_traces(str(data), asked, pool, source)
 
 
 @pytest.fixture
@@ -69,10 +69,12 @@ def test_a_damaged_ledger_is_one_sentence(data):
     ledger = Path(story.shard).with_suffix(".parquet")
     cut(ledger)
 
-    told = f"^{re.escape(str(ledger))} is no whole Parquet file: delete the .json beside it, and"
-    with pytest.raises(PmdError, match=told):
+    trace_lines = (
+        f"^{re.escape(str(ledger))} is no whole Parquet file: delete the .json beside it, and"
+    )
+    with pytest.raises(PmdError, match=trace_lines):
         ask(data, "http://a.test/4.jpg")
-    with pytest.raises(PmdError, match=told):
+    with pytest.raises(PmdError, match=trace_lines):
         holdings(story.shard)
 
 
@@ -109,7 +111,7 @@ def test_a_bad_row_is_found_by_its_place(data):
 def test_an_image_that_failed_tells_what_the_world_did(data):
     [story] = ask(data, "http://a.test/11.jpg")
 
-    lines = list(told(story))
+    lines = list(trace_lines(story))
     assert lines[1] == ("  not fetched: not_in_archive, none of the local images has this name")
     assert "not fetched: http://a.test/11.jpg" in lines
 
@@ -129,9 +131,9 @@ def test_a_record_beyond_the_limit_or_not_built_says_so(tmp_path, data):
 def test_the_rest_of_a_story_stands_where_upstream_files_have_changed_or_gone(tmp_path, data):
     raw = tmp_path / "raw" / "GCC-training.tsv"
     raw.write_text("other\thttp://b.test/1.jpg\n" * 20)
-    changed = "\n".join(told(ask(data, "http://a.test/0.jpg")[0]))
+    changed = "\n".join(trace_lines(ask(data, "http://a.test/0.jpg")[0]))
     raw.unlink()
-    gone = "\n".join(told(ask(data, "http://a.test/0.jpg")[0]))
+    gone = "\n".join(trace_lines(ask(data, "http://a.test/0.jpg")[0]))
 
     assert "the file has changed: it has no such row any more" in changed
     assert "cannot read" in gone
@@ -159,7 +161,7 @@ def test_filters_are_asked_again_and_say_what_they_measured(tmp_path):
     text = "".join("\t".join(row) + "\n" for row in rows)
     (tmp_path / "raw" / "yfcc100m_dataset.bz2").write_bytes(bz2.compress(text.encode()))
     write_pictures(tmp_path / "pictures", ["5000000001_0a1b2c3d4e.jpg"])
-    order = Order(
+    order = SourceBuild(
         recipe=load_recipe("yfcc100m")[0],
         raw=str(tmp_path / "raw"),
         data=str(tmp_path / "data"),
@@ -169,7 +171,7 @@ def test_filters_are_asked_again_and_say_what_they_measured(tmp_path):
     with open_pool("local", 1, None) as pool:
         build_source(order, pool, QUIET)
         [kept], [dropped], [early] = (
-            stories(order.data, f"500000000{number}", pool) for number in (1, 2, 3)
+            find_traces(order.data, f"500000000{number}", pool) for number in (1, 2, 3)
         )
 
     first, second = verdicts(kept, kept.rows[0].row)
@@ -181,6 +183,6 @@ def test_filters_are_asked_again_and_say_what_they_measured(tmp_path):
     assert (two["verdict"], two["filters"][0]["passes"]) == ("has_words", False)
     found = [one["verdict"] for one in verdicts(early, early.rows[0].row)]
     assert found == ["passes", "not looked at"]
-    assert "has_words refuses: 2 words" in "\n".join(told(dropped))
+    assert "has_words refuses: 2 words" in "\n".join(trace_lines(dropped))
     facts = json.loads(json.dumps(as_facts(dropped), default=str))
     assert facts["rows"][0]["verdicts"] == [one, two]

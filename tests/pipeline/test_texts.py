@@ -23,9 +23,10 @@ from pmd_pipeline.base.record import full_text
 from pmd_pipeline.cli import app
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.contract.tokens import DOCUMENT_SEPARATOR
 from pmd_pipeline.inspect import stats as statistics
 from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.text.packing import BETWEEN, Packer, with_tokenizer, words
+from pmd_pipeline.text.packing import Packer, with_tokenizer, words
 from pmd_pipeline.text.wordpiece import learned, load_vocabulary
 
 LETTERS = {chr(n): 9 for n in range(33, 127)}
@@ -56,7 +57,7 @@ def test_no_piece_is_lost_between_documents_and_sequences(texts, tokens):
 
     rows = packed(documents, tokens)
 
-    stretches = [one for row in rows for one in row.text.split(BETWEEN)]
+    stretches = [one for row in rows for one in row.text.split(DOCUMENT_SEPARATOR)]
     assert [*chain(*map(pieces, stretches))] == [*chain(*map(pieces, documents))]
     assert list(dict.fromkeys(key for row in rows for key in row.keys)) == [
         f"{number:04d}" for number, document in enumerate(documents) if pieces(document)
@@ -67,7 +68,7 @@ def test_no_piece_is_lost_between_documents_and_sequences(texts, tokens):
 @settings(max_examples=300)
 def test_a_sequence_has_the_pieces_it_states_and_no_more_than_allowed(texts, tokens):
     for row in packed([full_text(text) for text in texts], tokens):
-        stretches = row.text.split(BETWEEN)
+        stretches = row.text.split(DOCUMENT_SEPARATOR)
         assert row.tokens == 1 + sum(len(pieces(one)) + 1 for one in stretches) <= tokens
         assert len(row.keys) == len(stretches)
         assert all(map(pieces, stretches))
@@ -216,7 +217,10 @@ def test_berts_vocabulary_packs_to_512(tmp_path):
     rows = sequences(order, built(order))
 
     cutter = load_vocabulary(vocabulary).wordpiece()
-    told = [sum(len(cutter.encode(d).ids) + 1 for d in r["text"].split(BETWEEN)) for r in rows]
+    told = [
+        sum(len(cutter.encode(d).ids) + 1 for d in r["text"].split(DOCUMENT_SEPARATOR))
+        for r in rows
+    ]
     assert [row["tokens"] for row in rows] == [1 + count for count in told]
     assert max(row["tokens"] for row in rows) <= 512
 

@@ -22,14 +22,14 @@ from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_picture
 from pmd_pipeline import cli
 from pmd_pipeline.base.parallel import WorkerDied, open_pool
 from pmd_pipeline.base.storage import sizes
-from pmd_pipeline.build.shard_writer import LEDGER, ledger_bytes
-from pmd_pipeline.codes.crops import view_boxes
+from pmd_pipeline.codes.crops import crop_boxes
 from pmd_pipeline.codes.tensors import code_faults
 from pmd_pipeline.contract.digests import canonical_json
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import read_bytes, write_whole
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
 from pmd_pipeline.contract.models import CodeRules, CodesReport, FileDigest, Report
+from pmd_pipeline.contract.schemas import LEDGER_SCHEMA, LedgerRow, ledger_bytes
 from pmd_pipeline.inspect.verify.dataset import verify
 
 RULES = CodeRules(tokenizer="kmeans", sha256="0" * 64, vocabulary=16, size=16, grid=2, views=2)
@@ -45,7 +45,7 @@ def write_codes(base, images):
     """Codes of so many images beside the shard `base`, and their report."""
     rows = pq.read_table(f"{base}.parquet").to_pylist()
     views = [
-        view_boxes(row["key"], (row["width"], row["height"]), [], RULES.views, RULES.seed)
+        crop_boxes(row["key"], (row["width"], row["height"]), [], RULES.views, RULES.seed)
         for row in rows
         if row["status"] == "success"
     ]
@@ -146,7 +146,7 @@ class Copy:
     def change_ledger(self, change):
         rows = pq.read_table(self.path("parquet")).to_pylist()
         change(rows)
-        self.path("parquet").write_bytes(ledger_bytes(rows))
+        self.path("parquet").write_bytes(ledger_bytes([LedgerRow(**row) for row in rows]))
 
     def change_row(self, name, value, *, status="success"):
         def change(rows):
@@ -688,7 +688,7 @@ def test_the_command_exits_with_one_over_damage_and_prints_a_line_for_each(
 def test_views_of_captions_are_held_against_the_boxes_of_their_captions():
     own = [[0.0, 0.25, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]]
     expected = [
-        view_boxes("0" * 16, (40, 30), boxes, RULES.views, RULES.seed) for boxes in (own, [])
+        crop_boxes("0" * 16, (40, 30), boxes, RULES.views, RULES.seed) for boxes in (own, [])
     ]
     boxes = np.concatenate(expected)
 
@@ -711,5 +711,5 @@ def test_whatever_is_no_file_of_codes_is_told_in_one_sentence(content):
 
 def test_the_ledger_has_the_columns_that_damage_is_tried_on():
     assert {"key", "id", "url", "caption", "num_pairs", "status", "reason", "sha256"} <= set(
-        LEDGER.names
+        LEDGER_SCHEMA.names
     )

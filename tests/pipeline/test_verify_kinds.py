@@ -12,10 +12,10 @@ from toy import QUIET, write_pictures
 
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
-from pmd_pipeline.dataset.build import Order
+from pmd_pipeline.dataset.build import SourceBuild
 from pmd_pipeline.inspect.verify.dataset import verify
 from pmd_pipeline.publish.lockfile.lock import lock
-from pmd_pipeline.publish.lockfile.rebuild import Rebuild, rebuild
+from pmd_pipeline.publish.lockfile.rebuild import RebuildRequest, rebuild
 from pmd_pipeline.recipe import load_recipe
 
 
@@ -39,7 +39,7 @@ def classes(tmp_path):
     write_pictures(
         tmp_path / "raw" / "train" / "n01440764", [f"n01440764_{n}.JPEG" for n in range(20)]
     )
-    order = Order(
+    order = SourceBuild(
         recipe=load_recipe("imagenet1k", {"part_records": 8})[0],
         raw=str(tmp_path / "raw"),
         data=str(tmp_path / "data"),
@@ -117,7 +117,7 @@ def test_images_without_captions_are_locked_and_rebuilt(classes, tmp_path):
     with open_pool("local", 1, None) as pool:
         lock(classes.manifest, str(tmp_path / "kit"), pool, QUIET)
         again = tmp_path / "again"
-        order = Rebuild(
+        order = RebuildRequest(
             kit=str(tmp_path / "kit"),
             out=str(again / "data"),
             manifests=str(again / "manifests"),

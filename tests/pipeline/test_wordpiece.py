@@ -14,8 +14,9 @@ from source_helpers import SAMPLES, needs_samples
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.tokens import SPECIAL_TOKENS
 from pmd_pipeline.text import wordpiece
-from pmd_pipeline.text.wordpiece import SPECIAL, Vocabulary, WordCounts, learned, load_vocabulary
+from pmd_pipeline.text.wordpiece import Vocabulary, WordCounts, learned, load_vocabulary
 
 LETTERS = "abcdeé中-!"
 
@@ -53,7 +54,7 @@ def test_the_pieces_are_those_of_the_librarys_trainer(seed):
     pieces = list(learned(counted(texts), 160).pieces)
 
     letters = sum(len(piece.removeprefix("##")) == 1 for piece in pieces)
-    assert pieces == by_the_library(texts, 160, pieces[: len(SPECIAL) + letters])
+    assert pieces == by_the_library(texts, 160, pieces[: len(SPECIAL_TOKENS) + letters])
 
 
 @pytest.mark.parametrize("threads", ["false", "true"])

@@ -21,13 +21,13 @@ from toy import QUIET
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.build.part import WEB
 from pmd_pipeline.contract.manifest import load_manifest
-from pmd_pipeline.dataset.build import Request, build_all
+from pmd_pipeline.dataset.build import BuildRequest, build_all
 from pmd_pipeline.demo.world import World, serve, write_world
-from pmd_pipeline.inspect.trace import stories
-from pmd_pipeline.inspect.trace_text import outcome, told
+from pmd_pipeline.inspect.trace import find_traces
+from pmd_pipeline.inspect.trace_text import outcome, trace_lines
 from pmd_pipeline.inspect.verify.dataset import verify
 from pmd_pipeline.publish.lockfile.lock import lock
-from pmd_pipeline.publish.lockfile.rebuild import Rebuild, rebuild
+from pmd_pipeline.publish.lockfile.rebuild import RebuildRequest, rebuild
 from pmd_pipeline.text.vocabulary import learn_vocabulary
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ SOURCES = (
 
 
 def build(world: World, origin: str, out: Path, runner: str, workers: int):
-    request = Request(
+    request = BuildRequest(
         recipes=("pmd",),
         out=str(out / "data"),
         manifests=str(out / "manifests"),
@@ -92,7 +92,7 @@ def test_what_was_planted_is_what_is_counted(manifest, world, source):
 def test_what_was_planted_in_texts_is_what_is_counted(manifest, world, out, tmp_path, source):
     vocabulary, _ = learn_vocabulary(str(out / "manifests" / "pmd.json"), 400, lambda *_: None)
     (tmp_path / "vocab.txt").write_bytes(vocabulary.content)
-    request = Request(
+    request = BuildRequest(
         recipes=(source,),
         out=str(tmp_path / "data"),
         manifests=str(tmp_path / "manifests"),
@@ -230,8 +230,8 @@ def test_why_answers_for_every_reason_of_every_source(manifest, out):
 
     with open_pool("local", 1, None) as pool:
         for (source, reason), key in asked.items():
-            [story] = stories(str(out / "data"), key, pool)
-            lines = list(told(story))
+            [story] = find_traces(str(out / "data"), key, pool)
+            lines = list(trace_lines(story))
 
             assert (story.source, story.key) == (source, key)
             assert f"{reason}" in "\n".join(lines) if reason else outcome(story)[:6] == "kept: "
@@ -243,7 +243,7 @@ def test_an_address_finds_the_records_of_sources_that_have_other_ids(manifest, o
     rows = pl.read_parquet(out / "data" / "index" / "coco" / "kept-*.parquet")
 
     with open_pool("local", 1, None) as pool:
-        found = stories(str(out / "data"), rows["url"][0], pool)
+        found = find_traces(str(out / "data"), rows["url"][0], pool)
 
     assert [story.key for story in found if story.source == "coco"] == [rows["key"][0]]
 
@@ -256,7 +256,7 @@ def kit(manifest, out):
 
 
 def rebuild_at(origin, world, kit, folder, runner="local"):
-    order = Rebuild(
+    order = RebuildRequest(
         kit=str(kit),
         out=str(folder / "data"),
         manifests=str(folder / "manifests"),
@@ -294,9 +294,9 @@ def test_a_rebuild_names_exactly_the_tenth_that_has_changed_or_gone(world, kit, 
     with serve(replace(world, web=web)) as origin:
         made = rebuild_at(origin, world, kit, tmp_path)
 
-    told = [json.loads(line) for line in Path(made.missing).read_text().splitlines()]
-    assert {row["url"].split("://")[1] for row in told} == expected
-    assert {row["reason"] for row in told} == {"changed", "http_404"}
+    trace_lines = [json.loads(line) for line in Path(made.missing).read_text().splitlines()]
+    assert {row["url"].split("://")[1] for row in trace_lines} == expected
+    assert {row["reason"] for row in trace_lines} == {"changed", "http_404"}
     with open_pool("local", 1, None) as pool:
         assert list(verify(made.path, pool, QUIET)) == []
 

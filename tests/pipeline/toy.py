@@ -9,12 +9,12 @@ from PIL import Image
 from rich.console import Console
 
 from pmd_pipeline.base.parallel import Pool, open_pool
-from pmd_pipeline.base.progress import Show
+from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.contract.models import Manifest
-from pmd_pipeline.dataset.build import Order, build_source
+from pmd_pipeline.dataset.build import SourceBuild, build_source
 from pmd_pipeline.recipe import Recipe, load_recipe
 
-QUIET = Show(Console(quiet=True), quiet=True)
+QUIET = Reporter(Console(quiet=True), quiet=True)
 
 
 def toy_recipe(**changes: object) -> Recipe:
@@ -51,9 +51,11 @@ def toy_rows(count: int) -> list[tuple[str, str]]:
     return rows + again
 
 
-def toy_order(folder: Path, recipe: Recipe, *, pictures: Path, limit: int | None = None) -> Order:
+def toy_order(
+    folder: Path, recipe: Recipe, *, pictures: Path, limit: int | None = None
+) -> SourceBuild:
     """What to build of the rows in `folder/raw`."""
-    return Order(
+    return SourceBuild(
         recipe=recipe,
         raw=str(folder / "raw"),
         data=str(folder / "data"),
@@ -63,7 +65,7 @@ def toy_order(folder: Path, recipe: Recipe, *, pictures: Path, limit: int | None
     )
 
 
-def toy_build(order: Order, pool: Pool | None = None) -> Manifest:
+def toy_build(order: SourceBuild, pool: Pool | None = None) -> Manifest:
     """The manifest of a build without failed parts."""
     if pool is None:
         with open_pool("local", 1, None) as here:

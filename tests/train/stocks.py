@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.numpy import save_file
 
-from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter, ledger_bytes
+from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter
 from pmd_pipeline.contract.digests import canonical_json
 from pmd_pipeline.contract.models import CodeRules, Manifest, ShardEntry
 from pmd_pipeline.contract.paths import part_name
+from pmd_pipeline.contract.schemas import LedgerRow, ledger_bytes
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*"abcdefghijklmnopqrstuvwxyz0123456789.[]", "##a", "##b", "##c", "dog", "cat", "sep"]
@@ -127,7 +128,7 @@ def _write_shard(folder, part, given, rules, failed, codes_of, kind):
     writer.close()
     rows += [_failed(part, number) for number in range(failed)]
     rows.sort(key=lambda row: row["key"])
-    ledger = ledger_bytes(rows)
+    ledger = ledger_bytes([LedgerRow(id=row["key"], **row) for row in rows])
     (folder / f"{name}.tar").write_bytes(tar.getvalue())
     (folder / f"{name}.parquet").write_bytes(ledger)
     entry = ShardEntry(

@@ -20,13 +20,13 @@ from flava_train.data.shards import stock
 from flava_train.data.training_data import Streams
 from flava_train.evaluation.held_out import held_out
 from flava_train.objective.losses import Objective
-from pmd_pipeline.base.progress import Show
+from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.build.part import WEB
-from pmd_pipeline.dataset.build import Request, build_all
+from pmd_pipeline.dataset.build import BuildRequest, build_all
 from pmd_pipeline.demo.world import serve, write_world
 
 pytestmark = pytest.mark.slow
-QUIET = Show(Console(quiet=True), quiet=True)
+QUIET = Reporter(Console(quiet=True), quiet=True)
 BATCH = 16
 TRUE_PAIRS = Objective(itm_rate=0.0, streams=Shares(1.0, 0.0, 0.0))
 
@@ -42,7 +42,7 @@ def built(tmp_path_factory):
     out = tmp_path_factory.mktemp("built")
     world = write_world(out / "world", scenes=40, seed=0)
     with serve(world) as origin:
-        request = Request(
+        request = BuildRequest(
             recipes=("pmd",),
             out=str(out / "data"),
             manifests=str(out / "manifests"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from pmd_pipeline.contract.errors import RecordError
-from pmd_pipeline.images.decode.results import Maker, Outcome
+from pmd_pipeline.images.decode.results import ImageProcessor, ImageResult
 from pmd_pipeline.images.fetch.client import Fetched
 
 _TRIES = 3
@@ -22,7 +22,7 @@ _NOBODY = b"-" * _KEY_BYTES
 
 
 @dataclass(frozen=True)
-class CarefulMaker:
+class IsolatedProcessor:
     """Makes pictures, those that somebody may have died of in a process of their own.
 
     Dying once proves nothing: a kill or a full memory ends a process during one picture or another.
@@ -33,11 +33,11 @@ class CarefulMaker:
         suspects: keys of records that were being made when somebody died.
     """
 
-    maker: Maker
+    maker: ImageProcessor
     suspects: frozenset[str]
     note: mmap.mmap
 
-    def outcome(self, key: str, found: Fetched | RecordError) -> Outcome:
+    def outcome(self, key: str, found: Fetched | RecordError) -> ImageResult:
         """What becomes of the image of the record `key`."""
         if isinstance(found, RecordError):
             return self.maker.outcome(found)
@@ -48,7 +48,7 @@ class CarefulMaker:
         self.note[-_KEY_BYTES:] = _NOBODY
         return outcome
 
-    def _outcome_apart(self, found: Fetched) -> Outcome:
+    def _outcome_apart(self, found: Fetched) -> ImageResult:
         for _ in range(_TRIES):
             outcome = _made_apart(self.maker, found)
             if outcome:
@@ -57,7 +57,9 @@ class CarefulMaker:
 
 
 @contextmanager
-def careful_maker(maker: Maker, folder: str | None, name: str) -> Iterator[CarefulMaker]:
+def isolated_processor(
+    maker: ImageProcessor, folder: str | None, name: str
+) -> Iterator[IsolatedProcessor]:
     """A maker that notes which record it is at, and knows the notes of those who died.
 
     The note is memory that the system writes to a file, whatever becomes of us; it is gone when the
@@ -74,7 +76,7 @@ def careful_maker(maker: Maker, folder: str | None, name: str) -> Iterator[Caref
     mine.write_bytes("".join(sorted(suspects)).encode() + _NOBODY)
     try:
         with mine.open("r+b") as file, mmap.mmap(file.fileno(), 0) as note:
-            yield CarefulMaker(maker, suspects, note)
+            yield IsolatedProcessor(maker, suspects, note)
     finally:
         for path in (mine, *left):
             path.unlink(missing_ok=True)
@@ -94,7 +96,7 @@ def _noted(notes: list[Path]) -> frozenset[str]:
     return frozenset(found - {_NOBODY.decode()})
 
 
-def _made_apart(maker: Maker, found: Fetched) -> Outcome | None:
+def _made_apart(maker: ImageProcessor, found: Fetched) -> ImageResult | None:
     """What a process of its own makes of an image; None if it is killed."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
@@ -103,7 +105,7 @@ def _made_apart(maker: Maker, found: Fetched) -> Outcome | None:
     sender.close()  # so that its end is the end
     with receiver:
         try:
-            outcome: Outcome | None = receiver.recv()
+            outcome: ImageResult | None = receiver.recv()
         except EOFError:
             outcome = None
     process.join()
@@ -112,5 +114,5 @@ def _made_apart(maker: Maker, found: Fetched) -> Outcome | None:
     return outcome
 
 
-def _make(maker: Maker, found: Fetched, sender: Connection) -> None:
+def _make(maker: ImageProcessor, found: Fetched, sender: Connection) -> None:
     sender.send(maker.outcome(found))

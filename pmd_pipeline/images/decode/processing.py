@@ -64,7 +64,7 @@ logging.getLogger("PIL").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
-class Picture:
+class StoredImage:
     """A JPEG with its size in pixels, and the size of the image as fetched (EXIF applied)."""
 
     jpeg: bytes
@@ -74,7 +74,7 @@ class Picture:
     original_height: int
 
 
-def opened(body: bytes, rules: Images) -> Image.Image:
+def open_image(body: bytes, rules: Images) -> Image.Image:
     """The image in `body`, its header read and its pixels not yet.
 
     Raises:
@@ -97,7 +97,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.height, image.width) if sideways else (image.width, image.height)
 
 
-def picture(body: bytes, image: Image.Image, rules: Images) -> Picture:
+def make_stored_image(body: bytes, image: Image.Image, rules: Images) -> StoredImage:
     """The picture to store: made smaller by the recipe's rule, never larger.
 
     An upright 8-bit JPEG within the limits keeps its bytes, once it has been decoded whole, unless
@@ -113,10 +113,10 @@ def picture(body: bytes, image: Image.Image, rules: Images) -> Picture:
     if target == original and _is_storable(image, body):
         if not is_whole(body, image.size):
             _load(body, image)
-        return Picture(body, *original, *original)
+        return StoredImage(body, *original, *original)
     margin = _FAST_MARGIN if rules.fast else _MARGIN
     pixels = _made_smaller(body, image, target, margin)
-    return Picture(jpeg(pixels, rules.quality), *target, *original)
+    return StoredImage(jpeg(pixels, rules.quality), *target, *original)
 
 
 def target_size(size: tuple[int, int], rules: Images) -> tuple[int, int]:

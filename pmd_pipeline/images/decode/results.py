@@ -8,26 +8,28 @@ from typing import Any
 from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.filters import image as image_filters
-from pmd_pipeline.images.decode.processing import Picture, opened, picture, upright_size
+from pmd_pipeline.images.decode.processing import (
+    StoredImage,
+    make_stored_image,
+    open_image,
+    upright_size,
+)
 from pmd_pipeline.images.fetch.client import Fetched
 from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.recipe import Images, predicate
-
-DROPPED = "dropped"
-"""`status` of a record that a filter refuses."""
 
 _WRONG_SIZE = 0.05
 """How far the proportions of an image with boxes may be from upstream's, as a share."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ImageResult:
     """What became of one record: a picture, or the reason why there is none.
 
     `attempts` says how often its address was asked; 0 where nobody was.
     """
 
-    picture: Picture | None = None
+    image: StoredImage | None = None
     fetched_bytes: int = 0
     sha256: str | None = None
     final_url: str | None = None
@@ -38,18 +40,18 @@ class Outcome:
     attempts: int = 0
 
 
-class Maker:
+class ImageProcessor:
     """Makes pictures by the rules of a recipe."""
 
     def __init__(self, rules: Images) -> None:
         self._rules = rules
         self._checks = _checks(rules.filters)
 
-    def outcome(self, found: Fetched | RecordError) -> Outcome:
-        """What becomes of an image, whichever record it is for; see `judged`."""
+    def outcome(self, found: Fetched | RecordError) -> ImageResult:
+        """What becomes of an image, whichever record it is for; see `check_record`."""
         if isinstance(found, RecordError):
-            return Outcome(
-                status="failed_to_download",
+            return ImageResult(
+                status=Status.FAILED_TO_DOWNLOAD,
                 reason=found.kind,
                 detail=found.detail,
                 attempts=found.attempts,
@@ -58,29 +60,33 @@ class Maker:
         try:
             if len(found.body) > self._rules.max_bytes:
                 raise RecordError("too_large", f"more than {self._rules.max_bytes} bytes")
-            image = opened(found.body, self._rules)
+            image = open_image(found.body, self._rules)
             size = found.original_size or upright_size(image)
             outcome = replace(outcome, original_size=size)
             for name, passes in self._checks.items():
                 if not passes(size):
-                    return replace(outcome, status=DROPPED, reason=name)
-            return replace(outcome, picture=picture(found.body, image, self._rules))
+                    return replace(outcome, status=Status.DROPPED, reason=name)
+            return replace(outcome, image=make_stored_image(found.body, image, self._rules))
         except RecordError as error:
             return _failed(outcome, error.kind, error.detail)
 
-    def failed(self, found: Fetched, reason: str, detail: str) -> Outcome:
+    def failed(self, found: Fetched, reason: str, detail: str) -> ImageResult:
         """The outcome of an image that is not even looked at."""
         return _failed(_fetched(found), reason, detail)
 
 
-def judged(record: IndexRecord, outcome: Outcome) -> Outcome:
+def check_record(record: IndexRecord, outcome: ImageResult) -> ImageResult:
     """The outcome of an image for one of the records that it may be for."""
     if outcome.sha256 is None or outcome.reason == "too_large":
         return outcome
     if record.sha256 and record.sha256 != outcome.sha256:
         other = replace(outcome, original_size=(None, None))
         return _failed(other, "changed", "not the bytes whose sha256 upstream states")
-    if record.boxes and outcome.status != DROPPED and not _fits(outcome.original_size, record):
+    if (
+        record.boxes
+        and outcome.status != Status.DROPPED
+        and not _fits(outcome.original_size, record)
+    ):
         return _failed(outcome, "wrong_size", "the boxes belong to other proportions")
     return outcome
 
@@ -89,8 +95,8 @@ def _checks(filters: Mapping[str, Mapping[str, Any]]) -> dict[str, Callable[...,
     return {name: predicate(image_filters, name, keywords) for name, keywords in filters.items()}
 
 
-def _fetched(found: Fetched) -> Outcome:
-    return Outcome(
+def _fetched(found: Fetched) -> ImageResult:
+    return ImageResult(
         fetched_bytes=len(found.body),
         sha256=found.sha256 or hashlib.sha256(found.body).hexdigest(),
         final_url=found.final_url,
@@ -98,8 +104,14 @@ def _fetched(found: Fetched) -> Outcome:
     )
 
 
-def _failed(outcome: Outcome, reason: str, detail: str) -> Outcome:
-    return replace(outcome, picture=None, status="failed_to_resize", reason=reason, detail=detail)
+def _failed(outcome: ImageResult, reason: str, detail: str) -> ImageResult:
+    return replace(
+        outcome,
+        image=None,
+        status=Status.FAILED_TO_RESIZE,
+        reason=reason,
+        detail=detail,
+    )
 
 
 def _fits(size: tuple[int | None, int | None], record: IndexRecord) -> bool:

@@ -22,7 +22,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _HOST = re.compile(r"([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?")
 
 
-class Refused(Exception):
+class FetchError(Exception):
     """One attempt to get an answer failed.
 
     Args:
@@ -46,7 +46,7 @@ class Refused(Exception):
         self.may_pass = kind in RETRY if may_pass is None else may_pass
 
 
-class Unreached(Refused):
+class ConnectError(FetchError):
     """There was no connection, so it may be the network's fault."""
 
 
@@ -75,18 +75,18 @@ class Target:
         """The target that `url` names, however it is spelled.
 
         Raises:
-            Refused: `blocked_address` if it names none, `dns` if no host can have its name.
+            FetchError: `blocked_address` if it names none, `dns` if no host can have its name.
         """
         try:
             named, asked = urlsplit(url.strip()), urlsplit(url_id(url))
             port, host = named.port, named.hostname
         except ValueError as error:
-            raise Refused("blocked_address", "not an address that can be asked") from error
+            raise FetchError("blocked_address", "not an address that can be asked") from error
         default = _PORTS.get(named.scheme)
         if default is None or not host:
-            raise Refused("blocked_address", "only http and https addresses are asked")
+            raise FetchError("blocked_address", "only http and https addresses are asked")
         if "@" in named.netloc:
-            raise Refused("blocked_address", "an address with a user name")
+            raise FetchError("blocked_address", "an address with a user name")
         host = _ascii_host(host)
         place = f"[{host}]" if ":" in host else host
         if port is not None and port != default:
@@ -126,14 +126,14 @@ def joined(url: str, location: str) -> str:
     """Where a redirect leads; headers are read as Latin-1, and hosts write UTF-8.
 
     Raises:
-        Refused: `blocked_address`, if it leads to no address.
+        FetchError: `blocked_address`, if it leads to no address.
     """
     with suppress(UnicodeError):  # then it was Latin-1
         location = location.encode("latin-1").decode()
     try:
         return urljoin(url, location)
     except ValueError as error:
-        raise Refused("blocked_address", "a redirect to no address") from error
+        raise FetchError("blocked_address", "a redirect to no address") from error
 
 
 def is_public(address: str) -> bool:
@@ -174,7 +174,7 @@ def _ascii_host(host: str) -> str:
     try:
         host = host.encode("idna").decode().lower()
     except UnicodeError as error:
-        raise Refused("dns", "not a name that a host can have") from error
+        raise FetchError("dns", "not a name that a host can have") from error
     if not _HOST.fullmatch(host):
-        raise Refused("dns", "not a name that a host can have")
+        raise FetchError("dns", "not a name that a host can have")
     return host

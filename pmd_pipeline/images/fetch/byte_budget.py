@@ -3,7 +3,7 @@
 import threading
 
 
-class Memory:
+class ByteBudget:
     """Bytes that all who hold some may hold together. Safe to use from any thread.
 
     Taking is never refused, and nobody is told when there is room again: who can wait asks

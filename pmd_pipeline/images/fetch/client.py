@@ -1,7 +1,7 @@
 """Addresses to bytes over HTTP, politely, within limits, and never where nobody may be sent.
 
-`Web.fetch` is the seam: an address in, bytes or a `RecordError` out, hundreds at a time. What is
-decided here is whom to ask, when, and whether again.
+`FetchClient.fetch` is the interface: an address in, bytes or a `RecordError` out, hundreds at once.
+It decides which host gets a request, when, and whether again.
 """
 
 import asyncio
@@ -18,10 +18,17 @@ from typing import Any, Generic, Self, TypeVar
 
 from pmd_pipeline.base.user_agent import user_agent
 from pmd_pipeline.contract.errors import PmdError, RecordError
-from pmd_pipeline.images.fetch.addresses import Origin, Refused, Target, Unreached, joined
-from pmd_pipeline.images.fetch.byte_budget import Memory
-from pmd_pipeline.images.fetch.engine import LONGEST_CONNECT, Answer, Engine, Head
-from pmd_pipeline.images.fetch.rate_limiter import Clock, Ending, GivenUp, Hosts, Turn, Turns
+from pmd_pipeline.images.fetch.addresses import ConnectError, FetchError, Origin, Target, joined
+from pmd_pipeline.images.fetch.byte_budget import ByteBudget
+from pmd_pipeline.images.fetch.engine import LONGEST_CONNECT, Engine, Head, Response
+from pmd_pipeline.images.fetch.rate_limiter import (
+    Clock,
+    Hosts,
+    HostUnavailable,
+    Permit,
+    RateLimiter,
+    RequestResult,
+)
 from pmd_pipeline.images.fetch.responses import (
     busy_kind,
     image_body,
@@ -32,7 +39,7 @@ from pmd_pipeline.images.fetch.responses import (
     wanted_bytes,
 )
 from pmd_pipeline.images.fetch.robots import ROBOTS_BYTES, Robots, RobotsCache
-from pmd_pipeline.images.fetch.routes import Ways, environment_proxies
+from pmd_pipeline.images.fetch.routes import Router, environment_proxies
 from pmd_pipeline.recipe import SIGNALS, Fetch, Images, Signal
 
 _BODIES = 96 << 20
@@ -55,7 +62,7 @@ _UNKNOWN = frozenset({"connect", "dns", "http_429", "http_5xx", "timeout", "tls"
 
 _Taken = TypeVar("_Taken")
 
-_kept: dict[Hashable, "Web"] = {}
+_kept: dict[Hashable, "FetchClient"] = {}
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Fetched:
     attempts: int = 0
 
 
-class Web:
+class FetchClient:
     """An HTTP client for images, on an event loop of its own in a thread of its own.
 
     The time allowed for an address is spent by asking, redirects and further attempts included,
@@ -113,7 +120,7 @@ class Web:
         self._max_bytes = max_bytes
         self._respect = respect
         self._clock = clock or Clock()
-        self._turns = Turns(Hosts(self.per_host, self._delay), self._clock, self._has_room)
+        self._turns = RateLimiter(Hosts(self.per_host, self._delay), self._clock, self._has_room)
         self._robots = RobotsCache()
         self._asking: dict[str, asyncio.Task[Robots]] = {}
         self._image = _Errand(self._admit, self._wanted, self._fetched)
@@ -129,8 +136,8 @@ class Web:
         }
         agent = user_agent(manners.contact)
         _allow_files(2 * manners.concurrency + _OTHER_FILES)
-        self._ways = Ways(diverted, environment_proxies())
-        self.memory = Memory(_BODIES)
+        self._ways = Router(diverted, environment_proxies())
+        self.memory = ByteBudget(_BODIES)
         self._is_looking = False
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="web", daemon=True)
@@ -178,11 +185,11 @@ class Web:
             try:
                 fetched = await self._followed(url, allowance, self._image)
                 return replace(fetched, attempts=attempt)
-            except GivenUp as given_up:
+            except HostUnavailable as given_up:
                 detail = "the host is in trouble and left alone for now"
                 raise RecordError(given_up.kind, detail, attempt) from given_up
-            except Refused as refusal:
-                if isinstance(refusal, Unreached) and self._turns.is_cut():
+            except FetchError as refusal:
+                if isinstance(refusal, ConnectError) and self._turns.is_cut():
                     allowance = _Allowance(self._manners.timeout)
                     continue  # it says nothing of this address, and the next turn waits
                 last = attempt > self._manners.retries or allowance.seconds <= 0
@@ -203,7 +210,7 @@ class Web:
             if not isinstance(found, _Moved):
                 return found
             url = joined(target.url, found.to)
-        raise Refused("redirects", f"more than {_MOST_REDIRECTS} redirects")
+        raise FetchError("redirects", f"more than {_MOST_REDIRECTS} redirects")
 
     async def _asked(
         self, target: Target, allowance: "_Allowance", errand: "_Errand[_Taken]"
@@ -216,9 +223,9 @@ class Web:
                     answer = await self._engine.ask(
                         way, seconds, errand.most, takes_parts=errand.takes_parts
                     )
-                turn.ending = Ending.ANSWERED
+                turn.ending = RequestResult.ANSWERED
                 if kind := busy_kind(answer.head):
-                    turn.ending, turn.kind = Ending.BUSY, kind
+                    turn.ending, turn.kind = RequestResult.BUSY, kind
                     turn.retry_after = retry_after(answer.head)
                 try:
                     to = location(answer.head)
@@ -228,16 +235,16 @@ class Web:
 
     async def _admit(self, target: Target, allowance: "_Allowance") -> None:
         if is_placeholder_url(target.url):
-            raise Refused("placeholder", "the address is that of a removed picture")
+            raise FetchError("placeholder", "the address is that of a removed picture")
         if "robots" in self._respect:
             robots = await self._robots_of(target, allowance)
             if not robots.allows(target.path):
-                raise Refused("robots", f"robots.txt of {target.host} forbids it")
+                raise FetchError("robots", f"robots.txt of {target.host} forbids it")
 
     def _wanted(self, head: Head) -> int:
         return wanted_bytes(head, self._max_bytes, self._respect)
 
-    def _fetched(self, target: Target, answer: Answer) -> Fetched:
+    def _fetched(self, target: Target, answer: Response) -> Fetched:
         body = image_body(answer, self._max_bytes, self._respect)
         self.memory.take(len(body))
         return Fetched(body, target.url)
@@ -258,7 +265,7 @@ class Web:
         mine = _Allowance(seconds)
         try:
             robots = await self._followed(f"{origin}/robots.txt", mine, self._rules)
-        except Refused as refusal:
+        except FetchError as refusal:
             if refusal.kind in _UNKNOWN:
                 raise
             robots = Robots()
@@ -315,7 +322,7 @@ class Web:
 
 
 @contextmanager
-def web_for(manners: Fetch, images: Images, workers: int = 1) -> Iterator[Web]:
+def fetch_client(manners: Fetch, images: Images, workers: int = 1) -> Iterator[FetchClient]:
     """The client of this process for these manners and rules.
 
     It stays for the next who wants the same, with its connections, names and what it knows of
@@ -325,7 +332,7 @@ def web_for(manners: Fetch, images: Images, workers: int = 1) -> Iterator[Web]:
     key = (manners.model_dump_json(), images.max_bytes, tuple(images.respect), proxies, workers)
     if key not in _kept:
         _close_kept()
-        _kept[key] = Web(manners, images.max_bytes, images.respect, workers=workers)
+        _kept[key] = FetchClient(manners, images.max_bytes, images.respect, workers=workers)
     try:
         yield _kept[key]
     finally:
@@ -355,7 +362,7 @@ class _Allowance:
     def left(self) -> float:
         """The seconds, of which there are some."""
         if self.seconds <= 0:
-            raise Refused("timeout", "no whole answer in the time allowed")
+            raise FetchError("timeout", "no whole answer in the time allowed")
         return self.seconds
 
     @contextmanager
@@ -382,7 +389,7 @@ class _Errand(Generic[_Taken]):
 
     admit: Callable[[Target, _Allowance], Coroutine[Any, Any, None]]
     most: Callable[[Head], int]
-    take: Callable[[Target, Answer], _Taken]
+    take: Callable[[Target, Response], _Taken]
     takes_parts: bool = False
 
 
@@ -396,14 +403,16 @@ async def _admit_all(_target: Target, _allowance: _Allowance) -> None:
 
 
 @contextmanager
-def _noted(turn: Turn) -> Iterator[None]:
+def _noted(turn: Permit) -> Iterator[None]:
     """Note in the turn what went wrong with its request, if it is the host's trouble."""
     try:
         yield
-    except Refused as refusal:
+    except FetchError as refusal:
         if refusal.kind in {"connect", "dns", "timeout"}:
             turn.kind = refusal.kind
-            turn.ending = Ending.SILENT if isinstance(refusal, Unreached) else Ending.BROKEN
+            turn.ending = (
+                RequestResult.SILENT if isinstance(refusal, ConnectError) else RequestResult.BROKEN
+            )
         raise
 
 

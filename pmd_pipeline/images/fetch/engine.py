@@ -18,9 +18,9 @@ import certifi
 import pycurl
 
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.images.fetch.addresses import Refused, Unreached, is_public
-from pmd_pipeline.images.fetch.byte_budget import Memory
-from pmd_pipeline.images.fetch.routes import Way
+from pmd_pipeline.images.fetch.addresses import ConnectError, FetchError, is_public
+from pmd_pipeline.images.fetch.byte_budget import ByteBudget
+from pmd_pipeline.images.fetch.routes import Route
 
 LONGEST_CONNECT = 10.0
 
@@ -41,16 +41,16 @@ _GLANCE = 0.01
 _NEWS = 0.05
 """Weight of the latest body in the mean size."""
 
-_BROKEN = (Refused, "connect", "the connection to {host} broke")
-_MEANING: dict[int, tuple[type[Refused], str, str]] = {
-    pycurl.E_COULDNT_CONNECT: (Unreached, "connect", "no connection to {host}"),
-    pycurl.E_COULDNT_RESOLVE_HOST: (Unreached, "dns", "{host} has no address"),
-    pycurl.E_COULDNT_RESOLVE_PROXY: (Unreached, "dns", "the proxy has no address"),
-    pycurl.E_OPERATION_TIMEDOUT: (Refused, "timeout", "no whole answer in the time allowed"),
-    pycurl.E_URL_MALFORMAT: (Refused, "blocked_address", "not an address that can be asked"),
+_BROKEN = (FetchError, "connect", "the connection to {host} broke")
+_MEANING: dict[int, tuple[type[FetchError], str, str]] = {
+    pycurl.E_COULDNT_CONNECT: (ConnectError, "connect", "no connection to {host}"),
+    pycurl.E_COULDNT_RESOLVE_HOST: (ConnectError, "dns", "{host} has no address"),
+    pycurl.E_COULDNT_RESOLVE_PROXY: (ConnectError, "dns", "the proxy has no address"),
+    pycurl.E_OPERATION_TIMEDOUT: (FetchError, "timeout", "no whole answer in the time allowed"),
+    pycurl.E_URL_MALFORMAT: (FetchError, "blocked_address", "not an address that can be asked"),
     **dict.fromkeys(
         (35, 51, 53, 54, 58, 59, 60, 64, 66, 80, 82, 83, 90, 91),  # all that curl calls SSL
-        (Refused, "tls", "TLS with {host} failed"),
+        (FetchError, "tls", "TLS with {host} failed"),
     ),
 }
 """What curl's errors mean; all others are broken connections."""
@@ -88,7 +88,7 @@ class Head:
 
 
 @dataclass
-class Answer:
+class Response:
     """What came of a request that was answered.
 
     Args:
@@ -117,14 +117,16 @@ class Engine:
         memory: which the bodies take their bytes from.
     """
 
-    def __init__(self, agent: str, least_rate: int, most_connections: int, memory: Memory) -> None:
+    def __init__(
+        self, agent: str, least_rate: int, most_connections: int, memory: ByteBudget
+    ) -> None:
         self.memory = memory
         self.mean_bytes = float(_FIRST_GUESS)
         self._agent = agent
         self._least_rate = least_rate
         self._loop = asyncio.get_running_loop()
         self._multi = pycurl.CurlMulti()
-        self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
+        self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._on_progress)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
         self._multi.setopt(pycurl.M_MAXCONNECTS, most_connections)
         self._timer: asyncio.Handle | None = None
@@ -137,8 +139,8 @@ class Engine:
         self._exceeding: _Slot | None = None
 
     async def ask(
-        self, way: Way, seconds: float, most: Callable[[Head], int], *, takes_parts: bool = False
-    ) -> Answer:
+        self, way: Route, seconds: float, most: Callable[[Head], int], *, takes_parts: bool = False
+    ) -> Response:
         """The answer to a GET, redirects not followed.
 
         Args:
@@ -147,7 +149,7 @@ class Engine:
             takes_parts: give what was wanted of a body that has more; else it is given up.
 
         Raises:
-            Refused: there is no answer.
+            FetchError: there is no answer.
         """
         slot = self._idle.pop() if self._idle else _Slot(self, self._agent, self._least_rate)
         slot.start(way, seconds, most)
@@ -204,7 +206,7 @@ class Engine:
         in_flight = sum(slot.granted for slot in self._busy.values())
         return self._exceeding is None and self.memory.used == in_flight
 
-    def _watch(self, what: int, fd: int, _multi: object, _state: object) -> None:
+    def _on_progress(self, what: int, fd: int, _multi: object, _state: object) -> None:
         if what == pycurl.POLL_REMOVE:
             self._sockets.unregister(fd)
             return
@@ -261,7 +263,7 @@ class Engine:
         if body and slot.head.status == 200:
             self.mean_bytes += _NEWS * (len(body) - self.mean_bytes)
         failure = slot.failure(number, message) if number and not slot.is_cut else None
-        slot.done.set_result(Answer(slot.head, body, failure, slot.is_cut))
+        slot.done.set_result(Response(slot.head, body, failure, slot.is_cut))
 
     def _expire(self, slot: "_Slot") -> None:
         """End a request whose time is over; it has more if it waited for us."""
@@ -292,7 +294,7 @@ class _Slot:
     """A curl handle, and what it knows of the request that it makes now."""
 
     curl: pycurl.Curl
-    done: asyncio.Future[Answer]
+    done: asyncio.Future[Response]
     head: Head | None
     expiry: asyncio.TimerHandle | None = None
     deadline = 0.0
@@ -307,7 +309,7 @@ class _Slot:
         self.curl.setopt(pycurl.WRITEFUNCTION, self._take_chunk)
         self._opened = list[socket.socket]()
 
-    def start(self, way: Way, seconds: float, most: Callable[[Head], int]) -> None:
+    def start(self, way: Route, seconds: float, most: Callable[[Head], int]) -> None:
         """Forget the last request and be ready for this one."""
         self.done = asyncio.get_running_loop().create_future()
         self.head = None
@@ -353,10 +355,10 @@ class _Slot:
             return PmdError(f"{_certificates()} holds no certificates: put SSL_CERT_FILE right")
         raised, kind, detail = _MEANING.get(number, _BROKEN)
         if number == pycurl.E_OPERATION_TIMEDOUT and self._is_unreached():
-            raised, kind, detail = Unreached, "timeout", "no connection to {host}"
+            raised, kind, detail = ConnectError, "timeout", "no connection to {host}"
         elif number == pycurl.E_COULDNT_CONNECT and self._num_refused and not self._num_opened:
             raised, kind, detail = (
-                Refused,
+                FetchError,
                 "blocked_address",
                 "{host} is not on the public internet",
             )

@@ -1,7 +1,7 @@
 """How often each host may be asked, and when nobody can be.
 
-`Hosts` is told the time and what became of requests; it waits for nothing and asks nobody. `Turns`
-is what coroutines wait with.
+`Hosts` gets the time and the results of requests; it neither waits nor sends requests. Coroutines
+wait with `RateLimiter`.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ _LONGEST_BACK_OFF = 30.0
 _MOST_HOSTS = 20_000
 
 
-class Ending(Enum):
+class RequestResult(Enum):
     """What became of a request, as far as its host is concerned."""
 
     UNASKED = auto()
@@ -49,7 +49,7 @@ class Ending(Enum):
     """The host was not reached."""
 
 
-class GivenUp(Exception):
+class HostUnavailable(Exception):
     """The host is not asked for now; `kind` is its last trouble."""
 
     def __init__(self, kind: str) -> None:
@@ -58,7 +58,7 @@ class GivenUp(Exception):
 
 
 @dataclass(eq=False)
-class Turn:
+class Permit:
     """The right to make one request, or the wait for it; who makes the request notes its end.
 
     Args:
@@ -67,7 +67,7 @@ class Turn:
     """
 
     host: str
-    ending: Ending = Ending.UNASKED
+    ending: RequestResult = RequestResult.UNASKED
     kind: str = ""
     retry_after: float | None = None
     began: float = -math.inf
@@ -76,7 +76,7 @@ class Turn:
 @dataclass
 class _Host:
     limit: float
-    waiting: deque[Turn] = field(default_factory=deque)
+    waiting: deque[Permit] = field(default_factory=deque)
     in_flight: int = 0
     free_at: float = -math.inf
     next_at: float = -math.inf
@@ -109,7 +109,7 @@ class _Network:
     def is_cut(self) -> bool:
         return self.pauses > 0 and self.paused < LONGEST_CUT
 
-    def missed(self, turn: Turn, now: float, num_hosts: int) -> None:
+    def missed(self, turn: Permit, now: float, num_hosts: int) -> None:
         if turn.began < self.until or self.paused >= LONGEST_CUT:
             return  # asked before the pause, it tells nothing new
         self.misses += 1
@@ -143,26 +143,26 @@ class Hosts:
         self._hosts: dict[str, _Host] = {}
         self._network = _Network()
 
-    def queue(self, name: str, now: float) -> Turn:
+    def queue(self, name: str, now: float) -> Permit:
         """A turn that waits at the end of the host's line."""
         if len(self._hosts) >= _MOST_HOSTS and name not in self._hosts:
             self._hosts = {n: host for n, host in self._hosts.items() if not host.is_idle(now)}
-        turn = Turn(name)
+        turn = Permit(name)
         self._hosts.setdefault(name, _Host(float(self._most))).waiting.append(turn)
         return turn
 
-    def wait(self, turn: Turn, now: float) -> float:
+    def wait(self, turn: Permit, now: float) -> float:
         """Seconds after which to call again, or at the next change of the host; 0 begins the turn.
 
         Raises:
-            GivenUp: the host is not waited for.
+            HostUnavailable: the host is not waited for.
         """
         host = self._hosts[turn.host]
         is_waited_for = not host.rests or (host.has_worked and host.rests <= MOST_RESTS)
         if not is_waited_for and (now < host.free_at or host.in_flight):
-            raise GivenUp(host.kind)
+            raise HostUnavailable(host.kind)
         if host.free_at - now > LONGEST_WAIT:
-            raise GivenUp(host.kind)
+            raise HostUnavailable(host.kind)
         until = max(host.free_at, host.next_at, self._network.until)
         if until > now:
             return until - now
@@ -174,32 +174,32 @@ class Hosts:
         turn.began = now
         return 0.0
 
-    def first(self, name: str) -> Turn | None:
+    def first(self, name: str) -> Permit | None:
         """The turn that is first in the host's line, if any waits."""
         host = self._hosts.get(name)
         return host.waiting[0] if host and host.waiting else None
 
-    def leave(self, turn: Turn) -> None:
+    def leave(self, turn: Permit) -> None:
         """Stop waiting, if the turn has not begun."""
         waiting = self._hosts[turn.host].waiting
         if turn in waiting:
             waiting.remove(turn)
 
-    def end(self, turn: Turn, now: float) -> None:
+    def end(self, turn: Permit, now: float) -> None:
         """Learn what became of a turn that had begun."""
         host = self._hosts[turn.host]
         host.in_flight -= 1
-        if turn.ending in {Ending.ANSWERED, Ending.BUSY}:
+        if turn.ending in {RequestResult.ANSWERED, RequestResult.BUSY}:
             self._network = _Network()
-        if turn.ending is Ending.ANSWERED:
+        if turn.ending is RequestResult.ANSWERED:
             host.limit = min(self._most, host.limit + 1 / host.limit)
             host.troubles = host.rests = 0
             host.has_worked = True
-        elif turn.ending is Ending.SILENT:
+        elif turn.ending is RequestResult.SILENT:
             self._network.missed(turn, now, len(self._hosts))
             if not self.is_cut():  # else it tells of the network and not of the host
                 _trouble(host, turn, now)
-        elif turn.ending is not Ending.UNASKED:
+        elif turn.ending is not RequestResult.UNASKED:
             _trouble(host, turn, now)
 
     def is_cut(self) -> bool:
@@ -207,14 +207,14 @@ class Hosts:
         return self._network.is_cut()
 
 
-def _trouble(host: _Host, turn: Turn, now: float) -> None:
+def _trouble(host: _Host, turn: Permit, now: float) -> None:
     host.kind = turn.kind
     is_news = turn.began >= host.slowed_at  # not one of those in flight at the last trouble
-    if turn.ending is Ending.BUSY:
+    if turn.ending is RequestResult.BUSY:
         back_off = min(2.0**host.troubles / 2, _LONGEST_BACK_OFF)
         pause = back_off if turn.retry_after is None else turn.retry_after
         host.free_at = max(host.free_at, now + pause)
-    if is_news or turn.ending is not Ending.BUSY:
+    if is_news or turn.ending is not RequestResult.BUSY:
         host.troubles += 1
     if is_news:
         host.limit = max(1.0, host.limit / 2)
@@ -243,7 +243,7 @@ class Clock:
         await woken.wait()
 
 
-class Turns:
+class RateLimiter:
     """`Hosts` for coroutines, which wait until their turn has come.
 
     A turn begins only while `has_room` says that one more request may be in flight, to whichever
@@ -255,16 +255,16 @@ class Turns:
         self._hosts = hosts
         self._clock = clock
         self._has_room = has_room
-        self._begun: dict[Turn, asyncio.Future[None]] = {}
+        self._begun: dict[Permit, asyncio.Future[None]] = {}
         self._ready: dict[str, None] = {}
         self._sleeping: set[str] = set()
 
     @asynccontextmanager
-    async def turn(self, host: str) -> AsyncIterator[Turn]:
+    async def turn(self, host: str) -> AsyncIterator[Permit]:
         """The right to ask `host` once, while the context lasts.
 
         Raises:
-            GivenUp: the host is not asked for now.
+            HostUnavailable: the host is not asked for now.
         """
         turn = self._hosts.queue(host, self._clock.now())
         begun = self._begun[turn] = asyncio.get_running_loop().create_future()
@@ -301,7 +301,7 @@ class Turns:
         while turn := self._hosts.first(host):
             try:
                 seconds = self._hosts.wait(turn, self._clock.now())
-            except GivenUp as given_up:
+            except HostUnavailable as given_up:
                 self._hosts.leave(turn)
                 _settle(self._begun[turn], given_up)
                 continue
@@ -319,7 +319,7 @@ class Turns:
         self._sleeping.discard(host)
         self._look_at(host)
 
-    def _end(self, turn: Turn) -> None:
+    def _end(self, turn: Permit) -> None:
         was_cut = self._hosts.is_cut()
         self._hosts.end(turn, self._clock.now())
         self.in_flight -= 1
@@ -327,7 +327,7 @@ class Turns:
         self._look_at(turn.host, *mended)
 
 
-def _settle(begun: asyncio.Future[None], error: GivenUp | None = None) -> None:
+def _settle(begun: asyncio.Future[None], error: HostUnavailable | None = None) -> None:
     if begun.done():
         return  # nobody waits any more
     if error:

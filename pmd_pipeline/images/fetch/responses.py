@@ -7,8 +7,8 @@ import time
 import zlib
 from collections.abc import Collection
 
-from pmd_pipeline.images.fetch.addresses import Refused
-from pmd_pipeline.images.fetch.engine import Answer, Head
+from pmd_pipeline.images.fetch.addresses import FetchError
+from pmd_pipeline.images.fetch.engine import Head, Response
 from pmd_pipeline.images.fetch.robots import ROBOTS_BYTES, Robots, is_reserved, refusal_in_tags
 
 PLACEHOLDER_URLS = ("imgur.com/removed.png", "/photo_unavailable.png", "/photo_unavailable_l.png")
@@ -49,42 +49,42 @@ def check_status(head: Head) -> None:
     """Refuse what is no good answer.
 
     Raises:
-        Refused: with the kind of the status.
+        FetchError: with the kind of the status.
     """
     if head.status not in GOOD:
-        raise Refused(kind_of(head.status), f"HTTP {head.status}", retry_after(head))
+        raise FetchError(kind_of(head.status), f"HTTP {head.status}", retry_after(head))
 
 
-def image_body(answer: Answer, max_bytes: int, respect: Collection[str]) -> bytes:
+def image_body(answer: Response, max_bytes: int, respect: Collection[str]) -> bytes:
     """The bytes of an image.
 
     Raises:
-        Refused: it is not to be had, or not to be kept.
+        FetchError: it is not to be had, or not to be kept.
     """
     check_status(answer.head)
     refusal = opt_out(answer.head, respect)
     if refusal:
-        raise Refused("opt_out", refusal)
-    too_large = Refused("too_large", f"more than {max_bytes} bytes")
+        raise FetchError("opt_out", refusal)
+    too_large = FetchError("too_large", f"more than {max_bytes} bytes")
     if answer.is_cut:
         raise too_large
     if answer.trouble:
         raise answer.trouble
     if not answer.body:
-        raise Refused("empty", "the answer has no body")
+        raise FetchError("empty", "the answer has no body")
     content = _unpacked(answer.body, answer.head.get("content-encoding"), max_bytes)
     if len(content) > max_bytes:
         raise too_large
     if _is_placeholder(content):
-        raise Refused("placeholder", "the bytes are those of a removed picture")
+        raise FetchError("placeholder", "the bytes are those of a removed picture")
     return content
 
 
-def robots_rules(answer: Answer) -> Robots:
+def robots_rules(answer: Response) -> Robots:
     """The rules of a robots.txt, of which a little more than is read may be there.
 
     Raises:
-        Refused: there are none to be had.
+        FetchError: there are none to be had.
     """
     check_status(answer.head)
     if answer.trouble:

@@ -14,10 +14,10 @@ from urllib.parse import quote, unquote, urlsplit
 
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.images.fetch.addresses import (
+    ConnectError,
+    FetchError,
     Origin,
-    Refused,
     Target,
-    Unreached,
     is_public,
     may_be_public,
 )
@@ -28,7 +28,7 @@ _NAME_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
-class Way:
+class Route:
     """How an address is asked for.
 
     Args:
@@ -50,7 +50,7 @@ class Way:
     proxy: str = ""
 
 
-class Ways:
+class Router:
     """The way to every address.
 
     Args:
@@ -61,7 +61,7 @@ class Ways:
     def __init__(self, diverted: Mapping[str, Origin], proxies: Mapping[str, str]) -> None:
         self._diverted = diverted
         self._proxies = proxies
-        self._names = Names()
+        self._names = DnsCache()
 
     def origin(self, host: str) -> Origin | None:
         """Where `host` is asked instead, if it is."""
@@ -69,28 +69,28 @@ class Ways:
         found = (o for pattern, o in self._diverted.items() if fnmatchcase(name, pattern))
         return next(found, None)
 
-    async def to(self, target: Target, seconds: float) -> Way:
+    async def to(self, target: Target, seconds: float) -> Route:
         """The way to `target`, its host's addresses looked up in so many seconds.
 
         Raises:
-            Refused: `blocked_address`.
-            Unreached: `dns` or `timeout`.
+            FetchError: `blocked_address`.
+            ConnectError: `dns` or `timeout`.
         """
         origin = self.origin(target.host)
         if origin:
             scheme = origin.scheme or target.scheme
             url = scheme + target.url.removeprefix(target.scheme)
             found = await self._found(origin.host, target.host, seconds)
-            return Way(url, origin.host, origin.port, found, is_diverted=True)
+            return Route(url, origin.host, origin.port, found, is_diverted=True)
         proxy = self._proxies.get(target.scheme)
         if proxy and not urllib.request.proxy_bypass(target.host):
             if not may_be_public(target.host):
-                raise Refused("blocked_address", f"{target.host} is not on the public internet")
-            return Way(target.url, target.host, target.port, proxy=proxy)
+                raise FetchError("blocked_address", f"{target.host} is not on the public internet")
+            return Route(target.url, target.host, target.port, proxy=proxy)
         found = await self._found(target.host, target.host, seconds)
         if not any(is_public(address) for address in found or (target.host,)):
-            raise Refused("blocked_address", f"{target.host} is not on the public internet")
-        return Way(target.url, target.host, target.port, found, is_guarded=True)
+            raise FetchError("blocked_address", f"{target.host} is not on the public internet")
+        return Route(target.url, target.host, target.port, found, is_guarded=True)
 
     def close(self) -> None:
         """Ask no name server any more."""
@@ -102,13 +102,13 @@ class Ways:
         try:
             return await asyncio.wait_for(self._names.addresses(name), seconds)
         except TimeoutError as error:
-            raise Unreached("timeout", f"no connection to {asked}") from error
+            raise ConnectError("timeout", f"no connection to {asked}") from error
         except (socket.gaierror, UnicodeError) as error:
             unsure = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
-            raise Unreached("dns", f"{asked} has no address", may_pass=unsure) from error
+            raise ConnectError("dns", f"{asked} has no address", may_pass=unsure) from error
 
 
-class Names:
+class DnsCache:
     """IP addresses of names, looked up by a few threads and remembered for minutes.
 
     The time a name server takes is its own: who waits no longer leaves a thread to it.

@@ -17,7 +17,7 @@ from pmd_pipeline.contract.errors import PmdError, RecordError
 from pmd_pipeline.images.fetch.client import Fetched
 from pmd_pipeline.index.records import IndexRecord
 
-Shelf = Callable[[IndexRecord], Fetched | None]
+ImageLookup = Callable[[IndexRecord], Fetched | None]
 """Looks for a record's image; None where the shelf does not have it."""
 
 Extent = tuple[int, int]
@@ -38,7 +38,7 @@ _MOST_BYTES = 1 << 30
 """No image is as large, and memory holds a few of them."""
 
 
-def open_shelf(place: str) -> Shelf:
+def open_archive(place: str) -> ImageLookup:
     """The shelf at `place`: a zip, a tar, or a folder of files.
 
     Raises:
@@ -105,7 +105,7 @@ def tar_extents(path: Path) -> dict[str, Extent]:
     return found
 
 
-def _folder_shelf(root: Path) -> Shelf:
+def _folder_shelf(root: Path) -> ImageLookup:
     def find(record: IndexRecord) -> Fetched | None:
         for name in names_of(record):
             inside = PurePosixPath(name)
@@ -131,7 +131,7 @@ def _file_body(path: Path) -> bytes | None:
         raise PmdError(f"cannot read {path} ({error.strerror}): make it readable") from error
 
 
-def _zip_shelf(path: Path) -> Shelf:
+def _zip_shelf(path: Path) -> ImageLookup:
     archive, lock, by_name = _opened_zip(str(path), path.stat().st_mtime_ns)
 
     def find(record: IndexRecord) -> Fetched | None:
@@ -161,7 +161,7 @@ def _zip_body(
         raise RecordError("truncated", f"{named} is damaged here") from error
 
 
-def _tar_shelf(path: Path) -> Shelf:
+def _tar_shelf(path: Path) -> ImageLookup:
     by_name = _opened_tar(str(path), path.stat().st_mtime_ns)
 
     def find(record: IndexRecord) -> Fetched | None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from pmd_pipeline.base.parallel import Pool, Tick, Watch, in_order
+from pmd_pipeline.base.parallel import OnProgress, Pool, ReportProgress, in_order
 from pmd_pipeline.base.storage import load_model, remove, sizes
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import is_local, join, whole_file, write_whole
@@ -55,7 +55,7 @@ class _Unpacked(BaseModel):
     stamp: str
 
 
-def laid_out(raw: str, folder: str, pool: Pool, watch: Watch) -> tuple[str, str]:
+def laid_out(raw: str, folder: str, pool: Pool, on_progress: OnProgress) -> tuple[str, str]:
     """The folder of the list of training images, and the folder in which their paths begin.
 
     Args:
@@ -76,7 +76,7 @@ def laid_out(raw: str, folder: str, pool: Pool, watch: Watch) -> tuple[str, str]
     if train:
         _write_list(join(lists, "train.jsonl"), _listed(root, train, classes))
     tasks = [UnpackTask(str(table), folder, classes) for table in tables]
-    in_order(pool, unpack, tasks, watch)
+    in_order(pool, unpack, tasks, on_progress)
     wanted = {"train.jsonl"} if train else {f"{table.stem}.jsonl" for table in tables}
     for name in sizes(lists).keys() - wanted:
         if name.endswith(".jsonl"):
@@ -99,7 +99,7 @@ def check_images(raw: str) -> None:
         )
 
 
-def unpack(task: UnpackTask, tick: Tick) -> None:
+def unpack(task: UnpackTask, report_progress: ReportProgress) -> None:
     """Write the images of a Parquet file as files, and then their list; done once.
 
     Raises:
@@ -122,7 +122,9 @@ def unpack(task: UnpackTask, tick: Tick) -> None:
             for entry in batch.to_pylist()
         )
         _write_list(
-            join(lists, f"{path.stem}.jsonl"), _unpacked(entries, path.stem, task, tick), sync=True
+            join(lists, f"{path.stem}.jsonl"),
+            _unpacked(entries, path.stem, task, report_progress),
+            sync=True,
         )
     except (pa.ArrowException, OSError) as error:
         said = str(error).partition("\n")[0]
@@ -149,7 +151,7 @@ def _listed(root: Path, train: Path, classes: Classes) -> Iterator[dict[str, Any
 
 
 def _unpacked(
-    rows: Iterator[dict[str, Any]], table: str, task: UnpackTask, tick: Tick
+    rows: Iterator[dict[str, Any]], table: str, task: UnpackTask, report_progress: ReportProgress
 ) -> Iterator[dict[str, Any]]:
     by_label = {label: name for name, (label, _) in task.classes.items()}
     for number, row in enumerate(rows):
@@ -170,7 +172,7 @@ def _unpacked(
             "bytes": len(body),
             **_described(wordnet, label, task.classes),
         }
-        tick({"rows": number + 1})
+        report_progress({"rows": number + 1})
 
 
 def _named(path: object, otherwise: str) -> tuple[str, str | None]:

@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pmd_pipeline.base.parallel import Pool, Tick, WorkerDied, no_watch
+from pmd_pipeline.base.parallel import Pool, ReportProgress, WorkerDied, ignore_progress
 from pmd_pipeline.base.record import one_line, url_id
 from pmd_pipeline.base.storage import remove, sizes
 from pmd_pipeline.contract.errors import PmdError, RecordError
@@ -25,7 +25,7 @@ from pmd_pipeline.contract.files import join, whole_file
 from pmd_pipeline.contract.paths import part_name
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.images.fetch.client import Fetched
-from pmd_pipeline.images.local.archives import Extent, Shelf, tar_body, tar_extents
+from pmd_pipeline.images.local.archives import Extent, ImageLookup, tar_body, tar_extents
 from pmd_pipeline.index.records import IndexRecord
 
 _CATALOG = pa.schema(
@@ -72,12 +72,12 @@ def catalogue(place: str, folder: str, pool: Pool) -> None:
         CatalogTask(str(tar), join(folder, f"{part_name(number)}.parquet"))
         for number, tar in enumerate(sorted(Path(place).resolve().glob("*.tar")))
     ]
-    for _, result in pool.run(write_catalogue, tasks, no_watch):
+    for _, result in pool.run(write_catalogue, tasks, ignore_progress):
         if isinstance(result, WorkerDied):
             raise result
 
 
-def write_catalogue(task: CatalogTask, _tick: Tick) -> None:
+def write_catalogue(task: CatalogTask, _tick: ReportProgress) -> None:
     """Write where each row of one shard lies in its tar."""
     members = tar_extents(Path(task.tar))
     lines = [line for row in _rows(task.tar) if (line := _line(task.tar, row, members))]
@@ -86,7 +86,7 @@ def write_catalogue(task: CatalogTask, _tick: Tick) -> None:
         pq.write_table(pa.Table.from_pylist(lines, schema=_CATALOG), file)
 
 
-def open_img2dataset(folder: str, records: Iterable[IndexRecord]) -> Shelf:
+def open_img2dataset(folder: str, records: Iterable[IndexRecord]) -> ImageLookup:
     """The shelf of the catalogue in `folder`, for just these records."""
     wanted = [_address(record.url) for record in records if record.url]
     files = [join(folder, name) for name in sorted(sizes(folder)) if name.endswith(".parquet")]

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import polars as pl
 
-from pmd_pipeline.base.parallel import Watch
+from pmd_pipeline.base.parallel import OnProgress
 from pmd_pipeline.contract.manifest import located
 from pmd_pipeline.contract.models import Manifest
 from pmd_pipeline.contract.reasons import Status
@@ -40,14 +40,14 @@ class Copies:
     most: tuple[str, int] | None
 
 
-def find_copies(path: str, manifest: Manifest, watch: Watch) -> Copies:
+def find_copies(path: str, manifest: Manifest, on_progress: OnProgress) -> Copies:
     """Look through all ledgers of the manifest at `path`, column by column.
 
     Raises:
         PmdError: a ledger is not there.
     """
     names = sorted(manifest.sources)
-    found = counted(_ledgers(path, manifest, names, watch))
+    found = counted(_ledgers(path, manifest, names, on_progress))
     return _summed(found, names)
 
 
@@ -73,14 +73,14 @@ def counted(ledgers: Iterable[tuple[int, pl.Series]]) -> tuple[pl.DataFrame, int
 
 
 def _ledgers(
-    path: str, manifest: Manifest, names: list[str], watch: Watch
+    path: str, manifest: Manifest, names: list[str], on_progress: OnProgress
 ) -> Iterator[tuple[int, pl.Series]]:
     """The number of the source and the hashes of every shard with images."""
     number = {name: at for at, name in enumerate(names)}
     for done, shard in enumerate(manifest.shards, 1):
         if shard.images:
             yield number[shard.source], _hashes(located(path, shard.ledger_path))
-        watch("copies", {"ledgers": done})
+        on_progress("copies", {"ledgers": done})
 
 
 def _hashes(address: str) -> pl.Series:

@@ -13,7 +13,7 @@ from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.contract.files import open_read
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.images.decode.pixels import jpeg
-from pmd_pipeline.images.decode.processing import opened, picture
+from pmd_pipeline.images.decode.processing import make_stored_image, open_image
 from pmd_pipeline.inspect.report.ledgers import Sample
 from pmd_pipeline.recipe import Images
 
@@ -119,9 +119,9 @@ def _shown(row: dict[str, Any]) -> Shown:
         described = _Described.model_validate_json(text)
         thumbnail = _thumbnail(body)
         image = "data:image/jpeg;base64," + base64.b64encode(thumbnail).decode()
-        size = opened(thumbnail, THUMBNAIL).size
+        size = open_image(thumbnail, THUMBNAIL).size
     except RecordError as error:
-        trouble = f"the stored picture cannot be read ({error.detail}); see pmd verify"
+        trouble = f"the stored image cannot be read ({error.detail}); see pmd verify"
     except ValidationError:
         trouble = "the stored description cannot be read; see pmd verify"
     return Shown(
@@ -138,10 +138,10 @@ def _shown(row: dict[str, Any]) -> Shown:
 
 
 def _thumbnail(body: bytes) -> bytes:
-    small = picture(body, opened(body, THUMBNAIL), THUMBNAIL).jpeg
+    small = make_stored_image(body, open_image(body, THUMBNAIL), THUMBNAIL).jpeg
     if len(small) <= MOST_BYTES:
         return small
-    pixels = np.asarray(opened(small, THUMBNAIL).convert("RGB"))
+    pixels = np.asarray(open_image(small, THUMBNAIL).convert("RGB"))
     return jpeg(pixels, THUMBNAIL.quality)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from pmd_pipeline import sources
-from pmd_pipeline.base.parallel import Watch
+from pmd_pipeline.base.parallel import OnProgress
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import Manifest, SourceEntry
 from pmd_pipeline.index.build import Index
@@ -67,7 +67,7 @@ class SourcePart:
     has_index: bool
 
 
-def page(path: str, data: str | None, watch: Watch = lambda *_: None) -> str:
+def page(path: str, data: str | None, on_progress: OnProgress = lambda *_: None) -> str:
     """The page on the manifest at `path`, as HTML; ledgers are told to `watch` as they are read.
 
     Args:
@@ -85,8 +85,8 @@ def page(path: str, data: str | None, watch: Watch = lambda *_: None) -> str:
     parts = []
     for name in (row.dataset for row in rows if row.dataset in manifest.sources):
         parts.append(source_part(path, manifest, by_name[name], folder))
-        watch(name, {"ledgers": sum(shard.source == name for shard in manifest.shards)})
-    copies = find_copies(path, manifest, watch) if manifest.kind != "text" else None
+        on_progress(name, {"ledgers": sum(shard.source == name for shard in manifest.shards)})
+    copies = find_copies(path, manifest, on_progress) if manifest.kind != "text" else None
     return render(manifest, rows, parts, copies)
 
 

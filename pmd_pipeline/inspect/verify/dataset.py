@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from pmd_pipeline.base.parallel import Pool, WorkerDied
-from pmd_pipeline.base.progress import Show
+from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.files import local_path
 from pmd_pipeline.contract.manifest import load_manifest, located
@@ -36,7 +36,7 @@ class Finding:
         return f"{self.path}: {self.fault}"
 
 
-def verify(path: str, pool: Pool, show: Show, *, fast: bool = False) -> Iterator[Finding]:
+def verify(path: str, pool: Pool, reporter: Reporter, *, fast: bool = False) -> Iterator[Finding]:
     """Everything that is wrong with the dataset of the manifest at `path`; nothing if it is whole.
 
     Sources come one after another, in the order of the manifest, and their shards by part. A part
@@ -64,7 +64,7 @@ def verify(path: str, pool: Pool, show: Show, *, fast: bool = False) -> Iterator
             for shard in manifest.shards
             if shard.source == source
         ]
-        checked = _checked(tasks, source, pool, show, fast=fast)
+        checked = _checked(tasks, source, pool, reporter, fast=fast)
         for task, found in zip(tasks, checked, strict=True):
             for address, fault in found.faults:
                 yield Finding(source, task.entry.part, _plain(address), fault)
@@ -81,19 +81,19 @@ def _plain(address: str) -> str:
 
 
 def _checked(
-    tasks: Sequence[ShardTask], source: str, pool: Pool, show: Show, *, fast: bool
+    tasks: Sequence[ShardTask], source: str, pool: Pool, reporter: Reporter, *, fast: bool
 ) -> list[Checked]:
     """What was found in each shard, in the order of the tasks."""
     results: dict[int, Checked] = {}
     unit = "shards" if fast else "bytes"
     total = len(tasks) if fast else sum(task.entry.num_bytes for task in tasks)
-    with show.stage(f"{source} verify", unit, total) as stage:
-        for task, result in pool.run(check_shard, tasks, stage.watch):
+    with reporter.stage(f"{source} verify", unit, total) as stage:
+        for task, result in pool.run(check_shard, tasks, stage.update):
             if isinstance(result, WorkerDied):
                 results[id(task)] = Checked(faults=[(task.address, str(result))])
             else:
                 results[id(task)] = result
-            stage.finished(str(task), {"shards": 1, "bytes": task.entry.num_bytes})
+            stage.advance(str(task), {"shards": 1, "bytes": task.entry.num_bytes})
     return [results[id(task)] for task in tasks]
 
 

@@ -1,7 +1,6 @@
 """The samples of a tar against the rows of its ledger."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pmd_pipeline.build.tar_reader import Member
-from pmd_pipeline.codes.crops import view_boxes
+from pmd_pipeline.build.tar_reader import TarMember
+from pmd_pipeline.codes.crops import crop_boxes
+from pmd_pipeline.contract.boxes import are_boxes
 from pmd_pipeline.contract.digests import canonical_json
 from pmd_pipeline.contract.models import CodeRules
 from pmd_pipeline.contract.reasons import Status
@@ -50,7 +50,7 @@ class Samples:
         self._expected = [f"{key}.{extension}" for key in self._rows for extension in extensions]
         self._there: list[str] = []
 
-    def see(self, member: Member, content: bytes) -> None:
+    def see(self, member: TarMember, content: bytes) -> None:
         """Check one member, and remember that it is there."""
         self._there.append(member.name)
         key, _, extension = member.name.partition(".")
@@ -70,7 +70,7 @@ class Samples:
     def views(self, rules: CodeRules) -> list[NDArray[np.float32]]:
         """The boxes of the views that each sample in the ledger should have."""
         return [
-            view_boxes(key, (row["width"] or 1, row["height"] or 1), own, rules.views, rules.seed)
+            crop_boxes(key, (row["width"] or 1, row["height"] or 1), own, rules.views, rules.seed)
             for (key, row), own in zip(self._rows.items(), self.boxes.values(), strict=True)
         ]
 
@@ -101,10 +101,10 @@ class Samples:
         if len(names) > _MOST_NAMES:
             self._tell(f"and {len(names) - _MOST_NAMES:,} members more, the last {names[-1]}")
 
-    def _say(self, member: Member, sentence: str) -> None:
+    def _say(self, member: TarMember, sentence: str) -> None:
         self._tell(f"{member.name} {sentence}")
 
-    def _check_place(self, member: Member, offset: int | None, size: int | None) -> None:
+    def _check_place(self, member: TarMember, offset: int | None, size: int | None) -> None:
         if (offset, size) != (member.offset, member.size):
             self._say(
                 member,
@@ -112,7 +112,7 @@ class Samples:
                 f"{offset} with {size}",
             )
 
-    def _check_picture(self, member: Member, row: Mapping[str, Any], content: bytes) -> None:
+    def _check_picture(self, member: TarMember, row: Mapping[str, Any], content: bytes) -> None:
         size = jpeg_size(content)
         if size is None:
             self._say(member, "is no JPEG")
@@ -147,20 +147,6 @@ class Samples:
             yield "has boxes that are none"
         else:
             self.boxes[row["key"]] = boxes or []
-
-
-def are_boxes(boxes: object, count: int) -> bool:
-    """Say whether `boxes` are that many boxes inside the image."""
-    if not isinstance(boxes, list) or len(boxes) != count:
-        return False
-    return all(
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(side, float | int) and math.isfinite(side) for side in box)
-        and 0 <= box[0] < box[2] <= 1
-        and 0 <= box[1] < box[3] <= 1
-        for box in boxes
-    )
 
 
 def jpeg_size(content: bytes) -> tuple[int, int] | None:

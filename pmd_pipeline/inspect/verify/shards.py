@@ -12,11 +12,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
-from pmd_pipeline.base.parallel import Tick
+from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.base.tables import read_table
-from pmd_pipeline.build.shard_writer import LEDGER
-from pmd_pipeline.build.tar_reader import Members
+from pmd_pipeline.build.tar_reader import TarReader
 from pmd_pipeline.codes.tensors import code_faults
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import open_read, read_bytes
@@ -29,6 +28,7 @@ from pmd_pipeline.contract.models import (
     ShardEntry,
 )
 from pmd_pipeline.contract.reasons import FAILURE_REASONS, Status
+from pmd_pipeline.contract.schemas import LEDGER_SCHEMA
 from pmd_pipeline.inspect.verify.samples import Samples
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -86,7 +86,7 @@ class Checked:
             self.faults.append((address, sentence))
 
 
-def check_shard(task: ShardTask, tick: Tick) -> Checked:
+def check_shard(task: ShardTask, report_progress: ReportProgress) -> Checked:
     """Everything that is wrong with one shard, its neighbours aside."""
     found = Checked()
     base = task.address.removesuffix(".tar").removesuffix(".parquet")
@@ -103,7 +103,7 @@ def check_shard(task: ShardTask, tick: Tick) -> Checked:
         _check_texts(task, found)
     else:
         rows = _checked_ledger(task, f"{base}.parquet", found)
-        samples = _checked_tar(task, rows or [], tick, found)
+        samples = _checked_tar(task, rows or [], report_progress, found)
         if report and rows is not None:
             _check_counts(task, report, rows, samples.words, f"{base}.json", found)
         if task.rules:
@@ -175,10 +175,10 @@ def _checked_ledger(task: ShardTask, address: str, found: Checked) -> list[dict[
     with _told(found, address):
         content = read_bytes(address)
         stated = found.report.ledger.num_bytes if found.report else len(content)
-        expected = FileDigest(name="", sha256=task.entry.ledger_sha256, num_bytes=stated)
-        there = FileDigest.of("", content)
+        expected = FileDigest(name="ledger", sha256=task.entry.ledger_sha256, num_bytes=stated)
+        there = FileDigest.of("ledger", content)
         _check_digest(expected, address, there.sha256, there.num_bytes, found)
-    table = read_parquet(content, address, LEDGER, found) if content else None
+    table = read_parquet(content, address, LEDGER_SCHEMA, found) if content else None
     if table is None:
         return None
     rows: list[dict[str, Any]] = table.to_pylist()
@@ -245,23 +245,26 @@ def _image_hashes(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _checked_tar(
-    task: ShardTask, rows: Sequence[Mapping[str, Any]], tick: Tick, found: Checked
+    task: ShardTask,
+    rows: Sequence[Mapping[str, Any]],
+    report_progress: ReportProgress,
+    found: Checked,
 ) -> Samples:
     """Read the whole tar and hold it against the ledger."""
     samples = Samples(
         task.entry.source, task.kind, rows, lambda sentence: found.add(task.address, sentence)
     )
     with _told(found, task.address), open_read(task.address) as file:
-        members = Members(file)
+        members = TarReader(file)
         for number, (member, content) in enumerate(members):
             samples.see(member, content)
             if number % 300 == 0:
-                tick({"bytes": members.num_bytes})
+                report_progress({"bytes": members.num_bytes})
         for sentence in members.faults:
             found.add(task.address, sentence)
         if rows:
             samples.compare(is_whole=members.is_whole)
-        stated = FileDigest(name="", sha256=task.entry.sha256, num_bytes=task.entry.num_bytes)
+        stated = FileDigest(name="shard", sha256=task.entry.sha256, num_bytes=task.entry.num_bytes)
         _check_digest(stated, task.address, members.sha256, members.num_bytes, found)
     return samples
 
@@ -306,8 +309,8 @@ def _check_texts(task: ShardTask, found: Checked) -> None:
     content = b""
     with _told(found, task.address):
         content = read_bytes(task.address)
-        entry, there = task.entry, FileDigest.of("", content)
-        digest = FileDigest(name="", sha256=entry.sha256, num_bytes=entry.num_bytes)
+        entry, there = task.entry, FileDigest.of("shard", content)
+        digest = FileDigest(name="shard", sha256=entry.sha256, num_bytes=entry.num_bytes)
         _check_digest(digest, task.address, there.sha256, there.num_bytes, found)
     table = read_parquet(content, task.address, _TEXTS, found) if content else None
     if table is None:
@@ -354,7 +357,7 @@ def _check_codes(
         return
     with _told(found, address):
         content = read_bytes(address)
-        there = FileDigest.of("", content)
+        there = FileDigest.of("codes", content)
         _check_digest(report.file, address, there.sha256, there.num_bytes, found)
         for sentence in code_faults(content, rules, report.views, samples.views(rules)):
             found.add(address, sentence)

@@ -36,7 +36,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class BundleRequest:
     """What a user wants in the bundle of the manifest at `manifest`.
 
     Args:
@@ -61,7 +61,7 @@ Content = bytes | Path
 """A member's content: as it is, or the file that has it."""
 
 
-def contents(wanted: Wanted) -> dict[str, Content]:
+def contents(wanted: BundleRequest) -> dict[str, Content]:
     """Every member of the bundle but `SHA256SUMS`, by its name.
 
     Raises:

@@ -18,14 +18,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.base.tables import read_table
-from pmd_pipeline.build.shard_writer import LEDGER
+from pmd_pipeline.contract.boxes import are_boxes
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, read_bytes
 from pmd_pipeline.contract.models import FORMAT, CodesReport, Counts, FileDigest, Manifest
 from pmd_pipeline.contract.paths import part_name
 from pmd_pipeline.contract.reasons import Status
-from pmd_pipeline.inspect.verify.samples import are_boxes
+from pmd_pipeline.contract.schemas import LEDGER_SCHEMA
 
 KIT = "kit.json"
 
@@ -40,7 +40,7 @@ UNKNOWABLE = ("image_offset", "image_size", "json_offset", "json_size")
 
 ROWS = pa.schema(
     [
-        *(field for field in LEDGER if field.name not in UNKNOWABLE),
+        *(field for field in LEDGER_SCHEMA if field.name not in UNKNOWABLE),
         ("file", pa.string()),
         ("licence", pa.string()),
         ("meta", pa.string()),

@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pmd_pipeline.base.overwrite import check_apart
-from pmd_pipeline.base.parallel import Pool, Tick, in_order
-from pmd_pipeline.base.progress import Show
+from pmd_pipeline.base.overwrite import refuse_overwrite
+from pmd_pipeline.base.parallel import Pool, ReportProgress, in_order
+from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.storage import sizes
 from pmd_pipeline.base.tables import MEND_INDEX, read_batches, read_table
-from pmd_pipeline.build.tar_reader import Members
+from pmd_pipeline.build.tar_reader import TarReader
 from pmd_pipeline.contract.digests import canonical_json, digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, open_read, read_bytes, write_whole
@@ -65,7 +65,7 @@ class LockTask:
         return f"part {self.entry.part} of {self.entry.source}"
 
 
-def lock(path: str, folder: str, pool: Pool, show: Show, *, hashed: bool = False) -> Kit:
+def lock(path: str, folder: str, pool: Pool, reporter: Reporter, *, hashed: bool = False) -> Kit:
     """Write the kit of the dataset of the manifest at `path` into `folder`.
 
     Of one dataset the kit is always the same, byte by byte, by one version of pyarrow. The names
@@ -92,7 +92,7 @@ def lock(path: str, folder: str, pool: Pool, show: Show, *, hashed: bool = False
         )
         for shard in manifest.shards
     ]
-    check_apart(
+    refuse_overwrite(
         folder,
         [task.address for task in tasks],
         [
@@ -101,9 +101,11 @@ def lock(path: str, folder: str, pool: Pool, show: Show, *, hashed: bool = False
             for ending in (".parquet", ".codes.safetensors")
         ],
     )
-    with show.stage("lock", "bytes", sum(shard.num_bytes for shard in manifest.shards)) as stage:
-        parts = in_order(pool, lock_part, tasks, stage.watch)
-        stage.settled({"bytes": sum(shard.num_bytes for shard in manifest.shards)})
+    with reporter.stage(
+        "lock", "bytes", sum(shard.num_bytes for shard in manifest.shards)
+    ) as stage:
+        parts = in_order(pool, lock_part, tasks, stage.update)
+        stage.set_total({"bytes": sum(shard.num_bytes for shard in manifest.shards)})
     shards = [
         shard.model_copy(update={"path": f"shards/{shard.source}/{part_name(shard.part)}.tar"})
         for shard in manifest.shards
@@ -118,14 +120,14 @@ def lock(path: str, folder: str, pool: Pool, show: Show, *, hashed: bool = False
     return kit
 
 
-def lock_part(task: LockTask, tick: Tick) -> KitPart:
+def lock_part(task: LockTask, report_progress: ReportProgress) -> KitPart:
     """Write the files of one shard into the kit; what is there already stays.
 
     Raises:
         PmdError: the shard is not the one of the manifest.
     """
     files = _files(task.index) if task.index else {}
-    content = _done(task, files) or _written(task, files, tick)
+    content = _done(task, files) or _written(task, files, report_progress)
     name = part_name(task.entry.part)
     return KitPart(
         source=task.entry.source,
@@ -156,11 +158,11 @@ def _dependency(task: LockTask, files: Mapping[str, str]) -> str:
     return digest({"format": FORMAT, "shard": shard, "hashed": task.hashed, "files": files})
 
 
-def _written(task: LockTask, files: Mapping[str, str], tick: Tick) -> bytes:
+def _written(task: LockTask, files: Mapping[str, str], report_progress: ReportProgress) -> bytes:
     """The content of the part's rows, made from the shard."""
     base = task.address.removesuffix(".tar")
     ledger = checked(f"{base}.parquet", task.entry.ledger_sha256)
-    samples = _samples(task.address, task.entry.sha256, tick)
+    samples = _samples(task.address, task.entry.sha256, report_progress)
     rows = [
         _row(row, samples, files, hashed=task.hashed)
         for row in read_table(BytesIO(ledger)).to_pylist()
@@ -203,19 +205,21 @@ def _files(index: str) -> dict[str, str]:
         return {row["key"]: row["file"] for row in rows if row["file"]}
 
 
-def _samples(address: str, sha256: str, tick: Tick) -> dict[str, dict[str, Any]]:
+def _samples(
+    address: str, sha256: str, report_progress: ReportProgress
+) -> dict[str, dict[str, Any]]:
     """The JSON of each sample of a tar by key, with the sha256 of its picture."""
     pictures: dict[str, str] = {}
     described: dict[str, bytes] = {}
     with open_read(address) as tar:
-        members = Members(tar)
+        members = TarReader(tar)
         for member, content in members:
             key, _, extension = member.name.partition(".")
             if extension == "jpg":
                 pictures[key] = hashlib.sha256(content).hexdigest()
             elif extension == "json":
                 described[key] = content
-            tick({"bytes": members.num_bytes})
+            report_progress({"bytes": members.num_bytes})
         if members.sha256 != sha256:
             raise PmdError(f"{address} is not the shard of the manifest; pmd verify says more")
     return {

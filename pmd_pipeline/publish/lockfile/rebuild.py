@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pmd_pipeline.base.parallel import Pool, WorkerDied
-from pmd_pipeline.base.progress import Show
+from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.storage import remove, sizes, sweep
 from pmd_pipeline.build.part import WEB
 from pmd_pipeline.codes.reports import with_codes
@@ -17,8 +17,8 @@ from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, local_path, read_bytes, whole_file
 from pmd_pipeline.contract.manifest import load_manifest, located, save_manifest
 from pmd_pipeline.contract.models import Counts, Manifest, SourceEntry
-from pmd_pipeline.dataset.manifest import copies_in, merged, one_version, total_words
-from pmd_pipeline.images.local.archives import open_shelf, stamp
+from pmd_pipeline.dataset.manifest import copies_in, merge_manifests, one_version, total_words
+from pmd_pipeline.images.local.archives import open_archive, stamp
 from pmd_pipeline.images.local.img2dataset import catalogue, is_img2dataset
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.publish.lockfile.format import Kit, load_kit
@@ -33,7 +33,7 @@ from pmd_pipeline.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rebuild:
+class RebuildRequest:
     """What to make again, and where.
 
     Args:
@@ -84,7 +84,7 @@ class Coverage:
 
 
 @dataclass
-class Rebuilt:
+class RebuildResult:
     """A dataset made again.
 
     Args:
@@ -132,7 +132,7 @@ class Rebuilt:
         }
 
 
-def rebuild(order: Rebuild, pool: Pool, show: Show) -> Rebuilt:
+def rebuild(order: RebuildRequest, pool: Pool, reporter: Reporter) -> RebuildResult:
     """Make the dataset of a kit again; what is done is not done again.
 
     Every image is accepted only with the sha256 that it had. What was dropped or had failed when
@@ -155,13 +155,13 @@ def rebuild(order: Rebuild, pool: Pool, show: Show) -> Rebuilt:
     coverage: list[Coverage] = []
     for source in kit.manifest.sources:
         recipe = _recipe(kit.manifest.sources[source], source, order.changes)
-        index = _index(kit, order, recipe, pool, show) if kit.captions != "text" else None
+        index = _index(kit, order, recipe, pool, reporter) if kit.captions != "text" else None
         tasks = _tasks(kit, order, recipe, index, pool)
-        coverage.append(_run(tasks, source, pool, show, results))
+        coverage.append(_run(tasks, source, pool, reporter, results))
     path = join(order.manifests, f"{kit.manifest.name}.json")
     manifest = _manifest(kit, results, path)
     save_manifest(path, manifest)
-    return Rebuilt(
+    return RebuildResult(
         path=path,
         manifest=manifest,
         expected=kit.manifest.digest,
@@ -172,7 +172,7 @@ def rebuild(order: Rebuild, pool: Pool, show: Show) -> Rebuilt:
     )
 
 
-def _refuse_others(kit: Kit, order: Rebuild) -> None:
+def _refuse_others(kit: Kit, order: RebuildRequest) -> None:
     """Look at the manifest and all shards that are there before any file changes.
 
     Raises:
@@ -185,7 +185,7 @@ def _refuse_others(kit: Kit, order: Rebuild) -> None:
         earlier_report(folders[part.source], part, entry, there[part.source])
 
 
-def _refuse_manifest(name: str, order: Rebuild) -> None:
+def _refuse_manifest(name: str, order: RebuildRequest) -> None:
     if name not in sizes(order.manifests):
         return
     path = join(order.manifests, name)
@@ -197,16 +197,16 @@ def _refuse_manifest(name: str, order: Rebuild) -> None:
             raise PmdError(f"{path} is the manifest of {lies}: give another --manifests")
 
 
-def _index(kit: Kit, order: Rebuild, recipe: Recipe, pool: Pool, show: Show) -> str:
+def _index(kit: Kit, order: RebuildRequest, recipe: Recipe, pool: Pool, reporter: Reporter) -> str:
     """The folder of an index made of upstream's files, which must be those of the kit."""
     source, raw = recipe.source, str(order.raw)
     below = Path(raw) / source
     folder = join(order.out, "index", source)
-    with show.stage(f"{source} index", "rows") as stage:
+    with reporter.stage(f"{source} index", "rows") as stage:
         found = build_index(
-            recipe, str(below) if below.is_dir() else raw, folder, pool, stage.watch
+            recipe, str(below) if below.is_dir() else raw, folder, pool, stage.update
         )
-        stage.settled({"rows": found.rows})
+        stage.set_total({"rows": found.rows})
     there = {file.name: file.sha256 for file in found.upstream}
     for file in kit.manifest.sources[source].upstream:
         if there.get(file.name) != file.sha256:
@@ -218,7 +218,7 @@ def _index(kit: Kit, order: Rebuild, recipe: Recipe, pool: Pool, show: Show) -> 
 
 
 def _tasks(
-    kit: Kit, order: Rebuild, recipe: Recipe, index: str | None, pool: Pool
+    kit: Kit, order: RebuildRequest, recipe: Recipe, index: str | None, pool: Pool
 ) -> list[RestoreTask]:
     source = recipe.source
     scratch = _scratch(order, source)
@@ -230,7 +230,7 @@ def _tasks(
             catalogues.append((place, join(scratch, f"img2dataset-{number}")))
             catalogue(*catalogues[-1], pool)
         elif place != WEB:
-            open_shelf(place)  # says what is wrong with it before anything is fetched
+            open_archive(place)  # says what is wrong with it before anything is fetched
     parts = [
         (part, entry)
         for part, entry in zip(kit.parts, kit.manifest.shards, strict=True)
@@ -259,13 +259,13 @@ def _run(
     tasks: Sequence[RestoreTask],
     source: str,
     pool: Pool,
-    show: Show,
+    reporter: Reporter,
     results: dict[tuple[str, int], Restored],
 ) -> Coverage:
     """Restore the parts of a source into `results`."""
     found = Coverage(source, images=sum(task.entry.images for task in tasks))
-    with show.stage(f"{source} rebuild", "records", found.images) as stage:
-        for task, result in pool.run(restore_part, tasks, stage.watch):
+    with reporter.stage(f"{source} rebuild", "records", found.images) as stage:
+        for task, result in pool.run(restore_part, tasks, stage.update):
             if isinstance(result, WorkerDied):
                 found.parts.append(task.part.part)
                 continue
@@ -274,7 +274,7 @@ def _run(
             found.otherwise += result.otherwise
             for reason, count in sorted(result.missing.items()):
                 found.missing[reason] = found.missing.get(reason, 0) + count
-            stage.finished(str(task), {"records": task.entry.images})
+            stage.advance(str(task), {"records": task.entry.images})
     return found
 
 
@@ -312,7 +312,7 @@ def _manifest(kit: Kit, results: Mapping[tuple[str, int], Restored], path: str) 
         }
     )
     codes = [result.codes for result in there if result.codes]
-    return merged(kit.manifest.name, path, [(path, with_codes(manifest, codes))])
+    return merge_manifests(kit.manifest.name, path, [(path, with_codes(manifest, codes))])
 
 
 def _entry(
@@ -365,7 +365,7 @@ def _other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[s
 
 
 def _list_missing(
-    kit: Kit, order: Rebuild, results: Mapping[tuple[str, int], Restored]
+    kit: Kit, order: RebuildRequest, results: Mapping[tuple[str, int], Restored]
 ) -> str | None:
     """Put the lists of all parts together; None, and no list, where no image is missing."""
     address = join(order.manifests, f"{kit.manifest.name}.missing.jsonl")
@@ -380,5 +380,5 @@ def _list_missing(
     return address
 
 
-def _scratch(order: Rebuild, source: str) -> str:
+def _scratch(order: RebuildRequest, source: str) -> str:
     return join(order.out, "kit", source)

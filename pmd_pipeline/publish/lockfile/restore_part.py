@@ -12,12 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pmd_pipeline.base.parallel import Tick
+from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.storage import load_model, remove, sizes
 from pmd_pipeline.base.tables import read_table
 from pmd_pipeline.build.optout import load_list
 from pmd_pipeline.build.part import PartTask, build_part, done_report
-from pmd_pipeline.build.shard_writer import LEDGER, ledger_bytes
 from pmd_pipeline.codes.reports import codes_dependency, done_codes
 from pmd_pipeline.codes.tensors import code_tensors
 from pmd_pipeline.codes.tokenizers.weights import tensor_file
@@ -27,8 +26,9 @@ from pmd_pipeline.contract.files import join, open_read, read_bytes, sha256_of, 
 from pmd_pipeline.contract.models import FORMAT, CodesReport, Counts, FileDigest, Report, ShardEntry
 from pmd_pipeline.contract.paths import part_name
 from pmd_pipeline.contract.reasons import Status
+from pmd_pipeline.contract.schemas import KEPT_SCHEMA, LEDGER_SCHEMA, LedgerRow, ledger_bytes
 from pmd_pipeline.index.build import load_index
-from pmd_pipeline.index.records import KEPT, IndexPart, part_of, read_part
+from pmd_pipeline.index.records import IndexPart, part_of, read_part
 from pmd_pipeline.publish.lockfile.format import (
     KitPart,
     caption_sha256,
@@ -38,7 +38,7 @@ from pmd_pipeline.publish.lockfile.format import (
 )
 from pmd_pipeline.recipe import Recipe
 
-_NO_FILE = FileDigest(name="", sha256="", num_bytes=0)
+_NO_FILE = FileDigest(name="none", sha256="0" * 64, num_bytes=0)
 _MEND = "delete the .json beside it, and rebuild again"
 
 
@@ -135,7 +135,7 @@ def earlier_report(
     raise PmdError(f"{join(shards, f'{name}.tar')} is of another dataset: give another --out")
 
 
-def restore_part(task: RestoreTask, tick: Tick) -> Restored:
+def restore_part(task: RestoreTask, report_progress: ReportProgress) -> Restored:
     """The shard of one part of a kit, with its ledger, report and codes; built only once.
 
     A shard that is there already, byte by byte, is left as it is, whoever has made it.
@@ -153,7 +153,7 @@ def restore_part(task: RestoreTask, tick: Tick) -> Restored:
     report = (
         done_report(_part_task(task, _NO_FILE, dependency), there)
         or _as_it_is(task, wanted, left_out, there)
-        or _built(task, wanted, dependency, tick)
+        or _built(task, wanted, dependency, report_progress)
     )
     ledger = join(task.shards, report.ledger.name)
     with open_read(ledger) as file:
@@ -271,18 +271,21 @@ def _as_it_is(
 
 
 def _built(
-    task: RestoreTask, wanted: Sequence[Mapping[str, Any]], dependency: str, tick: Tick
+    task: RestoreTask,
+    wanted: Sequence[Mapping[str, Any]],
+    dependency: str,
+    report_progress: ReportProgress,
 ) -> Report:
     """Build the part from the records that have an image, then put the others into the ledger."""
     index = _index_bytes([row for row in wanted if row["status"] == Status.SUCCESS])
     kept = FileDigest.of(f"kept-{task.name}.parquet", index)
     write_whole(join(task.scratch, kept.name), index)
-    report = build_part(_part_task(task, kept, f"{dependency} unfinished"), tick)
+    report = build_part(_part_task(task, kept, f"{dependency} unfinished"), report_progress)
     remove(join(task.shards, f"{task.name}.json"))  # the ledger that it vouches for is replaced
     content = read_bytes(join(task.shards, report.ledger.name))
     made = {row["key"]: row for row in read_table(BytesIO(content)).to_pylist()}
     rows = [_ledger_row(row, made.get(row["key"])) for row in wanted]
-    ledger = ledger_bytes(rows)
+    ledger = ledger_bytes([LedgerRow(**row) for row in rows])
     write_whole(join(task.shards, report.ledger.name), ledger)
     report = report.model_copy(
         update={
@@ -329,7 +332,7 @@ def _index_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
     bare: dict[str, Any] = {"captions": [""], "fields": [""]}
     records = [{**row, **unknown, **({} if row["captions"] else bare)} for row in rows]
     out = BytesIO()
-    pq.write_table(pa.Table.from_pylist(records, schema=KEPT), out, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(records, schema=KEPT_SCHEMA), out, compression="zstd")
     return out.getvalue()
 
 
@@ -339,7 +342,7 @@ def _ledger_row(wanted: Mapping[str, Any], made: Mapping[str, Any] | None) -> di
     A redirect that has another end today does not make another image.
     """
     if made is None:
-        return {name: wanted.get(name) for name in LEDGER.names}
+        return {name: wanted.get(name) for name in LEDGER_SCHEMA.names}
     if made["status"] != Status.SUCCESS:
         return dict(made)
     return {**made, "final_url": wanted["final_url"]}

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 import urllib3
 
 from pmd_pipeline import sources
-from pmd_pipeline.base.parallel import Watch
+from pmd_pipeline.base.parallel import OnProgress
 from pmd_pipeline.base.user_agent import user_agent
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import Published, Source
@@ -32,7 +32,9 @@ _TRIES = 4
 """Attempts in a row without a new byte, after which a server is left alone."""
 
 
-def ensure(source: Source, raw: str, form: str | None, contact: str, watch: Watch) -> list[str]:
+def download_annotations(
+    source: Source, raw: str, form: str | None, contact: str, on_progress: OnProgress
+) -> list[str]:
     """Download what the source needs and the folder `raw` lacks; sentences that the user must hear.
 
     Nothing is asked for where a form is complete already, or where a needed file has no address.
@@ -46,9 +48,9 @@ def ensure(source: Source, raw: str, form: str | None, contact: str, watch: Watc
         sources.find_spans(source, raw, form)
     except PmdError:
         entries = source.downloadable(form)
-        download_all(_absent(entries, raw), raw, contact, watch, source.info.by_hand)
+        download_all(_absent(entries, raw), raw, contact, on_progress, source.info.by_hand)
     if source.info.shares_coco:
-        return list(_split_ensured(source, raw, contact, watch))
+        return list(_split_ensured(source, raw, contact, on_progress))
     return []
 
 
@@ -56,7 +58,7 @@ def download_all(
     entries: Sequence[Published],
     raw: str,
     contact: str,
-    watch: Watch,
+    on_progress: OnProgress,
     by_hand: str = "",
     wait: Callable[[float], None] = time.sleep,
 ) -> None:
@@ -75,7 +77,7 @@ def download_all(
     """
     downloads = [_Download(entry, Path(raw), by_hand, wait) for entry in entries]
     for one in downloads:
-        one.fetch(contact, watch)
+        one.fetch(contact, on_progress)
     for one in sorted(downloads, key=lambda one: one.entry.needed):
         one.appear()
 
@@ -98,7 +100,7 @@ class _Download:
         self._hidden = folder / f".{self._final.name}"
         self._part = folder / f".{self._final.name}.part"
 
-    def fetch(self, contact: str, watch: Watch) -> None:
+    def fetch(self, contact: str, on_progress: OnProgress) -> None:
         """Make the file whole, but leave it hidden.
 
         Raises:
@@ -109,7 +111,7 @@ class _Download:
         if not self._url.startswith(("https://", "http://")):
             raise PmdError(f"{self._url} is no http address: {self._by_hand}")
         with self._written() as file:
-            self._complete(file, user_agent(contact), watch)
+            self._complete(file, user_agent(contact), on_progress)
             file.flush()
             os.fsync(file.fileno())
             if self.entry.sha256 is not None:
@@ -149,13 +151,13 @@ class _Download:
                 f"you trust it, put it into {self._part.parent} yourself"
             )
 
-    def _complete(self, file: BinaryIO, agent: str, watch: Watch) -> None:
+    def _complete(self, file: BinaryIO, agent: str, on_progress: OnProgress) -> None:
         """Append until the file is whole."""
         tries, most = 0, file.tell()
         with urllib3.PoolManager() as pool:
             while True:
                 try:
-                    if self._append(pool, file, agent, watch):
+                    if self._append(pool, file, agent, on_progress):
                         return
                     trouble = "the file ends early"
                 except (urllib3.exceptions.HTTPError, TimeoutError) as error:
@@ -169,7 +171,9 @@ class _Download:
                     )
                 self._wait(2.0 ** (tries - 1))
 
-    def _append(self, pool: urllib3.PoolManager, file: BinaryIO, agent: str, watch: Watch) -> bool:
+    def _append(
+        self, pool: urllib3.PoolManager, file: BinaryIO, agent: str, on_progress: OnProgress
+    ) -> bool:
         """Append what is missing; say whether the file is whole now."""
         have = file.tell()
         with pool.request(
@@ -197,11 +201,13 @@ class _Download:
             for chunk in response.stream(_CHUNK):
                 file.write(chunk)
                 have += len(chunk)
-                watch(self._url, {"bytes": have})
+                on_progress(self._url, {"bytes": have})
             return total in {have, None}
 
 
-def _split_ensured(source: Source, raw: str, contact: str, watch: Watch) -> Iterator[str]:
+def _split_ensured(
+    source: Source, raw: str, contact: str, on_progress: OnProgress
+) -> Iterator[str]:
     """A sentence where Karpathy's split is neither there nor to be had."""
     coco, beside = sources.load("coco"), str(Path(raw).parent / "coco")
     if find_heldout([raw, beside]):
@@ -209,7 +215,7 @@ def _split_ensured(source: Source, raw: str, contact: str, watch: Watch) -> Iter
     entries = coco.published("karpathy")
     assert any(entry.pattern == KARPATHY_FILE for entry in entries)
     try:
-        download_all(_absent(entries, beside), beside, contact, watch)
+        download_all(_absent(entries, beside), beside, contact, on_progress)
     except PmdError as error:
         yield f"{source.name} goes on without {KARPATHY_FILE}: {error}"
 

@@ -11,7 +11,7 @@ KARPATHY_FILE = "dataset_coco.json"
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutImages:
     """Where the held-out ids are read from."""
 
     file: UpstreamFile
@@ -21,12 +21,12 @@ class HeldOut:
         return _coco_ids(self.file)
 
 
-def find_heldout(folders: Iterable[str]) -> HeldOut | None:
+def find_heldout(folders: Iterable[str]) -> HeldOutImages | None:
     """The first `dataset_coco.json` in the folders, plain or packed; None without one."""
     for folder in folders:
         for file in find(folder):
             if fits(file, KARPATHY_FILE):
-                return HeldOut(file)
+                return HeldOutImages(file)
     return None
 
 

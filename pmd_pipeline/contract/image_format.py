@@ -1,0 +1,60 @@
+"""The format of stored images: the only module that knows extensions, MIME types and decoders."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Literal, TypeAlias
+
+from PIL import Image
+
+FormatName: TypeAlias = Literal["jpeg", "webp"]
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """A format in which shards store images.
+
+    Args:
+        name: as recipes call it.
+        extension: of the tar member, without a dot.
+        mime: MIME type.
+        pillow: Pillow's name of the decoder.
+        max_side: pixels that the format allows along one side.
+    """
+
+    name: FormatName
+    extension: str
+    mime: str
+    pillow: str
+    max_side: int
+
+
+JPEG = ImageFormat("jpeg", "jpg", "image/jpeg", "JPEG", 65_500)
+WEBP = ImageFormat("webp", "webp", "image/webp", "WEBP", 16_383)
+
+FORMATS: Mapping[str, ImageFormat] = {one.name: one for one in (JPEG, WEBP)}
+EXTENSIONS = frozenset(one.extension for one in FORMATS.values())
+"""Extensions of the tar members that hold images."""
+
+
+def stored_format(content: bytes) -> ImageFormat | None:
+    """The format of a stored image by its first bytes; None where it is none of `FORMATS`."""
+    if content.startswith(b"\xff\xd8\xff"):
+        return JPEG
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return WEBP
+    return None
+
+
+def open_stored(content: bytes) -> Image.Image:
+    """The stored image in `content`, its header read and its pixels not yet.
+
+    No decoder besides those of `FORMATS` sees the bytes.
+
+    Raises:
+        OSError: it is in none of `FORMATS`. Pillow raises further errors on broken bytes.
+    """
+    stored = stored_format(content)
+    if stored is None:
+        raise OSError(f"neither {' nor '.join(FORMATS)}")
+    return Image.open(BytesIO(content), formats=(stored.pillow,))

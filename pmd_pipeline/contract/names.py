@@ -1,0 +1,56 @@
+"""Strings of stored files that become paths: validated where the file is read, once for all.
+
+A manifest, a lock file or a report may come from a stranger. A name that could leave its folder
+makes the whole file invalid.
+"""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
+SCHEMES = frozenset({"abfs", "az", "file", "gcs", "gs", "hf", "http", "https", "memory", "s3"})
+"""Protocols of addresses that a manifest may name."""
+
+
+def _segment(name: str) -> str:
+    is_safe = 0 < len(name) < 256 and name.isprintable() and not name.startswith(".")
+    if not is_safe or "/" in name or "\\" in name:
+        raise ValueError(f"{name[:80]!r} is no name of a file: no slashes, no dot at its beginning")
+    return name
+
+
+def _relative(path: str) -> str:
+    for segment in path.split("/"):
+        _segment(segment)
+    return path
+
+
+def _sha256(digest: str) -> str:
+    if not _HEX.fullmatch(digest):
+        raise ValueError(f"{digest[:80]!r} is no SHA-256 of 64 hex digits")
+    return digest
+
+
+def _address(address: str) -> str:
+    scheme = _SCHEME.match(address)
+    if scheme and scheme[1] not in SCHEMES:
+        raise ValueError(f"{address[:80]!r} has a protocol other than {', '.join(sorted(SCHEMES))}")
+    if not address.isprintable() or "::" in address or "\\" in address:
+        raise ValueError(f"{address[:80]!r} is no path or address of a file")
+    return address
+
+
+FileName = Annotated[str, AfterValidator(_segment)]
+"""One segment of a path, which never leads out of its folder; not a hidden file's."""
+
+RelativePath = Annotated[str, AfterValidator(_relative)]
+"""File names with `/` between them: a file in a folder or below it, never outside."""
+
+Sha256 = Annotated[str, AfterValidator(_sha256)]
+"""A SHA-256 as 64 hex digits in lower case."""
+
+Address = Annotated[str, AfterValidator(_address)]
+"""A relative or absolute path, or an address of one of `SCHEMES`."""

@@ -1,0 +1,106 @@
+"""Code of the user's own, named as `module:function` where a recipe or configuration names ours.
+
+The module is found as `python -m` would find it: in the working directory, or installed. Worker
+processes that this one starts find it as well; machines of a cluster need it installed.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.suggestions import suggestion
+
+_REFERENCE = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)")
+
+
+def is_reference(name: str) -> bool:
+    """Whether `name` is of the form `module:function`.
+
+    >>> is_reference("my_filters:is_sharp"), is_reference("has_words")
+    (True, False)
+    """
+    return _REFERENCE.fullmatch(name) is not None
+
+
+def load_reference(reference: str) -> Any:  # noqa: ANN401 - whatever the user's module defines
+    """What `module:function` names.
+
+    Raises:
+        PmdError: there is no such module or name, or importing the module raises.
+    """
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise PmdError(f"{reference!r} is not of the form module:function")
+    module = _imported(match["module"], reference)
+    try:
+        return getattr(module, match["name"])
+    except AttributeError as error:
+        near = suggestion(match["name"], _public(vars(module)))
+        raise PmdError(
+            f"{reference}: {module.__file__} defines no {match['name']!r}; {near}"
+        ) from error
+
+
+def load_module(name: str) -> Any:  # noqa: ANN401 - a module of the user's own
+    """The user's module called `name`, as `load_reference` finds it.
+
+    Raises:
+        PmdError: there is no such module, or importing it raises.
+    """
+    return _imported(name, name)
+
+
+def source_digest(reference: str) -> str:
+    """SHA-256 of the source file that defines what `module:function` names.
+
+    It stands in the rules of a dataset, so that a changed filter makes its parts stale. Modules
+    that the file imports are not covered.
+
+    Raises:
+        PmdError: see `load_reference`; or there is no source file.
+    """
+    target = load_reference(reference) if is_reference(reference) else load_module(reference)
+    try:
+        path = Path(inspect.getsourcefile(target) or "")
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, TypeError) as error:
+        raise PmdError(f"{reference}: its source file cannot be read") from error
+
+
+def _imported(name: str, reference: str) -> Any:  # noqa: ANN401 - a module
+    _add_working_directory()
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise PmdError(
+                f"{reference}: there is no module {name!r} in {Path.cwd()} or installed"
+            ) from error
+        raise PmdError(f"{reference}: importing {name} fails: {error}") from error
+    except Exception as error:  # the user's code may raise anything
+        raise PmdError(
+            f"{reference}: importing {name} fails: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _add_working_directory() -> None:
+    """Let this process and those that it starts import from the working directory, last."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if folder not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), folder])
+
+
+def _public(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.startswith("_")]
