@@ -35,20 +35,20 @@ from PIL import Image
 from safetensors.numpy import save_file
 from transformers import BertTokenizer
 
-from flava_train.data.inputs import DataConfig
-from flava_train.data.loader import batches
+from flava_train.data.config import DataConfig
+from flava_train.data.loader import load_batches
 from flava_train.data.masking import (
     PatchMasking,
     TokenMasking,
-    fixed_width,
+    gather_masked,
     mask_patches,
     mask_tokens,
-    token_mask_width,
+    max_masked_tokens,
     word_starts,
 )
-from flava_train.data.needs import Shares
-from flava_train.data.order import Order
-from flava_train.data.training_data import Streams
+from flava_train.data.needs import StreamShares
+from flava_train.data.order import SampleOrder
+from flava_train.data.training_data import TrainingData
 from flava_train.data.wordpiece import load_wordpiece
 from flava_train.model.flava import FlavaConfig
 from flava_train.objective.losses import Objective
@@ -61,7 +61,7 @@ from pmd_pipeline.contract.schemas import LedgerRow, ledger_bytes
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
 RULES = CodeRules(tokenizer="kmeans", sha256="0" * 64, vocabulary=8192, size=112, grid=14, views=2)
 SIZE, TOKENS, BATCH = 224, 77, 256
-OBJECTIVE = Objective(itm_rate=0.0, streams=Shares(1.0, 0.0, 0.0))
+OBJECTIVE = Objective(itm_rate=0.0, streams=StreamShares(1.0, 0.0, 0.0))
 SHARDS = 8
 
 
@@ -268,7 +268,7 @@ class Theirs:
         tokens = np.array(encoded["input_ids"])
         row |= {"tokens": tokens, "length": np.array(sum(encoded["attention_mask"]))}
         mask = beit_mask(self.rng, self.patches).reshape(-1)
-        row["masked_at"], row["masked_codes"] = padded(
+        row["masked_positions"], row["masked_codes"] = padded(
             np.flatnonzero(mask), row["codes"], self.patches.masked
         )
         short = tokens[: row["length"]].tolist()
@@ -276,7 +276,7 @@ class Theirs:
         row["masked_tokens"] = np.zeros(TOKENS, np.int64)
         row["masked_tokens"][: len(masked)] = masked
         row["words_at"], row["labels"] = padded(
-            np.array(places, np.int64), tokens, token_mask_width(TOKENS)
+            np.array(places, np.int64), tokens, max_masked_tokens(TOKENS)
         )
         return row
 
@@ -297,8 +297,8 @@ class Theirs:
         self.drawn += len(rows)
         mask = mask_patches(0, numbers, self.patches)
         seen, hidden = mask_tokens(0, numbers, tokens, self.tokens, starts=self.starts)
-        found["masked_at"] = fixed_width(mask, found["codes"].numpy(), self.patches.masked)
-        found["labels"] = fixed_width(hidden, tokens, token_mask_width(TOKENS))
+        found["masked_positions"] = gather_masked(mask, found["codes"].numpy(), self.patches.masked)
+        found["labels"] = gather_masked(hidden, tokens, max_masked_tokens(TOKENS))
         found["masked_tokens"] = torch.from_numpy(seen)
         return found
 
@@ -329,10 +329,10 @@ def endless(make: Callable[[], Iterable[Any]]) -> Iterator[Any]:
 def compare(folder: Path, photos: Path, vocabulary: Path, rounds: int) -> None:
     manifest, tars = write_shards(folder, photographs(photos))
     config = DataConfig(pairs=manifest, tokenizer=str(vocabulary), verify=False)
-    streams = Streams(config, OBJECTIVE.data_needs, FlavaConfig(), seed=0, batch=BATCH)
+    streams = TrainingData(config, OBJECTIVE.data_needs, FlavaConfig(), seed=0, batch=BATCH)
     plain, vectorised = (Theirs(vocabulary, vectorised=one) for one in (False, True))
     loaders = {
-        "ours": batches(streams, 0, 10**6),
+        "ours": load_batches(streams, 0, 10**6),
         "webdataset": endless(lambda: plain.pipeline(tars)),
         "webdataset, our masks": endless(lambda: vectorised.pipeline(tars)),
     }
@@ -380,7 +380,7 @@ def far_in(folder: Path, photos: Path, vocabulary: Path, *, step: int = 100_000)
         for part in range(shards)
     ]  # fmt: skip
     manifest = write_manifest(folder / "far.json", entries)
-    order = Order((records,) * shards, batch, 0)
+    order = SampleOrder((records,) * shards, batch, 0)
     window = order.window(*order.place(step)[:2])
     for piece in window.pieces:
         tar = folder / entries[piece.shard].path
@@ -396,12 +396,12 @@ def far_in(folder: Path, photos: Path, vocabulary: Path, *, step: int = 100_000)
 
     began, cpu = time.perf_counter(), time.process_time()
     config = DataConfig(pairs=manifest, tokenizer=str(vocabulary), verify=False)
-    streams = Streams(config, OBJECTIVE.data_needs, FlavaConfig(), seed=0, batch=batch)
+    streams = TrainingData(config, OBJECTIVE.data_needs, FlavaConfig(), seed=0, batch=batch)
     opened = time.perf_counter()
     streams.part(step, range(1))
     ready = time.perf_counter()
     ranks = batch // BATCH
-    next(batches(streams, step, step + 1, ranks=ranks))
+    next(load_batches(streams, step, step + 1, ranks=ranks))
     done = time.perf_counter()
     print(
         f"step {step:,} of {records * shards:,} pairs in batches of {batch:,}: manifest and "

@@ -34,16 +34,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
 
-from flava_train.data.batches import Images, Pairs, Texts, micro_batches, on_device, take
+from flava_train.data.batches import (
+    ImageBatch,
+    PairBatch,
+    TextBatch,
+    micro_batches,
+    select_rows,
+    to_device,
+)
 from flava_train.data.masking import (
     IGNORE,
     PatchMasking,
     TokenMasking,
-    chance,
-    fixed_width,
+    draw_uniforms,
+    gather_masked,
     mask_patches,
     mask_tokens,
-    token_mask_width,
+    max_masked_tokens,
 )
 from flava_train.model.flava import Flava, FlavaConfig, TowerConfig
 from flava_train.objective.losses import Objective
@@ -61,7 +68,7 @@ LONGEST = 77
 class Drawn:
     """A batch in the forms that both models want."""
 
-    pairs: Pairs
+    pairs: PairBatch
     token_mask: np.ndarray
     patch_mask: np.ndarray
     codes: np.ndarray
@@ -102,19 +109,19 @@ def draw(count: int, config: FlavaConfig) -> Drawn:
     tokens[:, 0], tokens[numbers, lengths - 1] = 101, 102
     tokens[np.arange(80) >= lengths[:, None]] = 0
     seen, token_mask = mask_tokens(0, numbers, tokens, TokenMasking())
-    texts = fixed_width(token_mask, tokens, token_mask_width(80))
+    texts = gather_masked(token_mask, tokens, max_masked_tokens(80))
     patch_mask = mask_patches(0, numbers, PatchMasking(grid=config.grid))
     codes = rng.integers(0, config.image_vocab, patch_mask.shape)
-    images = fixed_width(patch_mask, codes, 75)
+    images = gather_masked(patch_mask, codes, 75)
     side = config.image_size
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
     of = torch.from_numpy
-    pairs = Pairs(
-        Images(pixels, of(images[0]), of(images[1])),
-        Texts(of(tokens), of(seen), of(lengths), of(texts[0]), of(texts[1])),
+    pairs = PairBatch(
+        ImageBatch(pixels, of(images[0]), of(images[1])),
+        TextBatch(of(tokens), of(seen), of(lengths), of(texts[0]), of(texts[1])),
         torch.ones(count, dtype=torch.bool),
         of(numbers),
-        of(chance(0, numbers)),
+        of(draw_uniforms(0, numbers)),
     )
     return Drawn(pairs, token_mask, patch_mask, codes)
 
@@ -152,7 +159,7 @@ def _compare_on_cpu(count: int, tower: TowerConfig, rounds: int) -> None:
 
 def _steps_of_ours(model: Flava, drawn: Drawn) -> dict[str, Callable[[], object]]:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    batches: dict[str, Sequence[Pairs | Images | Texts]] = {
+    batches: dict[str, Sequence[PairBatch | ImageBatch | TextBatch]] = {
         "pairs": micro_batches(drawn.pairs, len(drawn.pairs)),
         "images": [drawn.pairs.images],
         "texts": [micro_batches(drawn.pairs, len(drawn.pairs))[0].texts],
@@ -198,7 +205,7 @@ def _steps_of_theirs(
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     kind_of_device = torch.device(device).type
     has_codebook = getattr(model, "image_codebook", None) is not None
-    pairs = on_device(drawn.pairs, device)
+    pairs = to_device(drawn.pairs, device)
     pixels = (pairs.images.pixels.float() / 255 - 0.45) / 0.27  # as its processor hands them over
     patch_mask = torch.from_numpy(drawn.patch_mask).to(device)
     codes = torch.from_numpy(np.where(drawn.patch_mask, drawn.codes, IGNORE)).to(device)
@@ -255,7 +262,7 @@ def _measure_on_gpu(device: str, count: int, size: int, rounds: int, peak: float
     torch.manual_seed(0)
     config = FlavaConfig()
     drawn = draw(count, config)
-    batch = [on_device(piece, device) for piece in micro_batches(drawn.pairs, size)]
+    batch = [to_device(piece, device) for piece in micro_batches(drawn.pairs, size)]
     model = Flava(config).to(device)
     flops = [_flops(model, piece) for piece in batch]  # before compilation hides them
     print(
@@ -266,11 +273,11 @@ def _measure_on_gpu(device: str, count: int, size: int, rounds: int, peak: float
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     model.compile_regions()
 
-    def step(pieces: Sequence[Pairs]) -> None:
+    def step(pieces: Sequence[PairBatch]) -> None:
         train_step(model, pieces, Objective(), autocast=torch.bfloat16)
         optimizer.step()
 
-    def report(name: str, pieces: Sequence[Pairs], work: float) -> float:
+    def report(name: str, pieces: Sequence[PairBatch], work: float) -> float:
         torch.cuda.reset_peak_memory_stats()
         seconds = _median_seconds(lambda: step(pieces), rounds)
         memory = torch.cuda.max_memory_allocated() / 2**30
@@ -314,9 +321,9 @@ def _compare_on_gpu(device: str, config: FlavaConfig, pace: float, rounds: int) 
         )
 
 
-def _flops(model: Flava, piece: Pairs) -> float:
+def _flops(model: Flava, piece: PairBatch) -> float:
     """Operations of one micro-batch's own step, without what caching computes again."""
-    some = take(piece, torch.arange(min(8, len(piece)), device=piece.matched.device))
+    some = select_rows(piece, torch.arange(min(8, len(piece)), device=piece.matched.device))
     each = _counted(lambda: train_step(model, [some], Objective(), autocast=torch.bfloat16))
     return each * len(piece) / len(some)
 

@@ -99,9 +99,9 @@ def shards(
 
     Example: flava-train shards --shards manifests/pmd.json
     """
-    from flava_train.data.shards import stock
+    from flava_train.data.manifests import check_manifest
 
-    loaded, found = stock(manifest)
+    loaded, found = check_manifest(manifest)
     for one in found:
         typer.echo(
             f"{one.source:<22}{one.pairs:>14,} pairs {one.images:>14,} images "
@@ -156,10 +156,10 @@ def export(
 
     Example: flava-train export --hf flava-hf runs/flava_pmd
     """
-    from flava_train.evaluation.trained import load_trained
+    from flava_train.evaluation.trained_model import load_trained_model
     from flava_train.model.hf import export_hf
 
-    trained = load_trained(run, best=best)
+    trained = load_trained_model(run, best=best)
     export_hf(trained.model, hf, vocabulary=trained.wordpiece.vocabulary)
     typer.echo(f"{hf}: the model of {trained.checkpoint}")
 
@@ -182,9 +182,9 @@ def evaluate(
 
     Example: flava-train eval runs/flava_pmd manifests/flickr30k.json
     """
-    from flava_train.evaluation.trained import load_trained
+    from flava_train.evaluation.trained_model import load_trained_model
 
-    trained = load_trained(run, best=best)
+    trained = load_trained_model(run, best=best)
     found = trained.evaluate(manifest, classes)
     if as_json:
         typer.echo(json.dumps(found.as_json()))
@@ -210,9 +210,9 @@ def search(
     Example: flava-train search runs/flava_pmd manifests/coco.json "two dogs on a beach"
     """
     from flava_train.evaluation.search import search as find_images
-    from flava_train.evaluation.trained import load_trained
+    from flava_train.evaluation.trained_model import load_trained_model
 
-    found = find_images(load_trained(run, best=best), manifest, queries, nearest)
+    found = find_images(load_trained_model(run, best=best), manifest, queries, nearest)
     if as_json:
         rows = [
             {"query": query, "images": [asdict(hit) for hit in hits]}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from flava_train.data.inputs import DataConfig
+from flava_train.data.config import DataConfig
 from flava_train.model.flava import FlavaConfig
 from flava_train.objective.losses import Objective
 from pmd_pipeline.contract.errors import PmdError

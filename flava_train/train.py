@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from flava_train.config import TrainConfig, as_tables, as_toml
-from flava_train.data.loader import Batch, batches
+from flava_train.data.loader import RankBatch, load_batches
+from flava_train.data.manifests import load_complete_manifest
 from flava_train.data.order import STREAMS
-from flava_train.data.shards import load_complete_manifest
-from flava_train.data.training_data import Streams
+from flava_train.data.training_data import TrainingData
 from flava_train.data.wordpiece import load_wordpiece
 from flava_train.evaluation.evaluate import check_evaluation
 from flava_train.model.flava import FlavaConfig
@@ -96,7 +96,7 @@ def train(
             pieces = streams.wordpiece.vocabulary
             write_whole(run / VOCABULARY, "".join(f"{piece}\n" for piece in pieces).encode())
         first = learner.progress.steps
-        steps = batches(
+        steps = load_batches(
             streams,
             first,
             config.steps,
@@ -115,7 +115,7 @@ def train(
         return Outcome(learner.progress.steps, stop.signal)
 
 
-def _loop(learner: Learner, steps: Iterable[Batch], stop: Stop, metrics: Metrics) -> None:
+def _loop(learner: Learner, steps: Iterable[RankBatch], stop: Stop, metrics: Metrics) -> None:
     """Take the steps; between them evaluate, save and stop, as it is time to.
 
     A run that is told to stop where an evaluation is due saves without it: there may be little
@@ -153,7 +153,7 @@ def _save(learner: Learner, metrics: Metrics) -> None:
     learner.save(Path(learner.config.out))
 
 
-def open_data(config: TrainConfig) -> tuple[TrainConfig, Streams]:
+def open_data(config: TrainConfig) -> tuple[TrainConfig, TrainingData]:
     """The configuration with the sizes of vocabularies in it, and the data.
 
     Raises:
@@ -168,20 +168,20 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, Streams]:
     ]
     if not model.image_vocab:
         sizes = {one.codes.vocabulary for one in manifests if one.codes is not None}
-        # where nothing has codes, nothing needs them, or `Streams` will say so
+        # where nothing has codes, nothing needs them, or `TrainingData` will say so
         size = max(sizes, default=FlavaConfig().image_vocab)
         model = replace(model, image_vocab=size)
     if not model.text_vocab and data.tokenizer:  # after the manifests: the hub may be slow
         wordpiece = load_wordpiece(data.tokenizer, data.revision)
         model = replace(model, text_vocab=len(wordpiece.vocabulary))
-    streams = Streams(
+    streams = TrainingData(
         data, config.objective.data_needs, model, seed=config.seed, batch=config.batch
     )
     return replace(config, model=model), streams
 
 
 def _learner(
-    config: TrainConfig, streams: Streams, ranks: Ranks, resume: str, *, allow_changed: bool
+    config: TrainConfig, streams: TrainingData, ranks: Ranks, resume: str, *, allow_changed: bool
 ) -> tuple[Learner, list[str]]:
     """Model and optimizer, at the beginning or as they were; and what is not as it was."""
     checkpoint = _checkpoint(Path(config.out), resume, ranks)

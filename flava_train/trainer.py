@@ -12,10 +12,18 @@ from typing import Any
 import torch
 
 from flava_train.config import TrainConfig
-from flava_train.data.batches import WIDTHS, Images, Pairs, Texts, micro_batches, on_device, take
-from flava_train.data.loader import Batch
-from flava_train.data.training_data import Streams
-from flava_train.evaluation.evaluate import evaluate, files_of
+from flava_train.data.batches import (
+    WIDTHS,
+    ImageBatch,
+    PairBatch,
+    TextBatch,
+    micro_batches,
+    select_rows,
+    to_device,
+)
+from flava_train.data.loader import RankBatch
+from flava_train.data.training_data import TrainingData
+from flava_train.evaluation.evaluate import evaluate, file_cache
 from flava_train.model.flava import Flava
 from flava_train.objective.step import train_step
 from flava_train.run.checkpoint import Best, Progress, save
@@ -46,13 +54,13 @@ class Learner:
     """The state of a run; `progress`, the model and the optimizer change with each step."""
 
     config: TrainConfig
-    streams: Streams
+    streams: TrainingData
     ranks: Ranks
     model: Flava
     optimizer: torch.optim.Optimizer
     progress: Progress
 
-    def learn(self, batch: Batch, stop: Stop) -> tuple[Figures, bool]:
+    def learn(self, batch: RankBatch, stop: Stop) -> tuple[Figures, bool]:
         """Take one step; what it found, and whether any rank was told to stop.
 
         Raises:
@@ -67,7 +75,7 @@ class Learner:
         pieces = cut(batch.rows, self.config.micro, self._widths)
         losses = train_step(
             self.model,
-            [on_device(piece, self.ranks.device) for piece in pieces],
+            [to_device(piece, self.ranks.device) for piece in pieces],
             self.config.objective,
             autocast=AUTOCAST[self.config.compute.precision],
             loss_scale=self._loss_scale(),
@@ -76,14 +84,14 @@ class Learner:
         named = dict(zip(losses, found, strict=True))
         updated = self._update(batch, rate, named, norm)
         self._advance()
-        seconds = batch.waited + time.perf_counter() - began
+        seconds = batch.wait_seconds + time.perf_counter() - began
         figures |= {
             "losses": named,
             "grad_norm": norm,
             "lr": rate,
             "temperature": temperature,
             "pairs_per_second": self.config.batch / seconds,
-            "waited": batch.waited,
+            "waited": batch.wait_seconds,
         }
         if self.config.compute.precision == "fp16":
             figures |= {"loss_scale": self.progress.loss_scale, "updated": updated}
@@ -99,7 +107,7 @@ class Learner:
             self.streams.wordpiece,
             config,
             caption_tokens=self.config.data.caption_tokens,
-            files=files_of(self.config.data),
+            files=file_cache(self.config.data),
             autocast=AUTOCAST[self.config.compute.precision],
         )
         if not found.figures:
@@ -131,7 +139,7 @@ class Learner:
         found = torch.stack([*summed[:-1], norm.double(), temperature.double(), summed[-1]])
         return list(found.tolist())
 
-    def _update(self, batch: Batch, rate: float, losses: dict[str, float], norm: float) -> bool:
+    def _update(self, batch: RankBatch, rate: float, losses: dict[str, float], norm: float) -> bool:
         """Change the weights, unless float16 has overflown; whether it has not."""
         half = self.config.compute.precision == "fp16"
         overflown = half and self.progress.loss_scale > 1 and not math.isfinite(norm)
@@ -157,7 +165,7 @@ class Learner:
                 self._rescale(self.progress.loss_scale * 2)
         return True
 
-    def _refuse(self, batch: Batch, bad: Sequence[str], losses: dict[str, float]) -> None:
+    def _refuse(self, batch: RankBatch, bad: Sequence[str], losses: dict[str, float]) -> None:
         """Name what the step saw.
 
         Raises:
@@ -202,12 +210,12 @@ class Learner:
 
 
 def cut(
-    rows: Pairs | Images | Texts, size: int, widths: Sequence[int]
-) -> Sequence[Pairs | Images | Texts]:
+    rows: PairBatch | ImageBatch | TextBatch, size: int, widths: Sequence[int]
+) -> Sequence[PairBatch | ImageBatch | TextBatch]:
     """Micro-batches of `size` rows; pairs sorted by the length of their captions."""
-    if isinstance(rows, Pairs):
+    if isinstance(rows, PairBatch):
         return micro_batches(rows, size, widths=widths)
-    return [take(rows, piece) for piece in torch.arange(len(rows)).split(size)]
+    return [select_rows(rows, piece) for piece in torch.arange(len(rows)).split(size)]
 
 
 def caption_widths(config: TrainConfig) -> tuple[int, ...]:

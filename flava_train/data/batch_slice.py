@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flava_train.data.codes import same_box
-from flava_train.data.corpus import Corpus, OpenShard, OpenWindow
-from flava_train.data.masking import chance
-from flava_train.data.order import draw
-from flava_train.data.pixels import view
+from flava_train.data.image_codes import boxes_match
+from flava_train.data.masking import draw_uniforms
+from flava_train.data.order import random_bits
+from flava_train.data.pixels import crop_pixels
+from flava_train.data.shard_stream import ImageShard, OpenWindow, ShardStream
 from flava_train.data.wordpiece import WordPiece
 from flava_train.shapes import Array, Bool, Int, UInt
 from pmd_pipeline.contract.boxes import WHOLE_IMAGE, Box
@@ -22,7 +22,7 @@ _ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
-class Shown:
+class ImageCrop:
     """The view of an image that a slot shows; its pixels are still in the shard.
 
     Args:
@@ -34,7 +34,7 @@ class Shown:
         nth: which of them is the slot's.
     """
 
-    shard: OpenShard
+    shard: ImageShard
     sample: int
     view: int
     box: Box
@@ -54,7 +54,7 @@ class Shown:
         """
         shard, sample = self.shard, self.sample
         try:
-            return view(shard.jpeg(sample), self.box, size, shard.size(sample))
+            return crop_pixels(shard.jpeg(sample), self.box, size, shard.size(sample))
         except ValueError as error:
             raise PmdError(
                 f"{shard.name}: {shard.key(sample)} is not the image its ledger tells of: {error}"
@@ -62,7 +62,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Slots:
+class BatchSlice:
     """Some slots of the global batch of one step.
 
     Args:
@@ -75,15 +75,15 @@ class Slots:
     """
 
     stream: str
-    corpus: Corpus
+    corpus: ShardStream
     window: OpenWindow
     pairs: Int[Array, " b"]
     numbers: Int[Array, " b"]
     seed: int
 
-    def shown(self) -> list[Shown]:
+    def shown(self) -> list[ImageCrop]:
         """A view for each slot."""
-        dice = draw(self.seed, "view", self.numbers).tolist()
+        dice = random_bits(self.seed, "view", self.numbers).tolist()
         places = self._located(self.pairs)
         return [
             _shown(shard, sample, nth, die)
@@ -91,12 +91,12 @@ class Slots:
         ]
 
     def captions(
-        self, shown: Sequence[Shown], mismatch_rate: float, wordpiece: WordPiece
+        self, shown: Sequence[ImageCrop], mismatch_rate: float, wordpiece: WordPiece
     ) -> tuple[list[str], Bool[Array, " b"]]:
         """The caption of each slot, of some another image's; and which are the image's own."""
         texts = [one.captions[one.nth] for one in shown]
         matched = np.ones(len(shown), bool)
-        swapped = chance(self.seed, self.numbers)[:, 0] < mismatch_rate
+        swapped = draw_uniforms(self.seed, self.numbers)[:, 0] < mismatch_rate
         for slot in np.flatnonzero(swapped).tolist():
             other = self._other_caption(slot, shown[slot], wordpiece)
             if other is not None:
@@ -115,10 +115,10 @@ class Slots:
                 texts[slot], keys[slot] = text, opened.key(int(rows[slot]))
         return texts, keys
 
-    def _other_caption(self, slot: int, one: Shown, wordpiece: WordPiece) -> str | None:
+    def _other_caption(self, slot: int, one: ImageCrop, wordpiece: WordPiece) -> str | None:
         """A caption of the window that is not the image's, nor reads like any that is."""
         attempts = self.numbers[slot] * _ATTEMPTS + np.arange(_ATTEMPTS)
-        drawn = draw(self.seed, "swap", attempts) % np.uint64(self.window.pairs)
+        drawn = random_bits(self.seed, "swap", attempts) % np.uint64(self.window.pairs)
         own = [wordpiece.pieces(caption) for caption in one.captions]
         for shard, sample, nth in self._located(drawn.astype(np.int64)):
             if shard.ledger.images[sample] == one.image:
@@ -128,29 +128,29 @@ class Slots:
                 return other
         return None
 
-    def _located(self, pairs: Int[Array, " n"]) -> Iterator[tuple[OpenShard, int, int]]:
+    def _located(self, pairs: Int[Array, " n"]) -> Iterator[tuple[ImageShard, int, int]]:
         """Shard, sample, and which of the sample's captions, of pairs of the window."""
         columns = (column.tolist() for column in self.window.locate(pairs))
         for shard, sample, nth in zip(*columns, strict=True):
             yield self.corpus.shard(shard, self.window), sample, nth
 
 
-def _shown(shard: OpenShard, sample: int, nth: int, die: int) -> Shown:
+def _shown(shard: ImageShard, sample: int, nth: int, die: int) -> ImageCrop:
     """One of the drawn views of a sample; of an image with boxes, the view of the caption."""
     record, views = shard.record(sample), shard.views
     if record.boxes:
         number, box = 1 + nth, record.boxes[nth]
         if views:
             stored = views.box(sample, number)
-            if not same_box(stored, box):
+            if not boxes_match(stored, box):
                 raise PmdError(
                     f"{views.name} has other boxes than {shard.name}: run `pmd codes` again"
                 )
             box = stored
-        return Shown(shard, sample, number, box, record.captions, nth)
+        return ImageCrop(shard, sample, number, box, record.captions, nth)
     number, box = 0, WHOLE_IMAGE
     if views:
         count = views.count(sample)
         number = 1 + die % (count - 1) if count > 1 else 0
         box = views.box(sample, number)
-    return Shown(shard, sample, number, box, record.captions, nth)
+    return ImageCrop(shard, sample, number, box, record.captions, nth)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from flava_train.data.batches import Images, Pairs, Texts
-from flava_train.data.training_data import Part, Streams
+from flava_train.data.batches import ImageBatch, PairBatch, TextBatch
+from flava_train.data.training_data import BatchChunk, TrainingData
 from pmd_pipeline.contract.errors import PmdError
 
 _STEPS_AHEAD = 2
@@ -23,7 +23,7 @@ _Item: TypeAlias = tuple[int, range]
 
 
 @dataclass(frozen=True)
-class Batch:
+class RankBatch:
     """What one rank takes in one step.
 
     Args:
@@ -31,18 +31,18 @@ class Batch:
         stream: that the whole global batch comes from.
         rows: this rank's, in host memory.
         keys: of the records, row by row.
-        waited: seconds that the step had to wait for it.
+        wait_seconds: seconds that the step had to wait for it.
     """
 
     step: int
     stream: str
-    rows: Pairs | Images | Texts
+    rows: PairBatch | ImageBatch | TextBatch
     keys: list[str]
-    waited: float
+    wait_seconds: float
 
 
-def batches(
-    streams: Streams,
+def load_batches(
+    streams: TrainingData,
     first: int,
     last: int,
     *,
@@ -50,7 +50,7 @@ def batches(
     ranks: int = 1,
     workers: int = 0,
     chunk: int = 256,
-) -> Iterator[Batch]:
+) -> Iterator[RankBatch]:
     """The batches of the steps from `first` up to, without, `last`.
 
     Workers load chunks of slots, two steps ahead; neither their number nor the size of chunks
@@ -76,7 +76,7 @@ def batches(
     with warnings.catch_warnings():
         # how many workers a machine bears is for its user to say
         warnings.filterwarnings("ignore", "This DataLoader will create")
-        loader: DataLoader[Part | PmdError] = DataLoader(
+        loader: DataLoader[BatchChunk | PmdError] = DataLoader(
             _Parts(streams),
             batch_size=None,
             sampler=_Items(first, last, chunks),
@@ -88,13 +88,13 @@ def batches(
     return _assembled(parts, streams, range(first, last), len(chunks))
 
 
-class _Parts(Dataset[Part | PmdError]):
+class _Parts(Dataset[BatchChunk | PmdError]):
     """Parts of batches, by step and slots."""
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: TrainingData) -> None:
         self.streams = streams
 
-    def __getitem__(self, item: _Item) -> Part | PmdError:
+    def __getitem__(self, item: _Item) -> BatchChunk | PmdError:
         """The part; or a user's mistake, which would come out of a worker as a long story."""
         try:
             return self.streams.part(*item)
@@ -124,8 +124,8 @@ def _set_up_worker(_: int) -> None:
 
 
 def _assembled(
-    parts: Iterator[Part | PmdError], streams: Streams, steps: range, num_parts: int
-) -> Iterator[Batch]:
+    parts: Iterator[BatchChunk | PmdError], streams: TrainingData, steps: range, num_parts: int
+) -> Iterator[RankBatch]:
     try:
         for step in steps:
             began = time.monotonic()
@@ -134,19 +134,21 @@ def _assembled(
                 if isinstance(part, PmdError):
                     raise part
                 found.append(part)
-            rows = joined([part.rows for part in found])
+            rows = concatenate([part.rows for part in found])
             keys = [key for part in found for key in part.keys]
-            yield Batch(step, streams.stream(step), rows, keys, time.monotonic() - began)
+            yield RankBatch(step, streams.stream(step), rows, keys, time.monotonic() - began)
     finally:
         del parts  # ends the workers; else the traceback of an error would keep them
 
 
-def joined(pieces: Sequence[Any]) -> Any:  # noqa: ANN401  # the kind that went in
+def concatenate(pieces: Sequence[Any]) -> Any:  # noqa: ANN401  # the kind that went in
     """Pieces of one kind of batch as one."""
     if len(pieces) == 1:
         return pieces[0]
     columns: dict[str, Any] = {}
     for field in fields(pieces[0]):
         values = [getattr(piece, field.name) for piece in pieces]
-        columns[field.name] = torch.cat(values) if isinstance(values[0], Tensor) else joined(values)
+        columns[field.name] = (
+            torch.cat(values) if isinstance(values[0], Tensor) else concatenate(values)
+        )
     return replace(pieces[0], **columns)

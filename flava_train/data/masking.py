@@ -110,12 +110,12 @@ def mask_tokens(
     return np.where(chosen & (action >= 0.9), anything, seen).astype(tokens.dtype), chosen
 
 
-def token_mask_width(tokens: int) -> int:
+def max_masked_tokens(tokens: int) -> int:
     """As many tokens as `mask_tokens` chooses at most in a row of `tokens`."""
     return max(1, round(TOKEN_SHARE * tokens))
 
 
-def fixed_width(
+def gather_masked(
     mask: Bool[Array, "b n"], labels: Int[Array, "b n"], width: int
 ) -> tuple[Int[Array, "b {width}"], Int[Array, "b {width}"]]:
     """Positions that are masked, in order, and their labels; padded with 0 and `IGNORE`.
@@ -140,7 +140,7 @@ def word_starts(vocabulary: Sequence[str]) -> Bool[Array, " vocab"]:
     return np.array([not piece.startswith("##") for piece in vocabulary], dtype=bool)
 
 
-def chance(seed: int, numbers: Int[Array, " b"]) -> Float[Array, "b 2"]:
+def draw_uniforms(seed: int, numbers: Int[Array, " b"]) -> Float[Array, "b 2"]:
     """Two numbers in [0, 1) for each sample, to draw ITM negatives with."""
     drawn = _uniform(seed, "negatives", numbers, 1)[:, 0, :2]
     coarse: Array = np.floor(drawn * 2**24) * 2.0**-24  # else float32 would round some up to 1

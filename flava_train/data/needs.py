@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Shares:
+class StreamShares:
     """Probability that a step takes pairs, images or texts; they add up to 1."""
 
     pairs: float = 0.70
@@ -23,7 +23,7 @@ class DataNeeds:
         mismatch_rate: share of pairs that get a caption of another image.
     """
 
-    shares: Shares = field(default_factory=Shares)
+    shares: StreamShares = field(default_factory=StreamShares)
     codes: frozenset[str] = frozenset()
     masks_pairs: bool = False
     mismatch_rate: float = 0.0

@@ -16,7 +16,7 @@ from flava_train.shapes import Array, Int, UInt
 STREAMS = ("pairs", "images", "texts")
 """What a step may take its batch from."""
 
-LEAST_BATCHES = 64
+MIN_WINDOW_BATCHES = 64
 """A window has at least so many batches, where the epoch has: Visual Genome has 50 captions of an
 image, COCO and Localized Narratives may add a few, and each is to find a batch of its own."""
 
@@ -31,7 +31,7 @@ _PURPOSES = {
 _BLOCK = 1 << 16
 
 
-def draw(
+def random_bits(
     seed: int, purpose: str, numbers: Int[Array, " n"] | UInt[Array, " n"], more: int = 0
 ) -> UInt[Array, " n"]:
     """A random number of 64 bits for each of `numbers`, again and again the same.
@@ -53,7 +53,7 @@ def draw(
     return drawn
 
 
-class Turns:
+class StreamSchedule:
     """Which stream each step takes, and how often that stream was taken before.
 
     Args:
@@ -88,12 +88,12 @@ class Turns:
 def _streams_taken(seed: int, limits: tuple[float, ...], block: int) -> UInt[Array, " n"]:
     """Numbers of the streams that the steps of a block take."""
     steps = np.arange(block * _BLOCK, (block + 1) * _BLOCK, dtype=np.uint64)
-    uniform = (draw(seed, "stream", steps) >> np.uint64(11)) * 2.0**-53  # below 1, exactly
+    uniform = (random_bits(seed, "stream", steps) >> np.uint64(11)) * 2.0**-53  # below 1, exactly
     return np.searchsorted(limits, uniform, side="right").astype(np.uint8)
 
 
 @dataclass(frozen=True)
-class Piece:
+class PairRange:
     """Pairs `start` to `stop` of one shard, in the order of its ledger."""
 
     shard: int
@@ -108,11 +108,11 @@ class Window:
     epoch: int
     number: int
     batches: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PairRange, ...]
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleOrder:
     """The order of one stream.
 
     In each epoch the shards stand in a new circle, which is cut open at any pair, and from there
@@ -124,7 +124,7 @@ class Order:
         batch: pairs of each batch.
         seed: of the run.
         stream: number of the stream, so that no two streams are ordered alike.
-        window_shards: about how many shards a window has, unless `LEAST_BATCHES` asks for more.
+        window_shards: approximate number of shards in a window; `MIN_WINDOW_BATCHES` may need more.
     """
 
     sizes: tuple[int, ...]
@@ -147,7 +147,7 @@ class Order:
     def windows(self) -> int:
         """Of one epoch."""
         wanted = round(self.window_shards * self.pairs / len(self.sizes) / self.batch)
-        return max(1, self.batches // max(wanted, LEAST_BATCHES))
+        return max(1, self.batches // max(wanted, MIN_WINDOW_BATCHES))
 
     def place(self, index: int) -> tuple[int, int, int]:
         """Epoch, window, and batch within it, of the stream's batch number `index`."""
@@ -159,7 +159,7 @@ class Order:
         """Which pairs a window has."""
         first, last = self._first(number), self._first(number + 1)
         order, ends = _circle(self._seed, epoch, self.sizes)
-        cut = int(draw(self._seed, "turn", np.array([0]), epoch)[0] % np.uint64(self.pairs))
+        cut = int(random_bits(self._seed, "turn", np.array([0]), epoch)[0] % np.uint64(self.pairs))
         start, stop = cut + first * self.batch, cut + last * self.batch
         stretches = [(start, min(stop, self.pairs)), (0, stop - self.pairs)]
         if start >= self.pairs:
@@ -184,11 +184,11 @@ class Order:
             window: of this order.
             images: of each pair, a number of 64 bits that names its image.
         """
-        places = draw(self._seed, "images", images, window.epoch)
+        places = random_bits(self._seed, "images", images, window.epoch)
         order = np.argsort(places, kind="stable")
         hands = order.reshape(self.batch, window.batches).T
         rows = np.arange(window.batches) + (window.number << 32)
-        turns = np.argsort(draw(self._seed, "batches", rows, window.epoch), kind="stable")
+        turns = np.argsort(random_bits(self._seed, "batches", rows, window.epoch), kind="stable")
         dealt: Array = hands[turns]  # else the captions of one image would come step by step
         return dealt
 
@@ -201,7 +201,7 @@ class Order:
 
     def _pieces(
         self, order: Int[Array, " n"], ends: Int[Array, " n"], low: int, high: int
-    ) -> Sequence[Piece]:
+    ) -> Sequence[PairRange]:
         """The pairs `low` to `high` of the circle, shard by shard."""
         pieces = []
         place = int(np.searchsorted(ends, low, side="right"))
@@ -209,7 +209,7 @@ class Order:
             shard, end = int(order[place]), int(ends[place])
             begin = end - self.sizes[shard]
             if low < end:
-                pieces.append(Piece(shard, low - begin, min(high, end) - begin))
+                pieces.append(PairRange(shard, low - begin, min(high, end) - begin))
             low, place = end, place + 1
         return pieces
 
@@ -219,5 +219,5 @@ def _circle(
     seed: int, epoch: int, sizes: tuple[int, ...]
 ) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
     """The shards in the order of an epoch, and where each ends."""
-    order = np.argsort(draw(seed, "shards", np.arange(len(sizes)), epoch), kind="stable")
+    order = np.argsort(random_bits(seed, "shards", np.arange(len(sizes)), epoch), kind="stable")
     return order, np.cumsum(np.array(sizes)[order])

@@ -17,7 +17,7 @@ _BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, st
 """What Pillow's decoder is known to raise on hostile bytes."""
 
 
-def view(
+def crop_pixels(
     jpeg: bytes, box: Box, size: int, stored: tuple[int, int]
 ) -> UInt[Array, "3 {size} {size}"]:
     """Red, green and blue within `box`, made `size` by `size` by bicubic interpolation.

@@ -10,21 +10,22 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 import torch
 
-from flava_train.data.batch_slice import Shown, Slots
-from flava_train.data.batches import Images, Pairs, Texts
-from flava_train.data.inputs import DataConfig, open_inputs
+from flava_train.data.batch_slice import BatchSlice, ImageCrop
+from flava_train.data.batches import ImageBatch, PairBatch, TextBatch
+from flava_train.data.config import DataConfig
 from flava_train.data.masking import (
     PatchMasking,
     TokenMasking,
-    chance,
-    fixed_width,
+    draw_uniforms,
+    gather_masked,
     mask_patches,
     mask_tokens,
-    token_mask_width,
+    max_masked_tokens,
     word_starts,
 )
 from flava_train.data.needs import DataNeeds
-from flava_train.data.order import Turns
+from flava_train.data.order import StreamSchedule
+from flava_train.data.streams import open_streams
 from flava_train.model.flava import FlavaConfig
 from flava_train.shapes import Array, Int
 
@@ -33,7 +34,7 @@ _AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class Row:
+class SlotDescription:
     """What one slot of a batch holds, for people to read.
 
     Args:
@@ -54,14 +55,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchChunk:
     """Some slots of a global batch, with the key of each."""
 
-    rows: Pairs | Images | Texts
+    rows: PairBatch | ImageBatch | TextBatch
     keys: list[str]
 
 
-class Streams:
+class TrainingData:
     """All that a run learns from.
 
     Args:
@@ -92,11 +93,11 @@ class Streams:
     ) -> None:
         self.config, self.needs, self.model = config, needs, model
         self.seed, self.batch = seed, batch
-        inputs = open_inputs(config, needs, model, seed=seed, batch=batch)
+        inputs = open_streams(config, needs, model, seed=seed, batch=batch)
         self.shares, self.digests = inputs.shares, inputs.digests
         self.wordpiece = inputs.wordpiece
         self._corpora = inputs.corpora
-        self._turns = Turns(seed, astuple(self.shares))
+        self._turns = StreamSchedule(seed, astuple(self.shares))
         self._patches = patch_masking(model.grid)
         vocabulary = self.wordpiece.vocabulary
         self._tokens = TokenMasking(len(vocabulary), self.wordpiece.mask, self.wordpiece.specials)
@@ -106,7 +107,7 @@ class Streams:
         """The stream that the whole batch of `step` comes from: `pairs`, `images` or `texts`."""
         return self._turns.stream(step)
 
-    def rows(self, step: int) -> list[Row]:
+    def rows(self, step: int) -> list[SlotDescription]:
         """What every slot of the global batch of `step` holds; no pixels are read."""
         return [
             row
@@ -114,63 +115,70 @@ class Streams:
             for row in self._rows(self._slots(step, range(self.batch)[start : start + _AT_ONCE]))
         ]
 
-    def part(self, step: int, slots: range) -> Part:
+    def part(self, step: int, slots: range) -> BatchChunk:
         """The given slots of the global batch of `step`, in host memory."""
         here = self._slots(step, slots)
         if here.stream == "texts":
             texts, keys = here.texts()
             encoded = self.wordpiece.encode_documents(texts, self.config.text_tokens)
-            return Part(self._masked(*encoded, here.numbers, hides=True, whole_words=False), keys)
+            return BatchChunk(
+                self._masked(*encoded, here.numbers, hides=True, whole_words=False), keys
+            )
         shown = here.shown()
         keys = [one.shard.key(one.sample) for one in shown]
         images = self._images(here, shown)
         if here.stream == "images":
-            return Part(images, keys)
+            return BatchChunk(images, keys)
         captions, matched = here.captions(shown, self.needs.mismatch_rate, self.wordpiece)
         encoded = self.wordpiece.encode(captions, self.config.caption_tokens)
         hides = self.needs.masks_pairs
         # 64 bits as they are: only equality counts
         image_ids = np.array([one.image for one in shown], np.uint64).view(np.int64)
-        pairs = Pairs(
+        pairs = PairBatch(
             images,
             self._masked(*encoded, here.numbers, hides=hides, whole_words=True),
             torch.from_numpy(matched),
             torch.from_numpy(image_ids),
-            torch.from_numpy(chance(self.seed, here.numbers)),
+            torch.from_numpy(draw_uniforms(self.seed, here.numbers)),
         )
-        return Part(pairs, keys)
+        return BatchChunk(pairs, keys)
 
     def look_ahead(self) -> None:
         """Open windows in the background before they are needed; for processes that never fork."""
         for corpus in self._corpora.values():
             corpus.ahead = True
 
-    def _slots(self, step: int, slots: range) -> Slots:
+    def _slots(self, step: int, slots: range) -> BatchSlice:
         stream = self.stream(step)
         corpus = self._corpora[stream]
         window, pairs = corpus.batch(self._turns.before(step))
         here = np.array(slots, np.int64)
-        return Slots(stream, corpus, window, pairs[here], step * self.batch + here, self.seed)
+        return BatchSlice(stream, corpus, window, pairs[here], step * self.batch + here, self.seed)
 
-    def _rows(self, slots: Slots) -> list[Row]:
+    def _rows(self, slots: BatchSlice) -> list[SlotDescription]:
         shards = slots.window.locate(slots.pairs)[0].tolist()
         places = [slots.corpus.places[shard] for shard in shards]
         if slots.stream == "texts":
             columns = zip(places, *slots.texts(), strict=True)
-            return [Row(key, place.entry.source, place.name, text) for place, text, key in columns]
+            return [
+                SlotDescription(key, place.entry.source, place.name, text)
+                for place, text, key in columns
+            ]
         shown = slots.shown()
         captions: Sequence[str | None] = [None] * len(shown)
         matched = np.ones(len(shown), bool)
         if slots.stream == "pairs":
             captions, matched = slots.captions(shown, self.needs.mismatch_rate, self.wordpiece)
         return [
-            Row(one.shard.key(one.sample), place.entry.source, place.name, text, one.view, fits)
+            SlotDescription(
+                one.shard.key(one.sample), place.entry.source, place.name, text, one.view, fits
+            )
             for place, one, text, fits in zip(
                 places, shown, captions, matched.tolist(), strict=True
             )
         ]
 
-    def _images(self, slots: Slots, shown: Sequence[Shown]) -> Images:
+    def _images(self, slots: BatchSlice, shown: Sequence[ImageCrop]) -> ImageBatch:
         size, grid = self.model.image_size, self.model.grid
         pixels = np.empty((len(shown), 3, size, size), np.uint8)
         codes = np.zeros((len(shown), grid**2), np.int64)
@@ -179,12 +187,12 @@ class Streams:
             pixels[slot] = one.pixels(size)
             if predicts and one.shard.views:
                 codes[slot] = one.shard.views.of(one.sample, one.view)
-        masked_at, wanted = codes[:, :0], codes[:, :0]
+        masked_positions, wanted = codes[:, :0], codes[:, :0]
         if slots.stream == "images" or self.needs.masks_pairs:
             mask = mask_patches(self.seed, slots.numbers, self._patches)
-            masked_at, wanted = fixed_width(mask, codes, self._patches.masked)
-        columns = (pixels, masked_at, wanted)
-        return Images(*(torch.from_numpy(column) for column in columns))
+            masked_positions, wanted = gather_masked(mask, codes, self._patches.masked)
+        columns = (pixels, masked_positions, wanted)
+        return ImageBatch(*(torch.from_numpy(column) for column in columns))
 
     def _masked(
         self,
@@ -194,15 +202,17 @@ class Streams:
         *,
         hides: bool,
         whole_words: bool,
-    ) -> Texts:
+    ) -> TextBatch:
         """Tokens as written and as masked, if any are to be hidden."""
-        seen, masked_at, labels = tokens, tokens[:, :0], tokens[:, :0]
+        seen, masked_positions, labels = tokens, tokens[:, :0], tokens[:, :0]
         if hides:
             starts = self._starts if whole_words else None
             seen, hidden = mask_tokens(self.seed, numbers, tokens, self._tokens, starts=starts)
-            masked_at, labels = fixed_width(hidden, tokens, token_mask_width(tokens.shape[1]))
-        columns = (tokens, seen, lengths, masked_at, labels)
-        return Texts(*(torch.from_numpy(np.ascontiguousarray(column)) for column in columns))
+            masked_positions, labels = gather_masked(
+                hidden, tokens, max_masked_tokens(tokens.shape[1])
+            )
+        columns = (tokens, seen, lengths, masked_positions, labels)
+        return TextBatch(*(torch.from_numpy(np.ascontiguousarray(column)) for column in columns))
 
 
 def patch_masking(grid: int) -> PatchMasking:

@@ -17,11 +17,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from flava_train.config import EvaluationConfig
-from flava_train.data.files import Files
-from flava_train.data.inputs import DataConfig
-from flava_train.data.shards import stock
+from flava_train.data.config import DataConfig
+from flava_train.data.file_cache import FileCache
+from flava_train.data.manifests import check_manifest
 from flava_train.data.wordpiece import WordPiece
-from flava_train.evaluation.held_out import HeldOut, held_out
+from flava_train.evaluation.batches import EvaluationBatch, evaluation_batches
 from flava_train.evaluation.templates import TEMPLATES
 from flava_train.model.flava import Flava
 from flava_train.run.ranks import forget_gathered
@@ -36,7 +36,7 @@ _ROWS = 512
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationResult:
     """Figures by name, between 0 and 1, and what guessing would give for the same."""
 
     figures: dict[str, float]
@@ -46,8 +46,8 @@ class Evaluation:
         """As a line of metrics has it."""
         return {**self.figures, "chance": self.chance}
 
-    def __or__(self, other: "Evaluation") -> "Evaluation":
-        return Evaluation(self.figures | other.figures, self.chance | other.chance)
+    def __or__(self, other: "EvaluationResult") -> "EvaluationResult":
+        return EvaluationResult(self.figures | other.figures, self.chance | other.chance)
 
 
 @torch.no_grad()
@@ -57,9 +57,9 @@ def evaluate(
     config: EvaluationConfig,
     *,
     caption_tokens: int,
-    files: Files,
+    files: FileCache,
     autocast: torch.dtype | None = None,
-) -> Evaluation:
+) -> EvaluationResult:
     """All that the configuration names.
 
     Nothing is compiled for it: batches have as many shapes as there are lengths of captions, and
@@ -68,17 +68,17 @@ def evaluate(
     Raises:
         PmdError: the manifest or the folder of classes is not what it should be.
     """
-    found = Evaluation({}, {})
-    encoder = Encoder(model, wordpiece, caption_tokens, config.batch, autocast)
+    found = EvaluationResult({}, {})
+    encoder = Embedder(model, wordpiece, caption_tokens, config.batch, autocast)
     with torch.compiler.set_stance("force_eager"):
         if config.retrieval:
             size = model.config.image_size
-            batches = held_out(
+            batches = evaluation_batches(
                 config.retrieval, wordpiece, size, caption_tokens, batch=config.batch, files=files
             )
-            found |= retrieval(*encoder.held_out(batches))
+            found |= retrieval_recall(*encoder.held_out(batches))
         if config.classes:
-            found |= classification(encoder, Path(config.classes))
+            found |= zero_shot_accuracy(encoder, Path(config.classes))
     forget_gathered(model)
     return found
 
@@ -90,7 +90,7 @@ def check_evaluation(config: EvaluationConfig) -> None:
         PmdError: it cannot, or its metric is not among what will be found.
     """
     if config.retrieval:
-        manifest, found = stock(config.retrieval)
+        manifest, found = check_manifest(config.retrieval)
         if manifest.kind != "pairs" or not any(one.images for one in found):
             raise PmdError(
                 f"evaluation.retrieval = {config.retrieval} holds no pairs to evaluate on, but "
@@ -106,14 +106,14 @@ def check_evaluation(config: EvaluationConfig) -> None:
         )
 
 
-def files_of(data: DataConfig) -> Files:
+def file_cache(data: DataConfig) -> FileCache:
     """Where held-out shards are looked for: where all others are."""
     cache = Path(data.cache) if data.cache else None
-    return Files(cache, int(data.cache_gib * 2**30), verify=data.verify)
+    return FileCache(cache, int(data.cache_gib * 2**30), verify=data.verify)
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Embedder:
     """A model that embeds batch by batch."""
 
     model: Flava
@@ -128,7 +128,7 @@ class Encoder:
         return self.model.logit_scale.device
 
     def held_out(
-        self, batches: Iterable[HeldOut]
+        self, batches: Iterable[EvaluationBatch]
     ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"], Int[Tensor, " m"]]:
         """Embeddings of images and of captions, and the image of each caption."""
         images, texts, numbers = [], [], []
@@ -165,9 +165,9 @@ class Encoder:
         return torch.autocast(self.device.type, self.autocast)
 
 
-def retrieval(
+def retrieval_recall(
     images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"], numbers: Int[Tensor, " m"]
-) -> Evaluation:
+) -> EvaluationResult:
     """Recall at 1, 5 and 10, in both directions, as in the CLIP papers.
 
     Each caption looks for its one image; each image for any one of its captions. Where several
@@ -194,7 +194,7 @@ def retrieval(
         guessed = _expected_recall(queries[:, :0], keys[:, :0], targets)
         for rank, hit, luck in zip(RANKS, found, guessed, strict=True):
             figures[f"{name}_r{rank}"], chance[f"{name}_r{rank}"] = hit, luck
-    return Evaluation(figures, chance)
+    return EvaluationResult(figures, chance)
 
 
 def _expected_recall(
@@ -237,7 +237,7 @@ def _first(
     return torch.stack(hits)
 
 
-def classification(encoder: Encoder, folder: Path) -> Evaluation:
+def zero_shot_accuracy(encoder: Embedder, folder: Path) -> EvaluationResult:
     """Share of images whose class is the nearest, or among the five nearest, of all.
 
     Files that cannot be read as images are left out, and their share is told.
@@ -274,7 +274,7 @@ def classification(encoder: Encoder, folder: Path) -> Evaluation:
     if unreadable:
         figures["zero_shot_unreadable"] = unreadable / (unreadable + count)
     chance = {"zero_shot_top1": 1 / len(classes), "zero_shot_top5": tops / len(classes)}
-    return Evaluation(figures, chance)
+    return EvaluationResult(figures, chance)
 
 
 def class_names(folder: Path) -> dict[str, str]:
@@ -298,7 +298,7 @@ def class_names(folder: Path) -> dict[str, str]:
     return {name: said[name] for name in found}
 
 
-def _class_vector(encoder: Encoder, name: str) -> Float[Tensor, " d"]:
+def _class_vector(encoder: Embedder, name: str) -> Float[Tensor, " d"]:
     sentences = encoder.texts([template.format(name) for template in TEMPLATES])
     return torch.nn.functional.normalize(sentences.mean(0), dim=0)
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from flava_train.evaluation.evaluate import Encoder, files_of
-from flava_train.evaluation.held_out import held_out
-from flava_train.evaluation.trained import Trained
+from flava_train.evaluation.batches import evaluation_batches
+from flava_train.evaluation.evaluate import Embedder, file_cache
+from flava_train.evaluation.trained_model import TrainedModel
 from pmd_pipeline.contract.errors import PmdError
 
 
 @dataclass(frozen=True)
-class Hit:
+class SearchHit:
     """A found image by the key of its record, and the cosine between it and the words."""
 
     key: str
@@ -21,8 +21,8 @@ class Hit:
 
 @torch.no_grad()
 def search(
-    trained: Trained, manifest: str, queries: Sequence[str], nearest: int
-) -> list[list[Hit]]:
+    trained: TrainedModel, manifest: str, queries: Sequence[str], nearest: int
+) -> list[list[SearchHit]]:
     """For each query, the images of a manifest that are nearest to it, the nearest first.
 
     Args:
@@ -35,18 +35,18 @@ def search(
         PmdError: the manifest has no pairs, or its shards are not what it says.
     """
     data, section = trained.config.data, trained.config.evaluation
-    encoder = Encoder(
+    encoder = Embedder(
         trained.model, trained.wordpiece, data.caption_tokens, section.batch, autocast=None
     )
     keys: list[str] = []
     vectors = []
-    for one in held_out(
+    for one in evaluation_batches(
         manifest,
         trained.wordpiece,
         trained.model.config.image_size,
         data.caption_tokens,
         batch=section.batch,
-        files=files_of(data),
+        files=file_cache(data),
     ):
         keys += one.keys
         vectors.append(encoder.images(one.pixels))
@@ -55,6 +55,6 @@ def search(
     likeness = encoder.texts(queries) @ torch.cat(vectors).T  # queries images
     found = likeness.topk(min(nearest, len(keys)))
     return [
-        [Hit(keys[number], score) for number, score in zip(numbers, scores, strict=True)]
+        [SearchHit(keys[number], score) for number, score in zip(numbers, scores, strict=True)]
         for numbers, scores in zip(found.indices.tolist(), found.values.tolist(), strict=True)
     ]

@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812  # its name in all of PyTorch's documentation
 from torch import Tensor
 
-from flava_train.data.batches import Images, Pairs, Texts
+from flava_train.data.batches import ImageBatch, PairBatch, TextBatch
 from flava_train.data.masking import IGNORE
-from flava_train.data.needs import DataNeeds, Shares
+from flava_train.data.needs import DataNeeds, StreamShares
 from flava_train.model.flava import Flava
 from flava_train.shapes import Bool, Float, Int
 
@@ -51,7 +51,7 @@ class Objective:
     contrast: Literal["global", "local", "siglip"] = "global"
     itm_negatives: Literal["dataset", "batch", "hard"] = "dataset"
     itm_rate: float = 0.1
-    streams: Shares = field(default_factory=Shares)
+    streams: StreamShares = field(default_factory=StreamShares)
     unimodal_init: bool = True
 
     @property
@@ -71,11 +71,11 @@ class Objective:
         )
 
 
-_ONLY_PAIRS = Shares(pairs=1.0, images=0.0, texts=0.0)
+_ONLY_PAIRS = StreamShares(pairs=1.0, images=0.0, texts=0.0)
 
 ABLATIONS = {
-    "mim": Objective(streams=Shares(0.0, 1.0, 0.0), unimodal_init=False),
-    "mlm": Objective(streams=Shares(0.0, 0.0, 1.0), unimodal_init=False),
+    "mim": Objective(streams=StreamShares(0.0, 1.0, 0.0), unimodal_init=False),
+    "mlm": Objective(streams=StreamShares(0.0, 0.0, 1.0), unimodal_init=False),
     "flava_c": Objective(
         mmm_image=0.0, mmm_text=0.0, itm=0.0, streams=_ONLY_PAIRS, unimodal_init=False
     ),
@@ -86,21 +86,21 @@ ABLATIONS = {
 """Rows of the paper's ablation, in its order."""
 
 
-def masked_image_sum(model: Flava, images: Images) -> Float[Tensor, ""]:
+def masked_image_sum(model: Flava, images: ImageBatch) -> Float[Tensor, ""]:
     """MIM: cross-entropy of the codes of masked patches, from the image alone, in nats."""
     hidden = masked_patches(images, model.config.grid**2)
-    states = model.image(images.pixels, hidden, at=1 + images.masked_at)
+    states = model.image(images.pixels, hidden, at=1 + images.masked_positions)
     return _cross_entropy_sum(model.mim_head(model.image.norm(states)), images.codes)
 
 
-def masked_text_sum(model: Flava, texts: Texts) -> Float[Tensor, ""]:
+def masked_text_sum(model: Flava, texts: TextBatch) -> Float[Tensor, ""]:
     """MLM: cross-entropy of masked tokens, from the text alone, in nats."""
-    states = model.text(texts.masked_tokens, texts.lengths, at=texts.masked_at)
+    states = model.text(texts.masked_tokens, texts.lengths, at=texts.masked_positions)
     return _cross_entropy_sum(model.mlm_head(model.text.norm(states)), texts.labels)
 
 
 def masked_pair_sums(
-    model: Flava, pairs: Pairs, objective: Objective
+    model: Flava, pairs: PairBatch, objective: Objective
 ) -> dict[str, Float[Tensor, ""]]:
     """MMM for patches and tokens, over matched pairs, and ITM over all, in nats.
 
@@ -110,9 +110,9 @@ def masked_pair_sums(
     hidden = masked_patches(images, model.config.grid**2)
     image = model.image(images.pixels, hidden)
     text = model.text(texts.masked_tokens, texts.lengths)
-    cls = torch.zeros_like(images.masked_at[:, :1])
-    patches = 2 + images.masked_at  # after [CLS_M] and [CLS_I]
-    words = 1 + image.shape[1] + texts.masked_at
+    cls = torch.zeros_like(images.masked_positions[:, :1])
+    patches = 2 + images.masked_positions  # after [CLS_M] and [CLS_I]
+    words = 1 + image.shape[1] + texts.masked_positions
     at = torch.cat([cls, patches, words], dim=1)
     states = model.multimodal(image, text, texts.lengths, at)
     parts = states.split([1, patches.shape[1], words.shape[1]], dim=1)
@@ -131,10 +131,12 @@ def masked_pair_sums(
     return sums
 
 
-def masked_patches(images: Images, num_patches: int) -> Bool[Tensor, "b {num_patches}"]:
+def masked_patches(images: ImageBatch, num_patches: int) -> Bool[Tensor, "b {num_patches}"]:
     """The masked patches as a mask."""
     patch = torch.arange(num_patches, device=images.codes.device)
-    hits = (images.masked_at[..., None] == patch) & (images.codes != IGNORE)[..., None]  # b m n
+    hits = (images.masked_positions[..., None] == patch) & (images.codes != IGNORE)[
+        ..., None
+    ]  # b m n
     return hits.any(1)
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flava_train.data.batches import Images, Pairs, Texts
+from flava_train.data.batches import ImageBatch, PairBatch, TextBatch
 from flava_train.data.masking import IGNORE
 from flava_train.model.flava import SCALE_RANGE, Flava
 from flava_train.objective.losses import (
@@ -34,12 +34,12 @@ from flava_train.shapes import Bool, Float, Int
 BUCKET = 2**25
 """Gradients exchanged at once: 128 MiB in float32."""
 
-_Kind = TypeVar("_Kind", Pairs, Images, Texts)
+_Kind = TypeVar("_Kind", PairBatch, ImageBatch, TextBatch)
 
 
 def train_step(
     model: Flava,
-    batch: Sequence[Pairs | Images | Texts],
+    batch: Sequence[PairBatch | ImageBatch | TextBatch],
     objective: Objective,
     *,
     autocast: torch.dtype | None = None,
@@ -65,19 +65,19 @@ def train_step(
     with torch.no_grad():
         model.logit_scale.clamp_(*SCALE_RANGE)
     step = _Step(model, objective, autocast, loss_scale)
-    if isinstance(batch[0], Pairs):
-        losses = step.of_pairs(_all_of(Pairs, batch))
-    elif isinstance(batch[0], Images):
-        losses = step.of_images(_all_of(Images, batch))
+    if isinstance(batch[0], PairBatch):
+        losses = step.of_pairs(_all_of(PairBatch, batch))
+    elif isinstance(batch[0], ImageBatch):
+        losses = step.of_images(_all_of(ImageBatch, batch))
     else:
-        losses = step.of_texts(_all_of(Texts, batch))
+        losses = step.of_texts(_all_of(TextBatch, batch))
     _sum_over_ranks(parameter.grad for parameter in model.parameters())
     return losses
 
 
 def with_negatives(
-    pairs: Pairs, likeness: Float[Tensor, "b b"] | None, objective: Objective
-) -> Pairs:
+    pairs: PairBatch, likeness: Float[Tensor, "b b"] | None, objective: Objective
+) -> PairBatch:
     """The pairs as the multimodal encoder sees them: some with another caption of the same batch.
 
     Never a caption of the same image, nor one that reads the same; where no other is left, the
@@ -96,9 +96,9 @@ def with_negatives(
     same = same_text | (pairs.image_ids[:, None] == pairs.image_ids)  # b b
     logits = torch.zeros(same.shape, device=same.device) if likeness is None else likeness.float()
     mass = logits.masked_fill(same, torch.finfo(logits.dtype).min).softmax(1).cumsum(1)
-    drawn = (mass <= pairs.chance[:, 1:] * mass[:, -1:]).sum(1).clamp(max=len(pairs) - 1)
+    drawn = (mass <= pairs.uniforms[:, 1:] * mass[:, -1:]).sum(1).clamp(max=len(pairs) - 1)
     usable = ~same.gather(1, drawn[:, None])[:, 0]
-    swap = pairs.matched & usable & (pairs.chance[:, 0] < objective.itm_rate)
+    swap = pairs.matched & usable & (pairs.uniforms[:, 0] < objective.itm_rate)
     source = torch.where(swap, drawn, torch.arange(len(pairs), device=drawn.device))
     # the unmasked tokens stay: contrast is between true pairs
     swapped = replace(
@@ -116,7 +116,7 @@ class _Step:
     autocast: torch.dtype | None
     loss_scale: Float[Tensor, ""] | None
 
-    def of_images(self, batch: Sequence[Images]) -> dict[str, Float[Tensor, ""]]:
+    def of_images(self, batch: Sequence[ImageBatch]) -> dict[str, Float[Tensor, ""]]:
         """MIM."""
         if not self.objective.mim:
             return {}
@@ -125,7 +125,7 @@ class _Step:
             batch, lambda piece: {"mim": masked_image_sum(self.model, piece)}, counts
         )
 
-    def of_texts(self, batch: Sequence[Texts]) -> dict[str, Float[Tensor, ""]]:
+    def of_texts(self, batch: Sequence[TextBatch]) -> dict[str, Float[Tensor, ""]]:
         """MLM."""
         if not self.objective.mlm:
             return {}
@@ -134,7 +134,7 @@ class _Step:
             batch, lambda piece: {"mlm": masked_text_sum(self.model, piece)}, counts
         )
 
-    def of_pairs(self, batch: Sequence[Pairs]) -> dict[str, Float[Tensor, ""]]:
+    def of_pairs(self, batch: Sequence[PairBatch]) -> dict[str, Float[Tensor, ""]]:
         """Contrast over the whole batch, then the masked losses over each micro-batch."""
         objective = self.objective
         contrasts, fuses = bool(objective.contrastive), objective.fuses
@@ -167,7 +167,7 @@ class _Step:
 
     def _contrast(
         self,
-        batch: Sequence[Pairs],
+        batch: Sequence[PairBatch],
         embedded: Sequence[tuple[Tensor, Tensor]],
         count: Int[Tensor, ""],
     ) -> Float[Tensor, ""]:
@@ -201,7 +201,7 @@ class _Step:
             raise ValueError("SigLIP's loss needs a model with FlavaConfig(logit_bias=-10.0)")
         return sigmoid_sum(image, text, matched, scale, bias)
 
-    def _num_contrasted(self, pairs: Pairs) -> Int[Tensor, ""]:
+    def _num_contrasted(self, pairs: PairBatch) -> Int[Tensor, ""]:
         if self.objective.contrast == "siglip":  # a mismatched pair is one more question
             return torch.ones_like(pairs.matched).sum()
         return pairs.matched.sum()
@@ -223,7 +223,7 @@ class _Step:
                 losses[name] = losses.get(name, 0) + share.detach()
         return losses
 
-    def _embed(self, pairs: Pairs) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
+    def _embed(self, pairs: PairBatch) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
         with self._precision():
             image = self.model.embed_images(pairs.images.pixels)
             text = self.model.embed_texts(pairs.texts.tokens, pairs.texts.lengths)
@@ -243,14 +243,14 @@ class _Step:
         return torch.autocast(self.model.logit_scale.device.type, self.autocast)
 
 
-def _all_of(kind: type[_Kind], batch: Sequence[Pairs | Images | Texts]) -> list[_Kind]:
+def _all_of(kind: type[_Kind], batch: Sequence[PairBatch | ImageBatch | TextBatch]) -> list[_Kind]:
     same = [piece for piece in batch if isinstance(piece, kind)]
     if len(same) < len(batch):
         raise TypeError(f"a batch that begins with {kind.__name__} holds other kinds too")
     return same
 
 
-def _matched(labels: Int[Tensor, "b m"], pairs: Pairs) -> Int[Tensor, "b m"]:
+def _matched(labels: Int[Tensor, "b m"], pairs: PairBatch) -> Int[Tensor, "b m"]:
     return only_matched(labels, pairs.matched)
 
 

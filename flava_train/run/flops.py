@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flava_train.data.batches import Images, Pairs, Texts, take
+from flava_train.data.batches import ImageBatch, PairBatch, TextBatch, select_rows
 from flava_train.model.flava import Flava, FlavaConfig
 from flava_train.objective.losses import (
     Objective,
@@ -53,14 +53,14 @@ class Operations:
             self._model = Flava(config)
         self._each: dict[tuple[type, int], float] = {}
 
-    def of(self, pieces: Sequence[Pairs | Images | Texts]) -> float:
+    def of(self, pieces: Sequence[PairBatch | ImageBatch | TextBatch]) -> float:
         """Operations of a step that consists of these micro-batches."""
         return sum(len(piece) * self._of_row(piece) for piece in pieces)
 
-    def _of_row(self, piece: Pairs | Images | Texts) -> float:
+    def _of_row(self, piece: PairBatch | ImageBatch | TextBatch) -> float:
         shape = type(piece), _width(piece)
         if shape not in self._each:
-            rows = take(piece, torch.arange(min(_ROWS, len(piece))))
+            rows = select_rows(piece, torch.arange(min(_ROWS, len(piece))))
             # the plain attention: fused ones are counted with what they compute again
             plain = sdpa_kernel(SDPBackend.MATH)
             with self._shapes, plain, FlopCounterMode(display=False) as counter:
@@ -68,12 +68,12 @@ class Operations:
             self._each[shape] = counter.get_total_flops() / len(rows)
         return self._each[shape]
 
-    def _sum(self, rows: Pairs | Images | Texts) -> Tensor:
+    def _sum(self, rows: PairBatch | ImageBatch | TextBatch) -> Tensor:
         """What a step computes, but for the logits of the contrast, which are next to nothing."""
         model, objective = self._model, self.objective
-        if isinstance(rows, Images):
+        if isinstance(rows, ImageBatch):
             return masked_image_sum(model, rows)
-        if isinstance(rows, Texts):
+        if isinstance(rows, TextBatch):
             return masked_text_sum(model, rows)
         sums: list[Tensor] = []
         if objective.contrastive:
@@ -86,7 +86,7 @@ class Operations:
         return torch.stack(sums).sum()
 
 
-def _width(piece: Pairs | Images | Texts) -> int:
-    if isinstance(piece, Images):
+def _width(piece: PairBatch | ImageBatch | TextBatch) -> int:
+    if isinstance(piece, ImageBatch):
         return 0
-    return (piece.texts if isinstance(piece, Pairs) else piece).tokens.shape[1]
+    return (piece.texts if isinstance(piece, PairBatch) else piece).tokens.shape[1]

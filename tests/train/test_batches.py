@@ -2,8 +2,8 @@ import pytest
 import torch
 from tiny import pairs
 
-from flava_train.data.batches import WIDTHS, fit, micro_batches, on_device, take
-from flava_train.data.masking import IGNORE, token_mask_width
+from flava_train.data.batches import WIDTHS, micro_batches, pad_to_width, select_rows, to_device
+from flava_train.data.masking import IGNORE, max_masked_tokens
 
 
 def test_cutting_keeps_every_pair_once_with_all_that_belongs_to_it():
@@ -15,12 +15,12 @@ def test_cutting_keeps_every_pair_once_with_all_that_belongs_to_it():
     rows = torch.cat([piece.image_ids for piece in pieces])
     assert rows.sort().values.tolist() == list(range(11))
     for piece in pieces:
-        whole = take(batch, piece.image_ids)
+        whole = select_rows(batch, piece.image_ids)
         width = piece.texts.tokens.shape[1]
         assert (piece.texts.tokens == whole.texts.tokens[:, :width]).all()
         assert (whole.texts.tokens[:, width:] == 0).all()
         assert (piece.images.pixels == whole.images.pixels).all()
-        assert (piece.chance == whole.chance).all()
+        assert (piece.uniforms == whole.uniforms).all()
 
 
 def test_captions_are_sorted_so_that_short_ones_meet_short_ones():
@@ -41,10 +41,10 @@ def test_fitting_drops_only_padding():
     texts = pairs(4, lengths=[5, 4, 3, 12]).texts
     texts.labels[:, 2:] = IGNORE  # as many as 15 % of 12 tokens may be
 
-    short = fit(texts, 12)
-    wide = fit(short, 16)
+    short = pad_to_width(texts, 12)
+    wide = pad_to_width(short, 16)
 
-    assert short.labels.shape == (4, token_mask_width(12))
+    assert short.labels.shape == (4, max_masked_tokens(12))
     assert (short.labels != IGNORE).sum() == (texts.labels != IGNORE).sum()
     assert (wide.tokens == texts.tokens).all()
 
@@ -55,7 +55,7 @@ def test_the_last_width_holds_the_captions_of_the_paper():
 
 
 def test_everything_moves_to_the_device():
-    moved = on_device(pairs(2), "meta")
+    moved = to_device(pairs(2), "meta")
 
     assert moved.images.pixels.is_meta
     assert moved.texts.lengths.is_meta

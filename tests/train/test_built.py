@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from tiny import TINY
 
-from flava_train.data.inputs import DataConfig
-from flava_train.data.loader import batches
-from flava_train.data.needs import Shares
-from flava_train.data.shards import stock
-from flava_train.data.training_data import Streams
-from flava_train.evaluation.held_out import held_out
+from flava_train.data.config import DataConfig
+from flava_train.data.loader import load_batches
+from flava_train.data.manifests import check_manifest
+from flava_train.data.needs import StreamShares
+from flava_train.data.training_data import TrainingData
+from flava_train.evaluation.batches import evaluation_batches
 from flava_train.objective.losses import Objective
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.build.part import WEB
@@ -28,7 +28,7 @@ from pmd_pipeline.demo.world import serve, write_world
 pytestmark = pytest.mark.slow
 QUIET = Reporter(Console(quiet=True), quiet=True)
 BATCH = 16
-TRUE_PAIRS = Objective(itm_rate=0.0, streams=Shares(1.0, 0.0, 0.0))
+TRUE_PAIRS = Objective(itm_rate=0.0, streams=StreamShares(1.0, 0.0, 0.0))
 
 
 def pmd(*words):
@@ -70,11 +70,11 @@ def streams(built, tmp_path, monkeypatch):
         window_shards=4,
     )
     model = dataclasses.replace(TINY, text_vocab=400)
-    return Streams(config, TRUE_PAIRS.data_needs, model, seed=3, batch=BATCH)
+    return TrainingData(config, TRUE_PAIRS.data_needs, model, seed=3, batch=BATCH)
 
 
 def test_an_epoch_is_every_pair_of_the_shards_but_for_a_rest(built, streams):
-    manifest, found = stock(built / "manifests" / "pmd.json")
+    manifest, found = check_manifest(built / "manifests" / "pmd.json")
     pairs = Counter()
     for shard in manifest.shards:
         with tarfile.open(built / "manifests" / shard.path) as tar:
@@ -103,7 +103,7 @@ def test_regions_of_visual_genome_have_a_view_each(streams):
 
 
 def test_workers_read_it_as_one_process_does(streams):
-    with closing(batches(streams, 5, 12, workers=2, chunk=5)) as found:
+    with closing(load_batches(streams, 5, 12, workers=2, chunk=5)) as found:
         for batch in found:
             expected = streams.part(batch.step, range(BATCH))
             assert batch.keys == expected.keys
@@ -113,10 +113,12 @@ def test_workers_read_it_as_one_process_does(streams):
 
 
 def test_evaluation_sees_every_image_and_region(built, streams):
-    _, found = stock(built / "manifests" / "pmd.json")
+    _, found = check_manifest(built / "manifests" / "pmd.json")
     expected = sum(one.pairs if one.source == "visual_genome" else one.images for one in found)
 
-    images = list(held_out(str(built / "manifests" / "pmd.json"), streams.wordpiece, 32, 20))
+    images = list(
+        evaluation_batches(str(built / "manifests" / "pmd.json"), streams.wordpiece, 32, 20)
+    )
 
     assert sum(len(one.keys) for one in images) == expected
     assert sum(len(one.tokens) for one in images) == sum(one.pairs for one in found)

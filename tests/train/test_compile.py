@@ -86,7 +86,7 @@ from trials import write_world
 
 from flava_train.config import EvaluationConfig
 from flava_train.evaluation.evaluate import evaluate
-from flava_train.data.files import Files
+from flava_train.data.file_cache import Files
 from flava_train.data.wordpiece import load_wordpiece
 
 counter = CompileCounterWithBackend("eager")

@@ -33,29 +33,29 @@ from stocks import (
 )
 from tiny import TINY, flava
 
-from flava_train.data.batches import Pairs, Texts, micro_batches
-from flava_train.data.files import Files
-from flava_train.data.inputs import DataConfig
-from flava_train.data.loader import batches, joined
+from flava_train.data.batches import PairBatch, TextBatch, micro_batches
+from flava_train.data.config import DataConfig
+from flava_train.data.file_cache import FileCache
+from flava_train.data.loader import concatenate, load_batches
+from flava_train.data.manifests import check_manifest
 from flava_train.data.masking import (
     IGNORE,
     PatchMasking,
     TokenMasking,
-    chance,
+    draw_uniforms,
     mask_patches,
     mask_tokens,
     word_starts,
 )
-from flava_train.data.needs import Shares
-from flava_train.data.order import draw
-from flava_train.data.shards import stock
-from flava_train.data.training_data import Streams, patch_masking
-from flava_train.evaluation.held_out import held_out
+from flava_train.data.needs import StreamShares
+from flava_train.data.order import random_bits
+from flava_train.data.training_data import TrainingData, patch_masking
+from flava_train.evaluation.batches import evaluation_batches
 from flava_train.objective.losses import ABLATIONS, Objective
 from flava_train.objective.step import train_step
 from pmd_pipeline.contract.errors import PmdError
 
-ONLY_PAIRS = Objective(streams=Shares(1.0, 0.0, 0.0))
+ONLY_PAIRS = Objective(streams=StreamShares(1.0, 0.0, 0.0))
 TRUE_PAIRS = dataclasses.replace(ONLY_PAIRS, itm_rate=0.0)
 BOXES = [[0.0, 0.0, 0.5, 0.5], [0.25, 0.25, 1.0, 1.0], [0.5, 0.0, 0.75, 1.0]]
 VIEWS = RULES.model_copy(update={"views": 3})
@@ -91,7 +91,7 @@ def config(tmp_path):
 
 
 def streams(config, objective=ONLY_PAIRS, *, batch=6, seed=1, model=TINY):
-    return Streams(config, objective.data_needs, model, seed=seed, batch=batch)
+    return TrainingData(config, objective.data_needs, model, seed=seed, batch=batch)
 
 
 def simple(tmp_path, shards, **changes):
@@ -180,7 +180,7 @@ def test_a_pair_has_its_own_pixels_caption_and_codes(config):
             assert torch.equal(rows.images.pixels[slot], pixels(NUMBERS[row.key], box))
             masked = rows.images.codes[slot] != IGNORE
             codes = own_codes(row.key, number, RULES).ravel()
-            at = rows.images.masked_at[slot][masked].numpy()
+            at = rows.images.masked_positions[slot][masked].numpy()
             assert rows.images.codes[slot][masked].tolist() == codes[at].tolist()
             tokens, lengths = given_streams.wordpiece.encode([row.text], 12)
             assert rows.texts.tokens[slot].tolist() == tokens[0].tolist()
@@ -193,7 +193,7 @@ def drawn_view(row, number):
     if NUMBERS[row.key] >= 200:
         nth = int(row.text.split()[2])
         return 1 + nth, BOXES[nth]
-    view = 1 + int(draw(1, "view", np.array([number]))[0]) % 2
+    view = 1 + int(random_bits(1, "view", np.array([number]))[0]) % 2
     return view, np.array(own_box(row.key, view), np.float32).tolist()
 
 
@@ -241,11 +241,13 @@ def test_masks_are_those_of_their_sample_numbers(config):
         for slot in range(6):
             kept = rows.images.codes[slot] != IGNORE
             assert (
-                rows.images.masked_at[slot][kept].tolist() == np.flatnonzero(patches[slot]).tolist()
+                rows.images.masked_positions[slot][kept].tolist()
+                == np.flatnonzero(patches[slot]).tolist()
             )
             kept = rows.texts.labels[slot] != IGNORE
             assert (
-                rows.texts.masked_at[slot][kept].tolist() == np.flatnonzero(hidden[slot]).tolist()
+                rows.texts.masked_positions[slot][kept].tolist()
+                == np.flatnonzero(hidden[slot]).tolist()
             )
 
 
@@ -273,7 +275,7 @@ def test_mismatched_captions_are_never_true_and_as_many_as_asked(tmp_path):
     mismatched = 0
     for step, slot, row in rows:
         own = truth[images[row.key]]
-        drawn = chance(1, np.array([step * 30 + slot]))[0, 0] < 0.4
+        drawn = draw_uniforms(1, np.array([step * 30 + slot]))[0, 0] < 0.4
         assert row.matched == (row.text in own) == (not drawn)
         mismatched += not row.matched
     assert 0.35 < mismatched / len(rows) < 0.45
@@ -298,15 +300,15 @@ def test_the_loader_leaves_captions_alone_where_the_step_draws_negatives(config,
     rows = whole(streams(config, objective), 0)
 
     assert rows.matched.all()
-    assert torch.equal(rows.chance, torch.from_numpy(chance(1, np.arange(6))))
+    assert torch.equal(rows.uniforms, torch.from_numpy(draw_uniforms(1, np.arange(6))))
 
 
 def test_texts_have_a_sep_between_documents(config):
-    given_streams = streams(config, Objective(streams=Shares(0.0, 0.0, 1.0)))
+    given_streams = streams(config, Objective(streams=StreamShares(0.0, 0.0, 1.0)))
 
     rows = whole(given_streams, 0)
 
-    assert isinstance(rows, Texts)
+    assert isinstance(rows, TextBatch)
     assert rows.tokens.shape == (6, 16)
     sep = given_streams.wordpiece.vocabulary.index("[SEP]")
     assert ((rows.tokens == sep).sum(1) == 2).all()
@@ -316,7 +318,7 @@ def test_texts_have_a_sep_between_documents(config):
 
 
 def test_every_text_and_image_is_seen_once_an_epoch(config):
-    for shares, total in ((Shares(0.0, 0.0, 1.0), 30), (Shares(0.0, 1.0, 0.0), 20)):
+    for shares, total in ((StreamShares(0.0, 0.0, 1.0), 30), (StreamShares(0.0, 1.0, 0.0), 20)):
         given_streams = streams(config, Objective(streams=shares), batch=5)
 
         keys = [row.key for step in range(total // 5) for row in given_streams.rows(step)]
@@ -331,7 +333,7 @@ def test_an_objective_without_masked_losses_needs_no_codes(tmp_path):
 
     rows = whole(given_streams, 0)
 
-    assert rows.images.masked_at.shape == (4, 0)
+    assert rows.images.masked_positions.shape == (4, 0)
     assert rows.texts.labels.shape == (4, 0)
     assert "contrastive" in train_step(
         flava(dtype=torch.float32), micro_batches(rows, 2), ABLATIONS["flava_c"]
@@ -343,7 +345,7 @@ def test_a_step_learns_from_every_stream(config):
     losses = {}
     for step in range(12):
         rows = whole(given_streams, step)
-        pieces = micro_batches(rows, 4) if isinstance(rows, Pairs) else [rows]
+        pieces = micro_batches(rows, 4) if isinstance(rows, PairBatch) else [rows]
         losses |= train_step(flava(dtype=torch.float32), pieces, Objective())
 
     assert losses.keys() == {"contrastive", "mmm_image", "mmm_text", "itm", "mim", "mlm"}
@@ -355,7 +357,7 @@ def test_any_slots_are_those_of_the_whole_batch(config):
     for step in range(8):
         parts = [given_streams.part(step, range(*ends)) for ends in ((0, 1), (1, 4), (4, 6))]
 
-        assert equal(joined([part.rows for part in parts]), whole(given_streams, step))
+        assert equal(concatenate([part.rows for part in parts]), whole(given_streams, step))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -364,13 +366,13 @@ def test_batches_are_the_same_for_any_workers_chunks_and_start(config, workers, 
     expected = [streams(config, Objective()).part(step, range(6)) for step in range(9)]
 
     with closing(
-        batches(streams(config, Objective()), 3, 9, workers=workers, chunk=chunk)
+        load_batches(streams(config, Objective()), 3, 9, workers=workers, chunk=chunk)
     ) as found:
         for step, batch in enumerate(found, 3):
             assert batch.step == step
             assert batch.keys == expected[step].keys
             assert equal(batch.rows, expected[step].rows)
-            assert batch.waited >= 0
+            assert batch.wait_seconds >= 0
     assert step == 8
 
 
@@ -380,22 +382,22 @@ def test_the_ranks_together_have_the_batch_of_one(config, ranks):
 
     for step in range(5):
         shares = [
-            next(batches(given_streams, step, step + 1, rank=rank, ranks=ranks))
+            next(load_batches(given_streams, step, step + 1, rank=rank, ranks=ranks))
             for rank in range(ranks)
         ]
 
-        assert equal(joined([share.rows for share in shares]), whole(given_streams, step))
+        assert equal(concatenate([share.rows for share in shares]), whole(given_streams, step))
         assert {share.stream for share in shares} == {given_streams.stream(step)}
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(config):
     with pytest.raises(ValueError, match="cannot be shared equally by 4 ranks"):
-        batches(streams(config), 0, 1, ranks=4)
+        load_batches(streams(config), 0, 1, ranks=4)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_of_a_job_does_not_end_the_workers(config, sent):
-    with closing(batches(streams(config), 0, 30, workers=2, chunk=3)) as found:
+    with closing(load_batches(streams(config), 0, 30, workers=2, chunk=3)) as found:
         first = next(found)
         for worker in multiprocessing.active_children():
             os.kill(worker.pid, sent)
@@ -484,7 +486,7 @@ def test_a_stream_without_a_manifest_is_refused_or_its_steps_are_shared(config):
 
     refused(bare, r"15% of its steps from images.*renormalise", Objective())
     told = streams(dataclasses.replace(bare, renormalise=True), Objective())
-    assert told.shares == Shares(0.7 / 0.85, 0.0, 0.15 / 0.85)
+    assert told.shares == StreamShares(0.7 / 0.85, 0.0, 0.15 / 0.85)
     assert told.digests.keys() == {"pairs", "texts", "tokenizer"}
     nothing = DataConfig(tokenizer=config.tokenizer, renormalise=True)
     refused(nothing, r"set data\.pairs")
@@ -536,7 +538,7 @@ def test_a_flipped_byte_is_one_sentence_out_of_any_worker(config, tmp_path, work
 
     with (
         pytest.raises(PmdError) as caught,
-        closing(batches(streams(config), 0, 20, workers=workers)) as found,
+        closing(load_batches(streams(config), 0, 20, workers=workers)) as found,
     ):
         list(found)
 
@@ -686,7 +688,7 @@ def test_every_jpeg_that_a_build_stores_is_read_as_pillow_reads_it(
     assert found.permute(1, 2, 0).tolist() == np.asarray(expected).tolist()
 
 
-ONLY_TEXTS = Objective(streams=Shares(0.0, 0.0, 1.0))
+ONLY_TEXTS = Objective(streams=StreamShares(0.0, 0.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -719,11 +721,11 @@ def test_data_is_looked_at_before_the_tokenizer_which_may_be_far(config):
 
 def test_the_stock_is_counted_wherever_it_is(config, remote):
     for given_config in (config, remote):
-        _, found = stock(given_config.pairs)
+        _, found = check_manifest(given_config.pairs)
         assert [(one.source, one.pairs, one.images, one.shards) for one in found] == [
             ("coco", 78, 34, 3)
         ]
-        assert stock(given_config.texts[0])[1][0].pairs == 30
+        assert check_manifest(given_config.texts[0])[1][0].pairs == 30
 
 
 # Evaluation.
@@ -739,7 +741,7 @@ def test_held_out_images_come_once_each_with_all_their_captions(config):
             views = [(box, [caption]) for box, caption in regions] or whole_image
             expected += [(one, *view) for view in views]
 
-    found = list(held_out(config.pairs, wordpiece, 32, 12, batch=10))
+    found = list(evaluation_batches(config.pairs, wordpiece, 32, 12, batch=10))
 
     assert [len(one.keys) for one in found] == [10, 10, 10, 10, 6]
     assert [key for one in found for key in one.keys] == [one["key"] for one, _, _ in expected]
@@ -754,7 +756,7 @@ def test_held_out_images_come_once_each_with_all_their_captions(config):
 
 def test_evaluation_needs_pairs(config):
     with pytest.raises(PmdError, match="evaluation needs pairs"):
-        list(held_out(config.images, streams(config).wordpiece, 32, 12))
+        list(evaluation_batches(config.images, streams(config).wordpiece, 32, 12))
 
 
 def test_a_changed_shard_is_not_evaluated(config, tmp_path):
@@ -762,6 +764,8 @@ def test_a_changed_shard_is_not_evaluated(config, tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
 
     with pytest.raises(PmdError, match=r"00002\.tar is not the file"):
-        list(held_out(config.pairs, streams(config).wordpiece, 32, 12))
-    unchecked = Files(verify=False)
-    assert list(held_out(config.pairs, streams(config).wordpiece, 32, 12, files=unchecked))
+        list(evaluation_batches(config.pairs, streams(config).wordpiece, 32, 12))
+    unchecked = FileCache(verify=False)
+    assert list(
+        evaluation_batches(config.pairs, streams(config).wordpiece, 32, 12, files=unchecked)
+    )

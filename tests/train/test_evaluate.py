@@ -14,21 +14,21 @@ from trials import TOWER, told, write_world
 
 from flava_train import cli
 from flava_train.config import EvaluationConfig
-from flava_train.data.inputs import DataConfig
+from flava_train.data.config import DataConfig
 from flava_train.data.wordpiece import load_wordpiece
 from flava_train.evaluation import evaluate
+from flava_train.evaluation.batches import evaluation_batches
 from flava_train.evaluation.evaluate import (
     RANKS,
-    Encoder,
+    Embedder,
     check_evaluation,
     class_names,
-    classification,
-    files_of,
-    retrieval,
+    file_cache,
+    retrieval_recall,
+    zero_shot_accuracy,
 )
-from flava_train.evaluation.held_out import held_out
 from flava_train.evaluation.templates import TEMPLATES
-from flava_train.evaluation.trained import load_trained
+from flava_train.evaluation.trained_model import load_trained_model
 from flava_train.model.flava import Flava, FlavaConfig, TowerConfig
 from flava_train.model.hf import load_hf
 from flava_train.train import train
@@ -65,7 +65,7 @@ def test_recall_is_what_brute_force_says(shape, seed, levels):
     image = torch.from_numpy(rng.integers(-levels, levels + 1, (images, 2))).float()
     text = torch.from_numpy(rng.integers(-levels, levels + 1, (len(numbers), 2))).float()
 
-    found = retrieval(image, text, numbers)
+    found = retrieval_recall(image, text, numbers)
 
     likeness = (text @ image.T).tolist()
     to_image = [{int(number)} for number in numbers]
@@ -81,7 +81,7 @@ def test_chance_is_what_a_model_gets_that_finds_all_alike():
     numbers = torch.arange(100).repeat_interleave(5)
     alike = torch.ones(500, 3) / math.sqrt(3)
 
-    found = retrieval(alike[:100], alike, numbers)
+    found = retrieval_recall(alike[:100], alike, numbers)
 
     assert found.figures == found.chance
     assert found.chance["text_to_image_r5"] == pytest.approx(5 / 100)
@@ -95,7 +95,7 @@ def test_a_perfect_model_finds_all(monkeypatch):
     image = torch.eye(40)
     numbers = torch.arange(40).repeat_interleave(2)
 
-    found = retrieval(image, image[numbers], numbers)
+    found = retrieval_recall(image, image[numbers], numbers)
 
     assert set(found.figures.values()) == {1.0}
 
@@ -104,7 +104,7 @@ def test_captions_need_not_lie_in_the_order_of_their_images():
     image = torch.eye(12)
     numbers = torch.randperm(24, generator=torch.Generator().manual_seed(0)) % 12
 
-    found = retrieval(image, image[numbers], numbers)
+    found = retrieval_recall(image, image[numbers], numbers)
 
     assert set(found.figures.values()) == {1.0}
 
@@ -134,11 +134,13 @@ def encoder(world):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
-    return Encoder(model, wordpiece, 16, 5, None)
+    return Embedder(model, wordpiece, 16, 5, None)
 
 
 def test_held_out_pairs_are_embedded_whole_and_unmasked(world, encoder):
-    batches = list(held_out(str(world / "held-out.json"), encoder.wordpiece, 32, 16, batch=5))
+    batches = list(
+        evaluation_batches(str(world / "held-out.json"), encoder.wordpiece, 32, 16, batch=5)
+    )
 
     images, texts, numbers = encoder.held_out(batches)
 
@@ -162,7 +164,7 @@ def test_classes_are_told_by_the_mean_of_80_sentences(tmp_path, encoder):
         picture(tmp_path / f"big_{'abcdefg'[number % 7]}" / f"{number}.jpg", number)
     names = [f"big {letter}" for letter in "abcdefg"]
 
-    found = classification(encoder, tmp_path)
+    found = zero_shot_accuracy(encoder, tmp_path)
 
     vectors = []
     for name in names:
@@ -193,7 +195,7 @@ def test_what_is_no_image_is_left_out_and_told(tmp_path, encoder):
     (tmp_path / "dog" / "c.jpg").write_bytes(b"no picture")
     (tmp_path / "dog" / "d.jpg").write_bytes(stocks.jpeg(3)[:200])
 
-    found = classification(encoder, tmp_path)
+    found = zero_shot_accuracy(encoder, tmp_path)
 
     assert found.figures["zero_shot_unreadable"] == 0.5
 
@@ -261,7 +263,7 @@ def test_classes_without_any_image_are_refused(tmp_path, encoder):
     (tmp_path / "cat").mkdir()
 
     with pytest.raises(PmdError, match="no images in the folders"):
-        classification(encoder, tmp_path)
+        zero_shot_accuracy(encoder, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +301,7 @@ def test_an_exported_run_has_the_weights_and_the_vocabulary(trained, tmp_path):
     cli.export(trained, tmp_path / "hf")
 
     assert (tmp_path / "hf" / "vocab.txt").read_bytes() == (trained / "vocab.txt").read_bytes()
-    ours = load_trained(trained).model.state_dict()
+    ours = load_trained_model(trained).model.state_dict()
     assert all(torch.equal(ours[name], one) for name, one in state(tmp_path / "hf").items())
 
 
@@ -308,6 +310,6 @@ def state(folder):
 
 
 def test_held_out_shards_are_looked_for_where_all_others_are(tmp_path):
-    files = files_of(DataConfig(cache=str(tmp_path), cache_gib=2.0, verify=False))
+    files = file_cache(DataConfig(cache=str(tmp_path), cache_gib=2.0, verify=False))
 
     assert (files.cache, files.max_bytes, files.verify) == (tmp_path, 2 << 30, False)

@@ -71,7 +71,7 @@ def test_padding_masks_no_patch():
     batch = images(3)
     batch = replace(
         batch,
-        masked_at=torch.tensor([[3, 7, 0], [0, 5, 0], [0, 0, 0]]),
+        masked_positions=torch.tensor([[3, 7, 0], [0, 5, 0], [0, 0, 0]]),
         codes=torch.tensor([[1, 0, IGNORE], [4, 4, IGNORE], [IGNORE, IGNORE, IGNORE]]),
     )
 

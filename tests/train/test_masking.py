@@ -12,12 +12,12 @@ from flava_train.data.masking import (
     PatchMasking,
     TokenMasking,
     _uniform,
-    chance,
-    fixed_width,
+    draw_uniforms,
+    gather_masked,
     mask_patches,
     mask_tokens,
+    max_masked_tokens,
     philox,
-    token_mask_width,
     word_starts,
 )
 
@@ -68,7 +68,7 @@ def test_a_sample_is_masked_alike_whatever_stands_beside_it():
     assert (mask_patches(3, numbers[some], PatchMasking()) == patches[some]).all()
     assert (few_seen == seen[some]).all()
     assert (few_chosen == chosen[some]).all()
-    assert (chance(3, numbers[some]) == chance(3, numbers)[some]).all()
+    assert (draw_uniforms(3, numbers[some]) == draw_uniforms(3, numbers)[some]).all()
 
 
 def test_a_text_is_masked_alike_however_it_is_padded():
@@ -220,14 +220,14 @@ def test_the_width_holds_the_masked_tokens_of_every_text(length):
 
     _, chosen = mask_tokens(0, np.arange(200), tokens, TokenMasking())
 
-    assert chosen.sum(1).max() <= token_mask_width(length)
+    assert chosen.sum(1).max() <= max_masked_tokens(length)
 
 
 @given(arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=12)))
 def test_fixed_width_loses_nothing(mask):
     labels = np.arange(mask.size).reshape(mask.shape)
 
-    at, kept = fixed_width(mask, labels, mask.shape[1])
+    at, kept = gather_masked(mask, labels, mask.shape[1])
 
     for row in range(len(mask)):
         real = kept[row] != IGNORE
@@ -238,11 +238,11 @@ def test_fixed_width_loses_nothing(mask):
 
 def test_more_masked_positions_than_the_width_are_an_error():
     with pytest.raises(ValueError, match="4 masked positions do not fit a width of 3"):
-        fixed_width(np.ones((2, 4), bool), np.zeros((2, 4), int), 3)
+        gather_masked(np.ones((2, 4), bool), np.zeros((2, 4), int), 3)
 
 
 def test_chance_stays_below_one_and_is_fair():
-    numbers = chance(0, np.arange(100_000))
+    numbers = draw_uniforms(0, np.arange(100_000))
 
     assert numbers.dtype == np.float32
     assert 0 <= numbers.min() < numbers.max() < 1
@@ -255,7 +255,7 @@ def test_chance_is_not_rounded_up_to_one(monkeypatch):
         "flava_train.data.masking.philox", lambda counter, _: np.full_like(counter, 0xFFFFFFFF)
     )
 
-    assert chance(0, np.arange(1)).max() < 1
+    assert draw_uniforms(0, np.arange(1)).max() < 1
 
 
 def test_masking_leaves_global_random_numbers_alone():

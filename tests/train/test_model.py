@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import PATCHES, TINY, farthest, flava, gradients, images, pairs, texts
 
-from flava_train.data.batches import fit
+from flava_train.data.batches import pad_to_width
 from flava_train.model.flava import (
     CLIP_MEAN,
     CLIP_STD,
@@ -76,7 +76,7 @@ def test_a_fresh_model_starts_as_published():
 def test_wider_padding_changes_nothing():
     model = flava()
     batch = pairs(5, lengths=[3, 9, 12, 7, 5])
-    wide = replace(batch, texts=fit(batch.texts, 20))
+    wide = replace(batch, texts=pad_to_width(batch.texts, 20))
 
     losses = train_step(model, [batch], Objective())
     narrow = gradients(model)

@@ -46,7 +46,7 @@ def text_inputs(batch):
         "input_ids": batch.tokens,
         "input_ids_masked": batch.masked_tokens,
         "attention_mask": (torch.arange(length) < batch.lengths[:, None]).long(),
-        "mlm_labels": spread(batch.masked_at, batch.labels, length),
+        "mlm_labels": spread(batch.masked_positions, batch.labels, length),
     }
 
 
@@ -54,7 +54,7 @@ def image_inputs(batch):
     return {
         "pixel_values": batch.pixels,
         "bool_masked_pos": masked_patches(batch, PATCHES),
-        "mim_labels": spread(batch.masked_at, batch.codes, PATCHES),
+        "mim_labels": spread(batch.masked_positions, batch.codes, PATCHES),
     }
 
 

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flava_train.data.order import LEAST_BATCHES, STREAMS, Order, Turns, draw
+from flava_train.data.order import (
+    MIN_WINDOW_BATCHES,
+    STREAMS,
+    SampleOrder,
+    StreamSchedule,
+    random_bits,
+)
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum)
 seeds = st.integers(0, 2**40)
@@ -35,7 +41,7 @@ def alone(shard, pair):
 def test_every_pair_is_seen_once_an_epoch_but_for_a_rest_smaller_than_a_batch(
     given_sizes, batch, seed, epoch, window_shards
 ):
-    order = Order(tuple(given_sizes), min(batch, sum(given_sizes)), seed, 0, window_shards)
+    order = SampleOrder(tuple(given_sizes), min(batch, sum(given_sizes)), seed, 0, window_shards)
 
     batches = dealt(order, epoch, alone)
 
@@ -49,7 +55,7 @@ def test_every_pair_is_seen_once_an_epoch_but_for_a_rest_smaller_than_a_batch(
 
 @given(sizes, st.integers(1, 30), seeds, st.integers(1, 5))
 def test_batches_lie_in_windows_one_after_the_other(given_sizes, batch, seed, window_shards):
-    order = Order(tuple(given_sizes), min(batch, sum(given_sizes)), seed, 0, window_shards)
+    order = SampleOrder(tuple(given_sizes), min(batch, sum(given_sizes)), seed, 0, window_shards)
 
     places = [order.place(index) for index in range(2 * order.batches)]
 
@@ -64,7 +70,7 @@ def test_batches_lie_in_windows_one_after_the_other(given_sizes, batch, seed, wi
 def test_captions_of_an_image_are_spread_as_evenly_as_they_can_be(captions, batch, seed):
     total = sum(captions)
     owner = np.repeat(np.arange(len(captions)), captions)
-    order = Order((total,), min(batch, total), seed)
+    order = SampleOrder((total,), min(batch, total), seed)
 
     for number in range(order.windows):
         window = order.window(0, number)
@@ -77,20 +83,20 @@ def test_captions_of_an_image_are_spread_as_evenly_as_they_can_be(captions, batc
 
 
 def test_no_image_is_twice_in_a_batch_where_it_has_fewer_captions_than_the_window_batches():
-    order = Order((2000,) * 10, 100, 7, window_shards=1)
+    order = SampleOrder((2000,) * 10, 100, 7, window_shards=1)
 
     batches = dealt(order, 0, lambda shard, pair: pair // 50 << 32)  # copies in all ten shards
 
-    assert order.windows == 200 // LEAST_BATCHES
+    assert order.windows == 200 // MIN_WINDOW_BATCHES
     for row in batches:
         images = Counter(pair // 50 for _, pair in row)
-        assert max(images.values()) <= math.ceil(500 / LEAST_BATCHES)
+        assert max(images.values()) <= math.ceil(500 / MIN_WINDOW_BATCHES)
     batches = dealt(order, 0, lambda shard, pair: shard << 32 | pair // 50)
     assert all(len({(s, p // 50) for s, p in row}) == 100 for row in batches)
 
 
 def test_captions_of_an_image_do_not_come_step_by_step():
-    order = Order((6400,), 100, 1)
+    order = SampleOrder((6400,), 100, 1)
 
     batches = dealt(order, 0, lambda _, pair: pair // 5)
 
@@ -106,7 +112,7 @@ def test_captions_of_an_image_do_not_come_step_by_step():
 
 
 def test_every_pair_is_as_likely_in_every_batch_and_slot():
-    order = Order((7, 0, 20, 13), 8, 3, window_shards=1)
+    order = SampleOrder((7, 0, 20, 13), 8, 3, window_shards=1)
     first = Counter()
     left_out = Counter()
 
@@ -123,7 +129,7 @@ def test_every_pair_is_as_likely_in_every_batch_and_slot():
 
 
 def test_what_an_epoch_leaves_out_is_drawn_evenly():
-    order = Order((11,), 4, 5)
+    order = SampleOrder((11,), 4, 5)
     left_out = Counter()
 
     for epoch in range(1000):
@@ -136,7 +142,7 @@ def test_what_an_epoch_leaves_out_is_drawn_evenly():
 
 def test_shards_come_in_another_order_each_epoch_and_stream():
     orders = {
-        tuple(piece.shard for piece in Order((9,) * 30, 5, 1, stream).window(epoch, 0).pieces)
+        tuple(piece.shard for piece in SampleOrder((9,) * 30, 5, 1, stream).window(epoch, 0).pieces)
         for epoch in range(4)
         for stream in range(3)
     }
@@ -145,7 +151,7 @@ def test_shards_come_in_another_order_each_epoch_and_stream():
 
 
 def test_windows_have_about_as_many_shards_as_asked():
-    order = Order((10_000,) * 700, 1000, 1, window_shards=16)
+    order = SampleOrder((10_000,) * 700, 1000, 1, window_shards=16)
 
     assert [len(order.window(0, n).pieces) for n in range(order.windows)] == [
         pytest.approx(16.5, abs=1.5)
@@ -155,14 +161,14 @@ def test_windows_have_about_as_many_shards_as_asked():
 @pytest.mark.parametrize("start", [0, 1, 999, 65_530, 200_000])
 def test_turns_are_counted_alike_from_any_start(start):
     shares = (0.7, 0.15, 0.15)
-    uniform = (draw(5, "stream", np.arange(start)) >> np.uint64(11)) * 2.0**-53
+    uniform = (random_bits(5, "stream", np.arange(start)) >> np.uint64(11)) * 2.0**-53
     counts = Counter(
         pairs=int((uniform < 0.7).sum()),
         images=int(((uniform >= 0.7) & (uniform < 0.85)).sum()),
         texts=int((uniform >= 0.85).sum()),
     )
 
-    fresh = Turns(5, shares)
+    fresh = StreamSchedule(5, shares)
 
     for step in range(start, start + 20):
         name = fresh.stream(step)
@@ -171,7 +177,7 @@ def test_turns_are_counted_alike_from_any_start(start):
 
 
 def test_streams_are_taken_as_often_as_they_should_be():
-    turns = Turns(1, (0.70, 0.15, 0.15))
+    turns = StreamSchedule(1, (0.70, 0.15, 0.15))
 
     taken = Counter(turns.stream(step) for step in range(20_000))
 
@@ -182,23 +188,23 @@ def test_streams_are_taken_as_often_as_they_should_be():
 
 
 def test_a_stream_without_a_share_is_never_taken():
-    turns = Turns(1, (0.0, 0.0, 1.0))
+    turns = StreamSchedule(1, (0.0, 0.0, 1.0))
 
     assert {turns.stream(step) for step in range(1000)} == {STREAMS[2]}
 
 
 @given(seeds, st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1))
 def test_a_draw_depends_on_its_number_alone(seed, number, more):
-    alone = draw(seed, "view", np.array([number], np.uint64), more)
+    alone = random_bits(seed, "view", np.array([number], np.uint64), more)
 
-    among = draw(seed, "view", np.array([1, number, 2], np.uint64), more)
+    among = random_bits(seed, "view", np.array([1, number, 2], np.uint64), more)
 
     assert among[1] == alone[0]
-    assert draw(seed, "swap", np.array([number], np.uint64), more) != alone
+    assert random_bits(seed, "swap", np.array([number], np.uint64), more) != alone
 
 
 def test_a_run_goes_on_as_it_always_did():
-    order = Order((10, 7, 13), 4, 3)
+    order = SampleOrder((10, 7, 13), 4, 3)
     window = order.window(2, 0)
 
     assert order.windows == 1

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tiny import TINY, farthest, flava, gradients, images, pairs, texts
 
 from flava_train.config import ComputeConfig
-from flava_train.data.batches import take
+from flava_train.data.batches import select_rows
 from flava_train.model.flava import FlavaConfig
 from flava_train.objective import step
 from flava_train.objective.losses import Objective
@@ -37,10 +37,10 @@ def rank(number, folder):
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=number, world_size=2)
     found = {}
     for case, (objective, batch) in CASES.items():
-        own = take(batch, torch.arange(5) + 5 * number)
+        own = select_rows(batch, torch.arange(5) + 5 * number)
         for name, cuts in CUTS.items():
             model = flava(SIGLIP)
-            pieces = [take(own, rows) for rows in torch.arange(5).split(cuts[number])]
+            pieces = [select_rows(own, rows) for rows in torch.arange(5).split(cuts[number])]
             losses = train_step(model, pieces, objective)
             found[case, name] = losses, gradients(model)
     cpu = torch.device("cpu")

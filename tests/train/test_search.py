@@ -10,9 +10,9 @@ from tiny import TINY, flava
 
 from flava_train.config import checked
 from flava_train.data.wordpiece import load_wordpiece
-from flava_train.evaluation.held_out import held_out
+from flava_train.evaluation.batches import evaluation_batches
 from flava_train.evaluation.search import search
-from flava_train.evaluation.trained import Trained
+from flava_train.evaluation.trained_model import TrainedModel
 from pmd_pipeline.contract.errors import PmdError
 
 QUERIES = [WORDS[7], " ".join(WORDS[5:9]), WORDS[-1]]
@@ -24,7 +24,7 @@ def trained(tmp_path):
     shape = replace(TINY, text_vocab=len(wordpiece.vocabulary))
     told = {"steps": 1, "batch": 1, "micro": 1, "optimizer": {"warmup": 0}}
     config = checked({**told, "data": {"caption_tokens": 16}}, where="test")
-    return Trained(Path("nowhere"), config, flava(shape, dtype=torch.float32), wordpiece)
+    return TrainedModel(Path("nowhere"), config, flava(shape, dtype=torch.float32), wordpiece)
 
 
 def test_the_images_found_are_the_nearest_of_all_and_come_in_order(trained, tmp_path):
@@ -32,7 +32,7 @@ def test_the_images_found_are_the_nearest_of_all_and_come_in_order(trained, tmp_
 
     found = search(trained, manifest, QUERIES, 4)
 
-    [batch] = held_out(manifest, trained.wordpiece, TINY.image_size, 16)
+    [batch] = evaluation_batches(manifest, trained.wordpiece, TINY.image_size, 16)
     tokens, lengths = map(torch.from_numpy, trained.wordpiece.encode(QUERIES, 16))
     with torch.no_grad():
         texts = trained.model.embed_texts(tokens, lengths)

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from flava_train.data.batches import Images, Texts, micro_batches, take
-from flava_train.data.masking import IGNORE, chance
+from flava_train.data.batches import ImageBatch, TextBatch, micro_batches, select_rows
+from flava_train.data.masking import IGNORE, draw_uniforms
 from flava_train.model.flava import Flava
 from flava_train.objective.losses import Objective
 from flava_train.objective.step import train_step, with_negatives
@@ -24,7 +24,7 @@ FULL = Objective()
 
 def cut(batch, *sizes):
     """Uneven micro-batches, in order."""
-    return [take(batch, rows) for rows in torch.arange(len(batch)).split(list(sizes))]
+    return [select_rows(batch, rows) for rows in torch.arange(len(batch)).split(list(sizes))]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,9 @@ def test_sorting_by_length_changes_nothing():
     model, batch = flava(), pairs(10)
     one = slice(0, 1)  # as few masked tokens as fit the narrowest width
     texts = replace(
-        batch.texts, masked_at=batch.texts.masked_at[:, one], labels=batch.texts.labels[:, one]
+        batch.texts,
+        masked_positions=batch.texts.masked_positions[:, one],
+        labels=batch.texts.labels[:, one],
     )
     batch = replace(batch, texts=texts)
 
@@ -139,7 +141,7 @@ def test_drawn_negatives_are_other_captions_of_other_images():
     sources = [set() for _ in range(64)]
 
     for number in range(200):
-        drawn = replace(twice, chance=torch.from_numpy(chance(number, np.arange(64))))
+        drawn = replace(twice, uniforms=torch.from_numpy(draw_uniforms(number, np.arange(64))))
         swapped = with_negatives(drawn, None, objective)
         assert not swapped.matched.any()
         for row in range(64):
@@ -176,7 +178,7 @@ def test_hard_negatives_look_alike():
 
 def test_as_many_pairs_are_mismatched_as_asked_for():
     batch = pairs(4096)
-    batch = replace(batch, chance=torch.from_numpy(chance(0, np.arange(4096))))
+    batch = replace(batch, uniforms=torch.from_numpy(draw_uniforms(0, np.arange(4096))))
 
     swapped = with_negatives(batch, None, Objective(itm_negatives="batch"))
 
@@ -194,9 +196,9 @@ def test_a_pair_without_another_caption_stays(kind):
 
 
 def unmasked(batch):
-    if isinstance(batch, Images):
+    if isinstance(batch, ImageBatch):
         return replace(batch, codes=torch.full_like(batch.codes, IGNORE))
-    if isinstance(batch, Texts):
+    if isinstance(batch, TextBatch):
         return replace(batch, labels=torch.full_like(batch.labels, IGNORE))
     return replace(batch, images=unmasked(batch.images), texts=unmasked(batch.texts))
 
@@ -300,7 +302,7 @@ def test_old_gradients_are_forgotten():
 
 
 def test_a_batch_of_two_kinds_is_an_error():
-    with pytest.raises(TypeError, match="begins with Images"):
+    with pytest.raises(TypeError, match="begins with ImageBatch"):
         train_step(flava(), [images(2), texts(2)], FULL)
 
 

@@ -18,8 +18,8 @@ from trials import command, losses, run, said, told, write_world
 
 from flava_train import trainer as learner
 from flava_train.config import OptimizerConfig, checked
-from flava_train.data.loader import batches
-from flava_train.evaluation.trained import load_trained
+from flava_train.data.loader import load_batches
+from flava_train.evaluation.trained_model import load_trained_model
 from flava_train.model.flava import Flava
 from flava_train.model.hf import export_hf
 from flava_train.run.checkpoint import find, load_progress
@@ -356,7 +356,7 @@ def test_a_signal_in_the_middle_of_a_step_saves_after_it(
 def test_what_a_step_saw_can_be_explained(world, tmp_path):
     config, streams = open_data(told(world, tmp_path / "run"))
 
-    for batch in batches(streams, 0, 8):
+    for batch in load_batches(streams, 0, 8):
         rows = streams.rows(batch.step)
         assert [row.key for row in rows] == batch.keys
         if batch.stream == "pairs":
@@ -473,7 +473,7 @@ def test_an_image_encoder_comes_from_dino(world, tmp_path):
 
 
 def test_a_whole_model_comes_from_a_folder_of_transformers(world, alone, tmp_path):
-    trained = load_trained(alone)
+    trained = load_trained_model(alone)
     export_hf(trained.model, tmp_path / "hf")
     config = open_data(told(world, tmp_path / "run", {"model.weights": str(tmp_path / "hf")}))[0]
 

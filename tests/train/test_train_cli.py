@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flava_train.data.shards import stock
+from flava_train.data.manifests import check_manifest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import Manifest, ShardEntry
@@ -48,7 +48,7 @@ def write(path, manifest):
 
 
 def test_a_whole_stock_is_counted(manifest):
-    loaded, found = stock(manifest)
+    loaded, found = check_manifest(manifest)
 
     assert [(one.source, one.pairs, one.images, one.shards) for one in found] == [
         ("coco", 20, 4, 1)
@@ -73,7 +73,7 @@ def test_a_stock_that_is_not_what_the_manifest_says_is_one_sentence(manifest, da
     damage(manifest)
 
     with pytest.raises(PmdError, match=says):
-        stock(manifest)
+        check_manifest(manifest)
 
 
 def test_a_dataset_with_holes_is_refused(manifest):
@@ -82,7 +82,7 @@ def test_a_dataset_with_holes_is_refused(manifest):
     write(manifest, loaded.model_copy(update={"missing": {"coco": [3, 4]}}))
 
     with pytest.raises(PmdError, match="lacks 2 parts of coco"):
-        stock(manifest)
+        check_manifest(manifest)
 
 
 def test_the_model_of_the_paper_has_its_parameters():

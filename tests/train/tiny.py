@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from flava_train.data.batches import Images, Pairs, Texts
+from flava_train.data.batches import ImageBatch, PairBatch, TextBatch
 from flava_train.data.masking import IGNORE
 from flava_train.model.flava import Flava, FlavaConfig, TowerConfig
 
@@ -37,7 +37,9 @@ def images(count, *, seed=0, dtype=torch.float64, width=6, config=TINY):
     rng = np.random.default_rng((1, seed))
     side = config.image_size
     at, codes = _masked(rng, np.full(count, config.grid**2), width, config.image_vocab)
-    return Images(torch.from_numpy(rng.normal(size=(count, 3, side, side))).to(dtype), at, codes)
+    return ImageBatch(
+        torch.from_numpy(rng.normal(size=(count, 3, side, side))).to(dtype), at, codes
+    )
 
 
 def texts(count, *, seed=0, width=3, longest=16, config=TINY, lengths=None):
@@ -51,7 +53,7 @@ def texts(count, *, seed=0, width=3, longest=16, config=TINY, lengths=None):
         for position, label in zip(at[row], labels[row], strict=True):
             if label != IGNORE:
                 masked[row, position] = 5
-    return Texts(
+    return TextBatch(
         torch.from_numpy(tokens), torch.from_numpy(masked), torch.from_numpy(lengths), at, labels
     )
 
@@ -60,7 +62,7 @@ def pairs(count, *, seed=0, dtype=torch.float64, mismatched=(), config=TINY, len
     rng = np.random.default_rng((3, seed))
     matched = torch.ones(count, dtype=torch.bool)
     matched[list(mismatched)] = False
-    return Pairs(
+    return PairBatch(
         images(count, seed=seed, dtype=dtype, config=config),
         texts(count, seed=seed, config=config, lengths=lengths),
         matched,

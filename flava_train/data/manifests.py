@@ -10,7 +10,7 @@ from pmd_pipeline.contract.models import Manifest
 
 
 @dataclass(frozen=True)
-class Stock:
+class SourceSummary:
     """What there is of one source."""
 
     source: str
@@ -33,7 +33,7 @@ def load_complete_manifest(path: str | Path) -> Manifest:
     return manifest
 
 
-def stock(path: str | Path) -> tuple[Manifest, list[Stock]]:
+def check_manifest(path: str | Path) -> tuple[Manifest, list[SourceSummary]]:
     """The manifest at `path` and what there is of each source, every shard being there.
 
     Sizes are compared, contents are not read.
@@ -53,4 +53,4 @@ def stock(path: str | Path) -> tuple[Manifest, list[Stock]]:
         counts = found.setdefault(shard.source, [0, 0, 0, 0])
         for place, more in enumerate((shard.pairs, shard.images, 1, shard.num_bytes)):
             counts[place] += more
-    return manifest, [Stock(source, *counts) for source, counts in sorted(found.items())]
+    return manifest, [SourceSummary(source, *counts) for source, counts in sorted(found.items())]

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flava_train.data.batch_slice import Shown
-from flava_train.data.corpus import OpenShard, Place, open_ledger
-from flava_train.data.files import Files
-from flava_train.data.shards import load_complete_manifest
+from flava_train.data.batch_slice import ImageCrop
+from flava_train.data.file_cache import FileCache
+from flava_train.data.manifests import load_complete_manifest
+from flava_train.data.shard_stream import ImageShard, ShardLocation, load_ledger
 from flava_train.data.wordpiece import WordPiece
 from flava_train.shapes import Int, UInt
 from pmd_pipeline.contract.boxes import WHOLE_IMAGE
@@ -19,7 +19,7 @@ from pmd_pipeline.contract.errors import PmdError
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class EvaluationBatch:
     """Some images with all their captions.
 
     Args:
@@ -37,25 +37,25 @@ class HeldOut:
     keys: list[str]
 
 
-def held_out(
+def evaluation_batches(
     manifest: str,
     wordpiece: WordPiece,
     image_size: int,
     caption_tokens: int,
     *,
     batch: int = 256,
-    files: Files | None = None,
-) -> Iterator[HeldOut]:
+    files: FileCache | None = None,
+) -> Iterator[EvaluationBatch]:
     """All images of a manifest, `batch` at a time, in its order.
 
     Raises:
         PmdError: the manifest holds no pairs, or its shards are not what it says.
     """
-    files = files or Files()
+    files = files or FileCache()
     loaded = load_complete_manifest(manifest)
     if loaded.kind != "pairs":
         raise PmdError(f"{manifest} holds {loaded.kind}, and evaluation needs pairs")
-    images = _images([Place(manifest, entry) for entry in loaded.shards], files)
+    images = _images([ShardLocation(manifest, entry) for entry in loaded.shards], files)
     number = 0
     while rows := list(islice(images, batch)):
         tokens, lengths = wordpiece.encode(
@@ -63,7 +63,7 @@ def held_out(
         )
         counts = [len(one.captions) for one in rows]
         pixels = np.stack([one.pixels(image_size) for one in rows])
-        yield HeldOut(
+        yield EvaluationBatch(
             torch.from_numpy(pixels),
             torch.from_numpy(tokens),
             torch.from_numpy(lengths),
@@ -73,14 +73,14 @@ def held_out(
         number += len(rows)
 
 
-def _images(places: list[Place], files: Files) -> Iterator[Shown]:
+def _images(places: list[ShardLocation], files: FileCache) -> Iterator[ImageCrop]:
     """Every image with its captions; an image with boxes is as many regions, of one each."""
     for place in places:
-        shard = OpenShard(place, open_ledger(place, files), files)
+        shard = ImageShard(place, load_ledger(place, files), files)
         for sample in range(place.entry.images):
             record = shard.record(sample)
             if record.boxes is None:
-                yield Shown(shard, sample, 0, WHOLE_IMAGE, record.captions, 0)
+                yield ImageCrop(shard, sample, 0, WHOLE_IMAGE, record.captions, 0)
                 continue
             for nth, box in enumerate(record.boxes):
-                yield Shown(shard, sample, 1 + nth, box, [record.captions[nth]], 0)
+                yield ImageCrop(shard, sample, 1 + nth, box, [record.captions[nth]], 0)

@@ -17,7 +17,7 @@ _SLACK = 1e-4
 
 
 @dataclass(frozen=True)
-class Views:
+class ShardCodes:
     """The views of a shard's samples, opened; nothing is read before it is asked for.
 
     Args:
@@ -65,7 +65,7 @@ class Views:
         return int(self.first[sample]) + view
 
 
-def open_views(path: Path, shard: ShardEntry, rules: CodeRules) -> Views:
+def open_codes(path: Path, shard: ShardEntry, rules: CodeRules) -> ShardCodes:
     """The views in a codes file.
 
     Raises:
@@ -84,9 +84,9 @@ def open_views(path: Path, shard: ShardEntry, rules: CodeRules) -> Views:
     steps = np.diff(firsts)
     if found != wanted or firsts[0] != 0 or firsts[-1] != shard.views or (steps < 1).any():
         raise PmdError(f"{path} does not hold the codes of {shard.path}: run `pmd codes` again")
-    return Views(firsts, str(path), boxes, codes, rules.vocabulary)
+    return ShardCodes(firsts, str(path), boxes, codes, rules.vocabulary)
 
 
-def same_box(one: Box, other: Box) -> bool:
+def boxes_match(one: Box, other: Box) -> bool:
     """Whether two boxes are one, but for rounding."""
     return all(abs(a - b) <= _SLACK for a, b in zip(one, other, strict=True))

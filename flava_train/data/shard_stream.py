@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flava_train.data.codes import Views, open_views
-from flava_train.data.files import Files, Wanted
+from flava_train.data.file_cache import ExpectedFile, FileCache
+from flava_train.data.image_codes import ShardCodes, open_codes
 from flava_train.data.ledgers import Ledger, Record, read_image, read_ledger, read_record
-from flava_train.data.order import Order, Window
+from flava_train.data.order import SampleOrder, Window
 from flava_train.shapes import Array, Int, UInt
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import located
@@ -32,7 +32,7 @@ _KEPT = 2
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardLocation:
     """A shard of a manifest.
 
     Args:
@@ -53,20 +53,20 @@ class Place:
         return located(self.manifest, self.entry.path)
 
     @property
-    def files(self) -> dict[str, Wanted]:
+    def files(self) -> dict[str, ExpectedFile]:
         """All files of it that are read."""
         entry = self.entry
-        found = {"shard": Wanted(self.name, entry.sha256)}
+        found = {"shard": ExpectedFile(self.name, entry.sha256)}
         if not entry.path.endswith(".parquet"):
             ledger = located(self.manifest, entry.ledger_path)
-            found["ledger"] = Wanted(ledger, entry.ledger_sha256)
+            found["ledger"] = ExpectedFile(ledger, entry.ledger_sha256)
         if self.codes and entry.codes_sha256:
             codes = located(self.manifest, entry.codes_path)
-            found["codes"] = Wanted(codes, entry.codes_sha256)
+            found["codes"] = ExpectedFile(codes, entry.codes_sha256)
         return found
 
 
-class OpenShard:
+class ImageShard:
     """A shard of images, opened.
 
     Args:
@@ -75,18 +75,18 @@ class OpenShard:
         files: where files lie.
     """
 
-    def __init__(self, place: Place, ledger: Ledger, files: Files) -> None:
+    def __init__(self, place: ShardLocation, ledger: Ledger, files: FileCache) -> None:
         self.name = place.name
         self.ledger = ledger
         self._captioned = place.captioned
         wanted = place.files
         self._file = files.open(wanted["shard"], lambda path: os.open(path, os.O_RDONLY))
         weakref.finalize(self, os.close, self._file)
-        self.views: Views | None = None
+        self.views: ShardCodes | None = None
         rules = place.codes
         if rules:
             self.views = files.open(
-                wanted["codes"], lambda path: open_views(path, place.entry, rules)
+                wanted["codes"], lambda path: open_codes(path, place.entry, rules)
             )
 
     def record(self, sample: int) -> Record:
@@ -108,10 +108,10 @@ class OpenShard:
         return key
 
 
-class OpenTexts:
+class TextShard:
     """A shard of texts, opened."""
 
-    def __init__(self, place: Place, files: Files) -> None:
+    def __init__(self, place: ShardLocation, files: FileCache) -> None:
         self.name = place.name
         self._named = f"{place.entry.source}-{part_name(place.entry.part)}"
         try:
@@ -193,7 +193,7 @@ class OpenWindow:
         return shards, samples, nth
 
 
-class Corpus:
+class ShardStream:
     """All shards of one stream, and the order in which they are seen.
 
     Args:
@@ -202,13 +202,15 @@ class Corpus:
         files: where their files lie.
     """
 
-    def __init__(self, places: Sequence[Place], order: Order, files: Files) -> None:
+    def __init__(
+        self, places: Sequence[ShardLocation], order: SampleOrder, files: FileCache
+    ) -> None:
         self.places = list(places)
         self.order = order
         self.ahead = False
         self._files = files
         self._windows: OrderedDict[tuple[int, int], OpenWindow] = OrderedDict()
-        self._opened: OrderedDict[int, OpenShard | OpenTexts] = OrderedDict()
+        self._opened: OrderedDict[int, ImageShard | TextShard] = OrderedDict()
         self._coming: tuple[tuple[int, int], threading.Thread] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -224,23 +226,23 @@ class Corpus:
             self._prepare(self.order.after(epoch, number))
         return window, window.dealt[row]
 
-    def shard(self, number: int, window: OpenWindow) -> OpenShard:
+    def shard(self, number: int, window: OpenWindow) -> ImageShard:
         """A shard of the window, opened."""
         found = self._opened.get(number)
-        if not isinstance(found, OpenShard):
-            found = OpenShard(self.places[number], window.ledgers[number], self._files)
+        if not isinstance(found, ImageShard):
+            found = ImageShard(self.places[number], window.ledgers[number], self._files)
         self._keep(number, found)
         return found
 
-    def texts(self, number: int) -> OpenTexts:
+    def texts(self, number: int) -> TextShard:
         """A shard of texts, opened."""
         found = self._opened.get(number)
-        if not isinstance(found, OpenTexts):
-            found = OpenTexts(self.places[number], self._files)
+        if not isinstance(found, TextShard):
+            found = TextShard(self.places[number], self._files)
         self._keep(number, found)
         return found
 
-    def _keep(self, number: int, shard: OpenShard | OpenTexts) -> None:
+    def _keep(self, number: int, shard: ImageShard | TextShard) -> None:
         self._opened[number] = shard
         self._opened.move_to_end(number)
         if len(self._opened) > _OPEN:
@@ -262,7 +264,7 @@ class Corpus:
         shards = sorted({piece.shard for piece in window.pieces})
         self._files.fetch([one for shard in shards for one in self.places[shard].files.values()])
         ledgers = {
-            number: open_ledger(self.places[number], self._files)
+            number: load_ledger(self.places[number], self._files)
             for number in shards
             if "ledger" in self.places[number].files
         }
@@ -292,7 +294,7 @@ class Corpus:
         thread.start()
 
 
-def open_ledger(place: Place, files: Files) -> Ledger:
+def load_ledger(place: ShardLocation, files: FileCache) -> Ledger:
     """The ledger of a shard of images."""
 
     def read(path: Path) -> Ledger:

@@ -7,7 +7,7 @@ import torch
 
 from flava_train.config import TrainConfig, checked
 from flava_train.data.wordpiece import WordPiece, load_wordpiece
-from flava_train.evaluation.evaluate import Evaluation, check_evaluation, evaluate, files_of
+from flava_train.evaluation.evaluate import EvaluationResult, check_evaluation, evaluate, file_cache
 from flava_train.model.flava import Flava
 from flava_train.run.checkpoint import find, load_progress, load_weights
 from flava_train.run.run_dir import VOCABULARY
@@ -15,7 +15,7 @@ from pmd_pipeline.contract.errors import PmdError
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A checkpoint, opened: its run's configuration, the model and the tokenizer."""
 
     checkpoint: Path
@@ -23,7 +23,7 @@ class Trained:
     model: Flava
     wordpiece: WordPiece
 
-    def evaluate(self, manifest: str | None, classes: str | None) -> Evaluation:
+    def evaluate(self, manifest: str | None, classes: str | None) -> EvaluationResult:
         """What is found on a manifest or classes; where neither is named, on the run's own.
 
         Raises:
@@ -43,11 +43,11 @@ class Trained:
             self.wordpiece,
             section,
             caption_tokens=data.caption_tokens,
-            files=files_of(data),
+            files=file_cache(data),
         )
 
 
-def load_trained(place: Path, *, best: bool = False) -> Trained:
+def load_trained_model(place: Path, *, best: bool = False) -> TrainedModel:
     """The newest, or the best, of a run, or a certain checkpoint; on a GPU, if there is one.
 
     Raises:
@@ -63,6 +63,6 @@ def load_trained(place: Path, *, best: bool = False) -> Trained:
         raise PmdError(f"{vocabulary} is not the vocabulary that {checkpoint} was trained with")
     model = Flava(config.model)
     load_weights(checkpoint, model)
-    return Trained(
+    return TrainedModel(
         checkpoint, config, model.to("cuda" if torch.cuda.is_available() else "cpu"), wordpiece
     )

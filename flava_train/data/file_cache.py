@@ -28,7 +28,7 @@ _STAMP_SECONDS = 24 * 3600.0
 _COPY = re.compile(r"[0-9a-f]{64}(\.\w+)?(\.part)?")
 """Names of copies, and of those being made."""
 
-PAUSES = (1.0, 10.0)
+RETRY_SECONDS = (1.0, 10.0)
 """Seconds before a file elsewhere, of which no answer came, is asked for again."""
 
 _Opened = TypeVar("_Opened")
@@ -36,7 +36,7 @@ _Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExpectedFile:
     """A file by its address and the sha256 of its content, as hex."""
 
     address: str
@@ -44,7 +44,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Files:
+class FileCache:
     """Where files lie on this machine.
 
     Args:
@@ -58,13 +58,13 @@ class Files:
     max_bytes: int = 200 << 30
     verify: bool = True
 
-    def fetch(self, wanted: Sequence[Wanted]) -> None:
+    def fetch(self, wanted: Sequence[ExpectedFile]) -> None:
         """Check or copy files before they are needed; other workers begin with other files."""
         begin = os.getpid() % max(1, len(wanted))
         for one in (*wanted[begin:], *wanted[:begin]):
             self.path(one)
 
-    def path(self, wanted: Wanted) -> Path:
+    def path(self, wanted: ExpectedFile) -> Path:
         """Where the file lies. A copy may give way to others at any time: open it at once.
 
         Raises:
@@ -82,7 +82,7 @@ class Files:
             )
         return self._copy(filesystem, place, wanted, self.cache)
 
-    def open(self, wanted: Wanted, opener: Callable[[Path], _Opened]) -> _Opened:
+    def open(self, wanted: ExpectedFile, opener: Callable[[Path], _Opened]) -> _Opened:
         """What `opener` makes of the path of the file.
 
         Raises:
@@ -101,7 +101,7 @@ class Files:
         raise _too_small(self)
 
     def _copy(
-        self, filesystem: fsspec.AbstractFileSystem, place: str, wanted: Wanted, cache: Path
+        self, filesystem: fsspec.AbstractFileSystem, place: str, wanted: ExpectedFile, cache: Path
     ) -> Path:
         target = cache / (wanted.sha256 + Path(place).suffix)
         part = target.with_name(f"{target.name}.part")
@@ -143,7 +143,7 @@ class Files:
             raise _too_small(self)
 
 
-def _check(path: Path, wanted: Wanted) -> None:
+def _check(path: Path, wanted: ExpectedFile) -> None:
     """Compare the content with its sha256, unless a process of this machine did so lately."""
     try:
         stat = path.stat()
@@ -248,7 +248,7 @@ class _Unanswered(PmdError):
 
 def _patiently(address: str, ask: Callable[[], _Found]) -> _Found:
     """What `ask` finds at the address, at the last attempt if not before."""
-    for pause in PAUSES:
+    for pause in RETRY_SECONDS:
         with suppress(_Unanswered), _reading(address):
             return ask()
         time.sleep(pause)
@@ -291,7 +291,7 @@ def _changed(address: str) -> PmdError:
     )
 
 
-def _too_small(files: Files) -> PmdError:
+def _too_small(files: FileCache) -> PmdError:
     return PmdError(
         f"a cache of {files.max_bytes / 2**30:.3g} GiB does not hold the shards in use: raise "
         "data.cache_gib, or lower data.window_shards"

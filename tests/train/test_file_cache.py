@@ -9,8 +9,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from flava_train.data import files as room
-from flava_train.data.files import Files, Wanted
+from flava_train.data import file_cache
+from flava_train.data.file_cache import ExpectedFile, FileCache
 from pmd_pipeline.contract import files as contract_files
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import located
@@ -44,14 +44,14 @@ def far():
     def put(name, content):
         with fsspec.open(f"{folder}/{name}", "wb") as file:
             file.write(content)
-        return Wanted(f"{folder}/{name}", hashlib.sha256(content).hexdigest())
+        return ExpectedFile(f"{folder}/{name}", hashlib.sha256(content).hexdigest())
 
     return put
 
 
 def near(path, content):
     path.write_bytes(content)
-    return Wanted(str(path), hashlib.sha256(content).hexdigest())
+    return ExpectedFile(str(path), hashlib.sha256(content).hexdigest())
 
 
 def copies(cache):
@@ -65,8 +65,8 @@ def read(files, wanted):
 def test_a_file_of_this_machine_is_read_in_place(tmp_path):
     wanted = near(tmp_path / "a.tar", b"content")
 
-    assert Files().path(wanted) == tmp_path / "a.tar"
-    assert read(Files(tmp_path / "cache"), wanted) == b"content"
+    assert FileCache().path(wanted) == tmp_path / "a.tar"
+    assert read(FileCache(tmp_path / "cache"), wanted) == b"content"
     assert not (tmp_path / "cache").exists()
 
 
@@ -75,32 +75,32 @@ def test_a_changed_file_is_refused_by_name(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"contenu")
 
     with pytest.raises(PmdError, match=r"a\.tar is not the file that the manifest names"):
-        Files().path(wanted)
-    assert Files(verify=False).path(wanted) == tmp_path / "a.tar"
+        FileCache().path(wanted)
+    assert FileCache(verify=False).path(wanted) == tmp_path / "a.tar"
 
 
 def test_a_file_that_changes_after_its_check_is_checked_again(tmp_path):
     wanted = near(tmp_path / "a.tar", b"content")
-    Files().path(wanted)
+    FileCache().path(wanted)
     (tmp_path / "a.tar").write_bytes(b"contenu")
     os.utime(tmp_path / "a.tar", ns=(1, 1))  # written a moment later, as every change is
 
     with pytest.raises(PmdError, match="sha256 differs"):
-        Files().path(wanted)
+        FileCache().path(wanted)
 
 
 def test_a_machine_checks_a_file_once_a_day(tmp_path, monkeypatch):
     wanted = near(tmp_path / "a.tar", b"content")
     read_times = []
-    digest = room._digest
-    monkeypatch.setattr(room, "_digest", lambda file: read_times.append(1) or digest(file))
+    digest = file_cache._digest
+    monkeypatch.setattr(file_cache, "_digest", lambda file: read_times.append(1) or digest(file))
 
     for _ in range(3):
-        Files().path(wanted)
+        FileCache().path(wanted)
     assert len(read_times) == 1
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
-    Files().path(wanted)
+    FileCache().path(wanted)
     assert len(read_times) == 2
 
 
@@ -108,51 +108,51 @@ def test_without_a_place_for_stamps_every_process_checks(tmp_path, monkeypatch):
     (tmp_path / "home").write_bytes(b"a file where the folder should be")
     wanted = near(tmp_path / "a.tar", b"content")
 
-    assert Files().path(wanted) == tmp_path / "a.tar"
+    assert FileCache().path(wanted) == tmp_path / "a.tar"
     (tmp_path / "a.tar").write_bytes(b"contenu")
     with pytest.raises(PmdError, match="sha256 differs"):
-        Files().path(wanted)
+        FileCache().path(wanted)
 
 
 def test_a_missing_file_is_one_sentence(tmp_path):
-    wanted = Wanted(str(tmp_path / "a.tar"), "0" * 64)
+    wanted = ExpectedFile(str(tmp_path / "a.tar"), "0" * 64)
 
     with pytest.raises(PmdError, match="No such file"):
-        read(Files(), wanted)
+        read(FileCache(), wanted)
     with pytest.raises(PmdError, match="is missing"):
-        read(Files(verify=False), wanted)
+        read(FileCache(verify=False), wanted)
 
 
 def test_a_far_file_is_copied_once(tmp_path, far, monkeypatch):
     wanted = far("a.tar", b"far away")
-    files = Files(tmp_path / "cache")
+    files = FileCache(tmp_path / "cache")
 
     assert read(files, wanted) == b"far away"
-    monkeypatch.setattr(room, "_copied", None)  # a second copy would fail
+    monkeypatch.setattr(file_cache, "_copied", None)  # a second copy would fail
     assert read(files, wanted) == b"far away"
     assert files.path(wanted).suffix == ".tar"
 
 
 def test_a_far_file_needs_a_cache(far):
     with pytest.raises(PmdError, match=r"set data\.cache"):
-        Files().path(far("a.tar", b"far away"))
+        FileCache().path(far("a.tar", b"far away"))
 
 
 def test_a_changed_far_file_is_refused_and_not_kept(tmp_path, far):
-    wanted = Wanted(far("a.tar", b"far away").address, "0" * 64)
+    wanted = ExpectedFile(far("a.tar", b"far away").address, "0" * 64)
 
     with pytest.raises(PmdError, match=r"a\.tar is not the file"):
-        Files(tmp_path / "cache").path(wanted)
+        FileCache(tmp_path / "cache").path(wanted)
     assert copies(tmp_path / "cache") == []
 
 
 def test_a_missing_far_file_is_one_sentence(tmp_path):
     with pytest.raises(PmdError, match="no such file"):
-        Files(tmp_path / "cache").path(Wanted("memory://nowhere/a.tar", "0" * 64))
+        FileCache(tmp_path / "cache").path(ExpectedFile("memory://nowhere/a.tar", "0" * 64))
 
 
 def test_the_cache_keeps_what_was_used_last_within_its_bound(tmp_path, far):
-    files = Files(tmp_path / "cache", max_bytes=35)
+    files = FileCache(tmp_path / "cache", max_bytes=35)
     wanted = [far(f"{n}.tar", bytes([n]) * 10) for n in range(5)]
 
     used = [0, 1, 2, 0, 3, 0, 4]
@@ -170,7 +170,7 @@ def test_room_is_made_of_copies_alone(tmp_path, far):
     cache.mkdir()
     (cache / "thesis.tex").write_bytes(bytes(1000))
     (cache / "deadbeef.tar").write_bytes(bytes(1000))
-    files = Files(cache, max_bytes=100)
+    files = FileCache(cache, max_bytes=100)
 
     for number in range(4):
         assert read(files, far(f"{number}.tar", bytes([number]) * 60)) == bytes([number]) * 60
@@ -188,7 +188,7 @@ def test_a_size_that_nobody_can_tell_is_one_sentence(tmp_path):
 
 
 def test_use_is_what_keeps_a_copy(tmp_path, far):
-    files = Files(tmp_path / "cache", max_bytes=25)
+    files = FileCache(tmp_path / "cache", max_bytes=25)
     first, second, third = (far(f"{n}.tar", bytes([n]) * 10) for n in range(3))
     for one in (first, second):
         os.utime(files.path(one), ns=(1, 1))
@@ -201,7 +201,7 @@ def test_use_is_what_keeps_a_copy(tmp_path, far):
 
 def test_a_file_larger_than_the_cache_is_refused(tmp_path, far):
     with pytest.raises(PmdError, match=r"raise data\.cache_gib"):
-        Files(tmp_path / "cache", max_bytes=5).path(far("a.tar", b"far away"))
+        FileCache(tmp_path / "cache", max_bytes=5).path(far("a.tar", b"far away"))
     assert all(path.stat().st_size == 0 for path in copies(tmp_path / "cache"))
 
 
@@ -212,7 +212,7 @@ def test_what_a_killed_process_began_gives_way(tmp_path, far):
     wanted = far("a.tar", b"far away")
     (cache / f"{wanted.sha256}.tar.part").write_bytes(b"far")
 
-    assert read(Files(cache, max_bytes=30), wanted) == b"far away"
+    assert read(FileCache(cache, max_bytes=30), wanted) == b"far away"
     assert len(copies(cache)) == 1
 
 
@@ -234,14 +234,14 @@ def test_a_copy_in_the_making_is_left_alone(tmp_path, far):
     with holder:
         holder.stdout.readline()
         with pytest.raises(PmdError, match="does not hold"):
-            Files(cache, max_bytes=30).path(far("a.tar", b"far away"))
+            FileCache(cache, max_bytes=30).path(far("a.tar", b"far away"))
         holder.communicate()
 
-    assert read(Files(cache, max_bytes=30), far("a.tar", b"far away")) == b"far away"
+    assert read(FileCache(cache, max_bytes=30), far("a.tar", b"far away")) == b"far away"
 
 
 def test_a_copy_that_gives_way_while_it_is_opened_is_made_again(tmp_path, far):
-    files = Files(tmp_path / "cache")
+    files = FileCache(tmp_path / "cache")
     wanted = far("a.tar", b"far away")
     gone = []
 
@@ -256,7 +256,7 @@ def test_a_copy_that_gives_way_while_it_is_opened_is_made_again(tmp_path, far):
 def test_files_are_fetched_before_they_are_needed(tmp_path, far):
     wanted = [far(f"{n}.tar", bytes([n])) for n in range(3)]
 
-    Files(tmp_path / "cache").fetch(wanted)
+    FileCache(tmp_path / "cache").fetch(wanted)
 
     assert len(copies(tmp_path / "cache")) == 3
 
@@ -277,7 +277,7 @@ def test_shards_lie_where_the_manifest_says(manifest, path, address):
 
 def test_an_address_of_no_known_kind_is_one_sentence():
     with pytest.raises(PmdError, match="cannot use the address"):
-        Files().path(Wanted("nothing://a", "0" * 64))
+        FileCache().path(ExpectedFile("nothing://a", "0" * 64))
 
 
 class LibraryError(Exception):
@@ -312,8 +312,8 @@ def test_a_copy_is_tried_again_before_it_is_given_up(tmp_path, far, failing, pau
     wanted = far("a.tar", b"far away")
     failing(method, 2, error)
 
-    assert read(Files(tmp_path / "cache"), wanted) == b"far away"
-    assert pauses == list(room.PAUSES)
+    assert read(FileCache(tmp_path / "cache"), wanted) == b"far away"
+    assert pauses == list(file_cache.RETRY_SECONDS)
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -322,7 +322,7 @@ def test_whatever_a_library_raises_is_one_sentence(tmp_path, far, failing, error
     calls = failing("open", 99, error)
 
     with pytest.raises(PmdError, match=r"cannot read memory://.*a\.tar: .*reset by peer"):
-        read(Files(tmp_path / "cache"), wanted)
+        read(FileCache(tmp_path / "cache"), wanted)
     assert len(calls) == 3
     failing("open", 1, error)
     with pytest.raises(PmdError, match="reset by peer"):
@@ -344,7 +344,7 @@ def test_a_library_may_fail_before_it_is_asked(monkeypatch):
 
 def test_a_missing_far_file_is_not_waited_for(tmp_path, pauses):
     with pytest.raises(PmdError, match="no such file"):
-        Files(tmp_path / "cache").path(Wanted("memory://nowhere/a.tar", "0" * 64))
+        FileCache(tmp_path / "cache").path(ExpectedFile("memory://nowhere/a.tar", "0" * 64))
     assert pauses == []
 
 
@@ -353,12 +353,12 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, far, monkeypat
     (tmp_path / "file").write_bytes(b"")
 
     with pytest.raises(PmdError, match=r"cannot write to data\.cache = .*file: .*; make room"):
-        Files(tmp_path / "file").path(wanted)
+        FileCache(tmp_path / "file").path(wanted)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(PmdError, match=r"cannot write to data\.cache = .*cache: No space left"):
-        Files(tmp_path / "cache").path(wanted)
+        FileCache(tmp_path / "cache").path(wanted)
     assert pauses == []

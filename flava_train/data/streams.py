@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from flava_train.data.corpus import Corpus, Place
-from flava_train.data.files import Files
-from flava_train.data.needs import DataNeeds, Shares
-from flava_train.data.order import STREAMS, Order
-from flava_train.data.shards import load_complete_manifest
+from flava_train.data.config import DataConfig
+from flava_train.data.file_cache import FileCache
+from flava_train.data.manifests import load_complete_manifest
+from flava_train.data.needs import DataNeeds, StreamShares
+from flava_train.data.order import STREAMS, SampleOrder
+from flava_train.data.shard_stream import ShardLocation, ShardStream
 from flava_train.data.wordpiece import WordPiece, load_wordpiece
 from flava_train.model.flava import FlavaConfig
 from pmd_pipeline.contract.errors import PmdError
@@ -19,49 +20,7 @@ _KINDS = {"pairs": "pairs", "images": "images", "texts": "text"}
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where the data is, and how it is read.
-
-    Args:
-        pairs: manifest of pairs; a path, or an address such as `s3://pmd/manifests/pmd.json`.
-        images: manifest of images without captions.
-        texts: manifests of texts; more than one are mixed as they are large.
-        tokenizer: a `vocab.txt`, a `tokenizer.json`, a folder with either, or an id on the hub.
-        revision: the commit on the hub.
-        caption_tokens: most tokens of a caption, `[CLS]` and `[SEP]` included.
-        text_tokens: the same of a text.
-        window_shards: about how many shards are read from at a time.
-        cache: folder for copies of shards that are not on this machine.
-        cache_gib: of all copies; the least recently used give way.
-        workers: processes that load, for each rank.
-        verify: compare the sha256 of each shard before it is used.
-        renormalise: where a stream has no manifest, share its steps among the others.
-    """
-
-    pairs: str | None = None
-    images: str | None = None
-    texts: tuple[str, ...] = ()
-    tokenizer: str = ""
-    revision: str | None = None
-    caption_tokens: int = 77
-    text_tokens: int = 512
-    window_shards: int = 16
-    cache: str | None = None
-    cache_gib: float = 200.0
-    workers: int = 2
-    verify: bool = True
-    renormalise: bool = False
-
-    def manifests(self, stream: str) -> tuple[str, ...]:
-        """Addresses of a stream's manifests."""
-        if stream == "texts":
-            return self.texts
-        address = self.pairs if stream == "pairs" else self.images
-        return (address,) if address else ()
-
-
-@dataclass(frozen=True)
-class Inputs:
+class DataStreams:
     """All that is given, found to fit.
 
     Args:
@@ -71,22 +30,22 @@ class Inputs:
         digests: the versions of all data: of the manifests, by stream, and of the tokenizer.
     """
 
-    shares: Shares
+    shares: StreamShares
     wordpiece: WordPiece
-    corpora: dict[str, Corpus]
+    corpora: dict[str, ShardStream]
     digests: dict[str, str]
 
 
-def open_inputs(
+def open_streams(
     config: DataConfig, needs: DataNeeds, model: FlavaConfig, *, seed: int, batch: int
-) -> Inputs:
+) -> DataStreams:
     """What `config` names; no shard is read yet.
 
     Raises:
         PmdError: data is missing, or does not fit the model or the objective.
     """
     shares = _shares(config, needs.shares)
-    digests, corpora = dict[str, str](), dict[str, Corpus]()
+    digests, corpora = dict[str, str](), dict[str, ShardStream]()
     for stream in STREAMS:
         if getattr(shares, stream):
             fits = model if stream in needs.codes else None
@@ -98,19 +57,21 @@ def open_inputs(
         )
     wordpiece = load_wordpiece(config.tokenizer, config.revision)  # last: the hub may be slow
     _check_text(config, model, wordpiece)
-    return Inputs(shares, wordpiece, corpora, digests | {"tokenizer": wordpiece.sha256})
+    return DataStreams(shares, wordpiece, corpora, digests | {"tokenizer": wordpiece.sha256})
 
 
-def _places(config: DataConfig, stream: str, model: FlavaConfig | None) -> tuple[list[Place], str]:
+def _places(
+    config: DataConfig, stream: str, model: FlavaConfig | None
+) -> tuple[list[ShardLocation], str]:
     """All shards of a stream, and the digest of its manifests."""
-    places: list[Place] = []
+    places: list[ShardLocation] = []
     digests = []
     for address in config.manifests(stream):
         manifest = load_complete_manifest(address)
         _check_manifest(address, manifest, stream, model)
         codes = manifest.codes if _has_codes(manifest) else None
         places += [
-            Place(address, entry, codes, captioned=stream == "pairs")
+            ShardLocation(address, entry, codes, captioned=stream == "pairs")
             for entry in manifest.shards
             if entry.pairs
         ]
@@ -119,28 +80,28 @@ def _places(config: DataConfig, stream: str, model: FlavaConfig | None) -> tuple
 
 
 def _corpus(
-    config: DataConfig, places: list[Place], stream: str, *, seed: int, batch: int
-) -> Corpus:
+    config: DataConfig, places: list[ShardLocation], stream: str, *, seed: int, batch: int
+) -> ShardStream:
     sizes = tuple(place.entry.pairs for place in places)
     if sum(sizes) < batch:
         raise PmdError(
             f"{' and '.join(config.manifests(stream))}: {sum(sizes):,} {stream} are fewer than "
             f"one batch of {batch:,}; lower `batch`"
         )
-    order = Order(sizes, batch, seed, STREAMS.index(stream), config.window_shards)
+    order = SampleOrder(sizes, batch, seed, STREAMS.index(stream), config.window_shards)
     away = [place for place in places if "://" in place.name and not is_local(place.name)]
     if away:
         num_bytes = sum(place.entry.num_bytes for place in away)
         _check_cache(config, away[0].name, num_bytes / order.windows * min(2, order.windows))
-    files = Files(
+    files = FileCache(
         Path(config.cache) if config.cache else None,
         int(config.cache_gib * 2**30),
         verify=config.verify,
     )
-    return Corpus(places, order, files)
+    return ShardStream(places, order, files)
 
 
-def _shares(config: DataConfig, wanted: Shares) -> Shares:
+def _shares(config: DataConfig, wanted: StreamShares) -> StreamShares:
     """The shares of the streams that there is data for."""
     shares = {stream: getattr(wanted, stream) for stream in STREAMS}
     for stream, share in shares.items():
@@ -155,7 +116,7 @@ def _shares(config: DataConfig, wanted: Shares) -> Shares:
     total = sum(shares.values())
     if not total:
         raise PmdError("no stream has both a share of the steps and a manifest: set data.pairs")
-    return Shares(**{stream: share / total for stream, share in shares.items()})
+    return StreamShares(**{stream: share / total for stream, share in shares.items()})
 
 
 def _check_text(config: DataConfig, model: FlavaConfig, wordpiece: WordPiece) -> None:
