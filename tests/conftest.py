@@ -9,3 +9,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("unit")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden-rewrite",
+        action="store_true",
+        help="write what tests/golden compare with anew (make golden)",
+    )
