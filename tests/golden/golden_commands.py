@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pmd_pipeline.sample import serve, write_world
+from pmd_pipeline.demo.world import serve, write_world
 
 MODULES = {"pmd": "pmd_pipeline.cli", "flava-train": "flava_train.cli"}
 """The module of each command; its `main` is what the installed command calls."""
