@@ -24,7 +24,7 @@ LAYERS = {
         ("dataset",),
         ("inspect",),
         ("publish",),
-        ("demo",),
+        ("api", "demo"),
         ("cli",),
     ],
     "flava_train": [
