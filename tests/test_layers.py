@@ -57,6 +57,7 @@ MAY_KNOW = {
         "build",
         "codes.shard",
         "dataset.probe",
+        "dataset.reader",
         "demo",
     },
     "cv2": {"images.decode", "build.part"},

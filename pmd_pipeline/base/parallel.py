@@ -278,6 +278,7 @@ class _Ray:
             {"address": self._address}
             if self._address
             else {
+                "address": "local",  # else Ray joins whatever cluster it finds on the machine
                 "num_cpus": self._workers,
                 "include_dashboard": False,
                 "log_to_driver": False,

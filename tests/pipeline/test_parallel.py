@@ -184,3 +184,19 @@ def test_workers_die_with_a_driver_that_is_killed(tmp_path):
             break
         time.sleep(0.1)
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_another_cluster_on_the_machine_is_joined_on_demand_only(monkeypatch):
+    asked = []
+
+    def init(**options):
+        asked.append(options)
+        raise ValueError("no Ray in this test")
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("ray.init", init)
+
+    with open_pool("ray", None, None) as pool, pytest.raises(PmdError, match="no Ray in this test"):
+        _ = pool.workers
+
+    assert [options["address"] for options in asked] == ["local"]
