@@ -197,6 +197,6 @@ def test_another_cluster_on_the_machine_is_joined_on_demand_only(monkeypatch):
     monkeypatch.setattr("ray.init", init)
 
     with open_pool("ray", None, None) as pool, pytest.raises(PmdError, match="no Ray in this test"):
-        _ = pool.workers
+        list(pool.run(double, [1, 2, 3], ignore_progress))
 
     assert [options["address"] for options in asked] == ["local"]
