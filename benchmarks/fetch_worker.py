@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pmd_pipeline.base.parallel import ignore_progress, open_pool
 from pmd_pipeline.build.part import PartTask, build_part
-from pmd_pipeline.images.decode.processing import make_stored_image, open_image
+from pmd_pipeline.images.decode.decoder import open_image
+from pmd_pipeline.images.decode.stored_image import make_stored_image
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.recipe import Images, load_recipe
 

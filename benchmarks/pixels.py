@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 
 from pmd_pipeline.build.part import versions
-from pmd_pipeline.images.decode.processing import make_stored_image, open_image
+from pmd_pipeline.images.decode.decoder import open_image
+from pmd_pipeline.images.decode.stored_image import make_stored_image
 from pmd_pipeline.recipe import Images
 
 HERE = Path(__file__).parent
@@ -80,7 +81,7 @@ def our_seconds(folder: Path, rules: Images, name: str) -> float:
     }
     seconds = time.process_time() - started
     for path, one in made.items():
-        path.with_suffix(f".{name}").write_bytes(one.jpeg)
+        path.with_suffix(f".{name}").write_bytes(one.content)
     return seconds
 
 

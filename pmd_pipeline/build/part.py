@@ -33,9 +33,9 @@ from pmd_pipeline.contract.paths import part_name
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.contract.schemas import LedgerRow, ledger_bytes
 from pmd_pipeline.images.decode.isolation import isolated_processor
-from pmd_pipeline.images.decode.processing import StoredImage
-from pmd_pipeline.images.decode.results import ImageProcessor, ImageResult, check_record
-from pmd_pipeline.images.fetch.client import FetchClient, Fetched, fetch_client
+from pmd_pipeline.images.decode.processor import ImageProcessor, ImageResult, check_record
+from pmd_pipeline.images.decode.stored_image import StoredImage
+from pmd_pipeline.images.fetch.client import FetchClient, FetchedImage, fetch_client
 from pmd_pipeline.images.local.archives import open_archive
 from pmd_pipeline.images.local.img2dataset import open_img2dataset
 from pmd_pipeline.index.records import IndexPart, IndexRecord, read_part
@@ -244,9 +244,9 @@ def _fetched(
     ):
         flow = FetchPipeline(
             loop=web.loop,
-            memory=web.memory,
+            memory=web.byte_budget,
             ask=_asker(task, records, web, readers),
-            make=lambda record, found: maker.outcome(record.key, found),
+            make=lambda record, found: maker.process(record.key, found),
             ahead=_AHEAD * recipe.fetch.concurrency if is_all_web else 2 * _READERS,
             per_host=web.per_host + 1,  # one waits, so that the host never does
             folder=folder,
@@ -258,7 +258,7 @@ def _fetched(
 
 def _asker(
     task: PartTask, records: Sequence[IndexRecord], web: FetchClient, readers: ThreadPoolExecutor
-) -> Callable[[IndexRecord], Coroutine[Any, Any, Fetched]]:
+) -> Callable[[IndexRecord], Coroutine[Any, Any, FetchedImage]]:
     """Looks for a record's image in all places, in order."""
     catalogues = dict(task.catalogues)
     shelves = {
@@ -269,14 +269,14 @@ def _asker(
         if place != WEB
     }
 
-    async def ask(record: IndexRecord) -> Fetched:
+    async def ask(record: IndexRecord) -> FetchedImage:
         for place in task.places:
             if place == WEB and record.url:
                 return await web.fetch(record.url)
             if place != WEB:
                 found = await web.loop.run_in_executor(readers, shelves[place], record)
                 if found is not None:
-                    web.memory.take(len(found.body))
+                    web.byte_budget.acquire(len(found.body))
                     return found
         raise RecordError("not_in_archive", "none of the places given has this image")
 
@@ -370,7 +370,7 @@ def _members(
     }
     if record.boxes:
         described["boxes"] = record.boxes
-    members = {"jpg": stored.jpeg, "json": canonical_json(described).encode()}
+    members = {"jpg": stored.content, "json": canonical_json(described).encode()}
     return members | {"txt": captions[0].encode()} if captions else members
 
 
@@ -378,7 +378,7 @@ def _told_waiting(
     report_progress: ReportProgress, rows: Sequence[LedgerRow], tally: _Tally, web: FetchClient
 ) -> None:
     """Tell that the part waits for the network, if it does."""
-    report_progress(_progress(len(rows), tally) | {"cut": int(web.is_cut())})
+    report_progress(_progress(len(rows), tally) | {"cut": int(web.is_offline())})
 
 
 def _progress(records: int, tally: _Tally) -> dict[str, int]:

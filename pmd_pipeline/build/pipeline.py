@@ -11,9 +11,9 @@ from typing import Any, Generic, TypeVar
 
 from pmd_pipeline.build.reorder_buffer import ReorderBuffer
 from pmd_pipeline.contract.errors import RecordError
-from pmd_pipeline.images.decode.results import ImageResult
+from pmd_pipeline.images.decode.processor import ImageResult
 from pmd_pipeline.images.fetch.byte_budget import ByteBudget
-from pmd_pipeline.images.fetch.client import Fetched
+from pmd_pipeline.images.fetch.client import FetchedImage
 
 _PILED = 32 << 20
 """Bytes of pictures that wait in memory for those before them."""
@@ -46,8 +46,8 @@ class FetchPipeline(Generic[_Item]):
 
     loop: asyncio.AbstractEventLoop
     memory: ByteBudget
-    ask: Callable[[_Item], Coroutine[Any, Any, Fetched]]
-    make: Callable[[_Item, Fetched | RecordError], ImageResult]
+    ask: Callable[[_Item], Coroutine[Any, Any, FetchedImage]]
+    make: Callable[[_Item, FetchedImage | RecordError], ImageResult]
     ahead: int
     per_host: int
     threads: int = 1
@@ -78,7 +78,7 @@ class FetchPipeline(Generic[_Item]):
                         asking.num_ended += 1
                         outcome = future.result()
                         pile.put(number, outcome)
-                        self.memory.give(_num_bytes(outcome))
+                        self.memory.release(_num_bytes(outcome))
                     yield item, pile.take(source)
             finally:
                 asyncio.run_coroutine_threadsafe(asking.stop(), self.loop).result()
@@ -115,7 +115,7 @@ class _Asking(Generic[_Item]):
         self._left = left
         self._pool = pool
         self._ended = ended
-        self._tasks: set[asyncio.Task[Fetched]] = set()
+        self._tasks: set[asyncio.Task[FetchedImage]] = set()
         self.num_ended = 0
         self._num_begun = 0
         self._num_asked = Counter[str | None]()
@@ -148,14 +148,14 @@ class _Asking(Generic[_Item]):
         self._tasks.add(task)
         task.add_done_callback(partial(self._end, work))
 
-    def _end(self, work: _Work[_Item], task: asyncio.Task[Fetched]) -> None:
+    def _end(self, work: _Work[_Item], task: asyncio.Task[FetchedImage]) -> None:
         self._tasks.discard(task)
         self._num_asked[work.host] -= 1
         if task.cancelled():
             return
         error = task.exception()
         found = error or task.result()
-        if isinstance(found, Fetched | RecordError):
+        if isinstance(found, FetchedImage | RecordError):
             making = self._pool.submit(self._flow.make, work.item, found)
             making.add_done_callback(partial(self._made, work.number, found))
         else:
@@ -168,17 +168,19 @@ class _Asking(Generic[_Item]):
             if not parked:
                 del self._parked[work.host]
 
-    def _made(self, number: int, found: Fetched | RecordError, making: Future[ImageResult]) -> None:
+    def _made(
+        self, number: int, found: FetchedImage | RecordError, making: Future[ImageResult]
+    ) -> None:
         """Pass an outcome on, from the thread that made it."""
         if making.cancelled():
             return
         memory = self._flow.memory
         if not making.exception():
-            memory.take(_num_bytes(making.result()))
+            memory.acquire(_num_bytes(making.result()))
         self._ended.put((number, making))
-        if isinstance(found, Fetched):
-            memory.give(len(found.body))
+        if isinstance(found, FetchedImage):
+            memory.release(len(found.body))
 
 
 def _num_bytes(outcome: ImageResult) -> int:
-    return len(outcome.image.jpeg) if outcome.image else 0
+    return len(outcome.image.content) if outcome.image else 0

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import IO, Self
 
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.images.decode.results import ImageResult
+from pmd_pipeline.images.decode.processor import ImageResult
 
 
 class ReorderBuffer:
@@ -49,11 +49,11 @@ class ReorderBuffer:
             PmdError: the disk is full.
         """
         picture = outcome.image
-        if picture and self._held + len(picture.jpeg) > self._limit:
-            self._places[number] = self._written(picture.jpeg)
-            outcome = replace(outcome, image=replace(picture, jpeg=b""))
+        if picture and self._held + len(picture.content) > self._limit:
+            self._places[number] = self._written(picture.content)
+            outcome = replace(outcome, image=replace(picture, content=b""))
         elif picture:
-            self._held += len(picture.jpeg)
+            self._held += len(picture.content)
         self._outcomes[number] = outcome
 
     def take(self, number: int) -> ImageResult:
@@ -64,9 +64,9 @@ class ReorderBuffer:
         if not self._left[number]:
             del self._outcomes[number]
             if outcome.image and not self._places.pop(number, None):
-                self._held -= len(outcome.image.jpeg)
+                self._held -= len(outcome.image.content)
         if place and outcome.image:
-            outcome = replace(outcome, image=replace(outcome.image, jpeg=self._read(*place)))
+            outcome = replace(outcome, image=replace(outcome.image, content=self._read(*place)))
         return outcome
 
     def _written(self, content: bytes) -> tuple[int, int]:

@@ -17,8 +17,8 @@ from pmd_pipeline.build.optout import REASON, OptOut
 from pmd_pipeline.contract.files import join, open_read, read_bytes, sha256_of
 from pmd_pipeline.contract.models import Report
 from pmd_pipeline.contract.reasons import Status
-from pmd_pipeline.images.decode.processing import StoredImage
-from pmd_pipeline.images.decode.results import ImageResult
+from pmd_pipeline.images.decode.processor import ImageResult
+from pmd_pipeline.images.decode.stored_image import StoredImage
 from pmd_pipeline.index.records import IndexPart, IndexRecord
 
 LICENCE = "licence"

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+
+Pixels: TypeAlias = NDArray[np.uint8]
+"""Pixels of an image: uint8 [height, width, 3], RGB."""
 
 FormatName: TypeAlias = Literal["jpeg", "webp"]
 

@@ -26,9 +26,9 @@ from pmd_pipeline.contract.models import Manifest, Report
 from pmd_pipeline.contract.reasons import FAILURE_REASONS
 from pmd_pipeline.contract.suggestions import suggestion
 from pmd_pipeline.dataset.manifest import merge_manifests, repeated_pictures, source_manifest
-from pmd_pipeline.images.local.archives import open_archive, stamp
-from pmd_pipeline.images.local.imagenet import check_images, laid_out
-from pmd_pipeline.images.local.img2dataset import catalogue, is_img2dataset
+from pmd_pipeline.images.local.archives import archive_stamp, open_archive
+from pmd_pipeline.images.local.imagenet import check_images, list_images
+from pmd_pipeline.images.local.img2dataset import build_catalogue, is_img2dataset
 from pmd_pipeline.index.build import Index, build_index
 from pmd_pipeline.recipe import Recipe, load_recipe
 from pmd_pipeline.sources.upstream import download as annotations
@@ -282,7 +282,7 @@ def _download(order: SourceBuild, reporter: Reporter) -> None:
 def _with_images(order: SourceBuild, pool: Pool, reporter: Reporter) -> SourceBuild:
     """The order with a list of its images as what the index reads, and where they are now."""
     with reporter.stage(f"{order.recipe.source} images", "rows") as stage:
-        raw, place = laid_out(order.raw, join(order.index, "images"), pool, stage.update)
+        raw, place = list_images(order.raw, join(order.index, "images"), pool, stage.update)
     return replace(order, raw=raw, places=(place,))
 
 
@@ -290,7 +290,7 @@ def _tasks(
     order: SourceBuild, index: Index, catalogues: tuple[tuple[str, str], ...]
 ) -> Iterator[PartTask]:
     """The parts to build; with a limit, the first ones, the last of them in part."""
-    stamps = [place if place == WEB else stamp(place) for place in order.places]
+    stamps = [place if place == WEB else archive_stamp(place) for place in order.places]
     left = order.limit
     for part in index.parts:
         if left is not None and left <= 0:
@@ -362,5 +362,5 @@ def _catalogues(order: SourceBuild, pool: Pool) -> Iterator[tuple[str, str]]:
     for number, place in enumerate(order.places):
         if place != WEB and is_img2dataset(place):
             folder = join(order.index, f"img2dataset-{number}")
-            catalogue(place, folder, pool)
+            build_catalogue(place, folder, pool)
             yield place, folder

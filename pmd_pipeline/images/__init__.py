@@ -1,1 +1,1 @@
-"""Images of records: fetched over HTTP or read from local archives, then decoded and resized."""
+"""Images of records: fetched over HTTP, or read from local archives, then decoded and encoded."""

@@ -34,7 +34,7 @@ INFO = Info(
 def read(span: Span) -> Iterator[Row | BadRow]:
     """Rows of one stretch of the list; the id is the file's name, equal in every layout."""
     for line in lines(span):
-        entry = json.loads(line)  # our own: see `shelves.imagenet`
+        entry = json.loads(line)  # our own: see `images/local/imagenet.py`
         path, name = text_at(entry, "file"), text_at(entry, "id")
         if path is None or name is None:
             yield BadRow(text_at(entry, "bad") or "the line has no file")

@@ -1,7 +1,7 @@
 """What every test of the pipeline does without: proxies, and clients of the test before."""
 
 import pytest
-from hosts import CLIENTS
+from fake_host import CLIENTS
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hosts import Host, answer, by_path
+from fake_host import FakeHost, by_path, response
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,7 +27,7 @@ from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import Report
 from pmd_pipeline.dataset import build as dataset
 from pmd_pipeline.dataset.build import SourceBuild
-from pmd_pipeline.images.fetch import rate_limiter as hosts_room
+from pmd_pipeline.images.fetch import rate_limiter
 from pmd_pipeline.index.records import IndexPart, IndexRecord
 from pmd_pipeline.recipe import load_recipe
 
@@ -197,9 +197,9 @@ def dawdling(tmp_path):
     def late(head):
         pause.wait(dice.uniform(0, 0.02))
         body = bodies.get(head.split(" ")[1])
-        return answer(404) if body is None else answer(body=body)
+        return response(404) if body is None else response(body=body)
 
-    with Host(late) as host:
+    with FakeHost(late) as host:
         yield host
 
 
@@ -250,12 +250,12 @@ def test_a_part_tells_that_the_network_is_cut_and_goes_on_when_it_is_mended(tmp_
         return lead("127.0.0.1", None, **keywords)
 
     monkeypatch.setattr(socket, "getaddrinfo", cut)
-    monkeypatch.setattr(hosts_room, "_PAUSE", 0.3)
+    monkeypatch.setattr(rate_limiter, "_FIRST_OFFLINE_SECONDS", 0.3)
     monkeypatch.setattr(flow, "_IDLE", 0.05)
     body = (write_pictures(tmp_path / "there", ["1.jpg"]) / "1.jpg").read_bytes()
     rows = [(f"picture {n}", f"http://{n}.example/1.jpg") for n in range(20)]
     write_rows(tmp_path / "raw", rows)
-    with Host(by_path({"/robots.txt": answer(404), "/1.jpg": answer(body=body)})) as host:
+    with FakeHost(by_path({"/robots.txt": response(404), "/1.jpg": response(body=body)})) as host:
         fetch = {"connect_to": {"*": f"http://somewhere.example:{host.port}"}, "concurrency": 4}
         order = toy_order(tmp_path, toy_recipe(fetch=fetch), pictures=tmp_path)
         monkeypatch.setattr(dataset, "build_part", lambda task, _: build_part(task, ticks.append))
@@ -272,7 +272,7 @@ def test_an_address_that_several_records_share_is_asked_once(tmp_path):
     body = (write_pictures(tmp_path / "there", ["1.jpg"]) / "1.jpg").read_bytes()
     names = ["1.jpg", "1.jpg#a", "1.jpg#b"]
     records = [record(f"{n:016x}", f"http://a.test/{name}") for n, name in enumerate(names)]
-    with Host(by_path({"/robots.txt": answer(404), "/1.jpg": answer(body=body)})) as host:
+    with FakeHost(by_path({"/robots.txt": response(404), "/1.jpg": response(body=body)})) as host:
         recipe = toy_recipe(fetch={"connect_to": {"*": host.origin}})
         task = PartTask(recipe, "", None, None, str(tmp_path), (WEB,), (), "")
         task = replace(task, part=IndexPart.model_construct(part=0))
@@ -280,7 +280,7 @@ def test_an_address_that_several_records_share_is_asked_once(tmp_path):
         outcomes = [outcome for _, outcome in _fetched(task, records, lambda _: None)]
 
     assert host.paths == ["/robots.txt", "/1.jpg"]
-    assert [outcome.image.jpeg for outcome in outcomes] == [body] * 3
+    assert [outcome.image.content for outcome in outcomes] == [body] * 3
 
 
 def record(key, url):

@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hosts import served
+from fake_host import serve_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
@@ -59,7 +59,7 @@ def web(tmp_path_factory):
     folder = tmp_path_factory.mktemp("web")
     write_pictures(folder, [f"{number}.jpg" for number in range(PICTURES - 2)])
 
-    with served(folder) as origin:
+    with serve_folder(folder) as origin:
         yield origin.removeprefix("http://")
 
 

@@ -13,10 +13,10 @@ from pmd_pipeline.build import reorder_buffer as piles
 from pmd_pipeline.build.pipeline import FetchPipeline
 from pmd_pipeline.build.reorder_buffer import ReorderBuffer
 from pmd_pipeline.contract.errors import PmdError, RecordError
-from pmd_pipeline.images.decode.processing import StoredImage
-from pmd_pipeline.images.decode.results import ImageResult
+from pmd_pipeline.images.decode.processor import ImageResult
+from pmd_pipeline.images.decode.stored_image import StoredImage
 from pmd_pipeline.images.fetch.byte_budget import ByteBudget
-from pmd_pipeline.images.fetch.client import Fetched
+from pmd_pipeline.images.fetch.client import FetchedImage
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def flow_of(loop, ask, **changes):
 
     async def asked(item):
         found = await ask(item)
-        memory.take(len(found.body))
+        memory.acquire(len(found.body))
         return found
 
     return FetchPipeline(loop, memory, asked, drawn, **{"ahead": 20, "per_host": 2, **changes})
@@ -75,7 +75,7 @@ def test_outcomes_come_in_order_and_no_host_is_asked_by_more_than_it_may(
         now["all"] -= 1
         if number % 5 == 4:
             raise RecordError("http_404", "")
-        return Fetched(b"%d" % number)
+        return FetchedImage(b"%d" % number)
 
     flow = flow_of(loop, ask, ahead=ahead, per_host=per_host)
     items = list(enumerate(hosts))
@@ -87,7 +87,7 @@ def test_outcomes_come_in_order_and_no_host_is_asked_by_more_than_it_may(
         if number % 5 == 4:
             assert outcome.reason == "http_404"
         else:
-            assert outcome.image.jpeg == b"%d" % number
+            assert outcome.image.content == b"%d" % number
     assert most["all"] <= ahead
     assert all(most[host] <= per_host for host in "abc")
     assert flow.memory.used == 0
@@ -103,7 +103,7 @@ def test_a_host_that_stalls_does_not_stall_the_others(loop):
             done.append(item)
             if len(done) == 8:
                 others.set()
-        return Fetched(b"")
+        return FetchedImage(b"")
 
     items = list(enumerate(["slow"] * 8 + list(range(8))))
     flow = flow_of(loop, ask, ahead=4)
@@ -118,13 +118,13 @@ def test_what_several_items_share_is_asked_for_once(loop):
 
     async def ask(item):
         asked.append(item)
-        return Fetched(item.encode())
+        return FetchedImage(item.encode())
 
     items = ["a", "b", "a", "c", "a", "b"]
 
     outcomes = list(flow_of(loop, ask).outcomes(items, no_host, str))
 
-    assert [outcome.image.jpeg.decode() for _, outcome in outcomes] == items
+    assert [outcome.image.content.decode() for _, outcome in outcomes] == items
     assert sorted(asked) == ["a", "b", "c"]
 
 
@@ -139,20 +139,20 @@ def test_one_that_is_slow_keeps_nobody_waiting_and_takes_no_memory(loop, monkeyp
             done.append(number)
             if len(done) == 199:
                 others.set()
-        return Fetched(b"%100d" % number)
+        return FetchedImage(b"%100d" % number)
 
     put = ReorderBuffer.put
 
     def watched(pile, number, outcome):
         put(pile, number, outcome)
-        held.append(sum(len(one.image.jpeg) for one in pile._outcomes.values()))
+        held.append(sum(len(one.image.content) for one in pile._outcomes.values()))
 
     monkeypatch.setattr(ReorderBuffer, "put", watched)
     flow = flow_of(loop, ask, ahead=10, folder=str(tmp_path))
 
     outcomes = list(flow.outcomes(range(200), no_host, int))
 
-    assert [int(outcome.image.jpeg) for _, outcome in outcomes] == list(range(200))
+    assert [int(outcome.image.content) for _, outcome in outcomes] == list(range(200))
     assert max(held) == 1000
 
 
@@ -167,7 +167,7 @@ def test_an_error_that_is_no_records_flies(loop, error):
 
 def test_an_error_in_making_flies(loop):
     async def ask(item):
-        return Fetched(b"")
+        return FetchedImage(b"")
 
     def make(_item, found):
         raise ZeroDivisionError
@@ -184,7 +184,7 @@ def test_who_stops_listening_stops_the_asking(loop):
     async def ask(item):
         asked.append(item)
         await asyncio.sleep(0)
-        return Fetched(b"")
+        return FetchedImage(b"")
 
     outcomes = flow_of(loop, ask, ahead=5).outcomes(range(10_000), no_host, int)
     next(outcomes)
@@ -212,7 +212,7 @@ def test_a_pile_gives_back_what_was_put(sizes, limit, seed):
             pile.put(number, ImageResult(StoredImage(content, 1, 1, 1, 1)))
             assert pile._held <= limit
         for number in takes:
-            assert pile.take(number).image.jpeg == contents[number]
+            assert pile.take(number).image.content == contents[number]
 
         assert not pile._outcomes
         assert pile._held == 0

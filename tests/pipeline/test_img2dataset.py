@@ -12,7 +12,7 @@ import pytest
 
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.contract.errors import PmdError, RecordError
-from pmd_pipeline.images.local.img2dataset import catalogue, is_img2dataset, open_img2dataset
+from pmd_pipeline.images.local.img2dataset import build_catalogue, is_img2dataset, open_img2dataset
 from pmd_pipeline.index.records import IndexRecord
 
 COLUMNS = (
@@ -77,7 +77,7 @@ def write_shard(place, shard, rows, samples=None, image="jpg"):
 def opened(place, records, folder=None):
     catalogues = str(folder or place.parent / "catalogue")
     with open_pool("local", 1, None) as pool:
-        catalogue(str(place), catalogues, pool)
+        build_catalogue(str(place), catalogues, pool)
     return open_img2dataset(catalogues, records)
 
 
@@ -322,7 +322,7 @@ def test_shards_are_found_from_any_folder(place, tmp_path, monkeypatch):
     write_shard(place, 0, [row(1, "000000000")])
     monkeypatch.chdir(tmp_path)
     with open_pool("local", 1, None) as pool:
-        catalogue("shards", "catalogue", pool)
+        build_catalogue("shards", "catalogue", pool)
 
     monkeypatch.chdir("/")
 

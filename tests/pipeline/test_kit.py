@@ -22,7 +22,7 @@ from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.contract.models import FileDigest
-from pmd_pipeline.images.decode import processing as making
+from pmd_pipeline.images.decode import stored_image
 from pmd_pipeline.inspect.verify.dataset import verify
 from pmd_pipeline.publish.lockfile import lock as locking
 from pmd_pipeline.publish.lockfile import restore_part as restore
@@ -469,8 +469,10 @@ def test_another_version_of_a_library_is_told(kit, pictures, tmp_path, monkeypat
 def test_pictures_stored_otherwise_are_counted_and_get_no_codes(
     kit, pictures, tmp_path, monkeypatch
 ):
-    encode = making.jpeg
-    monkeypatch.setattr(making, "jpeg", lambda pixels, quality: encode(pixels, quality - 10))
+    encode = stored_image.encode_jpeg
+    monkeypatch.setattr(
+        stored_image, "encode_jpeg", lambda pixels, quality: encode(pixels, quality - 10)
+    )
 
     made = rebuilt(kit, tmp_path / "again", pictures)
 

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hosts import served
+from fake_host import serve_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from toy import QUIET, toy_recipe, write_pictures, write_rows
@@ -27,7 +27,7 @@ def probe(tmp_path):
     names = [f"{number}.jpg" for number in range(LIVE + DEAD)]
     write_pictures(tmp_path / "web", names[:LIVE])
     write_rows(tmp_path / "raw", [("two dogs", f"http://a.example/{name}") for name in names])
-    with served(tmp_path / "web") as origin:
+    with serve_folder(tmp_path / "web") as origin:
         recipe = toy_recipe(fetch={"connect_to": {"*": origin}, "retries": 0})
         yield recipe, str(tmp_path / "raw"), str(tmp_path / "data")
 

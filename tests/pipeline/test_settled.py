@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hosts import Host, answer, served
+from fake_host import FakeHost, response, serve_folder
 from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
 
 from pmd_pipeline import cli
@@ -34,7 +34,7 @@ class Web:
         self.folder, self.asked = folder, Counter()
 
     def __call__(self):
-        return served(self.folder, self.asked)
+        return serve_folder(self.folder, self.asked)
 
     def pictures(self):
         """What was asked for but for robots.txt; from now on counted anew."""
@@ -105,13 +105,17 @@ def test_asking_again_asks_only_for_what_failed_and_ends_as_a_fresh_build(tmp_pa
 def test_attempts_are_told_and_carried_over_and_no_digest_covers_them(tmp_path):
     body = (write_pictures(tmp_path / "web", ["1.jpg"]) / "1.jpg").read_bytes()
     write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}.jpg") for n in (1, 2, 3)])
-    answers = {"1": [answer(503), answer(body=body)], "2": [answer(500)] * 2, "3": [answer(404)]}
+    answers = {
+        "1": [response(503), response(body=body)],
+        "2": [response(500)] * 2,
+        "3": [response(404)],
+    }
 
     def talk(head):
         path = head.split(" ")[1]
-        return answer(404) if path == "/robots.txt" else answers[path[1]].pop(0)
+        return response(404) if path == "/robots.txt" else answers[path[1]].pop(0)
 
-    with Host(talk) as host:
+    with FakeHost(talk) as host:
         order = order_in(tmp_path, "once", host.origin)
         order = replace(order, recipe=with_retries(order.recipe, 1))
         toy_build(order)
@@ -121,11 +125,13 @@ def test_attempts_are_told_and_carried_over_and_no_digest_covers_them(tmp_path):
             [story] = find_traces(str(tmp_path / "once" / "data"), key, pool)
         assert "fetched: http://a.test/1.jpg, asked 2 times" in list(trace_lines(story))
 
-        answers["2"] = [answer(body=body)]
+        answers["2"] = [response(body=body)]
         again = toy_build(replace(order, again=frozenset({"http_5xx"})))
         assert asked_again(order) == {"1": 2}
 
-        answers.update({"1": [answer(body=body)], "2": [answer(body=body)], "3": [answer(404)]})
+        answers.update(
+            {"1": [response(body=body)], "2": [response(body=body)], "3": [response(404)]}
+        )
         fresh = order_in(tmp_path, "fresh", host.origin)
         assert toy_build(fresh).digest == again.digest
 
@@ -268,8 +274,8 @@ def test_a_part_that_could_not_be_made_anew_is_still_taken_over(
 
 
 def test_what_the_driver_holds_of_a_part_does_not_grow_with_its_records(tmp_path):
-    answers = iter([answer(503)] * 6)
-    with Host(lambda head: answer(404) if "robots" in head else next(answers)) as host:
+    answers = iter([response(503)] * 6)
+    with FakeHost(lambda head: response(404) if "robots" in head else next(answers)) as host:
         write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}.jpg") for n in range(3)])
         order = order_in(tmp_path, "once", host.origin)
         order = replace(order, recipe=with_retries(order.recipe, 1))

@@ -1,1 +1,1 @@
-"""Bytes become one checked picture, or there is a reason why not."""
+"""Fetched bytes to one checked, resized and encoded image, or a reason for its absence."""

@@ -1,4 +1,8 @@
-"""Pictures that kill whoever decodes them: who dies leaves a note, who comes next is careful."""
+"""Images that crash the decoder: detected by notes of crashed workers, decoded in subprocesses.
+
+A worker records the key of the image that it decodes. After a crash, the next worker of the part
+decodes that image in a subprocess.
+"""
 
 import mmap
 import multiprocessing
@@ -11,108 +15,109 @@ from pathlib import Path
 from uuid import uuid4
 
 from pmd_pipeline.contract.errors import RecordError
-from pmd_pipeline.images.decode.results import ImageProcessor, ImageResult
-from pmd_pipeline.images.fetch.client import Fetched
+from pmd_pipeline.images.decode.processor import ImageProcessor, ImageResult
+from pmd_pipeline.images.fetch.client import FetchedImage
 
-_TRIES = 3
-"""How often a picture must kill a process of its own, which too may be killed by chance."""
+_ATTEMPTS = 3
+"""Subprocesses that an image must crash to fail; a subprocess may also be killed by chance."""
 
 _KEY_BYTES = 16
-_NOBODY = b"-" * _KEY_BYTES
+_NO_KEY = b"-" * _KEY_BYTES
 
 
 @dataclass(frozen=True)
 class IsolatedProcessor:
-    """Makes pictures, those that somebody may have died of in a process of their own.
+    """An `ImageProcessor` that processes suspect images in subprocesses.
 
-    Dying once proves nothing: a kill or a full memory ends a process during one picture or another.
-    So a suspect is made again where it can do no harm, and the outcome is the same whoever died.
+    One crash proves nothing: a kill or a lack of memory may end a process during any image. So a
+    suspect is processed again in a subprocess, and the result does not depend on who crashed.
 
     Args:
-        maker: makes outcomes; by one thread at a time.
-        suspects: keys of records that were being made when somebody died.
+        processor: used by one thread at a time.
+        suspects: keys of the records that crashed workers were processing.
+        note: a file in memory, which ends with the key of the record in progress.
     """
 
-    maker: ImageProcessor
+    processor: ImageProcessor
     suspects: frozenset[str]
     note: mmap.mmap
 
-    def outcome(self, key: str, found: Fetched | RecordError) -> ImageResult:
-        """What becomes of the image of the record `key`."""
-        if isinstance(found, RecordError):
-            return self.maker.outcome(found)
+    def process(self, key: str, fetched: FetchedImage | RecordError) -> ImageResult:
+        """The result of a fetch for the record `key`."""
+        if isinstance(fetched, RecordError):
+            return self.processor.process(fetched)
         if key in self.suspects:
-            return self._outcome_apart(found)
+            return self._process_suspect(fetched)
         self.note[-_KEY_BYTES:] = key.encode("ascii")
-        outcome = self.maker.outcome(found)
-        self.note[-_KEY_BYTES:] = _NOBODY
-        return outcome
+        result = self.processor.process(fetched)
+        self.note[-_KEY_BYTES:] = _NO_KEY
+        return result
 
-    def _outcome_apart(self, found: Fetched) -> ImageResult:
-        for _ in range(_TRIES):
-            outcome = _made_apart(self.maker, found)
-            if outcome:
-                return outcome
-        return self.maker.failed(found, "crash", "a process died of decoding it")
+    def _process_suspect(self, fetched: FetchedImage) -> ImageResult:
+        for _ in range(_ATTEMPTS):
+            result = _result_of_subprocess(self.processor, fetched)
+            if result:
+                return result
+        return self.processor.failure(fetched, "crash", "a process died of decoding it")
 
 
 @contextmanager
 def isolated_processor(
-    maker: ImageProcessor, folder: str | None, name: str
+    processor: ImageProcessor, folder: str | None, name: str
 ) -> Iterator[IsolatedProcessor]:
-    """A maker that notes which record it is at, and knows the notes of those who died.
+    """A processor that writes a note of each record, and reads the notes of crashed workers.
 
-    The note is memory that the system writes to a file, whatever becomes of us; it is gone when the
-    context ends, however it ends.
+    The note is a memory map, so the system writes it to disk even if this process is killed. It is
+    deleted when the context ends.
 
     Args:
-        folder: for the notes; None takes the system's for temporary files.
-        name: of the part, no two of which share a folder and a name.
+        folder: of the notes; None takes the system's folder for temporary files.
+        name: of the part; unique within the folder.
     """
-    place = Path(folder or tempfile.gettempdir())
-    left = list(place.glob(f".{name}.*.note.tmp"))
-    suspects = _noted(left)
-    mine = place / f".{name}.{uuid4().hex}.note.tmp"
-    mine.write_bytes("".join(sorted(suspects)).encode() + _NOBODY)
+    notes = Path(folder or tempfile.gettempdir())
+    left_notes = list(notes.glob(f".{name}.*.note.tmp"))
+    suspects = _suspects(left_notes)
+    own_note = notes / f".{name}.{uuid4().hex}.note.tmp"
+    own_note.write_bytes("".join(sorted(suspects)).encode() + _NO_KEY)
     try:
-        with mine.open("r+b") as file, mmap.mmap(file.fileno(), 0) as note:
-            yield IsolatedProcessor(maker, suspects, note)
+        with own_note.open("r+b") as file, mmap.mmap(file.fileno(), 0) as note:
+            yield IsolatedProcessor(processor, suspects, note)
     finally:
-        for path in (mine, *left):
+        for path in (own_note, *left_notes):
             path.unlink(missing_ok=True)
 
 
-def _noted(notes: list[Path]) -> frozenset[str]:
-    found = set[str]()
+def _suspects(notes: list[Path]) -> frozenset[str]:
+    keys = set[str]()
     for path in notes:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            continue  # who wrote it has come to its end
-        found.update(
+            continue  # the worker that wrote it has finished
+        keys.update(
             content[start : start + _KEY_BYTES].decode("ascii", errors="replace")
             for start in range(0, len(content), _KEY_BYTES)
         )
-    return frozenset(found - {_NOBODY.decode()})
+    return frozenset(keys - {_NO_KEY.decode()})
 
 
-def _made_apart(maker: ImageProcessor, found: Fetched) -> ImageResult | None:
-    """What a process of its own makes of an image; None if it is killed."""
+def _result_of_subprocess(processor: ImageProcessor, fetched: FetchedImage) -> ImageResult | None:
+    """The result of a subprocess; None if it is killed."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_make, args=(maker, found, sender))
+    process = spawn.Process(target=_send_result, args=(processor, fetched, sender))
     process.start()
-    sender.close()  # so that its end is the end
+    sender.close()  # so that the pipe ends with the subprocess
     with receiver:
         try:
-            outcome: ImageResult | None = receiver.recv()
+            result: ImageResult | None = receiver.recv()
         except EOFError:
-            outcome = None
+            result = None
     process.join()
     if process.exitcode is not None and process.exitcode > 0:
-        return maker.outcome(found)  # a mistake of ours, which is to be seen here
-    return outcome
+        return processor.process(fetched)  # an exception of ours, which is raised again here
+    return result
 
 
-def _make(maker: ImageProcessor, found: Fetched, sender: Connection) -> None:
-    sender.send(maker.outcome(found))
+def _send_result(processor: ImageProcessor, fetched: FetchedImage, sender: Connection) -> None:
+    sender.send(processor.process(fetched))

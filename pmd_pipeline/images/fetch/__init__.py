@@ -1,1 +1,1 @@
-"""Addresses to bytes over HTTP: whom to ask, how often, and what the answer means."""
+"""HTTP client for images: rate limits, robots.txt, routes, and the meaning of responses."""

@@ -1,13 +1,13 @@
-"""Bytes that wait in memory, together no more than was agreed."""
+"""A budget of bytes in memory that several holders share."""
 
 import threading
 
 
 class ByteBudget:
-    """Bytes that all who hold some may hold together. Safe to use from any thread.
+    """Counts bytes in memory against a limit. Safe to use from any thread.
 
-    Taking is never refused, and nobody is told when there is room again: who can wait asks
-    `has_room` now and then. A message for each image would cost more than the images' bytes.
+    `acquire` never blocks or fails. A caller that can wait polls `has_room`: a notification for
+    each image would cost more time than polling.
 
     Args:
         limit: bytes.
@@ -19,14 +19,14 @@ class ByteBudget:
         self._lock = threading.Lock()
 
     def has_room(self, num_bytes: float) -> bool:
-        """Say whether so many bytes more are within the limit."""
+        """True if `num_bytes` more are within the limit."""
         return self.used + num_bytes <= self._limit
 
-    def take(self, num_bytes: int) -> None:
-        """Hold so many bytes more."""
+    def acquire(self, num_bytes: int) -> None:
+        """Add to the bytes in use."""
         with self._lock:
             self.used += num_bytes
 
-    def give(self, num_bytes: int) -> None:
-        """Hold so many bytes less."""
-        self.take(-num_bytes)
+    def release(self, num_bytes: int) -> None:
+        """Subtract from the bytes in use."""
+        self.acquire(-num_bytes)

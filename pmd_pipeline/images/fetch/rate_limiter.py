@@ -1,7 +1,7 @@
-"""How often each host may be asked, and when nobody can be.
+"""Rate limits of each host, and detection of a network outage.
 
-`Hosts` gets the time and the results of requests; it neither waits nor sends requests. Coroutines
-wait with `RateLimiter`.
+`HostQueues` is a state machine: it gets the time and the results of requests, and neither waits nor
+sends. `RateLimiter` lets coroutines wait for it.
 """
 
 import asyncio
@@ -14,43 +14,42 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
 
-LONGEST_WAIT = 60.0
-"""Seconds that an address waits for its host at a time; who wants longer is asked no more."""
+MAX_WAIT_SECONDS = 60.0
+"""Longest time that a request waits for its host; a host that asks for more is unavailable."""
 
-MOST_TROUBLES = 10
-"""Troubles in a row after which a host is left alone."""
+MAX_FAILURES = 10
+"""Failures in a row after which the circuit of a host opens."""
 
-MOST_RESTS = 6
-"""Rests in a row that addresses wait for, if the host has ever worked; then they fail at once."""
+MAX_COOLDOWNS = 6
+"""Cooldowns in a row that requests wait for if the host has ever answered; later they fail."""
 
-BURST = 10
-"""Failures to reach any host, one after the other, that mean that the network is cut."""
+OFFLINE_FAILURES = 10
+"""Failures in a row to connect, of as many hosts, that mean a network outage."""
 
-LONGEST_CUT = 300.0
-"""Seconds that a cut network is waited for; then failures are believed."""
+MAX_OFFLINE_SECONDS = 300.0
+"""Time that a network outage is waited for; then failures to connect count for their hosts."""
 
-_REST = 15.0
-_PAUSE = 5.0
-_LONGEST_BACK_OFF = 30.0
-_MOST_HOSTS = 20_000
+_FIRST_COOLDOWN_SECONDS = 15.0
+_FIRST_OFFLINE_SECONDS = 5.0
+_MAX_BACKOFF_SECONDS = 30.0
+_MAX_HOSTS = 20_000
 
 
 class RequestResult(Enum):
-    """What became of a request, as far as its host is concerned."""
+    """The result of a request as far as the rate limit of its host is concerned."""
 
-    UNASKED = auto()
-    """It was not made after all."""
+    NOT_SENT = auto()
     ANSWERED = auto()
     BUSY = auto()
     """The host asks for fewer requests (429, 503)."""
-    BROKEN = auto()
-    """The host was reached, and its answer did not come, or not whole."""
-    SILENT = auto()
-    """The host was not reached."""
+    INCOMPLETE = auto()
+    """The connection was made, but no complete response came."""
+    UNREACHABLE = auto()
+    """No connection could be made."""
 
 
 class HostUnavailable(Exception):
-    """The host is not asked for now; `kind` is its last trouble."""
+    """The host gets no requests for now; `kind` is its last failure reason."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
@@ -59,278 +58,315 @@ class HostUnavailable(Exception):
 
 @dataclass(eq=False)
 class Permit:
-    """The right to make one request, or the wait for it; who makes the request notes its end.
+    """The right to send one request, or the place in the queue for it.
+
+    Who sends the request sets the result.
 
     Args:
-        kind: of the trouble, one of `format.FAILED`.
-        retry_after: seconds that the host wants to be left alone.
+        kind: failure reason, one of `FAILURE_REASONS`.
+        retry_after: seconds that the host asks to wait.
+        started_at: time at which the request was allowed.
     """
 
     host: str
-    ending: RequestResult = RequestResult.UNASKED
+    result: RequestResult = RequestResult.NOT_SENT
     kind: str = ""
     retry_after: float | None = None
-    began: float = -math.inf
+    started_at: float = -math.inf
 
 
 @dataclass
-class _Host:
+class _HostState:
+    """One host.
+
+    Args:
+        limit: of requests in flight (AIMD).
+        blocked_until: by Retry-After, by backoff or by a cooldown.
+        next_start: earliest start of the next request, by the minimum delay.
+        reduced_at: time of the last reduction of `limit`.
+        failures: in a row.
+        cooldowns: in a row; above 0, the circuit is open or half-open.
+        kind: last failure reason.
+    """
+
     limit: float
-    waiting: deque[Permit] = field(default_factory=deque)
+    queue: deque[Permit] = field(default_factory=deque)
     in_flight: int = 0
-    free_at: float = -math.inf
-    next_at: float = -math.inf
-    slowed_at: float = -math.inf
-    troubles: int = 0
-    rests: int = 0
-    has_worked: bool = False
+    blocked_until: float = -math.inf
+    next_start: float = -math.inf
+    reduced_at: float = -math.inf
+    failures: int = 0
+    cooldowns: int = 0
+    has_answered: bool = False
     kind: str = ""
 
-    def most(self) -> int:
-        """Requests that may be in flight; after a rest, one has to show that the host is back."""
-        return 1 if self.rests else int(self.limit)
+    def max_in_flight(self) -> int:
+        """Requests that may be in flight; a half-open circuit allows one, as a probe."""
+        return 1 if self.cooldowns else int(self.limit)
 
-    def is_idle(self, now: float) -> bool:
-        """Say whether nothing is lost when the host is forgotten."""
+    def can_be_forgotten(self, now: float) -> bool:
+        """True if the state limits no future request."""
         return (
-            not (self.waiting or self.in_flight or self.rests)
-            and max(self.free_at, self.next_at) <= now
+            not (self.queue or self.in_flight or self.cooldowns)
+            and max(self.blocked_until, self.next_start) <= now
         )
 
 
 @dataclass
-class _Network:
-    silent: set[str] = field(default_factory=set)
-    misses: int = 0
-    until: float = -math.inf
+class _NetworkState:
+    """Failures to connect since the last response of any host.
+
+    Args:
+        paused_until: no request starts before.
+        paused_seconds: sum of all pauses.
+    """
+
+    hosts: set[str] = field(default_factory=set)
+    failures: int = 0
+    paused_until: float = -math.inf
     pauses: int = 0
-    paused: float = 0.0
+    paused_seconds: float = 0.0
 
-    def is_cut(self) -> bool:
-        return self.pauses > 0 and self.paused < LONGEST_CUT
+    def is_offline(self) -> bool:
+        return self.pauses > 0 and self.paused_seconds < MAX_OFFLINE_SECONDS
 
-    def missed(self, turn: Permit, now: float, num_hosts: int) -> None:
-        if turn.began < self.until or self.paused >= LONGEST_CUT:
-            return  # asked before the pause, it tells nothing new
-        self.misses += 1
-        self.silent.add(turn.host)
-        is_burst = self.misses >= BURST and len(self.silent) >= min(BURST, num_hosts)
-        if self.pauses or is_burst:
-            pause = min(_PAUSE * 2**self.pauses, LONGEST_WAIT, LONGEST_CUT - self.paused)
-            self.until = now + pause
-            self.paused += pause
+    def add_failure(self, permit: Permit, now: float, num_hosts: int) -> None:
+        if permit.started_at < self.paused_until or self.paused_seconds >= MAX_OFFLINE_SECONDS:
+            return  # sent before the pause: it has nothing new about the network
+        self.failures += 1
+        self.hosts.add(permit.host)
+        is_outage = self.failures >= OFFLINE_FAILURES and len(self.hosts) >= min(
+            OFFLINE_FAILURES, num_hosts
+        )
+        if self.pauses or is_outage:
+            seconds = min(
+                _FIRST_OFFLINE_SECONDS * 2**self.pauses,
+                MAX_WAIT_SECONDS,
+                MAX_OFFLINE_SECONDS - self.paused_seconds,
+            )
+            self.paused_until = now + seconds
+            self.paused_seconds += seconds
             self.pauses += 1
 
 
-class Hosts:
-    """Who may ask which host, and when.
+class HostQueues:
+    """A FIFO queue of requests for each host, with its rate limit.
 
-    A host is asked by as many at once as it bears: each answer lets in a little more, up to `most`,
-    and each 429, 503 or failure halves it, once for all that were in flight. What it asks to wait
-    is waited by all. After `MOST_TROUBLES` in a row it is left alone, then one request shows if it
-    is back. Who waits goes in the order of coming.
-
-    When nobody can be reached any more, nobody is asked for a while: the network is cut.
+    - AIMD limit of requests in flight: grows by 1/limit for each response up to `max_in_flight`,
+      halves on 429, 503 or failure, once for all requests in flight at that time.
+    - Retry-After of one response blocks all requests to its host.
+    - Circuit breaker: after `MAX_FAILURES` in a row the host gets no requests for a cooldown, then
+      one probe.
+    - When no host can be reached, all hosts are paused (`is_offline`).
 
     Args:
-        most: requests in flight to one host.
-        delay_of: least seconds between the beginnings of requests to a host.
+        max_in_flight: requests in flight to one host.
+        min_delay: least seconds between the starts of requests to a host.
     """
 
-    def __init__(self, most: int, delay_of: Callable[[str], float] = lambda _: 0.0) -> None:
-        self._most = most
-        self._delay_of = delay_of
-        self._hosts: dict[str, _Host] = {}
-        self._network = _Network()
+    def __init__(
+        self, max_in_flight: int, min_delay: Callable[[str], float] = lambda _: 0.0
+    ) -> None:
+        self._max_in_flight = max_in_flight
+        self._min_delay = min_delay
+        self._hosts: dict[str, _HostState] = {}
+        self._network = _NetworkState()
 
-    def queue(self, name: str, now: float) -> Permit:
-        """A turn that waits at the end of the host's line."""
-        if len(self._hosts) >= _MOST_HOSTS and name not in self._hosts:
-            self._hosts = {n: host for n, host in self._hosts.items() if not host.is_idle(now)}
-        turn = Permit(name)
-        self._hosts.setdefault(name, _Host(float(self._most))).waiting.append(turn)
-        return turn
+    def enqueue(self, name: str, now: float) -> Permit:
+        """A permit at the end of the host's queue."""
+        if len(self._hosts) >= _MAX_HOSTS and name not in self._hosts:
+            self._hosts = {
+                n: host for n, host in self._hosts.items() if not host.can_be_forgotten(now)
+            }
+        permit = Permit(name)
+        self._hosts.setdefault(name, _HostState(float(self._max_in_flight))).queue.append(permit)
+        return permit
 
-    def wait(self, turn: Permit, now: float) -> float:
-        """Seconds after which to call again, or at the next change of the host; 0 begins the turn.
+    def try_start(self, permit: Permit, now: float) -> float:
+        """Start the request and return 0, or return the seconds after which to try again.
+
+        Infinity means: after the next change of the host's state.
 
         Raises:
             HostUnavailable: the host is not waited for.
         """
-        host = self._hosts[turn.host]
-        is_waited_for = not host.rests or (host.has_worked and host.rests <= MOST_RESTS)
-        if not is_waited_for and (now < host.free_at or host.in_flight):
+        host = self._hosts[permit.host]
+        is_waited_for = not host.cooldowns or (
+            host.has_answered and host.cooldowns <= MAX_COOLDOWNS
+        )
+        if not is_waited_for and (now < host.blocked_until or host.in_flight):
             raise HostUnavailable(host.kind)
-        if host.free_at - now > LONGEST_WAIT:
+        if host.blocked_until - now > MAX_WAIT_SECONDS:
             raise HostUnavailable(host.kind)
-        until = max(host.free_at, host.next_at, self._network.until)
+        until = max(host.blocked_until, host.next_start, self._network.paused_until)
         if until > now:
             return until - now
-        if host.in_flight >= host.most() or host.waiting[0] is not turn:
+        if host.in_flight >= host.max_in_flight() or host.queue[0] is not permit:
             return math.inf
-        host.waiting.popleft()
+        host.queue.popleft()
         host.in_flight += 1
-        host.next_at = now + self._delay_of(turn.host)
-        turn.began = now
+        host.next_start = now + self._min_delay(permit.host)
+        permit.started_at = now
         return 0.0
 
     def first(self, name: str) -> Permit | None:
-        """The turn that is first in the host's line, if any waits."""
+        """The first permit in the host's queue."""
         host = self._hosts.get(name)
-        return host.waiting[0] if host and host.waiting else None
+        return host.queue[0] if host and host.queue else None
 
-    def leave(self, turn: Permit) -> None:
-        """Stop waiting, if the turn has not begun."""
-        waiting = self._hosts[turn.host].waiting
-        if turn in waiting:
-            waiting.remove(turn)
+    def leave(self, permit: Permit) -> None:
+        """Remove a permit from its queue; no effect if its request has started."""
+        queue = self._hosts[permit.host].queue
+        if permit in queue:
+            queue.remove(permit)
 
-    def end(self, turn: Permit, now: float) -> None:
-        """Learn what became of a turn that had begun."""
-        host = self._hosts[turn.host]
+    def finish(self, permit: Permit, now: float) -> None:
+        """Update the host's state with the result of a request that had started."""
+        host = self._hosts[permit.host]
         host.in_flight -= 1
-        if turn.ending in {RequestResult.ANSWERED, RequestResult.BUSY}:
-            self._network = _Network()
-        if turn.ending is RequestResult.ANSWERED:
-            host.limit = min(self._most, host.limit + 1 / host.limit)
-            host.troubles = host.rests = 0
-            host.has_worked = True
-        elif turn.ending is RequestResult.SILENT:
-            self._network.missed(turn, now, len(self._hosts))
-            if not self.is_cut():  # else it tells of the network and not of the host
-                _trouble(host, turn, now)
-        elif turn.ending is not RequestResult.UNASKED:
-            _trouble(host, turn, now)
+        if permit.result in {RequestResult.ANSWERED, RequestResult.BUSY}:
+            self._network = _NetworkState()
+        if permit.result is RequestResult.ANSWERED:
+            host.limit = min(self._max_in_flight, host.limit + 1 / host.limit)
+            host.failures = host.cooldowns = 0
+            host.has_answered = True
+        elif permit.result is RequestResult.UNREACHABLE:
+            self._network.add_failure(permit, now, len(self._hosts))
+            if not self.is_offline():  # during an outage the host is not the cause
+                _add_failure(host, permit, now)
+        elif permit.result is not RequestResult.NOT_SENT:
+            _add_failure(host, permit, now)
 
-    def is_cut(self) -> bool:
-        """Say whether nobody at all can be reached, so that no failure to do so counts."""
-        return self._network.is_cut()
+    def is_offline(self) -> bool:
+        """True if no host can be reached, so that failures to connect do not count."""
+        return self._network.is_offline()
 
 
-def _trouble(host: _Host, turn: Permit, now: float) -> None:
-    host.kind = turn.kind
-    is_news = turn.began >= host.slowed_at  # not one of those in flight at the last trouble
-    if turn.ending is RequestResult.BUSY:
-        back_off = min(2.0**host.troubles / 2, _LONGEST_BACK_OFF)
-        pause = back_off if turn.retry_after is None else turn.retry_after
-        host.free_at = max(host.free_at, now + pause)
-    if is_news or turn.ending is not RequestResult.BUSY:
-        host.troubles += 1
-    if is_news:
+def _add_failure(host: _HostState, permit: Permit, now: float) -> None:
+    host.kind = permit.kind
+    is_new = permit.started_at >= host.reduced_at  # not in flight at the last reduction
+    if permit.result is RequestResult.BUSY:
+        backoff = min(2.0**host.failures / 2, _MAX_BACKOFF_SECONDS)
+        seconds = backoff if permit.retry_after is None else permit.retry_after
+        host.blocked_until = max(host.blocked_until, now + seconds)
+    if is_new or permit.result is not RequestResult.BUSY:
+        host.failures += 1
+    if is_new:
         host.limit = max(1.0, host.limit / 2)
-        host.slowed_at = now
-    if is_news if host.rests else host.troubles >= MOST_TROUBLES:
-        host.free_at = max(host.free_at, now + min(_REST * 2**host.rests, LONGEST_WAIT))
-        host.slowed_at = now
-        host.rests += 1
+        host.reduced_at = now
+    if is_new if host.cooldowns else host.failures >= MAX_FAILURES:
+        cooldown = min(_FIRST_COOLDOWN_SECONDS * 2**host.cooldowns, MAX_WAIT_SECONDS)
+        host.blocked_until = max(host.blocked_until, now + cooldown)
+        host.reduced_at = now
+        host.cooldowns += 1
 
 
 class Clock:
-    """The time, and ways to let it pass on an event loop; tests have their own."""
+    """Time and timers of an event loop; tests substitute their own."""
 
     def now(self) -> float:
-        """Seconds since whenever."""
+        """Seconds since an arbitrary moment."""
         return time.monotonic()
 
-    def later(self, seconds: float, what: Callable[[], object]) -> None:
-        """Call `what` after so many seconds."""
-        asyncio.get_running_loop().call_later(seconds, what)
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> None:
+        """Call `callback` after so many seconds."""
+        asyncio.get_running_loop().call_later(seconds, callback)
 
     async def sleep(self, seconds: float) -> None:
-        """Let seconds pass."""
+        """Wait for so many seconds."""
         woken = asyncio.Event()
-        self.later(seconds, woken.set)
+        self.call_later(seconds, woken.set)
         await woken.wait()
 
 
 class RateLimiter:
-    """`Hosts` for coroutines, which wait until their turn has come.
+    """`HostQueues` for coroutines, which wait until their request may start.
 
-    A turn begins only while `has_room` says that one more request may be in flight, to whichever
-    host; the hosts that wait for that go in turn too.
+    A request starts only while `has_room` is true, whichever its host; hosts that wait for room
+    take turns (round robin).
     """
 
-    def __init__(self, hosts: Hosts, clock: Clock, has_room: Callable[[], bool]) -> None:
+    def __init__(self, queues: HostQueues, clock: Clock, has_room: Callable[[], bool]) -> None:
         self.in_flight = 0
-        self._hosts = hosts
+        self._queues = queues
         self._clock = clock
         self._has_room = has_room
-        self._begun: dict[Permit, asyncio.Future[None]] = {}
+        self._started: dict[Permit, asyncio.Future[None]] = {}
         self._ready: dict[str, None] = {}
-        self._sleeping: set[str] = set()
+        self._delayed: set[str] = set()
 
     @asynccontextmanager
-    async def turn(self, host: str) -> AsyncIterator[Permit]:
-        """The right to ask `host` once, while the context lasts.
+    async def permit(self, host: str) -> AsyncIterator[Permit]:
+        """The right to send one request to `host` within the context.
 
         Raises:
-            HostUnavailable: the host is not asked for now.
+            HostUnavailable: the host gets no requests for now.
         """
-        turn = self._hosts.queue(host, self._clock.now())
-        begun = self._begun[turn] = asyncio.get_running_loop().create_future()
-        self._look_at(host)
+        permit = self._queues.enqueue(host, self._clock.now())
+        started = self._started[permit] = asyncio.get_running_loop().create_future()
+        self._check(host)
         try:
-            await begun
+            await started
         finally:
-            del self._begun[turn]
-            self._hosts.leave(turn)
+            del self._started[permit]
+            self._queues.leave(permit)
         try:
-            yield turn
+            yield permit
         finally:
-            self._end(turn)
+            self._finish(permit)
 
-    def is_cut(self) -> bool:
-        """Say whether nobody at all can be reached, so that no failure to do so counts."""
-        return self._hosts.is_cut()
+    def is_offline(self) -> bool:
+        """True if no host can be reached, so that failures to connect do not count."""
+        return self._queues.is_offline()
 
-    def go_on(self) -> None:
-        """Begin as many turns as there is room for."""
+    def start_ready(self) -> None:
+        """Start as many requests as there is room for."""
         while self._ready and self._has_room():
             host = next(iter(self._ready))
             del self._ready[host]
-            if self._begin_one(host):
-                self._ready[host] = None  # behind the others
+            if self._start_one(host):
+                self._ready[host] = None  # behind the other hosts
 
-    def _look_at(self, *hosts: str) -> None:
+    def _check(self, *hosts: str) -> None:
         for host in hosts:
             self._ready.setdefault(host)
-        self.go_on()
+        self.start_ready()
 
-    def _begin_one(self, host: str) -> bool:
-        """Begin the host's next turn, or see to it that it is looked at again in time."""
-        while turn := self._hosts.first(host):
+    def _start_one(self, host: str) -> bool:
+        """Start the next request to the host, or set a timer to try again."""
+        while permit := self._queues.first(host):
             try:
-                seconds = self._hosts.wait(turn, self._clock.now())
-            except HostUnavailable as given_up:
-                self._hosts.leave(turn)
-                _settle(self._begun[turn], given_up)
+                seconds = self._queues.try_start(permit, self._clock.now())
+            except HostUnavailable as error:
+                self._queues.leave(permit)
+                _resolve(self._started[permit], error)
                 continue
             if seconds == 0:
                 self.in_flight += 1
-                _settle(self._begun[turn])
+                _resolve(self._started[permit])
                 return True
-            if seconds < math.inf and host not in self._sleeping:
-                self._sleeping.add(host)
-                self._clock.later(seconds, partial(self._wake, host))
+            if seconds < math.inf and host not in self._delayed:
+                self._delayed.add(host)
+                self._clock.call_later(seconds, partial(self._wake, host))
             return False
         return False
 
     def _wake(self, host: str) -> None:
-        self._sleeping.discard(host)
-        self._look_at(host)
+        self._delayed.discard(host)
+        self._check(host)
 
-    def _end(self, turn: Permit) -> None:
-        was_cut = self._hosts.is_cut()
-        self._hosts.end(turn, self._clock.now())
+    def _finish(self, permit: Permit) -> None:
+        was_offline = self._queues.is_offline()
+        self._queues.finish(permit, self._clock.now())
         self.in_flight -= 1
-        mended = self._sleeping if was_cut and not self._hosts.is_cut() else ()
-        self._look_at(turn.host, *mended)
+        is_back = was_offline and not self._queues.is_offline()
+        self._check(permit.host, *(self._delayed if is_back else ()))
 
 
-def _settle(begun: asyncio.Future[None], error: HostUnavailable | None = None) -> None:
-    if begun.done():
-        return  # nobody waits any more
+def _resolve(started: asyncio.Future[None], error: HostUnavailable | None = None) -> None:
+    if started.done():
+        return  # the coroutine was cancelled
     if error:
-        begun.set_exception(error)
+        started.set_exception(error)
     else:
-        begun.set_result(None)
+        started.set_result(None)

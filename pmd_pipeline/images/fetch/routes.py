@@ -1,4 +1,4 @@
-"""Whom to connect to for an address: the addresses of its host, a stand-in, or a proxy."""
+"""The server to connect to for a URL: an address of its host, an override, or a proxy."""
 
 import asyncio
 import ipaddress
@@ -13,160 +13,159 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.images.fetch.addresses import (
-    ConnectError,
-    FetchError,
-    Origin,
-    Target,
-    is_public,
-    may_be_public,
-)
+from pmd_pipeline.images.fetch.addresses import HostOverride, Target, is_public, may_be_public
+from pmd_pipeline.images.fetch.errors import ConnectError, FetchError
 
 _NUM_RESOLVERS = 32
-_MOST_NAMES = 20_000
-_NAME_SECONDS = 300.0
+_MAX_NAMES = 20_000
+_CACHE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class Route:
-    """How an address is asked for.
+    """How to request a URL.
 
     Args:
-        url: what is asked, by the scheme that is spoken.
-        host: who is connected to, unless there is a proxy.
-        port: where.
-        found: IP addresses of `host`; empty where it is one itself, or the proxy's to find.
-        is_diverted: `host` and `port` are others than those of `url`.
-        is_guarded: nothing but the public internet may be connected to.
-        proxy: the address of who asks for us, with its login; empty if nobody does.
+        url: the URL, with the scheme of the connection.
+        host: the server to connect to, unless there is a proxy.
+        port: of the server.
+        addresses: IP addresses of `host`; empty if it is one itself, or if the proxy resolves it.
+        is_overridden: `host` and `port` are not those of `url`.
+        is_public_only: connect to public IP addresses only.
+        proxy: URL of the proxy, with its login; empty without one.
     """
 
     url: str
     host: str
     port: int
-    found: tuple[str, ...] = ()
-    is_diverted: bool = False
-    is_guarded: bool = False
+    addresses: tuple[str, ...] = ()
+    is_overridden: bool = False
+    is_public_only: bool = False
     proxy: str = ""
 
 
 class Router:
-    """The way to every address.
+    """Finds the route of each URL.
 
     Args:
-        diverted: pattern of a host to where it is asked instead.
-        proxies: proxy by scheme.
+        overrides: by pattern of the host.
+        proxies: URL of the proxy, by scheme.
     """
 
-    def __init__(self, diverted: Mapping[str, Origin], proxies: Mapping[str, str]) -> None:
-        self._diverted = diverted
+    def __init__(self, overrides: Mapping[str, HostOverride], proxies: Mapping[str, str]) -> None:
+        self._overrides = overrides
         self._proxies = proxies
-        self._names = DnsCache()
+        self._dns = DnsCache()
 
-    def origin(self, host: str) -> Origin | None:
-        """Where `host` is asked instead, if it is."""
+    def override(self, host: str) -> HostOverride | None:
+        """The server that replaces `host`."""
         name = host.rstrip(".")
-        found = (o for pattern, o in self._diverted.items() if fnmatchcase(name, pattern))
-        return next(found, None)
+        matches = (o for pattern, o in self._overrides.items() if fnmatchcase(name, pattern))
+        return next(matches, None)
 
-    async def to(self, target: Target, seconds: float) -> Route:
-        """The way to `target`, its host's addresses looked up in so many seconds.
+    async def route(self, target: Target, seconds: float) -> Route:
+        """The route to `target`; its host is resolved within `seconds`.
 
         Raises:
             FetchError: `blocked_address`.
             ConnectError: `dns` or `timeout`.
         """
-        origin = self.origin(target.host)
-        if origin:
-            scheme = origin.scheme or target.scheme
+        override = self.override(target.host)
+        if override:
+            scheme = override.scheme or target.scheme
             url = scheme + target.url.removeprefix(target.scheme)
-            found = await self._found(origin.host, target.host, seconds)
-            return Route(url, origin.host, origin.port, found, is_diverted=True)
+            addresses = await self._resolve(override.host, target.host, seconds)
+            return Route(url, override.host, override.port, addresses, is_overridden=True)
         proxy = self._proxies.get(target.scheme)
         if proxy and not urllib.request.proxy_bypass(target.host):
             if not may_be_public(target.host):
                 raise FetchError("blocked_address", f"{target.host} is not on the public internet")
             return Route(target.url, target.host, target.port, proxy=proxy)
-        found = await self._found(target.host, target.host, seconds)
-        if not any(is_public(address) for address in found or (target.host,)):
+        addresses = await self._resolve(target.host, target.host, seconds)
+        if not any(is_public(address) for address in addresses or (target.host,)):
             raise FetchError("blocked_address", f"{target.host} is not on the public internet")
-        return Route(target.url, target.host, target.port, found, is_guarded=True)
+        return Route(target.url, target.host, target.port, addresses, is_public_only=True)
 
     def close(self) -> None:
-        """Ask no name server any more."""
-        self._names.close()
+        """Stop resolving names."""
+        self._dns.close()
 
-    async def _found(self, name: str, asked: str, seconds: float) -> tuple[str, ...]:
-        if _is_plain_ip(name):
+    async def _resolve(self, name: str, url_host: str, seconds: float) -> tuple[str, ...]:
+        if _is_ip(name):
             return ()
         try:
-            return await asyncio.wait_for(self._names.addresses(name), seconds)
+            return await asyncio.wait_for(self._dns.resolve(name), seconds)
         except TimeoutError as error:
-            raise ConnectError("timeout", f"no connection to {asked}") from error
+            raise ConnectError("timeout", f"no connection to {url_host}") from error
         except (socket.gaierror, UnicodeError) as error:
-            unsure = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
-            raise ConnectError("dns", f"{asked} has no address", may_pass=unsure) from error
+            is_temporary = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+            raise ConnectError(
+                "dns", f"{url_host} has no address", is_retryable=is_temporary
+            ) from error
 
 
 class DnsCache:
-    """IP addresses of names, looked up by a few threads and remembered for minutes.
+    """Resolves names in a few threads and caches the addresses for minutes.
 
-    The time a name server takes is its own: who waits no longer leaves a thread to it.
+    A caller that stops waiting leaves the lookup to its thread, so a slow name server does not hold
+    up the event loop.
     """
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_NUM_RESOLVERS, "names")
-        self._known: dict[str, tuple[float, tuple[str, ...]]] = {}
-        self._asked: dict[str, asyncio.Task[tuple[str, ...]]] = {}
+        self._threads = ThreadPoolExecutor(_NUM_RESOLVERS, "dns")
+        self._cache: dict[str, tuple[float, tuple[str, ...]]] = {}
+        self._lookups: dict[str, asyncio.Task[tuple[str, ...]]] = {}
 
-    async def addresses(self, name: str) -> tuple[str, ...]:
+    async def resolve(self, name: str) -> tuple[str, ...]:
         """The addresses of `name`, in the order in which to try them.
 
         Raises:
             OSError: as `socket.getaddrinfo`.
             UnicodeError: likewise.
         """
-        until, found = self._known.get(name, (0.0, ()))
-        if time.monotonic() < until:
-            return found
-        if name not in self._asked:
-            self._asked[name] = asyncio.create_task(self._look_up(name))
-        return await asyncio.shield(self._asked[name])
+        expires, addresses = self._cache.get(name, (0.0, ()))
+        if time.monotonic() < expires:
+            return addresses
+        if name not in self._lookups:
+            self._lookups[name] = asyncio.create_task(self._look_up(name))
+        return await asyncio.shield(self._lookups[name])
 
     def close(self) -> None:
-        """Forget what was asked and not yet answered."""
+        """Cancel the lookups that have not started."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _look_up(self, name: str) -> tuple[str, ...]:
         loop = asyncio.get_running_loop()
         try:
-            entries = await loop.run_in_executor(self._threads, _entries, name)
+            entries = await loop.run_in_executor(self._threads, _address_info, name)
         finally:
-            del self._asked[name]
-        found = tuple(dict.fromkeys(str(entry[4][0]) for entry in entries))
-        self._known.pop(name, None)
-        while len(self._known) >= _MOST_NAMES:
-            del self._known[next(iter(self._known))]
-        self._known[name] = time.monotonic() + _NAME_SECONDS, found
-        return found
+            del self._lookups[name]
+        addresses = tuple(dict.fromkeys(str(entry[4][0]) for entry in entries))
+        self._cache.pop(name, None)
+        while len(self._cache) >= _MAX_NAMES:
+            del self._cache[next(iter(self._cache))]
+        self._cache[name] = time.monotonic() + _CACHE_SECONDS, addresses
+        return addresses
 
 
 def environment_proxies() -> dict[str, str]:
-    """Addresses of the proxies, by scheme, that the environment names, if any.
+    """URLs of the proxies that the environment names, by scheme.
 
     Raises:
-        PmdError: a proxy that does not speak HTTP.
+        PmdError: a proxy of another protocol than HTTP.
     """
-    known = urllib.request.getproxies()
-    places = {scheme: known.get(scheme) or known.get("all") for scheme in ("http", "https")}
-    return {scheme: _proxy(place) for scheme, place in places.items() if place}
+    variables = urllib.request.getproxies()
+    proxies = {
+        scheme: variables.get(scheme) or variables.get("all") for scheme in ("http", "https")
+    }
+    return {scheme: _proxy_url(proxy) for scheme, proxy in proxies.items() if proxy}
 
 
-def _entries(name: str) -> list[Any]:
+def _address_info(name: str) -> list[Any]:
     return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
 
 
-def _is_plain_ip(host: str) -> bool:
+def _is_ip(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -174,12 +173,12 @@ def _is_plain_ip(host: str) -> bool:
     return True
 
 
-def _proxy(place: str) -> str:
-    parts = urlsplit(place if "://" in place else f"http://{place}")
+def _proxy_url(proxy: str) -> str:
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise PmdError(
-            f"the environment names a proxy of the kind {parts.scheme!r}: only http is spoken"
+            f"the environment names a proxy of the kind {parts.scheme!r}: only http is supported"
         )
-    login, _, where = parts.netloc.rpartition("@")
+    login, _, server = parts.netloc.rpartition("@")
     user, _, password = (quote(unquote(one)) for one in login.partition(":"))
-    return f"{parts.scheme}://{user}:{password}@{where}" if login else f"{parts.scheme}://{where}"
+    return f"{parts.scheme}://{user}:{password}@{server}" if login else f"{parts.scheme}://{server}"

@@ -1,1 +1,1 @@
-"""Images that the user already has, wherever they came from: no request is made for them."""
+"""Images on the user's disk, in any form; no request is sent for them."""

@@ -1,4 +1,4 @@
-"""Images that the user already has: folders, zips and tars of files."""
+"""Local images in folders, zips and tars, looked up by the names that a record's image may have."""
 
 import errno
 import lzma
@@ -14,63 +14,63 @@ from typing import TypeVar
 from urllib.parse import unquote
 
 from pmd_pipeline.contract.errors import PmdError, RecordError
-from pmd_pipeline.images.fetch.client import Fetched
+from pmd_pipeline.images.fetch.client import FetchedImage
 from pmd_pipeline.index.records import IndexRecord
 
-ImageLookup = Callable[[IndexRecord], Fetched | None]
-"""Looks for a record's image; None where the shelf does not have it."""
+ImageLookup = Callable[[IndexRecord], FetchedImage | None]
+"""Returns a record's image; None where the archive does not have it."""
 
 Extent = tuple[int, int]
-"""Where a member of a tar begins, and its size, in bytes."""
+"""Offset of a tar member's content, and its size, in bytes."""
 
 _Member = TypeVar("_Member")
 
-_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
-"""How files begin that gzip, bzip2, xz and zstd made."""
+_COMPRESSED_PREFIXES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+"""First bytes of gzip, bzip2, xz and zstd."""
 
-_DAMAGED = (
+_ZIP_ERRORS = (
     zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError, zlib.error, lzma.LZMAError,
     struct.error,
 )  # fmt: skip
-"""What `zipfile` is known to raise on damaged members."""
+"""Exceptions that `zipfile` is known to raise on damaged members."""
 
-_MOST_BYTES = 1 << 30
-"""No image is as large, and memory holds a few of them."""
+_MAX_BYTES = 1 << 30
+"""Largest image file that is read; several are in memory at a time."""
 
 
-def open_archive(place: str) -> ImageLookup:
-    """The shelf at `place`: a zip, a tar, or a folder of files.
+def open_archive(path: str) -> ImageLookup:
+    """The lookup for a zip, a tar, or a folder of files.
 
     Raises:
-        PmdError: there is nothing there, or it cannot be read at random.
+        PmdError: there is no such file, or it has no random access.
     """
-    path = Path(place)
-    if path.is_dir():
-        return _folder_shelf(path)
-    if not path.is_file():
-        raise PmdError(f"--images {place}: there is no such folder, zip or tar")
-    with path.open("rb") as file:
+    archive = Path(path)
+    if archive.is_dir():
+        return _folder_lookup(archive)
+    if not archive.is_file():
+        raise PmdError(f"--images {path}: there is no such folder, zip or tar")
+    with archive.open("rb") as file:
         head = file.read(8)
-    if head.startswith(_PACKED):
-        raise PmdError(f"--images {place}: unpack it first, a compressed tar has no random access")
+    if head.startswith(_COMPRESSED_PREFIXES):
+        raise PmdError(f"--images {path}: unpack it first, a compressed tar has no random access")
     if head.startswith(b"PK"):
-        return _zip_shelf(path)
-    if tarfile.is_tarfile(path):
-        return _tar_shelf(path)
-    raise PmdError(f"--images {place}: this is neither a folder nor a zip nor a tar")
+        return _zip_lookup(archive)
+    if tarfile.is_tarfile(archive):
+        return _tar_lookup(archive)
+    raise PmdError(f"--images {path}: this is neither a folder nor a zip nor a tar")
 
 
-def stamp(place: str) -> str:
-    """What a part's dependency says of a place: its name and size, not where it lies."""
-    path = Path(place)
-    return f"{path.name} {path.stat().st_size}" if path.is_file() else path.name
+def archive_stamp(path: str) -> str:
+    """Name and size of an archive, whatever its folder: part of what a shard depends on."""
+    archive = Path(path)
+    return f"{archive.name} {archive.stat().st_size}" if archive.is_file() else archive.name
 
 
-def names_of(record: IndexRecord) -> list[str]:
+def candidate_names(record: IndexRecord) -> list[str]:
     """The names that a record's image may have in an archive, most exact first.
 
-    Each is upstream's path, the last piece of the address, either without its first folder, or
-    without all of them.
+    Each is upstream's path or the last segment of the URL; then either without its first folder;
+    then without all folders.
     """
     exact = [record.file] if record.file else []
     if record.url:
@@ -82,14 +82,14 @@ def names_of(record: IndexRecord) -> list[str]:
 
 
 def tar_extents(path: Path) -> dict[str, Extent]:
-    """Where the files of a plain tar are, by name.
+    """The extents of the files of an uncompressed tar, by name.
 
     Raises:
-        PmdError: it is damaged; a reader that went on would take the rest for missing.
+        PmdError: it is damaged; the members after the damage would count as missing.
     """
     try:
         with tarfile.open(path, "r:") as tar:
-            found = {
+            extents = {
                 member.name: (member.offset_data, member.size)
                 for member in tar
                 if member.isreg() and not member.issparse()
@@ -102,86 +102,18 @@ def tar_extents(path: Path) -> dict[str, Extent]:
         raise PmdError(f"{path} is no whole tar ({error}): get it again") from error
     if not is_whole:
         raise PmdError(f"{path} is no whole tar (damaged at byte {end}): get it again")
-    return found
+    return extents
 
 
-def _folder_shelf(root: Path) -> ImageLookup:
-    def find(record: IndexRecord) -> Fetched | None:
-        for name in names_of(record):
-            inside = PurePosixPath(name)
-            if inside.is_absolute() or ".." in inside.parts:
-                continue  # upstream's names are not to be trusted
-            body = _file_body(root / inside)
-            if body is not None:
-                return Fetched(body)
-        return None
-
-    return find
-
-
-def _file_body(path: Path) -> bytes | None:
-    try:
-        if not path.is_file():
-            return None
-        _check_size(path.stat().st_size)
-        return path.read_bytes()
-    except OSError as error:
-        if error.errno in {errno.ENAMETOOLONG, errno.EINVAL}:  # the ends of some addresses are
-            return None
-        raise PmdError(f"cannot read {path} ({error.strerror}): make it readable") from error
-
-
-def _zip_shelf(path: Path) -> ImageLookup:
-    archive, lock, by_name = _opened_zip(str(path), path.stat().st_mtime_ns)
-
-    def find(record: IndexRecord) -> Fetched | None:
-        for name in names_of(record):
-            if name in by_name:
-                return Fetched(_zip_body(archive, lock, by_name[name], path.name))
-        return None
-
-    return find
-
-
-def _zip_body(
-    archive: zipfile.ZipFile, lock: threading.Lock, entry: zipfile.ZipInfo, named: str
-) -> bytes:
-    _check_size(entry.file_size)
-    try:
-        with lock:  # opening and closing count readers without one; reading has its own
-            member = archive.open(entry)
-        try:
-            return member.read()
-        finally:
-            with lock:
-                member.close()
-    except NotImplementedError as error:
-        raise PmdError(f"{named} is packed in a way not read here ({error}): unpack it") from error
-    except _DAMAGED as error:
-        raise RecordError("truncated", f"{named} is damaged here") from error
-
-
-def _tar_shelf(path: Path) -> ImageLookup:
-    by_name = _opened_tar(str(path), path.stat().st_mtime_ns)
-
-    def find(record: IndexRecord) -> Fetched | None:
-        for name in names_of(record):
-            if name in by_name:
-                return Fetched(tar_body(path, by_name[name]))
-        return None
-
-    return find
-
-
-def tar_body(path: Path, extent: Extent) -> bytes:
-    """The bytes of one member.
+def read_tar_member(path: Path, extent: Extent) -> bytes:
+    """The content of one tar member.
 
     Raises:
-        RecordError: they are not all there, or too many.
-        PmdError: the tar itself is not there any more.
+        RecordError: it is incomplete or too large.
+        PmdError: the tar itself cannot be read any more.
     """
     offset, size = extent
-    _check_size(size)
+    _refuse_large(size)
     try:
         with path.open("rb") as file:
             file.seek(offset)
@@ -193,14 +125,85 @@ def tar_body(path: Path, extent: Extent) -> bytes:
     return body
 
 
-def _check_size(num_bytes: int) -> None:
-    if num_bytes > _MOST_BYTES:
-        raise RecordError("too_large", f"more than {_MOST_BYTES} bytes")
+def _folder_lookup(root: Path) -> ImageLookup:
+    def look_up(record: IndexRecord) -> FetchedImage | None:
+        for name in candidate_names(record):
+            relative = PurePosixPath(name)
+            if relative.is_absolute() or ".." in relative.parts:
+                continue  # upstream's names are not trusted
+            body = _read_file(root / relative)
+            if body is not None:
+                return FetchedImage(body)
+        return None
+
+    return look_up
+
+
+def _read_file(path: Path) -> bytes | None:
+    try:
+        if not path.is_file():
+            return None
+        _refuse_large(path.stat().st_size)
+        return path.read_bytes()
+    except OSError as error:
+        # the end of a URL may be no valid file name
+        if error.errno in {errno.ENAMETOOLONG, errno.EINVAL}:
+            return None
+        raise PmdError(f"cannot read {path} ({error.strerror}): make it readable") from error
+
+
+def _zip_lookup(path: Path) -> ImageLookup:
+    archive, lock, entries = _open_zip(str(path), path.stat().st_mtime_ns)
+
+    def look_up(record: IndexRecord) -> FetchedImage | None:
+        for name in candidate_names(record):
+            if name in entries:
+                return FetchedImage(_read_zip_member(archive, lock, entries[name], path.name))
+        return None
+
+    return look_up
+
+
+def _read_zip_member(
+    archive: zipfile.ZipFile, lock: threading.Lock, entry: zipfile.ZipInfo, archive_name: str
+) -> bytes:
+    _refuse_large(entry.file_size)
+    try:
+        with lock:  # `zipfile` locks reading itself, but not its count of open members
+            member = archive.open(entry)
+        try:
+            return member.read()
+        finally:
+            with lock:
+                member.close()
+    except NotImplementedError as error:
+        raise PmdError(
+            f"{archive_name} is packed in a way not read here ({error}): unpack it"
+        ) from error
+    except _ZIP_ERRORS as error:
+        raise RecordError("truncated", f"{archive_name} is damaged here") from error
+
+
+def _tar_lookup(path: Path) -> ImageLookup:
+    extents = _open_tar(str(path), path.stat().st_mtime_ns)
+
+    def look_up(record: IndexRecord) -> FetchedImage | None:
+        for name in candidate_names(record):
+            if name in extents:
+                return FetchedImage(read_tar_member(path, extents[name]))
+        return None
+
+    return look_up
+
+
+def _refuse_large(num_bytes: int) -> None:
+    if num_bytes > _MAX_BYTES:
+        raise RecordError("too_large", f"more than {_MAX_BYTES} bytes")
 
 
 @lru_cache(maxsize=8)
-def _opened_zip(
-    path: str, _changed: int
+def _open_zip(
+    path: str, _mtime: int
 ) -> tuple[zipfile.ZipFile, threading.Lock, dict[str, zipfile.ZipInfo]]:
     try:
         archive = zipfile.ZipFile(path)
@@ -209,18 +212,19 @@ def _opened_zip(
     entries = [one for one in archive.infolist() if not one.filename.endswith("/")]
     if any(entry.flag_bits & 1 for entry in entries):
         raise PmdError(f"--images {path} is encrypted: unpack it")
-    return archive, threading.Lock(), _by_name((entry.filename, entry) for entry in entries)
+    return archive, threading.Lock(), _members_by_name((one.filename, one) for one in entries)
 
 
 @lru_cache(maxsize=8)
-def _opened_tar(path: str, _changed: int) -> dict[str, Extent]:
-    return _by_name(tar_extents(Path(path)).items())
+def _open_tar(path: str, _mtime: int) -> dict[str, Extent]:
+    return _members_by_name(tar_extents(Path(path)).items())
 
 
-def _by_name(members: Iterable[tuple[str, _Member]]) -> dict[str, _Member]:
-    """Members by path, and by base name where only one has it: folders around files differ."""
-    exact = {name.removeprefix("./"): member for name, member in members}
-    bare: dict[str, list[_Member]] = {}
-    for name, member in exact.items():
-        bare.setdefault(name.rsplit("/", 1)[-1], []).append(member)
-    return {name: found[0] for name, found in bare.items() if len(found) == 1} | exact
+def _members_by_name(members: Iterable[tuple[str, _Member]]) -> dict[str, _Member]:
+    """Members by path, and by base name where it is unique: the folders around files differ."""
+    by_path = {name.removeprefix("./"): member for name, member in members}
+    by_base_name: dict[str, list[_Member]] = {}
+    for name, member in by_path.items():
+        by_base_name.setdefault(name.rsplit("/", 1)[-1], []).append(member)
+    unique = {name: same[0] for name, same in by_base_name.items() if len(same) == 1}
+    return unique | by_path

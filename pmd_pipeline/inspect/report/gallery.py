@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.contract.files import open_read
 from pmd_pipeline.contract.reasons import Status
-from pmd_pipeline.images.decode.pixels import jpeg
-from pmd_pipeline.images.decode.processing import make_stored_image, open_image
+from pmd_pipeline.images.decode.decoder import open_image
+from pmd_pipeline.images.decode.jpeg import encode_jpeg
+from pmd_pipeline.images.decode.stored_image import make_stored_image
 from pmd_pipeline.inspect.report.ledgers import Sample
 from pmd_pipeline.recipe import Images
 
@@ -138,11 +139,11 @@ def _shown(row: dict[str, Any]) -> Shown:
 
 
 def _thumbnail(body: bytes) -> bytes:
-    small = make_stored_image(body, open_image(body, THUMBNAIL), THUMBNAIL).jpeg
+    small = make_stored_image(body, open_image(body, THUMBNAIL), THUMBNAIL).content
     if len(small) <= MOST_BYTES:
         return small
     pixels = np.asarray(open_image(small, THUMBNAIL).convert("RGB"))
-    return jpeg(pixels, THUMBNAIL.quality)
+    return encode_jpeg(pixels, THUMBNAIL.quality)
 
 
 def _regions(boxes: Iterable[tuple[float, ...] | None]) -> list[Region]:

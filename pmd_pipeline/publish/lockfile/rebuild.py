@@ -18,8 +18,8 @@ from pmd_pipeline.contract.files import join, local_path, read_bytes, whole_file
 from pmd_pipeline.contract.manifest import load_manifest, located, save_manifest
 from pmd_pipeline.contract.models import Counts, Manifest, SourceEntry
 from pmd_pipeline.dataset.manifest import copies_in, merge_manifests, one_version, total_words
-from pmd_pipeline.images.local.archives import open_archive, stamp
-from pmd_pipeline.images.local.img2dataset import catalogue, is_img2dataset
+from pmd_pipeline.images.local.archives import archive_stamp, open_archive
+from pmd_pipeline.images.local.img2dataset import build_catalogue, is_img2dataset
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.publish.lockfile.format import Kit, load_kit
 from pmd_pipeline.publish.lockfile.restore_part import (
@@ -228,7 +228,7 @@ def _tasks(
     for number, place in enumerate(order.places):
         if place != WEB and is_img2dataset(place):
             catalogues.append((place, join(scratch, f"img2dataset-{number}")))
-            catalogue(*catalogues[-1], pool)
+            build_catalogue(*catalogues[-1], pool)
         elif place != WEB:
             open_archive(place)  # says what is wrong with it before anything is fetched
     parts = [
@@ -247,7 +247,7 @@ def _tasks(
             shards=shards,
             places=order.places,
             catalogues=tuple(catalogues),
-            stamps=tuple(place if place == WEB else stamp(place) for place in order.places),
+            stamps=tuple(place if place == WEB else archive_stamp(place) for place in order.places),
             optout=order.out,
             workers=min(pool.workers, len(parts)),
         )

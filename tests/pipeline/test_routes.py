@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
-from hosts import BODY, Host, answer, drip, kind_of, new_web, redirect, web
+from fake_host import BODY, FakeHost, client_for, drip, failure_kind, new_client, redirect, response
 
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.images.fetch.addresses import is_public
@@ -39,30 +39,30 @@ from pmd_pipeline.recipe import Fetch
     ],
 )
 def test_this_machine_is_never_asked(place):
-    with Host(answer()) as host:
-        client = new_web()
+    with FakeHost(response()) as host:
+        client = new_client()
 
-        kind = kind_of(client, f"http://{place}:{host.port}/1.jpg")
+        kind = failure_kind(client, f"http://{place}:{host.port}/1.jpg")
 
     assert kind in {"blocked_address", "dns"}
     assert host.connections == 0
 
 
 def test_a_name_that_leads_to_a_private_place_is_never_asked(monkeypatch):
-    with Host(answer()) as host:
+    with FakeHost(response()) as host:
         leading_to(monkeypatch, "127.0.0.1")
 
-        assert kind_of(new_web(), f"http://a.example:{host.port}/") == "blocked_address"
+        assert failure_kind(new_client(), f"http://a.example:{host.port}/") == "blocked_address"
 
     assert host.connections == 0
 
 
 def test_a_redirect_to_a_private_place_is_never_asked():
-    with Host(answer()) as inside:
-        with Host(redirect(f"http://127.0.0.1:{inside.port}/")) as outside:
-            client = web(outside, connect_to={"*.example": outside.origin})
+    with FakeHost(response()) as inside:
+        with FakeHost(redirect(f"http://127.0.0.1:{inside.port}/")) as outside:
+            client = client_for(outside, connect_to={"*.example": outside.origin})
 
-            assert kind_of(client) == "blocked_address"
+            assert failure_kind(client) == "blocked_address"
             assert len(outside.requests) == 1
         assert inside.connections == 0
 
@@ -102,60 +102,60 @@ def test_an_unknown_name_is_asked_once_and_a_silent_name_server_again(monkeypatc
 
     errors = {"gone.example": socket.EAI_NONAME, "later.example": socket.EAI_AGAIN}
     monkeypatch.setattr(socket, "getaddrinfo", fail)
-    client = new_web(Fetch(retries=2))
+    client = new_client(Fetch(retries=2))
 
-    assert kind_of(client, "http://gone.example/") == "dns"
-    assert kind_of(client, "http://later.example/") == "dns"
+    assert failure_kind(client, "http://gone.example/") == "dns"
+    assert failure_kind(client, "http://later.example/") == "dns"
     assert asked == ["gone.example"] + ["later.example"] * 3
 
 
 def test_the_second_address_of_a_host_is_tried(monkeypatch):
-    with Host(answer()) as host:
+    with FakeHost(response()) as host:
         leading_to(monkeypatch, "127.0.0.2", "127.0.0.1")
         places = {"*": f"http://somewhere.example:{host.port}"}
 
-        assert web(host, connect_to=places).get("http://a.example/1.jpg").body == BODY
+        assert client_for(host, connect_to=places).get("http://a.example/1.jpg").body == BODY
 
 
 def test_a_place_without_a_scheme_is_asked_by_that_of_the_address(tls_host):
-    client = web(tls_host, connect_to={"*": f"127.0.0.1:{tls_host.port}"})
+    client = client_for(tls_host, connect_to={"*": f"127.0.0.1:{tls_host.port}"})
 
     assert client.get("https://a.example/1.jpg").body == BODY
-    assert kind_of(client, "http://a.example/1.jpg") == "connect"
+    assert failure_kind(client, "http://a.example/1.jpg") == "connect"
 
 
 @pytest.mark.parametrize("place", ["", "nowhere", "ftp://a:1", "http://", "a:x", "a:1/b", "[::1"])
 def test_a_place_that_is_none_is_a_mistake_of_the_recipe(place):
     with pytest.raises(PmdError, match=r"fetch\.connect_to"):
-        new_web(Fetch(connect_to={"*": place}))
+        new_client(Fetch(connect_to={"*": place}))
 
 
 def test_a_certificate_for_another_host_is_refused(tls_host):
-    assert web(tls_host).get("https://a.example/1.jpg").body == BODY
-    assert kind_of(web(tls_host), "https://b.example/1.jpg") == "tls"
+    assert client_for(tls_host).get("https://a.example/1.jpg").body == BODY
+    assert failure_kind(client_for(tls_host), "https://b.example/1.jpg") == "tls"
 
 
 def test_a_host_that_speaks_no_tls_is_refused():
     def talk():
         connection, _ = listener.accept()
         with connection:
-            connection.sendall(answer(400))
+            connection.sendall(response(400))
             connection.recv(1 << 16)
 
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         pool.submit(talk)
         origin = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        client = new_web(Fetch(connect_to={"*": origin}))
+        client = new_client(Fetch(connect_to={"*": origin}))
 
-        assert kind_of(client) == "tls"
+        assert failure_kind(client) == "tls"
 
 
 def test_a_dripping_host_behind_tls_costs_no_more_than_the_time_allowed(certificate):
-    with Host(drip(answer(body=b"", Content_Length=1000)), tls=certificate) as host:
-        client = web(host, timeout=0.5)
+    with FakeHost(drip(response(body=b"", Content_Length=1000)), tls=certificate) as host:
+        client = client_for(host, timeout=0.5)
         started = time.monotonic()
 
-        assert kind_of(client) == "timeout"
+        assert failure_kind(client) == "timeout"
 
         assert time.monotonic() - started < 1.5
 
@@ -163,19 +163,19 @@ def test_a_dripping_host_behind_tls_costs_no_more_than_the_time_allowed(certific
 def test_a_silent_handshake_costs_no_more_than_the_time_allowed():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         origin = f"https://127.0.0.1:{silent.getsockname()[1]}"
-        client = new_web(Fetch(connect_to={"*": origin}, timeout=0.3))
+        client = new_client(Fetch(connect_to={"*": origin}, timeout=0.3))
         started = time.monotonic()
 
-        assert kind_of(client) in {"timeout", "connect"}
+        assert failure_kind(client) in {"timeout", "connect"}
 
         assert time.monotonic() - started < 1.3
 
 
 def test_a_proxy_of_the_environment_is_asked(monkeypatch):
-    with Host(answer()) as proxy:
+    with FakeHost(response()) as proxy:
         monkeypatch.setenv("http_proxy", f"http://me:my%20secret@127.0.0.1:{proxy.port}")
 
-        fetched = new_web().get("http://a.example/1.jpg")
+        fetched = new_client().get("http://a.example/1.jpg")
 
     assert fetched.body == BODY
     assert proxy.paths == ["http://a.example/1.jpg"]
@@ -183,10 +183,10 @@ def test_a_proxy_of_the_environment_is_asked(monkeypatch):
 
 
 def test_a_proxy_is_asked_to_let_tls_through(monkeypatch, tls_host):
-    with Host(lambda _head: lambda connection: tunnel(connection, tls_host.port)) as proxy:
+    with FakeHost(lambda _head: lambda connection: tunnel(connection, tls_host.port)) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"127.0.0.1:{proxy.port}")
 
-        fetched = new_web().get("https://a.example/1.jpg")
+        fetched = new_client().get("https://a.example/1.jpg")
 
     assert fetched.body == BODY
     assert proxy.paths == ["a.example:443"]
@@ -194,19 +194,19 @@ def test_a_proxy_is_asked_to_let_tls_through(monkeypatch, tls_host):
 
 @pytest.mark.parametrize("place", ["127.0.0.1", "2130706433", "[::1]", "localhost", "a.localhost"])
 def test_a_proxy_is_not_asked_for_this_machine(monkeypatch, place):
-    with Host(answer()) as proxy:
+    with FakeHost(response()) as proxy:
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
 
-        assert kind_of(new_web(), f"http://{place}/1.jpg") == "blocked_address"
+        assert failure_kind(new_client(), f"http://{place}/1.jpg") == "blocked_address"
 
     assert proxy.connections == 0
 
 
 def test_the_recipe_comes_before_the_proxy(monkeypatch):
-    with Host(answer()) as proxy, Host(answer()) as host:
+    with FakeHost(response()) as proxy, FakeHost(response()) as host:
         monkeypatch.setenv("http_proxy", proxy.origin)
 
-        web(host).get("http://a.example/1.jpg")
+        client_for(host).get("http://a.example/1.jpg")
 
         assert proxy.connections == 0
 
@@ -215,7 +215,7 @@ def test_a_proxy_that_speaks_no_http_is_a_mistake_of_the_environment(monkeypatch
     monkeypatch.setenv("all_proxy", "socks5://me:secret@127.0.0.1:1080")
 
     with pytest.raises(PmdError, match="socks5") as caught:
-        new_web()
+        new_client()
 
     assert "secret" not in str(caught.value)
 
@@ -268,5 +268,5 @@ def certificate(certificate_files, monkeypatch):
 
 @pytest.fixture
 def tls_host(certificate):
-    with Host(answer(), tls=certificate) as host:
+    with FakeHost(response(), tls=certificate) as host:
         yield host

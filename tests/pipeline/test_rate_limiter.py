@@ -7,19 +7,28 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hosts import BODY, Host, Still, answer, in_turn, kind_of, new_web, web
+from fake_host import (
+    BODY,
+    FakeClock,
+    FakeHost,
+    client_for,
+    failure_kind,
+    in_sequence,
+    new_client,
+    response,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmd_pipeline.images.fetch import rate_limiter as rules
+from pmd_pipeline.images.fetch import rate_limiter
 from pmd_pipeline.images.fetch.rate_limiter import (
-    BURST,
-    LONGEST_CUT,
-    LONGEST_WAIT,
-    MOST_RESTS,
-    MOST_TROUBLES,
+    MAX_COOLDOWNS,
+    MAX_FAILURES,
+    MAX_OFFLINE_SECONDS,
+    MAX_WAIT_SECONDS,
+    OFFLINE_FAILURES,
     Clock,
-    Hosts,
+    HostQueues,
     HostUnavailable,
     RateLimiter,
     RequestResult,
@@ -28,42 +37,42 @@ from pmd_pipeline.recipe import Fetch
 
 
 def begun(hosts, name="a", now=0.0):
-    turn = hosts.queue(name, now)
-    assert hosts.wait(turn, now) == 0
+    turn = hosts.enqueue(name, now)
+    assert hosts.try_start(turn, now) == 0
     return turn
 
 
 def ended(hosts, turn, ending, now=0.0, kind="connect", retry_after=None):
-    turn.ending, turn.kind, turn.retry_after = ending, kind, retry_after
-    hosts.end(turn, now)
+    turn.result, turn.kind, turn.retry_after = ending, kind, retry_after
+    hosts.finish(turn, now)
 
 
 def room(hosts, name="a", now=0.0):
     """How many more requests the host may have in flight."""
     turns = []
     while True:
-        turn = hosts.queue(name, now)
-        if hosts.wait(turn, now):
+        turn = hosts.enqueue(name, now)
+        if hosts.try_start(turn, now):
             hosts.leave(turn)
             break
         turns.append(turn)
     for turn in turns:
-        ended(hosts, turn, RequestResult.UNASKED, now)
+        ended(hosts, turn, RequestResult.NOT_SENT, now)
     return len(turns)
 
 
 def wait_of(hosts, name="a", now=0.0):
-    turn = hosts.queue(name, now)
+    turn = hosts.enqueue(name, now)
     try:
-        seconds = hosts.wait(turn, now)
+        seconds = hosts.try_start(turn, now)
     finally:
         hosts.leave(turn)
     if seconds == 0:
-        ended(hosts, turn, RequestResult.UNASKED, now)
+        ended(hosts, turn, RequestResult.NOT_SENT, now)
     return seconds
 
 
-def in_trouble(hosts, times, ending=RequestResult.BROKEN, now=0.0):
+def in_trouble(hosts, times, ending=RequestResult.INCOMPLETE, now=0.0):
     for _ in range(times):
         ended(hosts, begun(hosts, now=now), ending, now)
 
@@ -71,9 +80,9 @@ def in_trouble(hosts, times, ending=RequestResult.BROKEN, now=0.0):
 def rested(hosts, times):
     """The time after so many rests in a row, none of which helped."""
     now = 0.0
-    in_trouble(hosts, MOST_TROUBLES)
+    in_trouble(hosts, MAX_FAILURES)
     for _ in range(times - 1):
-        now += LONGEST_WAIT
+        now += MAX_WAIT_SECONDS
         in_trouble(hosts, 1, now=now)
     return now
 
@@ -83,12 +92,12 @@ class Requests:
 
     def __init__(self, most, delay):
         self.most, self.delay = most, delay
-        self.hosts = Hosts(most, lambda _: delay)
+        self.hosts = HostQueues(most, lambda _: delay)
         self.now = 0.0
         self.waiting, self.active, self.held, self.last = [], [], {}, {}
 
     def come(self, name):
-        self.waiting.append(self.hosts.queue(name, self.now))
+        self.waiting.append(self.hosts.enqueue(name, self.now))
 
     def end(self, number, ending, retry_after):
         if self.active:
@@ -106,7 +115,7 @@ class Requests:
             progress = False
             for turn in self.waiting[::-1]:
                 try:
-                    seconds = self.hosts.wait(turn, self.now)
+                    seconds = self.hosts.try_start(turn, self.now)
                 except HostUnavailable:
                     self.hosts.leave(turn)
                     self.waiting.remove(turn)
@@ -157,13 +166,13 @@ def test_never_too_many_never_too_early_and_everybody_in_turn(most, delay, taken
     for _ in range(len(taken) * 2):  # everybody gets an end
         while requests.active:
             requests.end(0, RequestResult.ANSWERED, None)
-        requests.now += LONGEST_CUT
+        requests.now += MAX_OFFLINE_SECONDS
         requests.look()
     assert not requests.waiting
 
 
 def test_a_busy_host_is_asked_by_half_as_many_once_for_all_in_flight():
-    hosts = Hosts(8)
+    hosts = HostQueues(8)
     for turn in [begun(hosts) for _ in range(8)]:
         ended(hosts, turn, RequestResult.BUSY, now=1, kind="http_429", retry_after=0)
 
@@ -171,7 +180,7 @@ def test_a_busy_host_is_asked_by_half_as_many_once_for_all_in_flight():
 
 
 def test_a_host_that_answers_is_asked_by_one_more_after_each_round():
-    hosts = Hosts(8)
+    hosts = HostQueues(8)
     for now in range(5):
         ended(hosts, begun(hosts, now=now), RequestResult.BUSY, now, retry_after=0)
     assert room(hosts, now=5) == 1
@@ -188,7 +197,7 @@ def test_a_host_that_answers_is_asked_by_one_more_after_each_round():
 
 
 def test_what_one_request_is_told_to_wait_is_waited_by_all_and_by_no_other_host():
-    hosts = Hosts(4)
+    hosts = HostQueues(4)
     ended(hosts, begun(hosts), RequestResult.BUSY, retry_after=20)
     ended(hosts, begun(hosts, "b"), RequestResult.ANSWERED)
 
@@ -198,7 +207,7 @@ def test_what_one_request_is_told_to_wait_is_waited_by_all_and_by_no_other_host(
 
 
 def test_a_shorter_wait_does_not_end_a_longer_one():
-    hosts = Hosts(4)
+    hosts = HostQueues(4)
     first, second, third = (begun(hosts) for _ in range(3))
     ended(hosts, first, RequestResult.BUSY, retry_after=20)
     ended(hosts, second, RequestResult.BUSY, retry_after=1)
@@ -208,7 +217,7 @@ def test_a_shorter_wait_does_not_end_a_longer_one():
 
 
 def test_a_busy_host_that_names_no_time_is_left_alone_longer_each_time():
-    hosts, now, waits = Hosts(1), 0.0, []
+    hosts, now, waits = HostQueues(1), 0.0, []
     for _ in range(9):
         ended(hosts, begun(hosts, now=now), RequestResult.BUSY, now)
         waits.append(wait_of(hosts, now=now))
@@ -218,16 +227,18 @@ def test_a_busy_host_that_names_no_time_is_left_alone_longer_each_time():
 
 
 def test_a_host_that_wants_more_time_than_there_is_is_given_up_until_then():
-    hosts = Hosts(4)
-    ended(hosts, begun(hosts), RequestResult.BUSY, kind="http_429", retry_after=LONGEST_WAIT + 10)
+    hosts = HostQueues(4)
+    ended(
+        hosts, begun(hosts), RequestResult.BUSY, kind="http_429", retry_after=MAX_WAIT_SECONDS + 10
+    )
 
     with pytest.raises(HostUnavailable, match="http_429"):
         wait_of(hosts)
-    assert wait_of(hosts, now=10) == LONGEST_WAIT
+    assert wait_of(hosts, now=10) == MAX_WAIT_SECONDS
 
 
 def test_requests_to_a_host_keep_their_distance():
-    hosts = Hosts(4, {"a": 2.0, "b": 0.0}.__getitem__)
+    hosts = HostQueues(4, {"a": 2.0, "b": 0.0}.__getitem__)
     begun(hosts)
     begun(hosts, "b")
 
@@ -236,9 +247,9 @@ def test_requests_to_a_host_keep_their_distance():
 
 
 def test_a_host_in_trouble_is_left_alone_and_then_asked_by_one():
-    hosts = Hosts(4)
+    hosts = HostQueues(4)
     ended(hosts, begun(hosts), RequestResult.ANSWERED)
-    in_trouble(hosts, MOST_TROUBLES - 1)
+    in_trouble(hosts, MAX_FAILURES - 1)
     assert wait_of(hosts) == 0
     in_trouble(hosts, 1)
 
@@ -248,19 +259,19 @@ def test_a_host_in_trouble_is_left_alone_and_then_asked_by_one():
 
 
 def test_one_answer_brings_a_host_back():
-    hosts = Hosts(4)
-    now = rested(hosts, 3) + LONGEST_WAIT
+    hosts = HostQueues(4)
+    now = rested(hosts, 3) + MAX_WAIT_SECONDS
     ended(hosts, begun(hosts, now=now), RequestResult.ANSWERED, now)
 
-    in_trouble(hosts, MOST_TROUBLES - 1, now=now)
+    in_trouble(hosts, MAX_FAILURES - 1, now=now)
 
     assert wait_of(hosts, now=now) == 0
 
 
 def test_rests_grow_to_the_longest_wait():
     waits = []
-    for rests in range(1, MOST_RESTS + 1):
-        hosts = Hosts(4)
+    for rests in range(1, MAX_COOLDOWNS + 1):
+        hosts = HostQueues(4)
         ended(hosts, begun(hosts), RequestResult.ANSWERED)
         now = rested(hosts, rests)
         waits.append(wait_of(hosts, now=now))
@@ -269,7 +280,7 @@ def test_rests_grow_to_the_longest_wait():
 
 
 def test_a_host_that_never_worked_is_not_waited_for():
-    hosts = Hosts(4)
+    hosts = HostQueues(4)
     now = rested(hosts, 1)
 
     with pytest.raises(HostUnavailable, match="connect"):
@@ -277,31 +288,31 @@ def test_a_host_that_never_worked_is_not_waited_for():
 
 
 def test_a_host_that_worked_is_waited_for_only_so_long():
-    hosts = Hosts(4)
+    hosts = HostQueues(4)
     ended(hosts, begun(hosts), RequestResult.ANSWERED)
-    now = rested(hosts, MOST_RESTS + 1)
+    now = rested(hosts, MAX_COOLDOWNS + 1)
 
     with pytest.raises(HostUnavailable):
         wait_of(hosts, now=now)
-    probe = begun(hosts, now=now + LONGEST_WAIT)
+    probe = begun(hosts, now=now + MAX_WAIT_SECONDS)
     with pytest.raises(HostUnavailable):
-        wait_of(hosts, now=now + LONGEST_WAIT)
-    ended(hosts, probe, RequestResult.ANSWERED, now + LONGEST_WAIT)
-    assert wait_of(hosts, now=now + LONGEST_WAIT) == 0
+        wait_of(hosts, now=now + MAX_WAIT_SECONDS)
+    ended(hosts, probe, RequestResult.ANSWERED, now + MAX_WAIT_SECONDS)
+    assert wait_of(hosts, now=now + MAX_WAIT_SECONDS) == 0
 
 
 def test_those_in_flight_at_a_rest_make_no_further_rests():
-    hosts = Hosts(20)
+    hosts = HostQueues(20)
     ended(hosts, begun(hosts), RequestResult.ANSWERED)
     for turn in [begun(hosts) for _ in range(20)]:
-        ended(hosts, turn, RequestResult.BROKEN, now=1)
+        ended(hosts, turn, RequestResult.INCOMPLETE, now=1)
 
     assert wait_of(hosts, now=1) == 15
     assert room(hosts, now=16) == 1
 
 
 def test_those_in_flight_at_a_refusal_are_one_trouble():
-    hosts = Hosts(20)
+    hosts = HostQueues(20)
     for turn in [begun(hosts) for _ in range(20)]:
         ended(hosts, turn, RequestResult.BUSY, now=1, retry_after=0)
 
@@ -310,76 +321,76 @@ def test_those_in_flight_at_a_refusal_are_one_trouble():
 
 def silence(hosts, names, now=0.0):
     for name in names:
-        ended(hosts, begun(hosts, name, now), RequestResult.SILENT, now)
+        ended(hosts, begun(hosts, name, now), RequestResult.UNREACHABLE, now)
 
 
-def test_many_silent_hosts_and_no_answer_mean_that_the_network_is_cut():
-    hosts = Hosts(4)
+def test_many_silent_hosts_and_no_answer_mean_that_the_network_is_offline():
+    hosts = HostQueues(4)
     ended(hosts, begun(hosts, "well"), RequestResult.ANSWERED)
-    silence(hosts, range(BURST - 1))
-    assert not hosts.is_cut()
-    silence(hosts, [BURST - 1])
+    silence(hosts, range(OFFLINE_FAILURES - 1))
+    assert not hosts.is_offline()
+    silence(hosts, [OFFLINE_FAILURES - 1])
 
-    assert hosts.is_cut()
+    assert hosts.is_offline()
     assert wait_of(hosts, "well") == wait_of(hosts, "new") == 5
     assert wait_of(hosts, "new", now=5) == 0
 
 
 def test_those_in_flight_when_the_network_is_cut_make_no_longer_pause():
-    hosts = Hosts(4)
-    for turn in [begun(hosts, name) for name in range(5 * BURST)]:
-        ended(hosts, turn, RequestResult.SILENT, now=1)
+    hosts = HostQueues(4)
+    for turn in [begun(hosts, name) for name in range(5 * OFFLINE_FAILURES)]:
+        ended(hosts, turn, RequestResult.UNREACHABLE, now=1)
 
     assert wait_of(hosts, "new", now=1) == 5
 
 
 def test_an_answer_between_means_that_it_is_not():
-    hosts = Hosts(4)
-    silence(hosts, range(BURST - 1))
+    hosts = HostQueues(4)
+    silence(hosts, range(OFFLINE_FAILURES - 1))
     ended(hosts, begun(hosts, "well"), RequestResult.ANSWERED)
-    silence(hosts, range(BURST - 1))
+    silence(hosts, range(OFFLINE_FAILURES - 1))
 
-    assert not hosts.is_cut()
+    assert not hosts.is_offline()
 
 
 def test_one_dead_host_among_others_is_its_own_trouble():
-    hosts = Hosts(4)
+    hosts = HostQueues(4)
     for name in "bcd":
         ended(hosts, begun(hosts, name), RequestResult.ANSWERED)
-    silence(hosts, ["a"] * MOST_TROUBLES)
+    silence(hosts, ["a"] * MAX_FAILURES)
 
-    assert not hosts.is_cut()
+    assert not hosts.is_offline()
     with pytest.raises(HostUnavailable):
         wait_of(hosts)
 
 
 def test_a_cut_network_ends_with_an_answer():
-    hosts = Hosts(4)
-    silence(hosts, range(BURST))
+    hosts = HostQueues(4)
+    silence(hosts, range(OFFLINE_FAILURES))
     ended(hosts, begun(hosts, "well", 5), RequestResult.ANSWERED, 5)
 
-    assert not hosts.is_cut()
+    assert not hosts.is_offline()
     assert wait_of(hosts, "new", now=5) == 0
 
 
 def test_a_cut_network_is_waited_for_only_so_long_and_then_failures_count():
-    hosts = Hosts(4)
-    silence(hosts, range(BURST))
+    hosts = HostQueues(4)
+    silence(hosts, range(OFFLINE_FAILURES))
     now = 0.0
-    while hosts.is_cut() and now < 2 * LONGEST_CUT:
+    while hosts.is_offline() and now < 2 * MAX_OFFLINE_SECONDS:
         now += wait_of(hosts, "new", now)
         silence(hosts, ["new"], now)
 
-    assert now <= LONGEST_CUT
-    assert now + LONGEST_WAIT > LONGEST_CUT
-    silence(hosts, ["new"] * (MOST_TROUBLES - 1), now + LONGEST_WAIT)
+    assert now <= MAX_OFFLINE_SECONDS
+    assert now + MAX_WAIT_SECONDS > MAX_OFFLINE_SECONDS
+    silence(hosts, ["new"] * (MAX_FAILURES - 1), now + MAX_WAIT_SECONDS)
     with pytest.raises(HostUnavailable):
-        wait_of(hosts, "new", now + LONGEST_WAIT)
+        wait_of(hosts, "new", now + MAX_WAIT_SECONDS)
 
 
 def test_hosts_without_a_past_are_forgotten(monkeypatch):
-    monkeypatch.setattr(rules, "_MOST_HOSTS", 5)
-    hosts = Hosts(4)
+    monkeypatch.setattr(rate_limiter, "_MAX_HOSTS", 5)
+    hosts = HostQueues(4)
     ended(hosts, begun(hosts, "held"), RequestResult.BUSY, retry_after=50)
     begun(hosts, "asked")
 
@@ -399,13 +410,13 @@ def test_who_waits_goes_when_another_ends():
     order = []
 
     async def ask(turns, number):
-        async with turns.turn("a") as turn:
+        async with turns.permit("a") as turn:
             order.append(number)
             await asyncio.sleep(0)
-            turn.ending = RequestResult.ANSWERED
+            turn.result = RequestResult.ANSWERED
 
     async def ask_all():
-        turns = turns_of(Hosts(1))
+        turns = turns_of(HostQueues(1))
         await asyncio.gather(*[ask(turns, number) for number in range(6)])
 
     asyncio.run(ask_all())
@@ -417,16 +428,16 @@ def test_no_host_keeps_the_room_that_all_share():
     order, now, most = [], [], []
 
     async def ask(turns, host):
-        async with turns.turn(host) as turn:
+        async with turns.permit(host) as turn:
             order.append(host)
             now.append(host)
             most.append(len(now))
             await asyncio.sleep(0)
             now.remove(host)
-            turn.ending = RequestResult.ANSWERED
+            turn.result = RequestResult.ANSWERED
 
     async def ask_all():
-        turns = turns_of(Hosts(8), lambda: turns.in_flight < 2)
+        turns = turns_of(HostQueues(8), lambda: turns.in_flight < 2)
         await asyncio.gather(*[ask(turns, host) for host in "aaaaaaaabc"])
 
     asyncio.run(ask_all())
@@ -437,20 +448,20 @@ def test_no_host_keeps_the_room_that_all_share():
 
 def test_a_network_that_is_back_is_asked_at_once_by_all_who_waited():
     async def ask(turns, host, ending):
-        async with turns.turn(host) as turn:
-            turn.ending, turn.kind = ending, "connect"
+        async with turns.permit(host) as turn:
+            turn.result, turn.kind = ending, "connect"
 
     async def ask_all():
-        hosts = Hosts(2)
+        hosts = HostQueues(2)
         turns = turns_of(hosts)
-        first = turns.turn("well")
+        first = turns.permit("well")
         went = await first.__aenter__()
-        for number in range(BURST):
-            await ask(turns, str(number), RequestResult.SILENT)
-        assert hosts.is_cut()
+        for number in range(OFFLINE_FAILURES):
+            await ask(turns, str(number), RequestResult.UNREACHABLE)
+        assert hosts.is_offline()
         late = asyncio.create_task(ask(turns, "late", RequestResult.ANSWERED))
         await asyncio.sleep(0)
-        went.ending = RequestResult.ANSWERED
+        went.result = RequestResult.ANSWERED
         await first.__aexit__(None, None, None)
         await asyncio.wait_for(late, 1)
 
@@ -459,10 +470,10 @@ def test_a_network_that_is_back_is_asked_at_once_by_all_who_waited():
 
 def test_a_url_waits_as_long_as_another_was_told_to():
     waits = []
-    with Host(in_turn(answer(429, Retry_After="40"), answer())) as host:
-        client = web(host, waits, retries=0)
+    with FakeHost(in_sequence(response(429, Retry_After="40"), response())) as host:
+        client = client_for(host, waits, retries=0)
 
-        assert kind_of(client) == "http_429"
+        assert failure_kind(client) == "http_429"
         assert waits == []
         assert client.get("http://a.example/2.jpg").body == BODY
 
@@ -470,18 +481,18 @@ def test_a_url_waits_as_long_as_another_was_told_to():
 
 
 def test_a_dead_host_is_asked_no_more_and_others_are():
-    with Host(answer()) as gone:
+    with FakeHost(response()) as gone:
         pass
     waits = []
-    with Host(answer()) as host:
+    with FakeHost(response()) as host:
         places = {"dead.example": gone.origin, "*": host.origin}
-        client = web(host, waits, retries=0, connect_to=places)
+        client = client_for(host, waits, retries=0, connect_to=places)
         for number in range(30):
             assert client.get(f"http://{number}.example/").body == BODY
-            assert kind_of(client, f"http://dead.example/{number}") == "connect"
+            assert failure_kind(client, f"http://dead.example/{number}") == "connect"
 
     assert waits == []
-    assert client._turns._hosts._hosts["dead.example"].troubles == MOST_TROUBLES
+    assert client._limiter._queues._hosts["dead.example"].failures == MAX_FAILURES
 
 
 def test_a_cut_network_loses_no_more_than_showed_it(monkeypatch):
@@ -489,17 +500,17 @@ def test_a_cut_network_loses_no_more_than_showed_it(monkeypatch):
 
     def cut(*args, **keywords):
         asked.append(args)
-        if len(asked) <= BURST + 3:
+        if len(asked) <= OFFLINE_FAILURES + 3:
             raise socket.gaierror(socket.EAI_AGAIN, "no name server")
         return lead("127.0.0.1", None, **keywords)
 
-    with Host(answer()) as host:
+    with FakeHost(response()) as host:
         places = {"*": f"http://somewhere.example:{host.port}"}
-        client = web(host, waits, retries=0, connect_to=places)
+        client = client_for(host, waits, retries=0, connect_to=places)
         monkeypatch.setattr(socket, "getaddrinfo", cut)
-        for number in range(BURST - 1):
-            assert kind_of(client, f"http://{number}.example/") == "dns"
-        for number in range(BURST):
+        for number in range(OFFLINE_FAILURES - 1):
+            assert failure_kind(client, f"http://{number}.example/") == "dns"
+        for number in range(OFFLINE_FAILURES):
             assert client.get(f"http://well-{number}.example/").body == BODY
 
     assert waits == [5, 10, 20, 40]
@@ -510,22 +521,24 @@ def test_a_network_that_stays_cut_is_a_failure_at_last(monkeypatch):
         raise socket.gaierror(socket.EAI_AGAIN, "no name server")
 
     monkeypatch.setattr(socket, "getaddrinfo", cut)
-    clock = Still()
-    client = new_web(clock=clock)
+    clock = FakeClock()
+    client = new_client(clock=clock)
 
-    kinds = {kind_of(client, f"http://{number}.example/") for number in range(2 * BURST)}
+    kinds = {
+        failure_kind(client, f"http://{number}.example/") for number in range(2 * OFFLINE_FAILURES)
+    }
 
     assert kinds == {"dns"}
-    assert LONGEST_CUT <= sum(clock.waits) <= 2 * LONGEST_CUT
+    assert MAX_OFFLINE_SECONDS <= sum(clock.waits) <= 2 * MAX_OFFLINE_SECONDS
 
 
 def test_the_least_delay_is_for_the_hosts_that_the_recipe_names():
-    client = new_web(Fetch(delay={"*.imgur.com": 0.5}))
+    client = new_client(Fetch(delay={"*.imgur.com": 0.5}))
 
-    assert client._delay("i.imgur.com") == 0.5
-    assert client._delay("imgur.example") == 0
-    with Host(answer()) as host:
-        assert web(host, delay={"*": 0.5})._delay("i.imgur.com") == 0
+    assert client._min_delay("i.imgur.com") == 0.5
+    assert client._min_delay("imgur.example") == 0
+    with FakeHost(response()) as host:
+        assert client_for(host, delay={"*": 0.5})._min_delay("i.imgur.com") == 0
 
 
 @pytest.mark.slow
@@ -538,12 +551,12 @@ def test_a_host_that_bears_so_many_a_second_gives_all_and_is_asked_by_nobody_too
         asked.append(now)
         if sum(now - 1 < one for one in asked if one not in refused) > rate:
             refused.append(now)
-            return answer(429, Retry_After="1")
-        return answer()
+            return response(429, Retry_After="1")
+        return response()
 
     urls = [f"http://a.example/{number}.jpg" for number in range(5 * rate)]
-    with Host(limited) as host, ThreadPoolExecutor(64) as pool:
-        client = new_web(Fetch(connect_to={"*": host.origin}), clock=Clock())
+    with FakeHost(limited) as host, ThreadPoolExecutor(64) as pool:
+        client = new_client(Fetch(connect_to={"*": host.origin}), clock=Clock())
         bodies = [fetched.body for fetched in pool.map(client.get, urls)]
 
     early = [(no, one) for no in refused for one in asked if no + 0.2 < one < no + 1]

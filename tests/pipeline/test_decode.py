@@ -21,13 +21,9 @@ from source_helpers import SAMPLES
 
 from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.contract.reasons import FAILURE_REASONS
-from pmd_pipeline.images.decode.processing import (
-    FORMATS,
-    make_stored_image,
-    open_image,
-    target_size,
-    upright_size,
-)
+from pmd_pipeline.images.decode.decoder import ACCEPTED_FORMATS, open_image, upright_size
+from pmd_pipeline.images.decode.resize import target_size
+from pmd_pipeline.images.decode.stored_image import make_stored_image
 from pmd_pipeline.recipe import Images
 
 PHOTOGRAPHS = sorted((SAMPLES / "coco" / "mini" / "train2017").glob("*.jpg"))[:12]
@@ -60,7 +56,7 @@ def stored(body, rules=SMALL):
 
 
 def pixels_of(made):
-    image = Image.open(io.BytesIO(made.jpeg))
+    image = Image.open(io.BytesIO(made.content))
     assert image.size == (made.width, made.height)
     return np.asarray(image.convert("RGB")).astype(float)
 
@@ -88,7 +84,7 @@ IN_EVERY_FORMAT = {
 }
 
 
-@pytest.mark.parametrize("form", [*FORMATS, "MPO"])
+@pytest.mark.parametrize("form", [*ACCEPTED_FORMATS, "MPO"])
 def test_every_format_is_read(form):
     body = IN_EVERY_FORMAT[form]
     assert open_image(body, SMALL).format == form
@@ -105,7 +101,7 @@ def test_what_is_stored_is_a_plain_jpeg():
     exif = Image.Exif()
     exif[0x013B] = "the name of somebody"
     for form in ("PNG", "WEBP", "TIFF"):
-        image = Image.open(io.BytesIO(stored(encoded(scene(), form, exif=exif)).jpeg))
+        image = Image.open(io.BytesIO(stored(encoded(scene(), form, exif=exif)).content))
 
         assert (image.format, image.mode) == ("JPEG", "RGB")
         assert set(image.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
@@ -115,7 +111,7 @@ def test_a_comment_is_not_carried_over_however_long():
     for comment in (b"hello", b"x" * 70_000):
         made = stored(encoded(scene().quantize(), "GIF", comment=comment))
 
-        assert "comment" not in Image.open(io.BytesIO(made.jpeg)).info
+        assert "comment" not in Image.open(io.BytesIO(made.content)).info
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -125,7 +121,7 @@ def test_a_small_upright_jpeg_keeps_its_bytes(mode, progressive):
 
     made = stored(body)
 
-    assert made.jpeg is body
+    assert made.content is body
     assert (made.width, made.height, made.original_width) == (32, 20, 32)
 
 
@@ -139,14 +135,14 @@ def test_a_small_jpeg_that_is_cut_is_not_kept():
 def test_a_small_jpeg_with_much_else_behind_it_is_made_anew():
     body = encoded(scene(32, 20), "JPEG") + bytes(1 << 20)
 
-    assert len(stored(body).jpeg) < 10_000
+    assert len(stored(body).content) < 10_000
 
 
 def test_a_small_picture_of_another_kind_is_made_a_jpeg():
     for image in (scene(32, 20).convert("CMYK"), scene(32, 20)):
         body = encoded(image, "JPEG" if image.mode == "CMYK" else "PNG")
 
-        assert Image.open(io.BytesIO(stored(body).jpeg)).mode == "RGB"
+        assert Image.open(io.BytesIO(stored(body).content)).mode == "RGB"
 
 
 def turned(image, orientation):
@@ -190,7 +186,7 @@ def test_a_sideways_jpeg_is_not_kept_as_it_is():
     made = stored(body)
 
     assert (made.width, made.height) == (20, 32)
-    assert made.jpeg != body
+    assert made.content != body
 
 
 @pytest.mark.parametrize("value", [0, 9, 65_535])
@@ -318,7 +314,7 @@ def test_pictures_are_made_smaller_and_never_larger(size, rules, target):
     made = stored(encoded(Image.new("RGB", size, "red")), rules)
 
     assert (made.width, made.height) == target
-    assert Image.open(io.BytesIO(made.jpeg)).size == target
+    assert Image.open(io.BytesIO(made.content)).size == target
 
 
 def test_a_side_longer_than_a_jpeg_can_have_is_refused():
@@ -488,7 +484,7 @@ def quality(body, size, *, fast=False):
     reference = np.asarray(whole.resize(target, Image.Resampling.LANCZOS)).astype(float)
     pictures = [
         np.asarray(Image.open(io.BytesIO(one)).convert("RGB")).astype(float)
-        for one in (made.jpeg, theirs)
+        for one in (made.content, theirs)
     ]
     return [(psnr(one, reference), ssim(one, reference)) for one in pictures]
 
@@ -539,7 +535,7 @@ def test_what_is_behind_the_end_of_a_jpeg_does_not_matter(mode, options):
     for behind in (b"\0" * 999, b"<html>", body[:2000], b"\xff\xd9"):
         assert stored(body + behind) == stored(body)
         kept = stored(body + behind, Images(size=400))
-        assert kept.jpeg == body + behind
+        assert kept.content == body + behind
 
 
 @pytest.mark.parametrize("size", [32, 300, 400])
@@ -602,7 +598,7 @@ def test_the_same_bytes_make_the_same_bytes_in_many_threads():
     assert made == [stored(body) for body in bodies[: len(bodies) // 8]] * 8
 
 
-@pytest.mark.parametrize("form", [*FORMATS, "MPO"])
+@pytest.mark.parametrize("form", [*ACCEPTED_FORMATS, "MPO"])
 def test_no_damage_is_more_than_a_record_error(form):
     body = IN_EVERY_FORMAT[form]
 
@@ -654,7 +650,8 @@ def test_pillow_is_heard_of_neither_as_noise_nor_as_a_failure(tmp_path):
     (tmp_path / "3").write_bytes(encoded(palette, transparency=b"\0\x80"))
     code = (
         "import sys\n"
-        "from pmd_pipeline.images.decode.processing import open_image, make_stored_image\n"
+        "from pmd_pipeline.images.decode.decoder import open_image\n"
+        "from pmd_pipeline.images.decode.stored_image import make_stored_image\n"
         "from pmd_pipeline.recipe import Images\n"
         "for name in sys.argv[1:]:\n"
         "    body = open(name, 'rb').read()\n"

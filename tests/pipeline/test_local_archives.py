@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmd_pipeline.contract.errors import PmdError, RecordError
-from pmd_pipeline.images.local import archives as shelves
-from pmd_pipeline.images.local.archives import names_of, open_archive, stamp
+from pmd_pipeline.images.local import archives
+from pmd_pipeline.images.local.archives import archive_stamp, candidate_names, open_archive
 from pmd_pipeline.index.records import IndexRecord
 
 FILES = {
@@ -102,13 +102,13 @@ def test_a_leading_dot_in_a_tar_is_no_folder(tmp_path):
     assert shelf(record(file="4.jpg")).body == b"four"
 
 
-def test_the_names_of_an_image_go_from_exact_to_bare():
+def test_the_candidate_names_an_image_go_from_exact_to_bare():
     both = record(file="a/b/c.jpg", url="http://a.example/x/d%20e.jpg?f/g#h")
 
-    assert names_of(both) == ["a/b/c.jpg", "d%20e.jpg", "d e.jpg", "b/c.jpg", "c.jpg"]
-    assert names_of(record(url="http://a.example/d.jpg#h/i")) == ["d.jpg"]
-    assert names_of(record(url="http://a.example/")) == []
-    assert names_of(record()) == []
+    assert candidate_names(both) == ["a/b/c.jpg", "d%20e.jpg", "d e.jpg", "b/c.jpg", "c.jpg"]
+    assert candidate_names(record(url="http://a.example/d.jpg#h/i")) == ["d.jpg"]
+    assert candidate_names(record(url="http://a.example/")) == []
+    assert candidate_names(record()) == []
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_tar_that_lost_its_end_since_is_one_lost_record(tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
 def test_a_file_too_large_for_memory_is_not_read(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(shelves, "_MOST_BYTES", 99)
+    monkeypatch.setattr(archives, "_MAX_BYTES", 99)
     path = tmp_path / f"images.{kind}"
     make = {"folder": make_folder, "zip": make_zip, "tar": make_tar}[kind]
     make(path, {"1.jpg": bytes(99), "2.jpg": bytes(100)})
@@ -318,8 +318,10 @@ def test_a_place_is_known_by_its_name_and_size_wherever_it_lies(tmp_path):
     for folder in ("a", "b"):
         make_folder(tmp_path / folder, {"images.zip": b"12345"})
 
-    assert {stamp(str(tmp_path / folder / "images.zip")) for folder in "ab"} == {"images.zip 5"}
-    assert stamp(str(tmp_path / "a")) == "a"
+    assert {archive_stamp(str(tmp_path / folder / "images.zip")) for folder in "ab"} == {
+        "images.zip 5"
+    }
+    assert archive_stamp(str(tmp_path / "a")) == "a"
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])

@@ -4,9 +4,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hosts import Host, answer, kind_of, web
+from fake_host import FakeHost, client_for, failure_kind, response
 
-from pmd_pipeline.images.fetch import client as fetch
+from pmd_pipeline.images.fetch import client as fetch_client_module
 
 LARGE = bytes(range(256)) * 1000
 
@@ -14,12 +14,12 @@ LARGE = bytes(range(256)) * 1000
 @pytest.fixture
 def little_memory(monkeypatch):
     """Memory for less than one large body."""
-    monkeypatch.setattr(fetch, "_BODIES", len(LARGE) // 2)
+    monkeypatch.setattr(fetch_client_module, "_MAX_BODY_BYTES", len(LARGE) // 2)
 
 
 def test_bodies_that_are_larger_than_the_memory_come_one_after_the_other(little_memory):
-    with Host(answer(body=LARGE)) as host, ThreadPoolExecutor(8) as pool:
-        client = web(host, max_bytes=1 << 20)
+    with FakeHost(response(body=LARGE)) as host, ThreadPoolExecutor(8) as pool:
+        client = client_for(host, max_bytes=1 << 20)
         urls = [f"http://a.example/{number}.jpg" for number in range(24)]
         bodies = [fetched.body for fetched in pool.map(client.get, urls)]
 
@@ -30,14 +30,14 @@ def test_bodies_that_are_larger_than_the_memory_come_one_after_the_other(little_
 def test_a_body_waits_for_those_that_are_not_given_back_and_the_time_does_not_count(
     little_memory,
 ):
-    with Host(answer(body=LARGE)) as host, ThreadPoolExecutor(1) as pool:
-        client = web(host, max_bytes=1 << 20, timeout=0.3)
-        client.memory.take(len(LARGE) // 2)  # by somebody who is slow with pictures
+    with FakeHost(response(body=LARGE)) as host, ThreadPoolExecutor(1) as pool:
+        client = client_for(host, max_bytes=1 << 20, timeout=0.3)
+        client.byte_budget.acquire(len(LARGE) // 2)  # by somebody who is slow with pictures
         waiting = pool.submit(client.get, "http://a.example/1.jpg")
         threading.Event().wait(0.6)
 
         assert not waiting.done()
-        client.memory.give(len(LARGE) // 2)
+        client.byte_budget.release(len(LARGE) // 2)
         assert waiting.result(5).body == LARGE
         assert client.is_idle()
 
@@ -45,18 +45,18 @@ def test_a_body_waits_for_those_that_are_not_given_back_and_the_time_does_not_co
 @pytest.mark.parametrize(
     "one",
     [
-        answer(404, LARGE[:5000]),
-        answer(body=LARGE[:900], Content_Length=1000, Connection="close"),
-        answer(body=b""),
-        answer(body=b"x" * 5000),
-        answer(body=b"x" * 5000, Content_Length=""),
-        answer(302, b"moved", Location="/again"),
+        response(404, LARGE[:5000]),
+        response(body=LARGE[:900], Content_Length=1000, Connection="close"),
+        response(body=b""),
+        response(body=b"x" * 5000),
+        response(body=b"x" * 5000, Content_Length=""),
+        response(302, b"moved", Location="/again"),
     ],
 )
 def test_what_is_refused_gives_all_memory_back(one):
-    with Host(one) as host:
-        client = web(host, retries=0)
-        kind_of(client)
+    with FakeHost(one) as host:
+        client = client_for(host, retries=0)
+        failure_kind(client)
 
         assert client.is_idle()
 
@@ -65,17 +65,17 @@ def test_a_stated_length_takes_no_memory_before_its_bytes():
     started, go_on = threading.Event(), threading.Event()
 
     def drip(connection):
-        connection.sendall(answer(body=b"a", Content_Length=60 << 20))
+        connection.sendall(response(body=b"a", Content_Length=60 << 20))
         started.set()
         go_on.wait(5)
 
-    with Host(lambda _head: drip) as host, ThreadPoolExecutor(1) as pool:
-        client = web(host, max_bytes=64 << 20, retries=0)
-        asked = pool.submit(kind_of, client)
+    with FakeHost(lambda _head: drip) as host, ThreadPoolExecutor(1) as pool:
+        client = client_for(host, max_bytes=64 << 20, retries=0)
+        asked = pool.submit(failure_kind, client)
         started.wait(5)
-        while not client.memory.used:
+        while not client.byte_budget.used:
             pass
-        used = client.memory.used
+        used = client.byte_budget.used
         go_on.set()
 
         assert asked.result(5) == "connect"
@@ -85,8 +85,8 @@ def test_a_stated_length_takes_no_memory_before_its_bytes():
 
 def test_a_client_that_is_closed_leaves_no_thread_and_asks_nobody():
     before = threading.active_count()
-    with Host(answer()) as host:
-        client = web(host)
+    with FakeHost(response()) as host:
+        client = client_for(host)
         client.get("http://a.example/1.jpg")
         client.close()
         client.close()

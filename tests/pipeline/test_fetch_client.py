@@ -8,21 +8,32 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hosts import BODY, Host, answer, by_path, detail_of, in_turn, kind_of, new_web, redirect, web
+from fake_host import (
+    BODY,
+    FakeHost,
+    by_path,
+    client_for,
+    failure_detail,
+    failure_kind,
+    in_sequence,
+    new_client,
+    redirect,
+    response,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pmd_pipeline.contract.errors import PmdError, RecordError
 from pmd_pipeline.contract.reasons import FAILURE_REASONS
-from pmd_pipeline.images.fetch import client as fetch
-from pmd_pipeline.images.fetch import responses as answers
+from pmd_pipeline.images.fetch import client as client_module
+from pmd_pipeline.images.fetch import responses
 from pmd_pipeline.images.fetch.client import FetchClient, fetch_client
 from pmd_pipeline.recipe import Fetch, Images
 
 
 def test_a_body_comes_with_the_address_it_came_from():
-    with Host(answer()) as host:
-        fetched = web(host).get("http://a.example/1.jpg")
+    with FakeHost(response()) as host:
+        fetched = client_for(host).get("http://a.example/1.jpg")
 
     assert fetched.body == BODY
     assert fetched.final_url == "http://a.example/1.jpg"
@@ -45,8 +56,8 @@ def test_a_body_comes_with_the_address_it_came_from():
 )
 def test_a_final_answer_is_not_asked_again(status, kind):
     body = b"" if status == 304 else BODY
-    with Host(answer(status, body)) as host:
-        assert kind_of(web(host)) == kind
+    with FakeHost(response(status, body)) as host:
+        assert failure_kind(client_for(host)) == kind
 
     assert len(host.requests) == 1
 
@@ -54,8 +65,8 @@ def test_a_final_answer_is_not_asked_again(status, kind):
 @pytest.mark.parametrize("status", [500, 502, 503, 429])
 def test_trouble_that_passes_is_asked_again(status):
     waits = []
-    with Host(in_turn(answer(status), answer(status), answer())) as host:
-        fetched = web(host, waits).get("http://a.example/1.jpg")
+    with FakeHost(in_sequence(response(status), response(status), response())) as host:
+        fetched = client_for(host, waits).get("http://a.example/1.jpg")
 
     assert (fetched.body, fetched.attempts) == (BODY, 3)
     assert len(host.requests) == 3
@@ -64,8 +75,8 @@ def test_trouble_that_passes_is_asked_again(status):
 
 @pytest.mark.parametrize(("status", "kind"), [(503, "http_5xx"), (429, "http_429")])
 def test_trouble_that_stays_is_given_up_after_the_last_attempt(status, kind):
-    with Host(answer(status)) as host, pytest.raises(RecordError) as caught:
-        web(host, retries=3).get("http://a.example/1.jpg")
+    with FakeHost(response(status)) as host, pytest.raises(RecordError) as caught:
+        client_for(host, retries=3).get("http://a.example/1.jpg")
 
     assert (caught.value.kind, caught.value.attempts) == (kind, 4)
     assert len(host.requests) == 4
@@ -73,28 +84,28 @@ def test_trouble_that_stays_is_given_up_after_the_last_attempt(status, kind):
 
 def test_what_the_server_asks_to_wait_is_waited():
     waits = []
-    with Host(
-        in_turn(answer(429, Retry_After="7"), answer(503, Retry_After="0"), answer())
+    with FakeHost(
+        in_sequence(response(429, Retry_After="7"), response(503, Retry_After="0"), response())
     ) as host:
-        web(host, waits).get("http://a.example/1.jpg")
+        client_for(host, waits).get("http://a.example/1.jpg")
 
     assert waits == [7]
 
 
 def test_a_wait_may_be_stated_as_a_date():
     waits = []
-    past = answer(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT")
-    future = answer(429, Retry_After="Wed, 21 Oct 2115 07:28:00 GMT")
-    with Host(in_turn(past, future)) as host:
-        assert kind_of(web(host, waits)) == "http_429"
+    past = response(429, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT")
+    future = response(429, Retry_After="Wed, 21 Oct 2115 07:28:00 GMT")
+    with FakeHost(in_sequence(past, future)) as host:
+        assert failure_kind(client_for(host, waits)) == "http_429"
 
     assert waits == []
 
 
 def test_a_longer_wait_than_we_have_is_not_begun():
     waits = []
-    with Host(answer(429, Retry_After="3600")) as host:
-        assert kind_of(web(host, waits)) == "http_429"
+    with FakeHost(response(429, Retry_After="3600")) as host:
+        assert failure_kind(client_for(host, waits)) == "http_429"
 
     assert waits == []
 
@@ -102,8 +113,8 @@ def test_a_longer_wait_than_we_have_is_not_begun():
 @pytest.mark.parametrize("value", ["soon", "-1", "²", "9" * 5000, "1e9", "Wed, 99 Foo"])
 def test_a_wait_that_is_no_number_is_ours_to_choose(value):
     waits = []
-    with Host(in_turn(answer(503, Retry_After=value), answer())) as host:
-        web(host, waits).get("http://a.example/1.jpg")
+    with FakeHost(in_sequence(response(503, Retry_After=value), response())) as host:
+        client_for(host, waits).get("http://a.example/1.jpg")
 
     assert 0.5 <= waits[0] <= 1
 
@@ -111,9 +122,9 @@ def test_a_wait_that_is_no_number_is_ours_to_choose(value):
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirects_are_followed(status):
     pages = {"/1.jpg": redirect("https://b.example:8443/2.jpg?x=1#y", status)}
-    pages["/2.jpg?x=1"] = answer()
-    with Host(by_path(pages)) as host:
-        fetched = web(host).get("http://a.example/1.jpg")
+    pages["/2.jpg?x=1"] = response()
+    with FakeHost(by_path(pages)) as host:
+        fetched = client_for(host).get("http://a.example/1.jpg")
 
     assert fetched.final_url == "https://b.example:8443/2.jpg?x=1"
     assert "Host: b.example:8443\r\n" in host.requests[1]
@@ -134,9 +145,9 @@ def test_redirects_are_followed(status):
     ],
 )
 def test_a_redirect_may_be_relative_and_badly_spelled(location, asked):
-    pages = {"/a/1.jpg": redirect(location), asked: answer()}
-    with Host(by_path(pages)) as host:
-        web(host).get("http://a.example/a/1.jpg")
+    pages = {"/a/1.jpg": redirect(location), asked: response()}
+    with FakeHost(by_path(pages)) as host:
+        client_for(host).get("http://a.example/a/1.jpg")
 
     assert host.paths == ["/a/1.jpg", asked]
 
@@ -150,50 +161,50 @@ def test_a_redirect_may_be_relative_and_badly_spelled(location, asked):
     ],
 )
 def test_the_address_of_a_removed_picture_is_known(removed):
-    with Host(redirect(removed)) as host:
-        assert kind_of(web(host)) == "placeholder"
+    with FakeHost(redirect(removed)) as host:
+        assert failure_kind(client_for(host)) == "placeholder"
 
     assert len(host.requests) == 1
 
 
 def test_the_bytes_of_a_removed_picture_are_known(monkeypatch):
     removed = hashlib.md5(BODY, usedforsecurity=False).hexdigest()
-    monkeypatch.setattr(answers, "PLACEHOLDER_MD5", {removed})
-    with Host(answer()) as host:
-        assert kind_of(web(host)) == "placeholder"
+    monkeypatch.setattr(responses, "PLACEHOLDER_MD5", {removed})
+    with FakeHost(response()) as host:
+        assert failure_kind(client_for(host)) == "placeholder"
 
 
 def test_a_body_that_says_it_is_too_large_is_not_read():
     sent = []
 
     def send(connection):
-        connection.sendall(answer(body=b"", Content_Length=1 << 40))
+        connection.sendall(response(body=b"", Content_Length=1 << 40))
         sent.append(connection.recv(1))  # returns when the client has hung up
 
-    with Host(lambda _head: send) as host:
-        assert kind_of(web(host)) == "too_large"
+    with FakeHost(lambda _head: send) as host:
+        assert failure_kind(client_for(host)) == "too_large"
 
     assert sent == [b""]
 
 
 def test_a_body_of_just_the_limit_is_taken():
-    with Host(in_turn(answer(body=bytes(1000)), answer(body=bytes(1001)))) as host:
-        client = web(host)
+    with FakeHost(in_sequence(response(body=bytes(1000)), response(body=bytes(1001)))) as host:
+        client = client_for(host)
 
         assert len(client.get("http://a.example/1.jpg").body) == 1000
-        assert kind_of(client) == "too_large"
+        assert failure_kind(client) == "too_large"
 
 
 @pytest.mark.parametrize("status", [200, 204])
 def test_an_answer_without_a_body_is_empty(status):
-    with Host(answer(status, b"")) as host:
-        assert kind_of(web(host)) == "empty"
+    with FakeHost(response(status, b"")) as host:
+        assert failure_kind(client_for(host)) == "empty"
 
 
 def test_a_chunked_body_is_put_together():
-    chunked = answer(body=b"", Content_Length="", Transfer_Encoding="chunked")
-    with Host(chunked + b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nTrailer: 1\r\n\r\n") as host:
-        client = web(host)
+    chunked = response(body=b"", Content_Length="", Transfer_Encoding="chunked")
+    with FakeHost(chunked + b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nTrailer: 1\r\n\r\n") as host:
+        client = client_for(host)
 
         assert [client.get("http://a.example/1.jpg").body for _ in range(2)] == [b"abcde"] * 2
 
@@ -201,10 +212,10 @@ def test_a_chunked_body_is_put_together():
 
 
 def test_a_host_that_does_not_listen_is_a_broken_connection():
-    with Host(answer()) as host:
-        client = web(host)
+    with FakeHost(response()) as host:
+        client = client_for(host)
 
-    assert kind_of(client) == "connect"
+    assert failure_kind(client) == "connect"
     assert host.connections == 0
 
 
@@ -213,18 +224,18 @@ def test_waiting_for_a_turn_takes_nothing_from_the_time_allowed():
 
     def slow(_head):
         pause.wait(0.2)
-        return answer()
+        return response()
 
-    with Host(slow) as host, ThreadPoolExecutor(5) as pool:
-        client = web(host, per_host=1, timeout=0.5)
+    with FakeHost(slow) as host, ThreadPoolExecutor(5) as pool:
+        client = client_for(host, per_host=1, timeout=0.5)
         bodies = list(pool.map(client.get, ["http://a.example/1.jpg"] * 5))
 
     assert [fetched.body for fetched in bodies] == [BODY] * 5
 
 
 def test_we_say_who_we_are():
-    with Host(answer()) as host:
-        web(host, contact="mailto:us@lab.example").get("http://a.example/1.jpg")
+    with FakeHost(response()) as host:
+        client_for(host, contact="mailto:us@lab.example").get("http://a.example/1.jpg")
 
     agent = next(one for one in host.requests[0].split("\r\n") if one.startswith("User-Agent: "))
     assert agent.startswith("User-Agent: pmd-flava/")
@@ -240,32 +251,32 @@ def test_a_contact_that_is_no_header_is_a_mistake_of_the_recipe(contact):
 
 def test_connections_are_used_again():
     pages = {
-        "/1.jpg": answer(),
-        "/gone.jpg": answer(404, b"x" * 5000),
+        "/1.jpg": response(),
+        "/gone.jpg": response(404, b"x" * 5000),
         "/moved.jpg": redirect("/1.jpg", body=b"x" * 5000),
     }
-    with Host(by_path(pages)) as host:
-        client = web(host)
+    with FakeHost(by_path(pages)) as host:
+        client = client_for(host)
         for _ in range(3):
             assert client.get("http://a.example/1.jpg").body == BODY
             assert client.get("http://a.example/moved.jpg").body == BODY
-            assert kind_of(client, "http://a.example/gone.jpg") == "http_404"
+            assert failure_kind(client, "http://a.example/gone.jpg") == "http_404"
 
     assert len(host.requests) == 12
     assert host.connections == 1
 
 
 def test_a_redirect_with_a_body_nobody_reads_spoils_no_later_answer():
-    pages = {"/1.jpg": redirect("/2.jpg", body=answer(body=b"evil") * 5000), "/2.jpg": answer()}
-    with Host(by_path(pages)) as host:
-        client = web(host)
+    pages = {"/1.jpg": redirect("/2.jpg", body=response(body=b"evil") * 5000), "/2.jpg": response()}
+    with FakeHost(by_path(pages)) as host:
+        client = client_for(host)
 
         assert [client.get("http://a.example/1.jpg").body for _ in range(3)] == [BODY] * 3
 
 
 def test_bytes_beyond_the_stated_length_belong_to_nobody():
-    with Host(answer() + answer(body=b"evil")) as host:
-        client = web(host, retries=0)
+    with FakeHost(response() + response(body=b"evil")) as host:
+        client = client_for(host, retries=0)
 
         for _ in range(3):
             assert client.get("http://a.example/1.jpg").body == BODY
@@ -282,11 +293,11 @@ def test_a_host_gets_no_more_requests_at_once_than_it_is_due():
         pause.wait(0.01)
         with lock:
             now.remove(head)
-        return answer()
+        return response()
 
     urls = [f"http{'s' * (n % 2)}://a.example:{n % 3 + 80}/{n}.jpg" for n in range(60)]
-    with Host(busy) as host, ThreadPoolExecutor(16) as pool:
-        client = web(host, per_host=3)
+    with FakeHost(busy) as host, ThreadPoolExecutor(16) as pool:
+        client = client_for(host, per_host=3)
         list(pool.map(client.get, urls))
 
     assert max(most) == 3
@@ -295,11 +306,11 @@ def test_a_host_gets_no_more_requests_at_once_than_it_is_due():
 
 def test_many_threads_get_each_their_own_bytes():
     def own(head):
-        return answer(body=head.split(" ")[1].encode())
+        return response(body=head.split(" ")[1].encode())
 
     urls = [f"http://{n % 7}.example/{n}.jpg" for n in range(300)]
-    with Host(own) as host, ThreadPoolExecutor(16) as pool:
-        client = web(host)
+    with FakeHost(own) as host, ThreadPoolExecutor(16) as pool:
+        client = client_for(host)
         fetched = list(pool.map(client.get, urls))
 
     assert [one.body.decode() for one in fetched] == [f"/{n}.jpg" for n in range(300)]
@@ -322,8 +333,8 @@ def test_many_threads_get_each_their_own_bytes():
     ],
 )
 def test_what_is_no_web_address_is_refused(url):
-    with Host(answer()) as host:
-        assert kind_of(web(host), url) == "blocked_address"
+    with FakeHost(response()) as host:
+        assert failure_kind(client_for(host), url) == "blocked_address"
 
     assert host.connections == 0
 
@@ -332,8 +343,8 @@ def test_what_is_no_web_address_is_refused(url):
     "url", ["http://a..b/", "http://.a/", "http://a b/", f"http://{'a' * 64}/"]
 )
 def test_a_name_that_no_host_can_have_has_no_address(url):
-    with Host(answer()) as host:
-        assert kind_of(web(host), url) == "dns"
+    with FakeHost(response()) as host:
+        assert failure_kind(client_for(host), url) == "dns"
 
     assert host.connections == 0
 
@@ -351,8 +362,8 @@ def test_a_name_that_no_host_can_have_has_no_address(url):
     ],
 )
 def test_addresses_are_asked_however_they_are_spelled(url, asked):
-    with Host(answer()) as host:
-        fetched = web(host).get(url)
+    with FakeHost(response()) as host:
+        fetched = client_for(host).get(url)
 
     assert host.paths == [asked]
     assert fetched.final_url.isascii()
@@ -360,7 +371,7 @@ def test_addresses_are_asked_however_they_are_spelled(url, asked):
 
 @pytest.fixture(scope="module")
 def any_host():
-    with Host(answer()) as host, web(host) as client:
+    with FakeHost(response()) as host, client_for(host) as client:
         yield client
 
 
@@ -377,7 +388,7 @@ def test_no_address_is_too_strange(any_host, url):
 def strange_host():
     contents = []
     said = lambda connection: connection.sendall(contents[-1])  # noqa: E731 - it is one line
-    with Host(lambda _head: said) as host, web(host, retries=0) as client:
+    with FakeHost(lambda _head: said) as host, client_for(host, retries=0) as client:
         yield client, contents
 
 
@@ -404,24 +415,24 @@ def test_no_answer_is_too_strange(strange_host, content):
 
 
 def test_a_body_packed_by_the_host_is_unpacked():
-    with Host(answer(body=gzip.compress(BODY), Content_Encoding="gzip")) as host:
-        assert web(host).get("http://a.example/1.jpg").body == BODY
+    with FakeHost(response(body=gzip.compress(BODY), Content_Encoding="gzip")) as host:
+        assert client_for(host).get("http://a.example/1.jpg").body == BODY
 
     assert "Accept-Encoding: identity\r\n" in host.requests[0]
 
 
 def test_a_body_that_only_says_it_is_packed_stays_as_it_is():
-    with Host(answer(Content_Encoding="gzip")) as host:
-        assert web(host).get("http://a.example/1.jpg").body == BODY
+    with FakeHost(response(Content_Encoding="gzip")) as host:
+        assert client_for(host).get("http://a.example/1.jpg").body == BODY
 
 
 @pytest.mark.parametrize(
     "broken",
     [
-        answer(503),
-        answer(Content_Length=len(BODY) + 9, Connection="close"),
-        answer(body=bytes(1001)),
-        answer(body=b""),
+        response(503),
+        response(Content_Length=len(BODY) + 9, Connection="close"),
+        response(body=bytes(1001)),
+        response(body=b""),
         redirect("file:///etc/passwd"),
         redirect("/again"),
     ],
@@ -429,8 +440,8 @@ def test_a_body_that_only_says_it_is_packed_stays_as_it_is():
 def test_what_went_wrong_reads_the_same_on_every_run(broken):
     details = set()
     for _ in range(2):
-        with Host(broken) as host:
-            details.add(detail_of(web(host)))
+        with FakeHost(broken) as host:
+            details.add(failure_detail(client_for(host)))
 
     detail = details.pop()
     assert not details
@@ -440,9 +451,9 @@ def test_what_went_wrong_reads_the_same_on_every_run(broken):
 def test_no_connection_reads_the_same_on_every_run():
     details = set()
     for _ in range(2):
-        with Host(answer()) as host:
-            client = web(host)
-        details.add(detail_of(client))
+        with FakeHost(response()) as host:
+            client = client_for(host)
+        details.add(failure_detail(client))
 
     assert details == {"no connection to a.example"}
 
@@ -463,26 +474,26 @@ def test_workers_together_ask_a_host_no_more_often_than_one_would(workers, most)
         time.sleep(0.02)  # for one too many to come
         with lock:
             now -= 1
-        return answer()
+        return response()
 
     async def all_of(client):
         await asyncio.gather(*(client.fetch(f"http://a.example/{n}.jpg") for n in range(24)))
 
-    with Host(slow) as host:
-        client = web(host, workers=workers, per_host=8)
+    with FakeHost(slow) as host:
+        client = client_for(host, workers=workers, per_host=8)
         asyncio.run_coroutine_threadsafe(all_of(client), client.loop).result()
-        client.memory.give(24 * len(BODY))
+        client.byte_budget.release(24 * len(BODY))
 
     assert peak == most
-    each = new_web(Fetch(delay={"*.imgur.com": 0.5}), workers=workers)
-    assert each._delay("i.imgur.com") == 0.5 * workers
+    each = new_client(Fetch(delay={"*.imgur.com": 0.5}), workers=workers)
+    assert each._min_delay("i.imgur.com") == 0.5 * workers
 
 
 def test_the_client_of_a_process_stays_until_another_is_wanted_or_it_is_left_in_the_middle():
     with fetch_client(Fetch(), Images()) as first:
         pass
     with fetch_client(Fetch(), Images()) as again:
-        again.memory.take(1)  # and never given back
+        again.byte_budget.acquire(1)  # and never given back
     with fetch_client(Fetch(), Images()) as fresh:
         pass
     with fetch_client(Fetch(timeout=1), Images()) as other:
@@ -497,12 +508,12 @@ def test_the_client_of_a_process_stays_until_another_is_wanted_or_it_is_left_in_
 
 def test_more_open_files_are_asked_for_and_too_many_are_a_mistake(monkeypatch):
     limits = [(300, 1000)]
-    monkeypatch.setattr(fetch.resource, "getrlimit", lambda _: limits[-1])
-    monkeypatch.setattr(fetch.resource, "setrlimit", lambda _, both: limits.append(both))
+    monkeypatch.setattr(client_module.resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(client_module.resource, "setrlimit", lambda _, both: limits.append(both))
 
-    fetch._allow_files(256)
-    fetch._allow_files(700)
+    client_module._raise_open_file_limit(256)
+    client_module._raise_open_file_limit(700)
 
     assert limits == [(300, 1000), (700, 1000)]
     with pytest.raises(PmdError, match=r"fetch\.concurrency needs 1001 open files"):
-        fetch._allow_files(1001)
+        client_module._raise_open_file_limit(1001)

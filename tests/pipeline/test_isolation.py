@@ -12,8 +12,8 @@ from toy import toy_rows, write_pictures, write_rows
 
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.images.decode.isolation import _KEY_BYTES, isolated_processor
-from pmd_pipeline.images.decode.results import ImageProcessor
-from pmd_pipeline.images.fetch.client import Fetched
+from pmd_pipeline.images.decode.processor import ImageProcessor
+from pmd_pipeline.images.fetch.client import FetchedImage
 from pmd_pipeline.recipe import Images
 
 MARK = b"this one kills"
@@ -65,23 +65,23 @@ def test_a_suspect_is_made_apart_and_only_what_kills_again_is_a_crash(tmp_path, 
     maker = ImageProcessor(Images())
 
     with isolated_processor(maker, str(tmp_path), "part") as careful:
-        well = careful.outcome(keys[0], Fetched(body))
-        killed = careful.outcome(keys[1], Fetched(marked.read_bytes()))
+        well = careful.process(keys[0], FetchedImage(body))
+        killed = careful.process(keys[1], FetchedImage(marked.read_bytes()))
 
-    assert well == maker.outcome(Fetched(body))
+    assert well == maker.process(FetchedImage(body))
     assert (killed.status, killed.reason) == ("failed_to_resize", "crash")
     assert not list(tmp_path.glob(".part*"))
 
 
 def test_who_dies_leaves_the_key_of_what_it_was_at(tmp_path, body):
     class Dying(ImageProcessor):
-        def outcome(self, found):
+        def process(self, found):
             notes.append([path.read_bytes().decode() for path in tmp_path.glob(".part*")])
-            return super().outcome(found)
+            return super().process(found)
 
     notes = []
     with isolated_processor(Dying(Images()), str(tmp_path), "part") as careful:
-        careful.outcome("a" * _KEY_BYTES, Fetched(body))
+        careful.process("a" * _KEY_BYTES, FetchedImage(body))
         notes.append([path.read_bytes().decode() for path in tmp_path.glob(".part*")])
 
     assert notes == [["a" * _KEY_BYTES], ["-" * _KEY_BYTES]]

@@ -14,12 +14,13 @@ import zlib
 from typing import NamedTuple
 
 import pytest
-from hosts import Host, answer, drip, in_turn, new_web, redirect
+from fake_host import FakeHost, drip, in_sequence, new_client, redirect, response
 from PIL import Image
 
 from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.contract.reasons import FAILURE_REASONS, Status
-from pmd_pipeline.images.decode.processing import make_stored_image, open_image
+from pmd_pipeline.images.decode.decoder import open_image
+from pmd_pipeline.images.decode.stored_image import make_stored_image
 from pmd_pipeline.recipe import Fetch, Images
 
 TIMEOUT = 0.5
@@ -78,7 +79,7 @@ CIRCLE = struct.pack("<HHHII", 1, 0x8769, 4, 1, 8) + struct.pack("<I", 8)
 CROWD = struct.pack("<H", 65_535) + struct.pack("<HHII", 0x0112, 3, 2**32 - 1, 2**32 - 16) * 5000
 
 JPEG = drawn()
-CHUNKED = answer(body=b"", Content_Length="", Transfer_Encoding="chunked")
+CHUNKED = response(body=b"", Content_Length="", Transfer_Encoding="chunked")
 
 
 def forever(head, block):
@@ -121,7 +122,7 @@ def first(*contents):
     """Sends each content and ends the connection, then a picture."""
     left = list(contents)
     return lambda _head: (
-        lambda connection: connection.sendall(left.pop(0) if left else answer(body=JPEG))
+        lambda connection: connection.sendall(left.pop(0) if left else response(body=JPEG))
     )
 
 
@@ -134,24 +135,29 @@ class Behaviour(NamedTuple):
 
 B = Behaviour
 HEAD = b"HTTP/1.1 200 OK\r\n"
-GOOD = answer(body=JPEG)
+GOOD = response(body=JPEG)
 BEHAVIOURS = [
     # slow
     B("drip: status", lambda: drip(b"HTT"), "connect", 3),
     B("drip: header", lambda: drip(HEAD + b"X-Slow: "), "timeout", 1),
-    B("drip: body", lambda: drip(answer(body=b"", Content_Length=1000)), "timeout", 1),
-    B("drip: body without length", lambda: drip(answer(body=b"", Content_Length="")), "timeout", 1),
+    B("drip: body", lambda: drip(response(body=b"", Content_Length=1000)), "timeout", 1),
+    B(
+        "drip: body without length",
+        lambda: drip(response(body=b"", Content_Length="")),
+        "timeout",
+        1,
+    ),
     B("drip: chunk size", lambda: drip(CHUNKED + b"0"), "timeout", 1),
     B("drip: chunk", lambda: drip(CHUNKED + b"1000\r\n"), "timeout", 1),
     B("drip: trailer", lambda: drip(CHUNKED + b"2\r\nab\r\n0\r\nX: "), "timeout", 1),
     B("drip: redirect", lambda: drip(redirect("/2.jpg", body=b"x")[:-1]), "connect"),
-    B("drip: not found", lambda: drip(answer(404, b"", Content_Length=1000)), "http_404", 1),
+    B("drip: not found", lambda: drip(response(404, b"", Content_Length=1000)), "http_404", 1),
     B("drip: continue", lambda: drip(b"HTTP/1.1 100 Continue\r\n\r\n"), "connect", 3),
     B("silence", silent, "timeout", 1),
-    B("silence after the head", lambda: silent(answer(body=b"", Content_Length=9)), "timeout", 1),
+    B("silence after the head", lambda: silent(response(body=b"", Content_Length=9)), "timeout", 1),
     B("silence in the head", lambda: silent(HEAD + b"Content-Le"), "timeout", 1),
     # without end
-    B("endless body", lambda: forever(answer(body=b"", Content_Length=""), b"x"), "too_large", 1),
+    B("endless body", lambda: forever(response(body=b"", Content_Length=""), b"x"), "too_large", 1),
     B("endless chunks", lambda: forever(CHUNKED, b"4\r\nabcd\r\n"), "too_large", 1),
     B("endless headers", lambda: forever(HEAD, b"X: y\r\n"), "connect", 3),
     B("endless header", lambda: forever(HEAD + b"X: ", b"y"), "connect", 3),
@@ -162,20 +168,28 @@ BEHAVIOURS = [
     B("endless continue", lambda: forever(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "connect", 3),
     B(
         "endless redirect",
-        lambda: forever(answer(302, b"", Location="/2.jpg", Content_Length=1 << 40), b"x"),
+        lambda: forever(response(302, b"", Location="/2.jpg", Content_Length=1 << 40), b"x"),
         "redirects",
         6,
     ),
-    B("endless not found", lambda: forever(answer(404, b"", Content_Length=""), b"x"), "http_404"),
+    B(
+        "endless not found",
+        lambda: forever(response(404, b"", Content_Length=""), b"x"),
+        "http_404",
+    ),
     # lengths
-    B("length too great", lambda: last(answer(body=JPEG, Content_Length=9999)), "connect", 3),
-    B("length too small", lambda: last(answer(body=JPEG, Content_Length=50)), "truncated", 1),
-    B("length negative", lambda: last(answer(body=JPEG, Content_Length=-5)), "connect", 3),
-    B("length no number", lambda: last(answer(body=JPEG, Content_Length="many")), "connect", 3),
-    B("length of a terabyte", lambda: last(answer(body=JPEG, Content_Length=1 << 40)), "too_large"),
+    B("length too great", lambda: last(response(body=JPEG, Content_Length=9999)), "connect", 3),
+    B("length too small", lambda: last(response(body=JPEG, Content_Length=50)), "truncated", 1),
+    B("length negative", lambda: last(response(body=JPEG, Content_Length=-5)), "connect", 3),
+    B("length no number", lambda: last(response(body=JPEG, Content_Length="many")), "connect", 3),
+    B(
+        "length of a terabyte",
+        lambda: last(response(body=JPEG, Content_Length=1 << 40)),
+        "too_large",
+    ),
     B(
         "length of 5000 digits",
-        lambda: last(answer(body=JPEG, Content_Length="9" * 5000)),
+        lambda: last(response(body=JPEG, Content_Length="9" * 5000)),
         Status.SUCCESS,
         1,
     ),
@@ -201,36 +215,40 @@ BEHAVIOURS = [
     # packing
     B(
         "gzip bomb",
-        lambda: answer(body=gzip.compress(bytes(50 << 20)), Content_Encoding="gzip"),
+        lambda: response(body=gzip.compress(bytes(50 << 20)), Content_Encoding="gzip"),
         "too_large",
         1,
     ),
     B(
         "deflate bomb",
-        lambda: answer(body=zlib.compress(bytes(50 << 20)), Content_Encoding="deflate"),
+        lambda: response(body=zlib.compress(bytes(50 << 20)), Content_Encoding="deflate"),
         "too_large",
         1,
     ),
     B(
         "gzip unasked",
-        lambda: answer(body=gzip.compress(JPEG), Content_Encoding="gzip"),
+        lambda: response(body=gzip.compress(JPEG), Content_Encoding="gzip"),
         Status.SUCCESS,
     ),
-    B("gzip only said", lambda: answer(body=JPEG, Content_Encoding="gzip"), Status.SUCCESS),
+    B("gzip only said", lambda: response(body=JPEG, Content_Encoding="gzip"), Status.SUCCESS),
     B(
         "gzip cut",
-        lambda: answer(body=gzip.compress(JPEG)[:-60], Content_Encoding="gzip"),
+        lambda: response(body=gzip.compress(JPEG)[:-60], Content_Encoding="gzip"),
         "truncated",
         1,
     ),
-    B("brotli", lambda: answer(body=b"\x1b\xff\xff\xff", Content_Encoding="br"), "not_an_image"),
+    B("brotli", lambda: response(body=b"\x1b\xff\xff\xff", Content_Encoding="br"), "not_an_image"),
     B(
         "gzip in gzip",
-        lambda: answer(body=gzip.compress(gzip.compress(JPEG)), Content_Encoding="gzip, gzip"),
+        lambda: response(body=gzip.compress(gzip.compress(JPEG)), Content_Encoding="gzip, gzip"),
         "not_an_image",
         1,
     ),
-    B("zstd", lambda: answer(body=b"\x28\xb5\x2f\xfd\0", Content_Encoding="zstd"), "not_an_image"),
+    B(
+        "zstd",
+        lambda: response(body=b"\x28\xb5\x2f\xfd\0", Content_Encoding="zstd"),
+        "not_an_image",
+    ),
     # no HTTP
     B("nothing", lambda: last(b""), "connect", 3),
     B("HTTP/0.9", lambda: last(b"<html>hello</html>"), "connect", 3),
@@ -253,12 +271,12 @@ BEHAVIOURS = [
     B("header with a null", lambda: last(HEAD + b"X: \x00\r\n\r\n" + JPEG), "connect", 3),
     B("lines without CR", lambda: last(GOOD.replace(b"\r\n", b"\n")), Status.SUCCESS, 1),
     # redirects
-    B("circle", lambda: in_turn(*[redirect("/1.jpg")] * 6), "redirects", 6),
-    B("chain", lambda: in_turn(*[redirect(f"/{n}.jpg") for n in range(6)]), "redirects", 6),
-    B("redirect to nowhere", lambda: answer(302), "http_4xx", 1),
+    B("circle", lambda: in_sequence(*[redirect("/1.jpg")] * 6), "redirects", 6),
+    B("chain", lambda: in_sequence(*[redirect(f"/{n}.jpg") for n in range(6)]), "redirects", 6),
+    B("redirect to nowhere", lambda: response(302), "http_4xx", 1),
     B(
         "redirect to a long place",
-        lambda: in_turn(redirect("/" + "x" * 60_000), GOOD),
+        lambda: in_sequence(redirect("/" + "x" * 60_000), GOOD),
         Status.SUCCESS,
         2,
     ),
@@ -290,7 +308,7 @@ BEHAVIOURS = [
     ),
     B(
         "header injection",
-        lambda: in_turn(redirect("/2.jpg\r X-Evil: 1"), GOOD),
+        lambda: in_sequence(redirect("/2.jpg\r X-Evil: 1"), GOOD),
         Status.SUCCESS,
         2,
     ),
@@ -300,49 +318,59 @@ BEHAVIOURS = [
     B("reset in the head", lambda: reset(HEAD + b"Content-"), "connect", 3),
     B(
         "reset in the body",
-        lambda: reset(answer(body=JPEG[:50], Content_Length=9999)),
+        lambda: reset(response(body=JPEG[:50], Content_Length=9999)),
         "connect",
         3,
     ),
     B("closed, then success", lambda: first(b"", b""), Status.SUCCESS, 3),
-    B("cut, then success", lambda: first(answer(body=b"", Content_Length=99)), Status.SUCCESS, 2),
-    B("429, then success", lambda: in_turn(answer(429, Retry_After="30"), GOOD), Status.SUCCESS, 2),
-    B("503, then success", lambda: in_turn(answer(503), answer(503), GOOD), Status.SUCCESS, 3),
-    B("429 for an hour", lambda: answer(429, Retry_After="3600"), "http_429", 1),
+    B("cut, then success", lambda: first(response(body=b"", Content_Length=99)), Status.SUCCESS, 2),
+    B(
+        "429, then success",
+        lambda: in_sequence(response(429, Retry_After="30"), GOOD),
+        Status.SUCCESS,
+        2,
+    ),
+    B(
+        "503, then success",
+        lambda: in_sequence(response(503), response(503), GOOD),
+        Status.SUCCESS,
+        3,
+    ),
+    B("429 for an hour", lambda: response(429, Retry_After="3600"), "http_429", 1),
     # bodies that are not what they say
-    B("empty", lambda: answer(body=b""), "empty", 1),
-    B("no content", lambda: answer(204, b""), "empty", 1),
-    B("HTML", lambda: answer(body=b"<!doctype html><p>gone"), "not_an_image", 1),
+    B("empty", lambda: response(body=b""), "empty", 1),
+    B("no content", lambda: response(204, b""), "empty", 1),
+    B("HTML", lambda: response(body=b"<!doctype html><p>gone"), "not_an_image", 1),
     B(
         "HTML that says JPEG",
-        lambda: answer(body=b"<html>", Content_Type="image/jpeg"),
+        lambda: response(body=b"<html>", Content_Type="image/jpeg"),
         "not_an_image",
         1,
     ),
-    B("zip", lambda: answer(body=zipped(), Content_Type="image/jpeg"), "not_an_image", 1),
-    B("SVG", lambda: answer(body=b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "svg", 1),
-    B("JPEG cut", lambda: answer(body=JPEG[:-30]), "truncated", 1),
-    B("JPEG with a tail", lambda: answer(body=JPEG + b"<script>" * 99), Status.SUCCESS, 1),
-    B("JPEG and a zip", lambda: answer(body=JPEG + zipped()), Status.SUCCESS, 1),
+    B("zip", lambda: response(body=zipped(), Content_Type="image/jpeg"), "not_an_image", 1),
+    B("SVG", lambda: response(body=b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "svg", 1),
+    B("JPEG cut", lambda: response(body=JPEG[:-30]), "truncated", 1),
+    B("JPEG with a tail", lambda: response(body=JPEG + b"<script>" * 99), Status.SUCCESS, 1),
+    B("JPEG and a zip", lambda: response(body=JPEG + zipped()), Status.SUCCESS, 1),
     B(
         "PNG that says JPEG",
-        lambda: answer(body=drawn("PNG"), Content_Type="image/jpeg"),
+        lambda: response(body=drawn("PNG"), Content_Type="image/jpeg"),
         Status.SUCCESS,
         1,
     ),
     B(
         "JPEG that says HTML",
-        lambda: answer(body=JPEG, Content_Type="text/html"),
+        lambda: response(body=JPEG, Content_Type="text/html"),
         Status.SUCCESS,
         1,
     ),
-    B("ICC bomb", lambda: answer(body=png_with(b"iCCP", b"x\0\0" + BOMB)), "not_an_image", 1),
-    B("text bomb", lambda: answer(body=png_with(b"zTXt", b"x\0\0" + BOMB)), "not_an_image", 1),
-    B("EXIF that is a circle", lambda: answer(body=jpeg_with_exif(CIRCLE)), Status.SUCCESS, 1),
-    B("EXIF of a crowd", lambda: answer(body=jpeg_with_exif(CROWD)), Status.SUCCESS, 1),
-    B("TIFF of 2**32 strips", lambda: answer(body=tiff_of_many_strips()), "not_an_image", 1),
-    B("PNG of 65,500 a side", lambda: answer(body=header_only_png(65_500)), "bomb", 1),
-    B("PNG of 2**31 - 1 a side", lambda: answer(body=header_only_png(2**31 - 1)), "bomb", 1),
+    B("ICC bomb", lambda: response(body=png_with(b"iCCP", b"x\0\0" + BOMB)), "not_an_image", 1),
+    B("text bomb", lambda: response(body=png_with(b"zTXt", b"x\0\0" + BOMB)), "not_an_image", 1),
+    B("EXIF that is a circle", lambda: response(body=jpeg_with_exif(CIRCLE)), Status.SUCCESS, 1),
+    B("EXIF of a crowd", lambda: response(body=jpeg_with_exif(CROWD)), Status.SUCCESS, 1),
+    B("TIFF of 2**32 strips", lambda: response(body=tiff_of_many_strips()), "not_an_image", 1),
+    B("PNG of 65,500 a side", lambda: response(body=header_only_png(65_500)), "bomb", 1),
+    B("PNG of 2**31 - 1 a side", lambda: response(body=header_only_png(2**31 - 1)), "bomb", 1),
 ]
 
 
@@ -360,13 +388,13 @@ def outcome(client, url="http://a.example/1.jpg"):
 
 def client_of(host, **manners):
     manners = {"connect_to": {"*.example": host.origin}, "timeout": TIMEOUT, **manners}
-    return new_web(Fetch(**manners), MOST_BYTES)
+    return new_client(Fetch(**manners), MOST_BYTES)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as `images` has it outside of tests
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
 def test_whatever_a_host_does_it_has_its_reason_and_soon(behaviour):
-    with Host(behaviour.answer()) as host:
+    with FakeHost(behaviour.answer()) as host:
         client = client_of(host)
         started = time.monotonic()
 
@@ -415,7 +443,7 @@ def test_a_certificate_must_be_right(monkeypatch, certificates, name, trusted, u
         monkeypatch.setenv("SSL_CERT_FILE", str(certificates / f"{name}.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates / f"{name}.pem", certificates / "key.pem")
-    with Host(answer(body=JPEG), tls=context) as host:
+    with FakeHost(response(body=JPEG), tls=context) as host:
         started = time.monotonic()
 
         assert outcome(client_of(host, connect_to={"*": host.origin}), url) == becomes
@@ -431,8 +459,8 @@ def test_a_handshake_that_stops_is_soon_over(becomes):
         if becomes == "timeout":
             connection.recv(1)
 
-    with Host(b"") as host:
-        host._talk = lambda connection: talk(connection, wait)
+    with FakeHost(b"") as host:
+        host._serve = lambda connection: talk(connection, wait)
         origin = host.origin.replace("http:", "https:")
         started = time.monotonic()
 
@@ -447,7 +475,7 @@ def talk(connection, wait):
 
 
 def test_a_connection_that_the_host_closes_early_costs_no_picture():
-    with Host(last(GOOD)) as host:
+    with FakeHost(last(GOOD)) as host:
         client = client_of(host)
 
         assert [outcome(client, f"http://a.example/{n}.jpg") for n in range(5)] == [
@@ -456,12 +484,12 @@ def test_a_connection_that_the_host_closes_early_costs_no_picture():
 
 
 def test_a_hostile_host_leaves_the_others_alone():
-    drips, well = drip(HEAD), answer(body=JPEG)
+    drips, well = drip(HEAD), response(body=JPEG)
 
     def either(head):
         return drips(head) if "Host: bad.example\r" in head else well
 
-    with Host(either) as host:
+    with FakeHost(either) as host:
         client = client_of(host, per_host=1, retries=0)
         bad = threading.Thread(target=outcome, args=(client, "http://bad.example/"))
         bad.start()

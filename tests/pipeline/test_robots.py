@@ -4,16 +4,26 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hosts import BODY, Host, answer, by_path, detail_of, in_turn, kind_of, redirect, web
+from fake_host import (
+    BODY,
+    FakeHost,
+    by_path,
+    client_for,
+    failure_detail,
+    failure_kind,
+    in_sequence,
+    redirect,
+    response,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pmd_pipeline.images.fetch.robots import (
-    ROBOTS_BYTES,
-    Robots,
+    MAX_ROBOTS_BYTES,
     RobotsCache,
-    is_reserved,
-    refusal_in_tags,
+    RobotsRules,
+    is_tdm_reserved,
+    opt_out_directive,
 )
 from pmd_pipeline.recipe import SIGNALS
 
@@ -57,7 +67,7 @@ DATE = "unavailable_after: Wednesday, 25-Jun-10 15:00:00 PST"
     ],
 )
 def test_a_tag_that_speaks_to_us_is_heard(headers):
-    assert refusal_in_tags(headers)
+    assert opt_out_directive(headers)
 
 
 @pytest.mark.parametrize(
@@ -87,13 +97,13 @@ def test_a_tag_that_speaks_to_us_is_heard(headers):
     ],
 )
 def test_a_tag_that_says_nothing_to_us_is_passed_over(headers):
-    assert refusal_in_tags(headers) is None
+    assert opt_out_directive(headers) is None
 
 
 @given(st.lists(st.text(alphabet="noaindex:,;* -/_", max_size=40) | st.text(max_size=20)))
 def test_no_tag_is_too_strange(headers):
-    refusal_in_tags(headers)
-    is_reserved(headers)
+    opt_out_directive(headers)
+    is_tdm_reserved(headers)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +121,7 @@ def test_no_tag_is_too_strange(headers):
     ],
 )
 def test_mining_is_reserved_by_a_one(headers, reserved):
-    assert is_reserved(headers) is reserved
+    assert is_tdm_reserved(headers) is reserved
 
 
 def everybody(*lines):
@@ -173,7 +183,7 @@ def everybody(*lines):
     ],
 )
 def test_robots_allow_by_the_longest_match(lines, path, allowed):
-    assert Robots.of(everybody(*lines)).allows(path) is allowed
+    assert RobotsRules.parse(everybody(*lines)).allows(path) is allowed
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -202,7 +212,7 @@ def test_robots_allow_by_the_longest_match(lines, path, allowed):
 def test_the_group_for_us_speaks_before_that_for_everybody(lines, allowed, before, end):
     content = (before + lines.replace("|", "\n")).replace("\n", end).encode()
 
-    assert Robots.of(content).allows("/1.jpg") is allowed
+    assert RobotsRules.parse(content).allows("/1.jpg") is allowed
 
 
 @pytest.mark.parametrize(
@@ -221,15 +231,15 @@ def test_the_group_for_us_speaks_before_that_for_everybody(lines, allowed, befor
     ],
 )
 def test_a_host_may_ask_for_time_between_requests(lines, seconds):
-    assert Robots.of(everybody(*lines.split("|"))).delay == seconds
+    assert RobotsRules.parse(everybody(*lines.split("|"))).delay == seconds
 
 
 def test_what_lies_beyond_the_limit_is_not_read_and_half_a_rule_is_none():
     start = everybody("Disallow: /a", "")
     rule = b"Disallow: /private\n"
-    padding = b"#" * (ROBOTS_BYTES - len(start) - len("Disallow: /") - 1) + b"\n"
+    padding = b"#" * (MAX_ROBOTS_BYTES - len(start) - len("Disallow: /") - 1) + b"\n"
 
-    robots = Robots.of(start + padding + rule)
+    robots = RobotsRules.parse(start + padding + rule)
 
     assert not robots.allows("/a")
     assert robots.allows("/private")
@@ -237,19 +247,19 @@ def test_what_lies_beyond_the_limit_is_not_read_and_half_a_rule_is_none():
 
 
 def test_no_pattern_takes_long():
-    robots = Robots.of(everybody("Disallow: /" + "*a" * 5000 + "$"))
+    robots = RobotsRules.parse(everybody("Disallow: /" + "*a" * 5000 + "$"))
 
     assert robots.allows("/" + "a" * 4999 + "b")
 
 
 @given(st.binary(max_size=300), st.text(alphabet="/a%2*$?é".replace("é", ""), max_size=20))
 def test_no_robots_txt_is_too_strange(content, path):
-    Robots.of(content).allows("/" + path)
-    Robots.of(b"User-agent: *\nDisallow: " + content).allows("/" + path)
+    RobotsRules.parse(content).allows("/" + path)
+    RobotsRules.parse(b"User-agent: *\nDisallow: " + content).allows("/" + path)
 
 
 def test_robots_are_kept_for_a_day():
-    cache, robots = RobotsCache(), Robots()
+    cache, robots = RobotsCache(), RobotsRules()
     cache.put("known", robots, 100)
 
     assert cache.get("known", 100 + 86_399) is robots
@@ -259,37 +269,37 @@ def test_robots_are_kept_for_a_day():
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 12)), max_size=60))
 def test_the_cache_never_holds_more_than_it_may(entries):
-    cache = RobotsCache(most=10)
+    cache = RobotsCache(max_rules=10)
     for origin, size in entries:
-        cache.put(str(origin), Robots(((b"/", True),) * size), 0)
+        cache.put(str(origin), RobotsRules(((b"/", True),) * size), 0)
 
         assert cache.get(str(origin), 0) is not None
-        weights = [1 + len(robots.rules) for robots, _ in cache._kept.values()]
+        weights = [1 + len(robots.rules) for robots, _ in cache._entries.values()]
         assert sum(weights) == cache._weight
         assert sum(weights) <= 10 or len(weights) == 1
 
 
 def host_with(robots, image=None):
-    return Host(by_path({"/robots.txt": robots, "/1.jpg": image or answer()}))
+    return FakeHost(by_path({"/robots.txt": robots, "/1.jpg": image or response()}))
 
 
 FORBIDDEN = everybody("Disallow: /*.jpg$")
 
 
 def test_what_robots_txt_forbids_is_not_asked():
-    with host_with(answer(body=FORBIDDEN)) as host:
-        client = web(host, respect=SIGNALS)
+    with host_with(response(body=FORBIDDEN)) as host:
+        client = client_for(host, respect=SIGNALS)
 
-        assert kind_of(client) == "robots"
-        assert kind_of(client) == "robots"
+        assert failure_kind(client) == "robots"
+        assert failure_kind(client) == "robots"
 
     assert host.paths == ["/robots.txt"]
 
 
 def test_robots_txt_is_asked_once_for_all_images_of_a_host():
-    with Host(lambda head: answer(404 if "robots" in head else 200)) as host:
+    with FakeHost(lambda head: response(404 if "robots" in head else 200)) as host:
         with ThreadPoolExecutor(8) as pool:
-            client = web(host, respect=SIGNALS)
+            client = client_for(host, respect=SIGNALS)
             urls = [f"http://{name}.example/{n}.jpg" for n in range(10) for name in "ab"]
             bodies = [fetched.body for fetched in pool.map(client.get, urls)]
 
@@ -301,17 +311,17 @@ def test_robots_txt_is_asked_once_for_all_images_of_a_host():
 def test_each_host_on_the_way_is_asked_for_its_consent():
     pages = {
         "/1.jpg": redirect("http://b.example/2.jpg"),
-        "/2.jpg": answer(),
+        "/2.jpg": response(),
     }
 
     def speak(head):
         path = head.split(" ")[1]
         if path == "/robots.txt":
-            return answer(body=FORBIDDEN) if "Host: b.example\r" in head else answer(404)
+            return response(body=FORBIDDEN) if "Host: b.example\r" in head else response(404)
         return pages[path]
 
-    with Host(speak) as host:
-        assert kind_of(web(host, respect=SIGNALS)) == "robots"
+    with FakeHost(speak) as host:
+        assert failure_kind(client_for(host, respect=SIGNALS)) == "robots"
 
     assert host.paths == ["/robots.txt", "/1.jpg", "/robots.txt"]
 
@@ -319,13 +329,13 @@ def test_each_host_on_the_way_is_asked_for_its_consent():
 @pytest.mark.parametrize(
     "robots",
     [
-        answer(404),
-        answer(401),
-        answer(403),
-        answer(410),
-        answer(204, b""),
-        answer(body=b""),
-        answer(body=b"<html>hello</html>"),
+        response(404),
+        response(401),
+        response(403),
+        response(410),
+        response(204, b""),
+        response(body=b""),
+        response(body=b"<html>hello</html>"),
         redirect("/robots.txt"),
         redirect("file:///etc/passwd"),
         redirect("http://someone@b.example/"),
@@ -333,38 +343,38 @@ def test_each_host_on_the_way_is_asked_for_its_consent():
 )
 def test_a_host_without_rules_forbids_nothing(robots):
     with host_with(robots) as host:
-        assert web(host, respect=SIGNALS).get("http://a.example/1.jpg").body == BODY
+        assert client_for(host, respect=SIGNALS).get("http://a.example/1.jpg").body == BODY
 
 
 def test_robots_txt_may_be_elsewhere():
-    with Host(
+    with FakeHost(
         by_path(
-            {"/robots.txt": redirect("http://b.example/x"), "/x": answer(body=FORBIDDEN)},
+            {"/robots.txt": redirect("http://b.example/x"), "/x": response(body=FORBIDDEN)},
         )
     ) as host:
-        assert kind_of(web(host, respect=SIGNALS)) == "robots"
+        assert failure_kind(client_for(host, respect=SIGNALS)) == "robots"
 
 
 @pytest.mark.parametrize(
     ("robots", "kind"),
     [
-        (answer(500), "http_5xx"),
-        (answer(503), "http_5xx"),
-        (answer(429), "http_429"),
-        (answer(Content_Length=1 << 20, Connection="close"), "connect"),
+        (response(500), "http_5xx"),
+        (response(503), "http_5xx"),
+        (response(429), "http_429"),
+        (response(Content_Length=1 << 20, Connection="close"), "connect"),
     ],
 )
 def test_while_the_rules_cannot_be_had_nothing_is_asked(robots, kind):
     with host_with(robots) as host:
-        assert kind_of(web(host, respect=SIGNALS)) == kind
+        assert failure_kind(client_for(host, respect=SIGNALS)) == kind
 
     assert host.paths == ["/robots.txt"] * 3
 
 
 def test_rules_that_can_be_had_later_are_obeyed_then():
-    answers = in_turn(answer(503), answer(404), answer())
-    with Host(answers) as host:
-        assert web(host, respect=SIGNALS).get("http://a.example/1.jpg").body == BODY
+    answers = in_sequence(response(503), response(404), response())
+    with FakeHost(answers) as host:
+        assert client_for(host, respect=SIGNALS).get("http://a.example/1.jpg").body == BODY
 
     assert host.paths == ["/robots.txt", "/robots.txt", "/1.jpg"]
 
@@ -375,13 +385,13 @@ def test_those_who_wait_for_rules_that_do_not_come_do_not_wait_in_turn():
     def silent(_head):
         asked.set()
         go_on.wait(5)
-        return answer(503)
+        return response(503)
 
-    with Host(silent) as host, ThreadPoolExecutor(4) as pool:
-        client = web(host, respect=SIGNALS, retries=0)
-        kinds = [pool.submit(kind_of, client) for _ in range(4)]
+    with FakeHost(silent) as host, ThreadPoolExecutor(4) as pool:
+        client = client_for(host, respect=SIGNALS, retries=0)
+        kinds = [pool.submit(failure_kind, client) for _ in range(4)]
         asked.wait(5)
-        while "http://a.example" not in client._asking:
+        while "http://a.example" not in client._robots_tasks:
             pass
         go_on.set()
 
@@ -392,12 +402,12 @@ def test_those_who_wait_for_rules_that_do_not_come_do_not_wait_in_turn():
 
 def test_a_robots_txt_without_end_is_read_to_its_limit():
     def send(connection):
-        connection.sendall(answer(body=FORBIDDEN, Content_Length=""))
+        connection.sendall(response(body=FORBIDDEN, Content_Length=""))
         while True:
             connection.sendall(b"\n# nothing" * 1000)
 
-    with Host(lambda _head: send) as host:
-        assert kind_of(web(host, respect=SIGNALS)) == "robots"
+    with FakeHost(lambda _head: send) as host:
+        assert failure_kind(client_for(host, respect=SIGNALS)) == "robots"
 
 
 @pytest.mark.parametrize(
@@ -412,12 +422,12 @@ def test_a_robots_txt_without_end_is_read_to_its_limit():
         ),
     ],
 )
-def test_an_image_whose_answer_opts_out_is_not_kept(headers, detail):
-    with host_with(answer(404), answer(**headers)) as host:
-        client = web(host, respect=SIGNALS)
+def test_an_image_whose_answer_opts_out_is_not_entries(headers, detail):
+    with host_with(response(404), response(**headers)) as host:
+        client = client_for(host, respect=SIGNALS)
 
-        assert kind_of(client) == "opt_out"
-        assert detail_of(client) == detail
+        assert failure_kind(client) == "opt_out"
+        assert failure_detail(client) == detail
 
     assert host.paths == ["/robots.txt", "/1.jpg", "/1.jpg"]  # final: each was asked once
 
@@ -431,20 +441,20 @@ def test_an_image_whose_answer_opts_out_is_not_kept(headers, detail):
     ],
 )
 def test_a_recipe_may_respect_less(respect, kind):
-    image = {"tdm": answer(TDM_Reservation="1")}.get(respect[0], answer(X_Robots_Tag="noai"))
-    with host_with(answer(body=FORBIDDEN), image) as host:
-        assert kind_of(web(host, respect=respect)) == kind
-        assert web(host).get("http://a.example/1.jpg").body == BODY
+    image = {"tdm": response(TDM_Reservation="1")}.get(respect[0], response(X_Robots_Tag="noai"))
+    with host_with(response(body=FORBIDDEN), image) as host:
+        assert failure_kind(client_for(host, respect=respect)) == kind
+        assert client_for(host).get("http://a.example/1.jpg").body == BODY
 
 
 def test_requests_keep_the_distance_that_the_host_asks_for():
     waits = []
-    with host_with(answer(body=everybody("Crawl-delay: 2"))) as host:
-        client = web(host, waits, respect=SIGNALS)
+    with host_with(response(body=everybody("Crawl-delay: 2"))) as host:
+        client = client_for(host, waits, respect=SIGNALS)
         for _ in range(3):
             client.get("http://a.example/1.jpg")
-        web(host, waits).get("http://a.example/1.jpg")
-        one_of_three = web(host, waits, respect=SIGNALS, workers=3)
+        client_for(host, waits).get("http://a.example/1.jpg")
+        one_of_three = client_for(host, waits, respect=SIGNALS, workers=3)
         for _ in range(2):
             one_of_three.get("http://a.example/1.jpg")
 

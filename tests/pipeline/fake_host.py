@@ -1,4 +1,4 @@
-"""Hosts on loopback to be asked, and how tests ask them."""
+"""HTTP servers on loopback with prepared responses, and clients that connect to them."""
 
 import asyncio
 import functools
@@ -18,14 +18,15 @@ from pmd_pipeline.recipe import Fetch
 BODY = b"\xff\xd8 not really a picture \xff\xd9"
 
 
-class Host:
-    """A host whose answers are bytes, or functions that are given the connection.
+class FakeHost:
+    """A server whose response is bytes, or a function that returns bytes for the head of a request.
 
-    `requests` has the head of each request, `connections` their number so far.
+    The function may also return a function of the connection, which sends what it likes.
+    `requests` has the head of each request, `connections` is their number so far.
     """
 
-    def __init__(self, answer, tls=None):
-        self._answer = answer
+    def __init__(self, response, tls=None):
+        self._response = response
         self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self._listener.getsockname()[1]
@@ -59,36 +60,36 @@ class Host:
             except OSError:
                 return
             self.connections += 1
-            self._threads.append(threading.Thread(target=self._talk, args=(connection,)))
+            self._threads.append(threading.Thread(target=self._serve, args=(connection,)))
             self._threads[-1].start()
 
-    def _talk(self, connection):
-        with connection, suppress(OSError):  # the client may be gone
+    def _serve(self, connection):
+        with connection, suppress(OSError):  # the client may have closed it
             if self._tls:
                 connection = self._tls.wrap_socket(
                     connection, server_side=True, do_handshake_on_connect=False
                 )
             self._open.append(connection)
             with connection:
-                self._converse(connection)
+                self._respond(connection)
 
-    def _converse(self, connection):
+    def _respond(self, connection):
         if self._tls:
             connection.do_handshake()
         with connection.makefile("rb") as lines:
-            while head := self._head(lines):
+            while head := self._read_head(lines):
                 self.requests.append(head)
-                answer = self._answer
-                answer = answer(head) if callable(answer) else answer
-                if callable(answer):
-                    answer(connection)
+                content = self._response
+                content = content(head) if callable(content) else content
+                if callable(content):
+                    content(connection)
                     return
-                connection.sendall(answer)
-                if b"Connection: close" in answer:
+                connection.sendall(content)
+                if b"Connection: close" in content:
                     return
 
     @staticmethod
-    def _head(lines):
+    def _read_head(lines):
         head = b""
         while line := lines.readline():
             if line == b"\r\n":
@@ -97,27 +98,28 @@ class Host:
         return ""
 
 
-def answer(status=200, body=BODY, **headers):
+def response(status=200, body=BODY, **headers):
+    """The bytes of a response; an empty header is left out."""
     headers = {"Content_Length": len(body), **headers}
     lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items() if value != ""]
     return "\r\n".join([f"HTTP/1.1 {status} x", *lines, "", ""]).encode("latin-1") + body
 
 
-def redirect(to, status=302, body=b"moved"):
-    return answer(status, body, Location=to)
+def redirect(location, status=302, body=b"moved"):
+    return response(status, body, Location=location)
 
 
-def by_path(answers):
-    return lambda head: answers[head.split(" ")[1]]
+def by_path(responses):
+    return lambda head: responses[head.split(" ")[1]]
 
 
-def in_turn(*answers):
-    left = iter(answers)
-    return lambda _head: next(left)
+def in_sequence(*responses):
+    remaining = iter(responses)
+    return lambda _head: next(remaining)
 
 
 def drip(head):
-    """Sends `head`, then a byte whenever the client may have given up hope."""
+    """Sends `head`, then one byte at a time, slowly."""
 
     def send(connection):
         connection.sendall(head)
@@ -129,8 +131,8 @@ def drip(head):
     return lambda _head: send
 
 
-class Still(Clock):
-    """Time that passes only by waiting; `waits` are the seconds."""
+class FakeClock(Clock):
+    """A clock that advances only by waiting; `waits` are the seconds."""
 
     def __init__(self, waits=None):
         self.time = 1000.0
@@ -139,50 +141,51 @@ class Still(Clock):
     def now(self):
         return self.time
 
-    def later(self, seconds, what):
+    def call_later(self, seconds, callback):
         self.waits.append(seconds)
         self.time += seconds
-        asyncio.get_running_loop().call_soon(what)
+        asyncio.get_running_loop().call_soon(callback)
 
 
 CLIENTS = []
-"""Clients that were made here and must be closed."""
+"""Clients that `new_client` made; `conftest.py` closes them."""
 
 
-def new_web(manners=None, max_bytes=1000, respect=(), clock=None, workers=1):
-    made = FetchClient(manners or Fetch(), max_bytes, respect, clock or Still(), workers)
-    CLIENTS.append(made)
-    return made
+def new_client(politeness=None, max_bytes=1000, respect=(), clock=None, workers=1):
+    client = FetchClient(politeness or Fetch(), max_bytes, respect, clock or FakeClock(), workers)
+    CLIENTS.append(client)
+    return client
 
 
-def web(host, waits=None, max_bytes=1000, respect=(), workers=1, **manners):
-    manners = {"connect_to": {"*": host.origin}, **manners}
-    return new_web(Fetch(**manners), max_bytes, respect, Still(waits), workers)
+def client_for(host, waits=None, max_bytes=1000, respect=(), workers=1, **politeness):
+    """A client that connects to `host` for every URL."""
+    politeness = {"connect_to": {"*": host.origin}, **politeness}
+    return new_client(Fetch(**politeness), max_bytes, respect, FakeClock(waits), workers)
 
 
-def kind_of(client, url="http://a.example/1.jpg"):
+def failure_kind(client, url="http://a.example/1.jpg"):
     with pytest.raises(RecordError) as caught:
         client.get(url)
     assert caught.value.kind in FAILURE_REASONS
     return caught.value.kind
 
 
-def detail_of(client, url="http://a.example/1.jpg"):
+def failure_detail(client, url="http://a.example/1.jpg"):
     with pytest.raises(RecordError) as caught:
         client.get(url)
     return caught.value.detail
 
 
 @contextmanager
-def served(folder, asked=None):
-    """The origin of a server of files; the Counter `asked` is told every path."""
+def serve_folder(folder, num_requests=None):
+    """The origin of a file server; requests are counted by path in the Counter `num_requests`."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            if asked is not None:
-                asked[self.path] += 1
+            if num_requests is not None:
+                num_requests[self.path] += 1
             super().do_GET()
 
         def log_message(self, *_):
