@@ -6,18 +6,30 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import not_
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    ValidationError,
+    create_model,
+)
 
 from pmd_pipeline import sources
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.models import Kind
+from pmd_pipeline.contract.names import FileName, Sha256
+from pmd_pipeline.contract.plugins import failure, is_reference, load_reference, source_digest
 from pmd_pipeline.contract.suggestions import suggestion
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.filters import image as image_filters
+from pmd_pipeline.sources import Source
 
 Signal: TypeAlias = Literal["robots", "tdm", "x-robots-tag"]
 SIGNALS: tuple[Signal, ...] = get_args(Signal)
@@ -39,6 +51,14 @@ class RecipeError(PmdError):
 
 class _Section(BaseModel):
     model_config = _STRICT
+
+
+Filters: TypeAlias = dict[str, Keywords]
+"""Filters in their order, each a name of the package or `module:function`, with its arguments."""
+
+FileDigests: TypeAlias = dict[str, Sha256]
+"""SHA-256 of the source file of each filter of the user's own; another file is refused. Filled in
+where it is absent, so that the rules of a dataset tell one version of a filter from the next."""
 
 
 class Clean(_Section):
@@ -63,13 +83,15 @@ class Captions(_Section):
     Args:
         choose: `all` makes each candidate a pair; `first` makes the first that passes the filters
             the row's one pair.
-        filters: predicates of `filters/caption.py` by name with their keyword arguments, in order.
+        filters: see `Filters`; names are those of `filters/caption.py`.
+        filters_sha256: see `FileDigests`.
         clean: see `Clean`.
         drop_repeats: drop a pair whose caption and box its record already has.
     """
 
     choose: Literal["all", "first"] = "all"
-    filters: dict[str, Keywords] = Field(default_factory=dict)
+    filters: Filters = Field(default_factory=dict)
+    filters_sha256: FileDigests = Field(default_factory=dict, exclude_if=not_)
     clean: Clean = Clean()
     drop_repeats: bool = False
 
@@ -95,7 +117,8 @@ class Images(_Section):
             what is kept; images from shelves were fetched by somebody else and carry none.
         licences: globs, of which the licence that upstream states for an image must fit one;
             empty allows all, and images without one.
-        filters: predicates of `filters/image.py` by name with their keyword arguments, in order.
+        filters: see `Filters`; names are those of `filters/image.py`.
+        filters_sha256: see `FileDigests`.
     """
 
     size: Annotated[int, Field(ge=16, le=8192)] = 256
@@ -106,7 +129,8 @@ class Images(_Section):
     max_pixels: Annotated[int, Field(ge=1)] = 128_000_000
     respect: Annotated[list[Signal], AfterValidator(_as_set)] = sorted(SIGNALS)
     licences: Annotated[list[str], AfterValidator(_as_set)] = Field(default_factory=list)
-    filters: dict[str, Keywords] = Field(default_factory=dict)
+    filters: Filters = Field(default_factory=dict)
+    filters_sha256: FileDigests = Field(default_factory=dict, exclude_if=not_)
 
 
 class Fetch(_Section):
@@ -184,14 +208,19 @@ class Recipe(_Section):
     """What to do with one source.
 
     Args:
-        source: name of the source.
+        source: name of the source: of the package, or chosen by the user for their own `module`.
+            It names folders, and is part of every key.
+        module: the module that defines a source of the user's own, as Python imports it.
+        module_sha256: of its file; another is refused. Filled in where it is absent.
         form: the form of its annotation files to read; None takes the first that is there.
         options: keyword arguments of the source's `read`.
         part_records: about how many records make a part.
         expected: see `Expected`.
     """
 
-    source: str
+    source: FileName
+    module: Annotated[str | None, Field(exclude_if=not_)] = None
+    module_sha256: Annotated[Sha256 | None, Field(exclude_if=not_)] = None
     form: str | None = None
     options: Keywords = Field(default_factory=dict)
     captions: Captions = Captions()
@@ -204,7 +233,17 @@ class Recipe(_Section):
     @property
     def kind(self) -> Kind:
         """What the source has: pairs, images alone, or texts alone."""
-        return sources.load(self.source).info.kind
+        return self.load_source().info.kind
+
+    def load_source(self) -> Source:
+        """The source.
+
+        Raises:
+            PmdError: it is not there, or is not what `module_sha256` states.
+        """
+        if self.module is not None:
+            _check_digest(self.module, self.module_sha256)
+        return sources.load(self.source, self.module)
 
     def index_rules(self) -> dict[str, Any]:
         """The part of the recipe that shapes the index."""
@@ -262,12 +301,40 @@ def recipe_folder() -> Path:
     return packed if packed.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
+def predicates(
+    module: ModuleType, filters: Filters, digests: Mapping[str, str]
+) -> dict[str, Callable[..., bool]]:
+    """The filters by name, in order, with their keyword arguments bound.
+
+    Args:
+        module: the package's filters of this kind.
+        digests: see `FileDigests`.
+
+    Raises:
+        PmdError: a filter does not exist, does not take its arguments, or is not of the file whose
+            SHA-256 is stated.
+    """
+    bound: dict[str, Callable[..., bool]] = {}
+    for name, keywords in filters.items():
+        if is_reference(name):
+            _check_digest(name, digests.get(name))
+        bound[name] = predicate(module, name, keywords)
+    return bound
+
+
 def predicate(module: ModuleType, name: str, keywords: Mapping[str, Any]) -> Callable[..., bool]:
-    """The filter `name` of `module` with its keyword arguments bound.
+    """The filter `name` with its keyword arguments bound: of `module`, or `module:function`.
 
     Raises:
         RecipeError: no such filter, or it does not take these arguments.
+        PmdError: the user's module cannot be imported.
     """
+    if is_reference(name):
+        function = load_reference(name)
+        if not callable(function):
+            raise RecipeError(f"filter {name} is no function")
+        bound = partial(function, **keywords_of(function, keywords, where=f"filter {name}"))
+        return partial(_guarded, name, bound)
     found = {
         known: function
         for known, function in inspect.getmembers(module, inspect.isfunction)
@@ -283,23 +350,56 @@ def predicate(module: ModuleType, name: str, keywords: Mapping[str, Any]) -> Cal
 def keywords_of(
     function: Callable[..., object], given: Mapping[str, Any], *, where: str
 ) -> Keywords:
-    """`given` with the defaults of the function's keyword-only arguments, types checked.
+    """`given` with the defaults of the function's arguments after the first, types checked.
 
     Raises:
-        RecipeError: an argument is unknown, missing or of the wrong type.
+        RecipeError: an argument is unknown, missing or of the wrong type; or one of the function
+            has no type.
     """
-    hints = get_type_hints(function, include_extras=True)
-    fields: dict[str, Any] = {
-        name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    model = create_model(where, __config__=_STRICT, **fields)
+    try:
+        hints = get_type_hints(function, include_extras=True)
+        _, *parameters = inspect.signature(function).parameters.values()
+        fields: dict[str, Any] = {
+            one.name: (hints[one.name], ... if one.default is one.empty else one.default)
+            for one in parameters
+        }
+        model = create_model(where, __config__=_STRICT, **fields)
+    except KeyError as error:
+        raise RecipeError(
+            f"{where}: its argument {error} needs a type, as in `least: int`"
+        ) from error
+    except (NameError, TypeError, ValueError, PydanticUserError) as error:
+        raise RecipeError(f"{where}: its arguments cannot be read: {error}") from error
     try:
         checked: Keywords = model(**given).model_dump(mode="json")
     except ValidationError as error:
         raise RecipeError(_sentence(where, error, list(fields))) from error
     return checked
+
+
+def _guarded(name: str, passes: Callable[..., bool], subject: object) -> bool:
+    """Whether `subject` passes a filter of the user's own.
+
+    Raises:
+        PmdError: the filter raises an exception.
+    """
+    try:
+        return bool(passes(subject))
+    except Exception as error:  # the user's code may raise anything
+        raise failure(name, error) from error
+
+
+def _check_digest(reference: str, stated: str | None) -> None:
+    """Refuse a source file of the user's own that is not the stated one.
+
+    Raises:
+        PmdError: it is another.
+    """
+    if stated is not None and source_digest(reference) != stated:
+        raise PmdError(
+            f"{reference}: its file has another SHA-256 than the one stated; if it changed while "
+            "the command ran, run the command again, else take the old file or the old SHA-256 away"
+        )
 
 
 def _find(name_or_path: str, folder: Path = Path()) -> Path:
@@ -340,25 +440,51 @@ def _checked(path: Path, content: Mapping[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(_sentence(str(path), error, _known_keys(error))) from error
-    known = [*sources.names(), *sources.UNIMODAL]
-    if recipe.source not in known:
+    known = sources.names()
+    if recipe.module is None and recipe.source not in known:
         near = suggestion(recipe.source, known)
         raise RecipeError(f"{path}: there is no source {recipe.source!r}; {near}")
-    source = sources.load(recipe.source)
+    if recipe.module is not None and recipe.source in {*known, *recipe_names()}:
+        raise RecipeError(f"{path}: the package has its own {recipe.source}; name yours otherwise")
+    try:
+        recipe = _with_digests(recipe)
+        source = recipe.load_source()
+        for module, section in (
+            (caption_filters, recipe.captions),
+            (image_filters, recipe.images),
+        ):
+            predicates(module, section.filters, section.filters_sha256)
+    except PmdError as error:
+        raise RecipeError(f"{path}: {error}") from error
     if recipe.form is not None and recipe.form not in source.forms():
         near = suggestion(recipe.form, source.forms())
         raise RecipeError(f"{path}: {source.name} has no form {recipe.form!r}; {near}")
-    for module, filters in (
-        (caption_filters, recipe.captions.filters),
-        (image_filters, recipe.images.filters),
-    ):
-        for name, keywords in filters.items():
-            try:
-                predicate(module, name, keywords)
-            except RecipeError as error:
-                raise RecipeError(f"{path}: {error}") from error
     options = keywords_of(source.read, recipe.options, where=f"{path} [options]")
     return recipe.model_copy(update={"options": options})
+
+
+def _with_digests(recipe: Recipe) -> Recipe:
+    """The recipe with the SHA-256 of each source file of the user's own that it states none of.
+
+    Raises:
+        PmdError: a file cannot be read, or a SHA-256 is stated of what the recipe does not use.
+    """
+    changes: dict[str, Any] = {}
+    if recipe.module is not None:
+        changes["module_sha256"] = recipe.module_sha256 or source_digest(recipe.module)
+    elif recipe.module_sha256 is not None:
+        raise PmdError("module_sha256 is stated, but no module")
+    for name in ("captions", "images"):
+        section: Captions | Images = getattr(recipe, name)
+        own = [filter_ for filter_ in section.filters if is_reference(filter_)]
+        if unused := sorted(section.filters_sha256.keys() - set(own)):
+            raise PmdError(
+                f"{name}.filters_sha256 states {unused[0]}, which is no module:function among the "
+                "filters"
+            )
+        digests = {one: section.filters_sha256.get(one) or source_digest(one) for one in own}
+        changes[name] = section.model_copy(update={"filters_sha256": digests})
+    return recipe.model_copy(update=changes)
 
 
 def _known_keys(error: ValidationError) -> list[str]:

@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,21 @@ def source_digest(reference: str) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, TypeError) as error:
         raise PmdError(f"{reference}: its source file cannot be read") from error
+
+
+def failure(reference: str, error: Exception, subject: str = "") -> PmdError:
+    """An exception of the user's own code as one sentence, with the line of their module.
+
+    Args:
+        reference: `module:function` that raised it.
+        error: the exception.
+        subject: what the function was called for, in a few words.
+    """
+    path = getattr(sys.modules.get(reference.partition(":")[0]), "__file__", None)
+    lines = [one for one in traceback.extract_tb(error.__traceback__) if one.filename == path]
+    where = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+    call = f"{reference} {subject}".rstrip()
+    return PmdError(f"{call} fails: {type(error).__name__}: {error}{where}")
 
 
 def _imported(name: str, reference: str) -> Any:  # noqa: ANN401 - a module

@@ -241,7 +241,7 @@ def raw_folder(raw: str | None, out: str, source: str) -> str:
 
 def _order(request: BuildRequest, recipe: Recipe) -> SourceBuild:
     """What to build of one source, whose annotation files are there or can be downloaded."""
-    source = sources.load(recipe.source)
+    source = recipe.load_source()
     recipe = with_tokenizer(recipe)
     raw = raw_folder(request.raw, request.out, recipe.source)
     if recipe.texts.dataset and request.raw is not None:
@@ -264,7 +264,7 @@ def _order(request: BuildRequest, recipe: Recipe) -> SourceBuild:
 
 
 def _download(order: SourceBuild, reporter: Reporter) -> None:
-    recipe, source = order.recipe, sources.load(order.recipe.source)
+    recipe, source = order.recipe, order.recipe.load_source()
     if recipe.kind == "images":
         return  # its raw folder holds images, which are many
     if recipe.texts.dataset:

@@ -168,8 +168,8 @@ def _population(recipe: Recipe, data: str) -> tuple[int, int]:
         return sum(part.records for part in index.parts), index.counts.kept
     if recipe.expected:
         return recipe.expected.records, recipe.expected.pairs
-    info = sources.load(recipe.source).info
-    rows = info.upstream_rows or info.paper_pairs
+    info = recipe.load_source().info
+    rows = info.upstream_rows or (info.paper.pairs if info.paper else 0)
     return rows, rows
 
 
@@ -185,7 +185,7 @@ def _of_index(folder: str, num: int) -> Iterator[IndexRecord]:
 
 def _of_rows(recipe: Recipe, raw: str, num: int) -> list[IndexRecord]:
     """Records of rows from the beginnings of spans all over the annotation files."""
-    spans = sources.find_spans(sources.load(recipe.source), raw, recipe.form)
+    spans = sources.find_spans(recipe.load_source(), raw, recipe.form)
     chosen = spans[:: math.ceil(len(spans) / _MOST_SPANS)]
     chooser = Chooser(recipe.captions)
     each = math.ceil(num / len(chosen))
@@ -199,7 +199,7 @@ def _of_rows(recipe: Recipe, raw: str, num: int) -> list[IndexRecord]:
 
 def _of_span(recipe: Recipe, span: Span, chooser: Chooser) -> Iterator[IndexRecord]:
     """Records of rows that have an address and a pair."""
-    for row in sources.load(recipe.source).read(span, **recipe.options):
+    for row in recipe.load_source().read(span, **recipe.options):
         if isinstance(row, Row) and row.url and any(p.reason is None for p in chooser.pairs(row)):
             yield bare_record(recipe.source, row)
 

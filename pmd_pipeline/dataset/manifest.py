@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pmd_pipeline import sources
 from pmd_pipeline.base.storage import sizes
 from pmd_pipeline.base.tables import read_table
 from pmd_pipeline.codes.reports import done_codes, one_rule, with_codes
@@ -57,7 +56,7 @@ def source_manifest(
         planned: parts that the dataset is to have.
         optout: digest of the list of images to leave out.
     """
-    info = sources.load(recipe.source).info
+    info = recipe.load_source().info
     done = {report.part for report in reports}
     missing = [part for part in planned if part not in done]
     rules = recipe.rules()

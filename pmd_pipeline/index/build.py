@@ -132,7 +132,7 @@ def build_index(
     Raises:
         PmdError: files are missing, broken, or not what the source reads.
     """
-    source = sources.load(recipe.source)
+    source = recipe.load_source()
     spans = sources.find_spans(source, raw, recipe.form)
     heldout = (
         find_heldout([raw, str(Path(raw).parent / "coco")]) if source.info.shares_coco else None

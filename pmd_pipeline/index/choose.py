@@ -8,7 +8,7 @@ from pmd_pipeline.base.record import Box, Candidate, Row, full_text, one_line
 from pmd_pipeline.contract.models import Kind
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.index.cleaning import clean
-from pmd_pipeline.recipe import Captions, predicate
+from pmd_pipeline.recipe import Captions, predicates
 
 
 class Pair(NamedTuple):
@@ -39,10 +39,9 @@ class Chooser:
         self._first = captions.choose == "first"
         self._cleaning = captions.clean.model_dump()
         self._cleans = any(self._cleaning.values())
-        self._filters: list[tuple[str, Callable[..., bool]]] = [
-            (name, predicate(caption_filters, name, keywords))
-            for name, keywords in captions.filters.items()
-        ]
+        self._filters: dict[str, Callable[..., bool]] = predicates(
+            caption_filters, captions.filters, captions.filters_sha256
+        )
 
     def pairs(self, row: Row) -> list[Pair]:
         """The row's pairs, kept and dropped; none for a row that only knows the image.
@@ -80,7 +79,7 @@ class Chooser:
             return "no_text"
         if filtered:
             return None
-        for name, passes in self._filters:
+        for name, passes in self._filters.items():
             if not passes(text):
                 return name
         return None

@@ -9,7 +9,6 @@ from itertools import chain, islice
 
 from pydantic import BaseModel, ConfigDict
 
-from pmd_pipeline import sources
 from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.record import BadRow, Row, key_of
 from pmd_pipeline.base.storage import load_model
@@ -75,7 +74,7 @@ def scatter(task: ScatterTask, report_progress: ReportProgress) -> Scattered:
     old = load_model(Scattered, folder, f"{name}.json")
     if old and old.dependency == task.dependency:
         return old
-    source = sources.load(task.recipe.source)
+    source = task.recipe.load_source()
     chooser = Chooser(task.recipe.captions, task.recipe.kind)
     heldout = task.heldout.coco_ids() if task.heldout else frozenset[int]()
     writer = RunWriter(task.prefix, task.bucket_bits)

@@ -4,13 +4,13 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 from pmd_pipeline import sources
-from pmd_pipeline.sources import Published, Source
+from pmd_pipeline.sources import PublishedFile, Source
 
 Fact = tuple[str, str]
 """What is known, and its name."""
 
 
-_ALONE = {
+_UNIMODAL = {
     "images": "images alone, in 15 % of FLAVA's steps",
     "text": "texts alone, in 15 % of FLAVA's steps, CC-News and BookCorpus together",
 }
@@ -20,10 +20,10 @@ _ALONE = {
 def all_sources(width: int) -> Iterator[str]:
     """A paragraph per source, in lines of at most `width` characters.
 
-    Those of PMD in alphabetical order, then those of images alone and of texts alone.
+    Those of PMD in alphabetical order, then the others.
     """
-    for name in (*sources.names(), *sources.UNIMODAL):
-        source = sources.load(name)
+    known = map(sources.load, sources.names())
+    for source in sorted(known, key=lambda source: source.info.collection != "pmd"):
         yield _paragraph(source, _summary(source), width)
 
 
@@ -36,17 +36,18 @@ def one_source(name: str, width: int) -> str:
     source = sources.load(name)
     info = source.info
     facts = [*_summary(source), ("homepage", info.homepage), ("citation", info.citation)]
-    files = (fact for entry in info.published for fact in _file(source, entry))
+    files = (fact for entry in info.files for fact in _file(source, entry))
     return _paragraph(source, [*facts, *files], width)
 
 
 def _summary(source: Source) -> Iterator[Fact]:
     info = source.info
     rows = f"; {info.upstream_rows:,} rows upstream" if info.upstream_rows else ""
-    if info.kind == "pairs":
-        yield "paper", f"{info.paper_pairs:,} pairs of {info.paper_words} words{rows}"
+    if info.paper:
+        yield "paper", f"{info.paper.pairs:,} pairs of {info.paper.words} words{rows}"
     else:
-        yield "paper", f"not in PMD: {_ALONE[info.kind]}{rows}"
+        use = f": {_UNIMODAL[info.kind]}" if info.collection == "unimodal" else ""
+        yield "paper", f"not in PMD{use}{rows}"
     yield "licence", info.licence
     yield "images", info.images
     if source.downloadable():
@@ -55,10 +56,13 @@ def _summary(source: Source) -> Iterator[Fact]:
         yield "by hand", info.by_hand
 
 
-def _file(source: Source, entry: Published) -> Iterator[Fact]:
+def _file(source: Source, entry: PublishedFile) -> Iterator[Fact]:
     traits = [f"form {entry.form}"] if len(source.forms()) > 1 else []
-    traits += [] if entry.needed else ["not needed"]
-    yield "file", f"{entry.pattern}: {entry.what}" + (f" ({', '.join(traits)})" if traits else "")
+    traits += [] if entry.required else ["not needed"]
+    yield (
+        "file",
+        f"{entry.pattern}: {entry.description}" + (f" ({', '.join(traits)})" if traits else ""),
+    )
     if entry.url:
         yield "", entry.url
     if entry.sha256:

@@ -22,19 +22,6 @@ if TYPE_CHECKING:
 
 PERCENTILES = (5, 50, 95)
 
-PAPER_ORDER = (
-    "coco",
-    "sbu",
-    "localized_narratives",
-    "cc3m",
-    "visual_genome",
-    "wit",
-    "cc12m",
-    "redcaps",
-    "yfcc100m",
-)
-"""The sources as FLAVA's table of PMD lists them; others come behind, by name."""
-
 PAPER_WORDS = 12.1
 """Mean caption length of all nine in the same table, which is not the mean of its rows: 12.2."""
 
@@ -76,14 +63,21 @@ class Lengths:
 
 def lengths(manifest: Manifest) -> list[Lengths]:
     """A row per source, in the order of the paper's table, and their sum if there are several."""
-    listed = [name for name in PAPER_ORDER if name in manifest.sources]
+    table = paper_order()
+    listed = [name for name in table if name in manifest.sources]
     order = [*listed, *sorted(manifest.sources.keys() - set(listed))]
     rows = [_row(name, manifest, [name], *_paper(name)) for name in order]
     if len(rows) > 1:
         pairs = sum(row.paper_pairs or 0 for row in rows) or None
-        words = PAPER_WORDS if len(listed) == len(PAPER_ORDER) == len(order) else None
+        words = PAPER_WORDS if len(listed) == len(table) == len(order) else None
         rows.append(_row("total", manifest, order, pairs, words))
     return rows
+
+
+def paper_order() -> list[str]:
+    """The sources in the order of FLAVA's table of PMD."""
+    rows = {name: row for name in sources.names() if (row := sources.load(name).info.paper)}
+    return sorted(rows, key=lambda name: rows[name].number)
 
 
 def percentile(histogram: Mapping[int, int], share: float) -> int | None:
@@ -249,10 +243,8 @@ def _add_column(table: Table, name: str) -> None:
 
 
 def _paper(name: str) -> tuple[int | None, float | None]:
-    if name not in sources.names():
-        return None, None
-    info = sources.load(name).info
-    return info.paper_pairs, info.paper_words
+    row = sources.load(name).info.paper if name in sources.names() else None
+    return (row.pairs, row.words) if row else (None, None)
 
 
 def _row(

@@ -23,6 +23,7 @@ from pmd_pipeline.contract.paths import part_name
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.index.build import Index, load_index
 from pmd_pipeline.index.records import part_of
+from pmd_pipeline.sources import Source
 from pmd_pipeline.sources.upstream.files import Span
 
 _FIRST_SAMPLES = 5
@@ -232,7 +233,7 @@ def _story(data: str, index: Index, key: str) -> Trace:
     kept = _rows(join(folder, part.kept.name), key, MEND_INDEX)
     dropped = _rows(join(folder, part.dropped.name), key, MEND_INDEX)
     shards, name = join(data, "shards", index.source), part_name(number)
-    is_text = sources.load(index.source).info.kind == "text"
+    is_text = _source_of(index).info.kind == "text"
     shard = join(shards, f"{name}.parquet" if is_text else f"{name}.tar")
     built = f"{name}.json" in sizes(shards)
     ledger = (
@@ -293,13 +294,17 @@ def _upstream(
 
 def _reread(index: Index, span: Span, rows: list[int], key: str) -> dict[int, Row | BadRow]:
     """What the rows of these numbers say of `key`; the span is read up to the last of them."""
-    read = sources.load(index.source).read(span, **index.rules["options"])
+    read = _source_of(index).read(span, **index.rules["options"])
     wanted = set(rows)
     return {
         number: row
         for number, row in enumerate(islice(read, rows[-1] + 1))
         if number in wanted and (isinstance(row, BadRow) or key_of(index.source, row.id) == key)
     }
+
+
+def _source_of(index: Index) -> Source:
+    return sources.load(index.source, index.rules.get("module"))
 
 
 def _place(span: Span) -> str:

@@ -1,67 +1,84 @@
-"""One module per source, found by its name; each has `INFO` and `read()`.
+"""Sources: one module each, with `INFO` and `read()`.
 
-A source module tells what upstream publishes (`INFO`) and what the rows of one span of it say
-(`read`). It knows nothing of filters, of fetching or of shards. The keyword-only arguments of
-`read` are the `[options]` of its recipe.
+`INFO` describes what upstream publishes. `read` turns one span of an annotation file into rows;
+its arguments after the span are the `[options]` of the recipe. A source does not filter, fetch or
+write. Modules of this package are found by their name, a module of the user's own by the `module`
+of a recipe.
 """
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import wraps
+from typing import Any
 
-from pmd_pipeline.base.record import BadRow, Row
+from pmd_pipeline.base.record import BadRow, Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.models import Kind
+from pmd_pipeline.contract.plugins import failure, load_module
+from pmd_pipeline.contract.suggestions import suggestion
 from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, as_one, find, fits
-
-UNIMODAL = ("bookcorpus", "ccnews", "imagenet1k")
-"""Sources of images alone or texts alone: what FLAVA learns from besides PMD."""
 
 
 @dataclass(frozen=True)
-class Published:
-    """One annotation file, or one family of them, as upstream publishes it.
+class PublishedFile:
+    """One annotation file, or a family of them, as upstream publishes it.
 
     Args:
-        pattern: glob that the file's base name fits, without `.gz` or `.bz2`.
-        what: what the file is, in a few words.
-        url: where it can be downloaded without asking anyone.
-        sha256: of what is behind `url`, where known.
+        pattern: glob for the base name of the file, without `.gz` or `.bz2`.
+        description: content of the file, in a few words.
+        url: address of the file, where it can be downloaded without a login.
+        sha256: SHA-256 of what is behind `url`, where known.
         num_bytes: size of what is behind `url`, where known.
-        form: files of one form make a complete input; the first form that is there is read.
-        role: what the file is among the files of its form, told to `read` in `span.role`.
-        needed: the form is incomplete without such a file.
-        cut: how the file is cut into spans; None for a file that is read beside every span.
+        form: files of one form make a complete input; the first complete form is read.
+        role: what the file is among the files of its form; `read` finds it in `span.role`.
+        required: the form is incomplete without such a file.
+        cut: function that cuts the file into spans; None for a file that is read beside every span.
     """
 
     pattern: str
-    what: str
+    description: str
     url: str | None = None
     sha256: str | None = None
     num_bytes: int | None = None
     form: str = "main"
     role: str = ""
-    needed: bool = True
+    required: bool = True
     cut: Callable[[UpstreamFile], Sequence[tuple[int, int | None]]] | None = as_one
 
 
 @dataclass(frozen=True)
+class PaperRow:
+    """The row of a source in FLAVA's table of PMD.
+
+    Args:
+        number: position in the table, from 1.
+        pairs: image-text pairs, as the paper rounds them.
+        words: mean caption length in words.
+    """
+
+    number: int
+    pairs: int
+    words: float
+
+
+@dataclass(frozen=True)
 class Info:
-    """What a user must know of a source before building it.
+    """Description of a source.
 
     Args:
         title: upstream's name.
         homepage: upstream's page.
         licence: of the annotations and of the images, in a sentence.
         citation: authors, title, venue, year.
-        published: every file that `read` understands, preferred forms first.
-        images: where images come from and what is left of them.
-        paper_pairs: pairs in FLAVA's table of PMD; 0 for what is not in it.
-        paper_words: mean caption length in words in the same table.
-        by_hand: what the user has to fetch themself and where; empty when nothing.
-        upstream_rows: rows upstream publishes, where it says so.
+        files: every file that `read` understands, preferred forms first.
+        images: where the images come from, and how many are still there.
+        collection: `pmd`, `unimodal` (the other corpora of FLAVA), or a name of one's own.
+        paper: the source's row in FLAVA's table of PMD.
+        by_hand: what the user has to fetch, and where; empty where nothing.
+        upstream_rows: rows that upstream publishes, where it states the number.
         shares_coco: some images are COCO's, so Karpathy's held-out images are looked for.
         kind: what the source has: pairs, images alone, or texts alone.
     """
@@ -70,10 +87,10 @@ class Info:
     homepage: str
     licence: str
     citation: str
-    published: tuple[Published, ...]
+    files: tuple[PublishedFile, ...]
     images: str
-    paper_pairs: int = 0
-    paper_words: float = 0.0
+    collection: str = "own"
+    paper: PaperRow | None = None
     by_hand: str = ""
     upstream_rows: int | None = None
     shares_coco: bool = False
@@ -90,47 +107,94 @@ class Source:
 
     def forms(self) -> list[str]:
         """The forms that the source's files may have, the preferred one first."""
-        return list(dict.fromkeys(entry.form for entry in self.info.published))
+        return list(dict.fromkeys(file.form for file in self.info.files))
 
-    def published(self, form: str) -> list[Published]:
+    def files_of(self, form: str) -> list[PublishedFile]:
         """The files of `form`."""
-        return [entry for entry in self.info.published if entry.form == form]
+        return [file for file in self.info.files if file.form == form]
 
-    def downloadable(self, form: str | None = None) -> list[Published]:
+    def downloadable(self, form: str | None = None) -> list[PublishedFile]:
         """The files with an address of `form`, or of the first form that can be downloaded.
 
-        A form can be downloaded when all files that it needs have an address.
+        A form can be downloaded when all files that it requires have an address.
         """
         for name in [form] if form else self.forms():
-            entries = self.published(name)
-            if all(entry.url for entry in entries if entry.needed):
-                return [entry for entry in entries if entry.url]
+            files = self.files_of(name)
+            if all(file.url for file in files if file.required):
+                return [file for file in files if file.url]
         return []
 
 
-def names() -> list[str]:
-    """The sources of PMD by name, in alphabetical order."""
+def names(collection: str | None = None) -> list[str]:
+    """Names of the package's sources, or of those of one collection, in alphabetical order."""
     modules = (module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
-    return sorted(name for name in modules if not name.startswith("_") and name not in UNIMODAL)
+    found = sorted(name for name in modules if not name.startswith("_"))
+    if collection is None:
+        return found
+    return [name for name in found if load(name).info.collection == collection]
 
 
-def load(name: str) -> Source:
-    """The source called `name`.
+def load(name: str, module: str | None = None) -> Source:
+    """The source called `name`: the package's, or the one that the user's `module` defines.
 
     Raises:
-        PmdError: there is no such source.
+        PmdError: there is no such source; or the module is missing, cannot be imported, or has no
+            `INFO` or `read`.
     """
-    known = [*names(), *UNIMODAL]
-    if name not in known:
-        raise PmdError(f"no source {name!r}; there are {', '.join(known)}")
-    module = importlib.import_module(f"{__name__}.{name}")
-    return Source(name=name, info=cast(Info, module.INFO), read=module.read)
+    if module is not None:
+        return _users_source(name, module)
+    if name not in names():
+        raise PmdError(f"no source {name!r}; {suggestion(name, names())}")
+    loaded = importlib.import_module(f"{__name__}.{name}")
+    return Source(name=name, info=loaded.INFO, read=loaded.read)
+
+
+def _users_source(name: str, module: str) -> Source:
+    loaded = load_module(module)
+    if not isinstance(getattr(loaded, "INFO", None), Info):
+        raise PmdError(f"{module}: it defines no INFO, an Info of pmd_pipeline.sources")
+    if not inspect.isfunction(getattr(loaded, "read", None)):
+        raise PmdError(f"{module}: it defines no function read(span) that yields rows")
+    return Source(name=name, info=loaded.INFO, read=_checked(loaded.read, f"{module}:read"))
+
+
+def _checked(
+    read: Callable[..., Iterator[Row | BadRow]], reference: str
+) -> Callable[..., Iterator[Row | BadRow]]:
+    """`read` of the user's own, with its mistakes as one sentence each."""
+
+    @wraps(read)
+    def checked_read(span: Span, **options: Any) -> Iterator[Row | BadRow]:  # noqa: ANN401 - options
+        try:
+            for row in read(span, **options):
+                if not _is_row(row):
+                    raise PmdError(
+                        f"{reference}: {row!r:.200} is no Row with a text as its id and Candidates "
+                        "with texts, and no BadRow"
+                    )
+                yield row
+        except PmdError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            raise failure(reference, error, f"on {span.file}") from error
+
+    return checked_read
+
+
+def _is_row(row: object) -> bool:
+    if isinstance(row, BadRow):
+        return True
+    return (
+        isinstance(row, Row)
+        and isinstance(row.id, str)
+        and all(isinstance(one, Candidate) and isinstance(one.text, str) for one in row.candidates)
+    )
 
 
 def find_spans(source: Source, folder: str, form: str | None = None) -> list[Span]:
     """The spans of the source's files under `folder`, in upstream order.
 
-    Takes `form`, or the first form of `INFO.published` whose needed files are all there.
+    Takes `form`, or the first form of `INFO.files` whose required files are all there.
 
     Raises:
         PmdError: no form is complete; the sentence says what is missing and how to get it.
@@ -140,9 +204,9 @@ def find_spans(source: Source, folder: str, form: str | None = None) -> list[Spa
         raise PmdError(f"{source.name} has no form {form!r}; it has {', '.join(source.forms())}")
     missing: list[str] = []
     for name in [form] if form else source.forms():
-        entries = source.published(name)
+        entries = source.files_of(name)
         there = {e: [file for file in files if fits(file, e.pattern)] for e in entries}
-        lacking = [e.pattern for e in entries if e.needed and not there[e]]
+        lacking = [e.pattern for e in entries if e.required and not there[e]]
         if not lacking and any(there.values()):
             return _spans(there)
         missing.append(_named(lacking or [e.pattern for e in entries]))
@@ -160,7 +224,7 @@ def _named(patterns: Sequence[str]) -> str:
     return ", ".join(patterns[:3]) + more
 
 
-def _spans(there: dict[Published, list[UpstreamFile]]) -> list[Span]:
+def _spans(there: dict[PublishedFile, list[UpstreamFile]]) -> list[Span]:
     beside = tuple(
         (entry.role, file) for entry, files in there.items() if not entry.cut for file in files
     )

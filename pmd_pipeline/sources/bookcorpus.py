@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from pmd_pipeline.base.record import BadRow, Row
-from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources import Info, PublishedFile
 from pmd_pipeline.sources.upstream.documents import (
     COLUMN,
     MOST_CHARS,
@@ -23,10 +23,13 @@ INFO = Info(
     homepage="https://yknzhu.wixsite.com/mbweb",
     licence="not licensed for redistribution; the books belong to their authors",
     citation="Zhu et al., Aligning Books and Movies, ICCV 2015",
-    published=(
+    files=(
         *TABLES,
-        Published(
-            pattern="*.txt", what="sentences or paragraphs, one a line", form="text", cut=by_lines
+        PublishedFile(
+            pattern="*.txt",
+            description="sentences or paragraphs, one a line",
+            form="text",
+            cut=by_lines,
         ),
     ),
     images="none: texts alone",
@@ -34,6 +37,7 @@ INFO = Info(
     "(74,004,228 sentences), books_large_p1.txt and books_large_p2.txt, or books as text files "
     "into the folder",
     upstream_rows=74_004_228,
+    collection="unimodal",
     kind="text",
 )
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from pmd_pipeline.base.record import BadRow, Row
-from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources import Info, PaperRow, PublishedFile
 from pmd_pipeline.sources.upstream.files import Span, by_lines
 from pmd_pipeline.sources.upstream.tsv import captioned_urls
 
@@ -12,10 +12,10 @@ INFO = Info(
     homepage="https://github.com/google-research-datasets/conceptual-12m",
     licence="annotations free for any purpose, as is; the images belong to their owners",
     citation="Changpinyo et al., Conceptual 12M, CVPR 2021",
-    published=(
-        Published(
+    files=(
+        PublishedFile(
             pattern="cc12m.tsv",
-            what="addresses and captions",
+            description="addresses and captions",
             url="https://storage.googleapis.com/conceptual_12m/cc12m.tsv",
             sha256="892b549d493c7e75ade10d46c88c9ddabb097790d912b74cfc0ea4ff035ec2c3",
             num_bytes=2_707_204_412,
@@ -23,8 +23,8 @@ INFO = Info(
         ),
     ),
     images="from the web, one by one; 7.7 of 12.4 million were left in 2025",
-    paper_pairs=11_000_000,
-    paper_words=17.3,
+    collection="pmd",
+    paper=PaperRow(7, pairs=11_000_000, words=17.3),
     upstream_rows=12_423_374,
 )
 

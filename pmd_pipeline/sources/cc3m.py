@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from pmd_pipeline.base.record import BadRow, Row
-from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources import Info, PaperRow, PublishedFile
 from pmd_pipeline.sources.upstream.files import Span, by_lines
 from pmd_pipeline.sources.upstream.tsv import captioned_urls
 
@@ -12,10 +12,10 @@ INFO = Info(
     homepage="https://ai.google.com/research/ConceptualCaptions",
     licence="annotations free for any purpose, as is; the images belong to their owners",
     citation="Sharma et al., Conceptual Captions, ACL 2018",
-    published=(
-        Published(
+    files=(
+        PublishedFile(
             pattern="*GCC-training.tsv",
-            what="training captions",
+            description="training captions",
             url="https://storage.googleapis.com/gcc-data/Train/GCC-training.tsv"
             "?_ga=2.191230122.-1896153081.1529438250",
             sha256="eab84e5ebc713a41a6b1f6ae6fa3d6617821a13b03fe24e16004cc4aac189635",
@@ -24,8 +24,8 @@ INFO = Info(
         ),
     ),
     images="from the web, one by one; 1.9 to 2.0 million of 3.3 were left in 2022 to 2024",
-    paper_pairs=3_100_000,
-    paper_words=10.3,
+    collection="pmd",
+    paper=PaperRow(4, pairs=3_100_000, words=10.3),
     upstream_rows=3_318_333,
 )
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from pmd_pipeline.base.record import BadRow, Row
-from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources import Info, PublishedFile
 from pmd_pipeline.sources.upstream.documents import (
     COLUMN,
     MOST_CHARS,
@@ -20,13 +20,14 @@ INFO = Info(
     licence="Common Crawl's terms of use; each article belongs to its publisher",
     citation="Nagel, CC-NEWS, Common Crawl, 2016; Hamborg et al., news-please, ISI 2017; used as "
     "in Liu et al., RoBERTa, 2019",
-    published=(
+    files=(
         *TABLES,
-        Published(pattern="*.txt", what="an article a file", form="text"),
+        PublishedFile(pattern="*.txt", description="an article a file", form="text"),
     ),
     images="none: texts alone",
     by_hand="put Parquet files (such as the hub's vblagoje/cc_news), JSON Lines or text files of "
     "articles into the folder; FLAVA's own extraction, as RoBERTa's, was not published",
+    collection="unimodal",
     kind="text",
 )
 

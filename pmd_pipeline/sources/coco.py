@@ -6,7 +6,7 @@ from typing import Literal
 
 from pmd_pipeline.base.record import BadRow, Candidate, Json, Row, flickr_id
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources import Info, PaperRow, PublishedFile
 from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, json_items
 from pmd_pipeline.sources.upstream.json_fields import int_at, list_at, text_at
 
@@ -21,40 +21,40 @@ INFO = Info(
     licence="annotations CC BY 4.0; each image under the licence that its Flickr user chose",
     citation="Lin et al., Microsoft COCO, ECCV 2014; Chen et al., Microsoft COCO Captions, 2015; "
     "split of Karpathy and Fei-Fei, CVPR 2015",
-    published=(
-        Published(
+    files=(
+        PublishedFile(
             # before the split, so that its meta wins: it knows the Flickr id as well
             pattern="captions_*2014.json",
-            what="licence, size and Flickr id of the images",
+            description="licence, size and Flickr id of the images",
             url=f"{_ANNOTATIONS}/annotations_trainval2014.zip",
             form="karpathy",
             role="images",
-            needed=False,
+            required=False,
         ),
-        Published(
+        PublishedFile(
             pattern="dataset_coco.json",
-            what="all captions of 2014 in Karpathy's split",
+            description="all captions of 2014 in Karpathy's split",
             url="https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip",
             form="karpathy",
             role="split",
         ),
-        Published(
+        PublishedFile(
             pattern="captions_*2014.json",
-            what="captions of 2014 in COCO's split",
+            description="captions of 2014 in COCO's split",
             url=f"{_ANNOTATIONS}/annotations_trainval2014.zip",
             form="captions2014",
             role="captions",
         ),
-        Published(
+        PublishedFile(
             pattern="captions_*2017.json",
-            what="captions of 2017 in COCO's split",
+            description="captions of 2017 in COCO's split",
             url=f"{_ANNOTATIONS}/annotations_trainval2017.zip",
             form="captions2017",
             role="captions",
         ),
-        Published(
+        PublishedFile(
             pattern="captions_*.json",
-            what="any captions in COCO's form",
+            description="any captions in COCO's form",
             form="captions",
             role="captions",
         ),
@@ -62,8 +62,8 @@ INFO = Info(
     images=f"one by one, or in {IMAGES}/zips/train2014.zip (md5 0da8c0bd3d6becc4dcb32757491aca88) "
     "and val2014.zip (md5 a3d79f5ed8d289b7a7554ce06a5782b3), train2017.zip and val2017.zip for "
     "the names of 2017; all of them are left",
-    paper_pairs=900_000,
-    paper_words=12.4,
+    collection="pmd",
+    paper=PaperRow(1, pairs=900_000, words=12.4),
     upstream_rows=566_747,
     shares_coco=True,
 )

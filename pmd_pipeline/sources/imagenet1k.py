@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 
 from pmd_pipeline.base.record import BadRow, Json, Row
-from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources import Info, PublishedFile
 from pmd_pipeline.sources.upstream.files import Span, by_lines, lines
 from pmd_pipeline.sources.upstream.json_fields import int_at, text_at
 
@@ -14,11 +14,11 @@ INFO = Info(
     licence="ImageNet's terms of access, for non-commercial research and education; the images "
     "belong to their owners",
     citation="Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015",
-    published=(
-        Published(
+    files=(
+        PublishedFile(
             pattern="*.jsonl",
-            what="the list of images that pmd makes of train/n01440764/*.JPEG and so on, or of the "
-            "hub's train-*.parquet",
+            description="the list of images that pmd makes of train/n01440764/*.JPEG and so on, or "
+            "of the hub's train-*.parquet",
             cut=by_lines,
         ),
     ),
@@ -27,6 +27,7 @@ INFO = Info(
     "LOC_synset_mapping.txt) into the folder, or train-*.parquet of the hub's ILSVRC/imagenet-1k; "
     "validation images are never taken",
     upstream_rows=1_281_167,
+    collection="unimodal",
     kind="images",
 )
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from pmd_pipeline.base.record import BadRow, Candidate, Json, Row
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources import Info, PaperRow, PublishedFile
 from pmd_pipeline.sources.upstream.files import Span, by_lines, lines
 from pmd_pipeline.sources.upstream.json_fields import text_at
 
@@ -22,34 +22,34 @@ _OTHERS = (
     "ade20k_validation",
 )
 _PARTS = (*_OTHERS, *_TRAIN)
-"""Needed ones last: where they are, a download was not cut short."""
+"""Required ones last: where they are, a download was not cut short."""
 
 _SHARDED = {"open_images_train_v6": 10, "coco_train": 4}
 
 
-def _small(part: str) -> Published:
+def _small(part: str) -> PublishedFile:
     name = f"{part}_captions.jsonl"
-    return Published(
+    return PublishedFile(
         pattern=name,
-        what=f"narratives of {part}, text only",
+        description=f"narratives of {part}, text only",
         url=f"{_BASE}/{name}",
         form="small",
-        needed=part in _TRAIN,
+        required=part in _TRAIN,
         cut=by_lines,
     )
 
 
-def _full(part: str) -> list[Published]:
+def _full(part: str) -> list[PublishedFile]:
     num_shards = _SHARDED.get(part)
     suffixes = [f"-{i:05d}-of-{num_shards:05d}" for i in range(num_shards)] if num_shards else [""]
     names = [f"{part}_localized_narratives{suffix}.jsonl" for suffix in suffixes]
     return [
-        Published(
+        PublishedFile(
             pattern=name,
-            what=f"narratives of {part} with mouse traces and timing",
+            description=f"narratives of {part} with mouse traces and timing",
             url=f"{_BASE}/{name}",
             form="full",
-            needed=part in _TRAIN,
+            required=part in _TRAIN,
             cut=by_lines,
         )
         for name in names
@@ -63,12 +63,13 @@ INFO = Info(
     "Flickr30k for research only, of ADE20k under its own terms",
     citation="Pont-Tuset et al., Connecting Vision and Language with Localized Narratives, "
     "ECCV 2020",
-    published=(
+    files=(
         *(_small(part) for part in _PARTS),
-        *(published for part in _PARTS for published in _full(part)),
-        Published(
+        *(file for part in _PARTS for file in _full(part)),
+        PublishedFile(
             pattern="ln_*_captions_multi.jsonl",
-            what="sentences as facebook/pmd on Hugging Face has them (terms to accept there)",
+            description="sentences as facebook/pmd on Hugging Face has them (terms to accept "
+            "there)",
             form="pmd",
             cut=by_lines,
         ),
@@ -79,8 +80,8 @@ INFO = Info(
     "(flickr30k-images.tar.gz) must be asked for at "
     "http://shannon.cs.illinois.edu/DenotationGraph/data/index.html, or flickr30k left out of the "
     "recipe's families",
-    paper_pairs=1_900_000,
-    paper_words=13.8,
+    collection="pmd",
+    paper=PaperRow(3, pairs=1_900_000, words=13.8),
     upstream_rows=873_107,
     shares_coco=True,
 )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from pmd_pipeline.base.record import BadRow, Candidate, Json, Row, flickr_id
-from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources import Info, PaperRow, PublishedFile
 from pmd_pipeline.sources.upstream.files import Span, json_items
 
 INFO = Info(
@@ -14,11 +14,11 @@ INFO = Info(
     "the images belong to their owners",
     citation="Desai et al., RedCaps: web-curated image-text data created by the people, for the "
     "people, NeurIPS Datasets and Benchmarks 2021",
-    published=(
-        Published(
+    files=(
+        PublishedFile(
             # 2017 stands for all years up to 2017, so the name tells no year of a post.
             pattern="[a-z0-9]*_20[12][0-9].json",
-            what="posts, 1,391 files of a subreddit and a year each, read inside their zip",
+            description="posts, 1,391 files of a subreddit and a year each, read inside their zip",
             url="https://huggingface.co/datasets/red_caps/resolve/main/data/"
             "redcaps_v1.0_annotations.zip",
             sha256="d502951cb91fe9163c53ef7a72587f29e3d975f081b86139d66cf29dd14e8864",
@@ -27,8 +27,8 @@ INFO = Info(
     ),
     images="from i.redd.it, i.imgur.com and Flickr, one by one; about 7 of 12 million were left "
     "in 2024, after Imgur's purge",
-    paper_pairs=11_600_000,
-    paper_words=9.5,
+    collection="pmd",
+    paper=PaperRow(8, pairs=11_600_000, words=9.5),
     upstream_rows=12_011_121,
 )
 

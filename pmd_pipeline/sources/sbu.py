@@ -6,7 +6,7 @@ from typing import Any
 
 from pmd_pipeline.base.record import BadRow, Candidate, Row, flickr_id, url_id
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources import Info, PaperRow, PublishedFile
 from pmd_pipeline.sources.upstream.files import Span, json_items, lines
 
 INFO = Info(
@@ -14,24 +14,24 @@ INFO = Info(
     homepage="https://www.cs.rice.edu/~vo9/sbucaptions/",
     licence="not specified; the photos belong to their Flickr users",
     citation="Ordonez et al., Im2Text, NIPS 2011",
-    published=(
-        Published(
+    files=(
+        PublishedFile(
             pattern="sbu-captions-all.json",
-            what="addresses and captions, as columns",
+            description="addresses and captions, as columns",
             url="https://www.cs.rice.edu/~vo9/sbucaptions/sbu-captions-all.tar.gz",
             sha256="3d145fb58fea5bf5680e71c82e93d336c1a06d726dbea7f7702d49f5bf2ff532",
             num_bytes=49_787_719,
             form="json",
         ),
-        Published(
+        PublishedFile(
             pattern="SBU_captioned_photo_dataset_urls.txt",
-            what="addresses, one a line, of the older SBUCaptionedPhotoDataset.tar.gz",
+            description="addresses, one a line, of the older SBUCaptionedPhotoDataset.tar.gz",
             form="text",
             role="urls",
         ),
-        Published(
+        PublishedFile(
             pattern="SBU_captioned_photo_dataset_captions.txt",
-            what="captions, one a line, in the order of the addresses",
+            description="captions, one a line, in the order of the addresses",
             form="text",
             role="captions",
             cut=None,
@@ -39,8 +39,8 @@ INFO = Info(
     ),
     images="from Flickr, one by one; 0.86 of 1.0 million were left some years ago, and in 2025 "
     "most addresses were reported gone",
-    paper_pairs=1_000_000,
-    paper_words=12.1,
+    collection="pmd",
+    paper=PaperRow(2, pairs=1_000_000, words=12.1),
     upstream_rows=1_000_000,
 )
 

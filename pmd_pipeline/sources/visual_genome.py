@@ -4,17 +4,17 @@ import re
 from collections.abc import Iterator
 
 from pmd_pipeline.base.record import BadRow, Candidate, Json, Row
-from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources import Info, PaperRow, PublishedFile
 from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, json_items
 from pmd_pipeline.sources.upstream.json_fields import int_at, list_at, number_at, text_at
 
 _BASE = "https://visualgenome.org/static/data/dataset"
 
 
-def _image_list(form: str) -> Published:
-    return Published(
+def _image_list(form: str) -> PublishedFile:
+    return PublishedFile(
         pattern="image_data*.json",
-        what="address, size, COCO id and Flickr id of the images",
+        description="address, size, COCO id and Flickr id of the images",
         url=f"{_BASE}/image_data.json.zip",
         sha256="b87a94918cb2ff4d952cf1dfeca0b9cf6cd6fd204c2f8704645653be1163681a",
         num_bytes=1_780_854,
@@ -28,19 +28,19 @@ INFO = Info(
     homepage="https://homes.cs.washington.edu/~ranjay/visualgenome/",
     licence="annotations CC BY 4.0; the photos are those of YFCC100M and COCO, each under its own",
     citation="Krishna et al., Visual Genome, IJCV 2017",
-    published=(
+    files=(
         _image_list("v1.2"),
-        Published(
+        PublishedFile(
             pattern="region_descriptions.json",
-            what="region descriptions of version 1.2",
+            description="region descriptions of version 1.2",
             url=f"{_BASE}/region_descriptions.json.zip",
             form="v1.2",
             role="regions",
         ),
         _image_list("v1.0"),
-        Published(
+        PublishedFile(
             pattern="region_descriptions_v1.json",
-            what="region descriptions of version 1.0",
+            description="region descriptions of version 1.0",
             url=f"{_BASE}/region_descriptions_v1.json.zip",
             sha256="9e54cd76082f7ce5168a1779fc8c3d0629720492ec0fa12f2d8339c3e0dc9734",
             num_bytes=99_460_401,
@@ -50,8 +50,8 @@ INFO = Info(
     ),
     images="one by one, or in https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip "
     "(9.7 GB, VG_100K/) and images2.zip beside it (5.5 GB, VG_100K_2/); all of them are left",
-    paper_pairs=5_400_000,
-    paper_words=5.1,
+    collection="pmd",
+    paper=PaperRow(5, pairs=5_400_000, words=5.1),
     shares_coco=True,
 )
 

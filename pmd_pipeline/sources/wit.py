@@ -7,7 +7,7 @@ from typing import Literal
 
 from pmd_pipeline.base.record import BadRow, Candidate, Json, Row, url_id
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources import Info, PaperRow, PublishedFile
 from pmd_pipeline.sources.upstream.files import Span, open_upstream
 
 _BASE = "https://storage.googleapis.com/gresearch/wit/"
@@ -18,32 +18,32 @@ INFO = Info(
     licence="annotations CC BY-SA 3.0; each image under its own licence at Wikimedia Commons",
     citation="Srinivasan et al., WIT: Wikipedia-based Image Text Dataset for Multimodal "
     "Multilingual Machine Learning, SIGIR 2021",
-    published=(
+    files=(
         *(
-            Published(
+            PublishedFile(
                 pattern=f"wit_v1.train.all-{number:05}-of-00010.tsv",
-                what="training rows, a tenth of them, about 2.5 GB compressed",
+                description="training rows, a tenth of them, about 2.5 GB compressed",
                 url=f"{_BASE}wit_v1.train.all-{number:05}-of-00010.tsv.gz",
                 role="train",
-                needed=number == 0,
+                required=number == 0,
             )
-            # The needed one last: where it is, a download was not cut short.
+            # The required one last: where it is, a download was not cut short.
             for number in (*range(1, 10), 0)
         ),
         *(
-            Published(
+            PublishedFile(
                 pattern=f"wit_v1.{split}.all-0000[0-4]-of-00005.tsv",
                 # No url: what the paper does not take is not downloaded unasked.
-                what=f"rows of the {split} split, {_BASE}wit_v1.{split}.all-00000-of-00005.tsv.gz "
-                "and four more",
+                description=f"rows of the {split} split, "
+                f"{_BASE}wit_v1.{split}.all-00000-of-00005.tsv.gz and four more",
                 role=split,
-                needed=False,
+                required=False,
             )
             for split in ("val", "test")
         ),
-        Published(
+        PublishedFile(
             pattern="wit_v1.train.all-1percent_sample.tsv",
-            what="370,373 of the training rows, for a first look",
+            description="370,373 of the training rows, for a first look",
             url=_BASE + "wit_v1.train.all-1percent_sample.tsv.gz",
             form="sample",
             role="train",
@@ -51,8 +51,8 @@ INFO = Info(
     ),
     images="originals in full size at upload.wikimedia.org, which answers 403 without a "
     "descriptive User-Agent and 429 to whoever asks fast",
-    paper_pairs=4_800_000,
-    paper_words=12.8,
+    collection="pmd",
+    paper=PaperRow(6, pairs=4_800_000, words=12.8),
     upstream_rows=37_046_386,
 )
 

@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 from pmd_pipeline.base.record import BadRow, Candidate, Json, Row, flickr_id, url_id
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import Info, Published
+from pmd_pipeline.sources import Info, PaperRow, PublishedFile
 from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, by_lines, lines
 
 ROWS_PER_SPAN = 500_000
@@ -49,36 +49,36 @@ INFO = Info(
     licence="metadata under the terms of Yahoo's Webscope; each photo under one of six Creative "
     "Commons 2.0 licences, named in its row",
     citation="Thomee et al., YFCC100M: The New Data in Multimedia Research, CACM 2016",
-    published=(
-        Published(
+    files=(
+        PublishedFile(
             pattern="yfcc100m_dataset",
-            what="100,000,000 rows of 25 columns, about 14 GB packed (bz2 or tgz)",
+            description="100,000,000 rows of 25 columns, about 14 GB packed (bz2 or tgz)",
             form="tsv",
             cut=by_lines,
         ),
-        Published(
+        PublishedFile(
             pattern="yfcc100m_dataset-[0-9]",
-            what="the ten parts of the first edition, rows of 23 columns",
+            description="the ten parts of the first edition, rows of 23 columns",
             form="parts",
             cut=by_lines,
         ),
-        Published(
+        PublishedFile(
             pattern="yfcc100m_dataset*.tsv",
-            what="any rows of either",
+            description="any rows of either",
             form="excerpt",
             cut=by_lines,
         ),
-        Published(
+        PublishedFile(
             pattern="yfcc100m_dataset.sql",
-            what="SQLite database of the 23 columns, md5 b8e3fa7f40ee2f309d63b8de8d755495",
+            description="SQLite database of the 23 columns, md5 b8e3fa7f40ee2f309d63b8de8d755495",
             url=_BUCKET + "tools/etc/yfcc100m_dataset.sql",
             num_bytes=65_644_027_904,
             form="sqlite",
             cut=by_rowids,
         ),
-        Published(
+        PublishedFile(
             pattern="yfcc100m_subset.jsonl",
-            what="the pairs that PMD's authors kept, filtered already",
+            description="the pairs that PMD's authors kept, filtered already",
             form="subset",
             cut=by_lines,
         ),
@@ -88,8 +88,8 @@ INFO = Info(
     by_hand="the rows are no longer handed out, unless the bucket still has the database: put "
     "yfcc100m_dataset (Webscope), yfcc100m_dataset.sql (S3) or, once you have accepted the licence "
     "of huggingface.co/datasets/facebook/pmd, its data/yfcc100m_subset.jsonl there",
-    paper_pairs=30_300_000,
-    paper_words=12.7,
+    collection="pmd",
+    paper=PaperRow(9, pairs=30_300_000, words=12.7),
     upstream_rows=100_000_000,
 )
 

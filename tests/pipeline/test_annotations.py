@@ -16,7 +16,7 @@ import pytest
 from pmd_pipeline import sources
 from pmd_pipeline.base.record import BadRow
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import Info, Published, Source
+from pmd_pipeline.sources import Info, PublishedFile, Source
 from pmd_pipeline.sources.upstream.download import download_all, download_annotations
 
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -92,7 +92,7 @@ def no_watch(_url, _counts):
 
 
 def download(upstream, folder, name="rows.tsv", waited=None, **known):
-    entry = Published(name, "", url=f"{upstream.origin}/{name}?x=1", **known)
+    entry = PublishedFile(name, "", url=f"{upstream.origin}/{name}?x=1", **known)
     download_all(
         [entry],
         str(folder),
@@ -105,7 +105,7 @@ def download(upstream, folder, name="rows.tsv", waited=None, **known):
 def test_a_file_is_downloaded_whole_by_someone_who_says_who_they_are(upstream, tmp_path):
     upstream.files["/rows.tsv?x=1"] = CONTENT
     heard = []
-    entry = Published("rows.tsv", "", url=f"{upstream.origin}/rows.tsv?x=1")
+    entry = PublishedFile("rows.tsv", "", url=f"{upstream.origin}/rows.tsv?x=1")
 
     download_all([entry], str(tmp_path / "raw"), "me@a.test", lambda *all_: heard.append(all_))
 
@@ -157,11 +157,11 @@ def test_a_server_without_ranges_begins_anew(upstream, tmp_path):
 _KILLED = """
 import os, signal, sys
 from pmd_pipeline.sources.upstream.download import download_all
-from pmd_pipeline.sources import Published
+from pmd_pipeline.sources import PublishedFile
 def die(url, counts):
     if counts["bytes"] > 1_000_000:
         os.kill(os.getpid(), signal.SIGKILL)
-download_all([Published("rows.tsv", "", url=sys.argv[1])], sys.argv[2], "", die)
+download_all([PublishedFile("rows.tsv", "", url=sys.argv[1])], sys.argv[2], "", die)
 """
 
 
@@ -235,7 +235,7 @@ def test_a_server_in_trouble_is_asked_again_with_growing_pauses_and_then_left_al
 
 
 def test_nobody_there_is_one_sentence(tmp_path):
-    entry = Published("a", "", url="http://127.0.0.1:1/a")
+    entry = PublishedFile("a", "", url="http://127.0.0.1:1/a")
 
     with pytest.raises(PmdError, match=r"cannot download http://127\.0\.0\.1:1/a \(NewConn"):
         download_all([entry], str(tmp_path), "", no_watch, wait=lambda _: None)
@@ -244,7 +244,7 @@ def test_nobody_there_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("url", ["ftp://a.test/a", "file:///etc/passwd", "s3://a/b"])
 def test_only_http_is_asked(url, tmp_path):
     with pytest.raises(PmdError, match=f"{url} is no http address"):
-        download_all([Published("a", "", url=url)], str(tmp_path), "", no_watch)
+        download_all([PublishedFile("a", "", url=url)], str(tmp_path), "", no_watch)
 
 
 def test_a_folder_that_cannot_be_is_one_sentence(upstream, tmp_path):
@@ -281,7 +281,7 @@ def test_two_processes_do_not_write_one_download(upstream, tmp_path):
 
 
 def toy(*published, shares_coco=False):
-    info = Info("Toy", "", "", "", published, "", 1, 1.0, "ask a.test", shares_coco=shares_coco)
+    info = Info("Toy", "", "", "", published, "", by_hand="ask a.test", shares_coco=shares_coco)
     return Source("toy", info, lambda _: iter([BadRow("")]))
 
 
@@ -297,12 +297,12 @@ def test_the_first_form_that_can_be_had_is_downloaded(upstream, tmp_path):
     upstream.files = {"/b.tsv": b"b", "/extra.tsv": b"extra", "/c.tsv": b"c"}
     at = upstream.origin
     source = toy(
-        Published("a1.tsv", "", form="a", url=f"{at}/a1.tsv"),
-        Published("a2.tsv", "", form="a"),
-        Published("b.tsv", "", form="b", url=f"{at}/b.tsv"),
-        Published("extra.tsv", "", form="b", url=f"{at}/extra.tsv", needed=False),
-        Published("more.tsv", "", form="b", needed=False),
-        Published("c.tsv", "", form="c", url=f"{at}/c.tsv"),
+        PublishedFile("a1.tsv", "", form="a", url=f"{at}/a1.tsv"),
+        PublishedFile("a2.tsv", "", form="a"),
+        PublishedFile("b.tsv", "", form="b", url=f"{at}/b.tsv"),
+        PublishedFile("extra.tsv", "", form="b", url=f"{at}/extra.tsv", required=False),
+        PublishedFile("more.tsv", "", form="b", required=False),
+        PublishedFile("c.tsv", "", form="c", url=f"{at}/c.tsv"),
     )
 
     assert download_annotations(source, str(tmp_path / "b"), None, "", no_watch) == []
@@ -318,7 +318,8 @@ def test_the_first_form_that_can_be_had_is_downloaded(upstream, tmp_path):
 
 def test_nothing_is_asked_where_a_form_is_complete(upstream, tmp_path):
     source = toy(
-        Published("a.tsv", "", url=f"{upstream.origin}/a.tsv"), Published("b.tsv", "", form="b")
+        PublishedFile("a.tsv", "", url=f"{upstream.origin}/a.tsv"),
+        PublishedFile("b.tsv", "", form="b"),
     )
     (tmp_path / "b.tsv").write_bytes(b"")
 
@@ -331,7 +332,8 @@ def test_what_the_user_put_there_is_not_asked_for(upstream, tmp_path):
     upstream.files = {"/b.tsv": b"b"}
     at = upstream.origin
     source = toy(
-        Published("a*.tsv", "", url=f"{at}/a.zip"), Published("b.tsv", "", url=f"{at}/b.tsv")
+        PublishedFile("a*.tsv", "", url=f"{at}/a.zip"),
+        PublishedFile("b.tsv", "", url=f"{at}/b.tsv"),
     )
     (tmp_path / "a1.tsv").write_bytes(b"")
 
@@ -344,9 +346,9 @@ def test_files_of_a_form_appear_together_or_not_at_all(upstream, tmp_path):
     upstream.files = {"/a.tsv": b"a"}
     at = upstream.origin
     source = toy(
-        Published("a.tsv", "", form="ab", url=f"{at}/a.tsv", needed=False),
-        Published("b.tsv", "", form="ab", url=f"{at}/b.tsv"),
-        Published("a.tsv", "", form="a"),
+        PublishedFile("a.tsv", "", form="ab", url=f"{at}/a.tsv", required=False),
+        PublishedFile("b.tsv", "", form="ab", url=f"{at}/b.tsv"),
+        PublishedFile("a.tsv", "", form="a"),
     )
     with pytest.raises(PmdError, match=r"HTTP 404: ask a\.test"):
         download_annotations(source, str(tmp_path), None, "", no_watch)
@@ -364,15 +366,15 @@ def test_files_of_a_form_appear_together_or_not_at_all(upstream, tmp_path):
 def karpathy(upstream, monkeypatch):
     """COCO's files of Karpathy's form, given by `upstream`."""
     coco = sources.load("coco")
-    entries = coco.published("karpathy")
+    entries = coco.files_of("karpathy")
     moved = [
-        Published(
+        PublishedFile(
             entry.pattern,
-            entry.what,
+            entry.description,
             f"{upstream.origin}/{Path(entry.url).name}",
             form=entry.form,
             role=entry.role,
-            needed=entry.needed,
+            required=entry.required,
         )
         for entry in entries
     ]
@@ -386,7 +388,7 @@ def karpathy(upstream, monkeypatch):
 
 
 def test_a_source_that_shares_cocos_images_gets_karpathys_split_beside_it(karpathy, tmp_path):
-    source = toy(Published("regions.json", ""), shares_coco=True)
+    source = toy(PublishedFile("regions.json", ""), shares_coco=True)
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "regions.json").write_bytes(b"")
 
@@ -402,7 +404,7 @@ def test_a_source_that_shares_cocos_images_gets_karpathys_split_beside_it(karpat
 
 @pytest.mark.parametrize("place", ["toy", "coco"])
 def test_karpathys_split_is_not_asked_for_where_it_is(place, karpathy, tmp_path):
-    source = toy(Published("regions.json", ""), shares_coco=True)
+    source = toy(PublishedFile("regions.json", ""), shares_coco=True)
     for path in ("toy/regions.json", f"{place}/dataset_coco.json"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"")
@@ -413,7 +415,7 @@ def test_karpathys_split_is_not_asked_for_where_it_is(place, karpathy, tmp_path)
 
 
 def test_without_karpathys_split_the_build_can_go_on_and_the_user_hears_why(karpathy, tmp_path):
-    source = toy(Published("regions.json", ""), shares_coco=True)
+    source = toy(PublishedFile("regions.json", ""), shares_coco=True)
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "regions.json").write_bytes(b"")
     del karpathy.files["/caption_datasets.zip"]

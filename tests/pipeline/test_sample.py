@@ -42,7 +42,7 @@ from pmd_pipeline.filters.caption import identify
 from pmd_pipeline.index.choose import Chooser
 from pmd_pipeline.recipe import load_recipe
 
-SOURCES = sources.names()
+SOURCES = sources.names("pmd")
 
 WHERE = {
     "left": "on the left",
@@ -294,7 +294,7 @@ def test_captions_are_about_as_long_as_in_the_paper(told, name):
     texts = [one_line(candidate.text) for _, candidate in told(name) if not candidate.refused]
     english = [len(text.split()) for text in texts if groups_said(text) or "the " in text]
 
-    assert statistics.mean(english) == pytest.approx(sources.load(name).info.paper_words, rel=0.3)
+    assert statistics.mean(english) == pytest.approx(sources.load(name).info.paper.words, rel=0.3)
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "visual_genome"])

@@ -8,9 +8,10 @@ from pmd_pipeline.base.record import BadRow, Row
 from pmd_pipeline.demo.world import write_world
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.index.choose import Chooser
-from pmd_pipeline.recipe import load_recipe, recipe_names
+from pmd_pipeline.inspect.stats import paper_order
+from pmd_pipeline.recipe import load_recipe
 
-NAMES = sources.names()
+NAMES = sources.names("pmd")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,8 @@ def rows_of(world, name):
 
 def test_there_are_the_nine_sources_of_pmd():
     assert len(NAMES) == 9
-    assert {*NAMES, *sources.UNIMODAL} == {*recipe_names()} - {"pmd"}
+    assert [sources.load(name).info.paper.number for name in paper_order()] == [*range(1, 10)]
+    assert set(NAMES) == set(paper_order())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,11 +39,11 @@ def test_a_source_says_what_a_user_must_know(name):
     assert info.licence
     assert info.citation
     assert info.homepage.startswith("https://")
-    assert info.paper_pairs > 0
-    assert info.published
+    assert info.paper.pairs > 0
+    assert info.files
     needs_hand = all(
-        any(entry.needed and not entry.url for entry in info.published if entry.form == form)
-        for form in {entry.form for entry in info.published}
+        any(entry.required and not entry.url for entry in info.files if entry.form == form)
+        for form in {entry.form for entry in info.files}
     )
     assert bool(info.by_hand) or not needs_hand
 

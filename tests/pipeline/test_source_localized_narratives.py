@@ -21,8 +21,8 @@ def small(**options):
 
 def copy_beside_empty_files(folder, form, copied=()):
     """Every file that the form needs, empty where it is not among the copied."""
-    for one in load(NAME).info.published:
-        if one.form == form and one.needed:
+    for one in load(NAME).info.files:
+        if one.form == form and one.required:
             (folder / one.pattern).touch()
     for path in copied:
         (folder / path.name).write_bytes(path.read_bytes())
@@ -234,7 +234,7 @@ def test_whole_narratives_cannot_be_had_from_sentences():
 
 
 def test_every_published_file_is_known_by_name():
-    published = load(NAME).info.published
+    published = load(NAME).info.files
 
     assert len({one.pattern for one in published}) == len(published) == 10 + 22 + 1
 

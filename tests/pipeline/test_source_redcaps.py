@@ -116,7 +116,7 @@ def test_reading_again_gives_the_same_rows():
     ],
 )
 def test_only_files_of_a_subreddit_and_a_year_are_taken(name, taken):
-    (entry,) = load("redcaps").info.published
+    (entry,) = load("redcaps").info.files
 
     assert fits(UpstreamFile(name), entry.pattern) is taken
 

@@ -115,9 +115,7 @@ def test_only_the_splits_asked_for_are_taken(tmp_path):
 
 
 def test_a_download_that_was_cut_short_is_not_taken_for_the_whole(tmp_path):
-    downloads = [
-        entry for entry in load("wit").info.published if entry.form == "main" and entry.url
-    ]
+    downloads = [entry for entry in load("wit").info.files if entry.form == "main" and entry.url]
     for entry in downloads[:-1]:
         shutil.copy(FIXTURES / NAME, tmp_path / entry.pattern)
 

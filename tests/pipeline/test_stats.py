@@ -15,12 +15,12 @@ from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest, located, save_manifest
 from pmd_pipeline.contract.models import FORMAT, Counts, Manifest, SourceEntry
 from pmd_pipeline.inspect.stats import (
-    PAPER_ORDER,
     as_csv,
     as_json,
     as_markdown,
     as_table,
     lengths,
+    paper_order,
     percentile,
     plot,
     remarks,
@@ -53,7 +53,7 @@ def manifest(missing=None, **entries):
 
 
 def nine(count=10_000_000):
-    return manifest(**{name: entry({5: count, 12: count, 200: 1}) for name in sources.names()})
+    return manifest(**{name: entry({5: count, 12: count, 200: 1}) for name in sources.names("pmd")})
 
 
 def text_of(tables, width):
@@ -101,8 +101,8 @@ def test_a_source_without_pairs_or_without_a_paper_has_empty_columns():
 
 
 def test_the_order_is_that_of_the_papers_table_and_of_the_recipe():
-    assert [row.dataset for row in lengths(nine())] == [*PAPER_ORDER, "total"]
-    assert [recipe.source for recipe in load_recipe("pmd")] == list(PAPER_ORDER)
+    assert [row.dataset for row in lengths(nine())] == [*paper_order(), "total"]
+    assert [recipe.source for recipe in load_recipe("pmd")] == paper_order()
 
 
 def test_the_total_adds_counts_and_takes_lengths_over_all_pairs():
@@ -129,7 +129,7 @@ def test_the_tables_of_nine_sources_are_readable(width):
 
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
-    for name in (*PAPER_ORDER, "total"):
+    for name in (*paper_order(), "total"):
         assert name in text
     assert "180,000,009" in text
     assert "has_words 20, is_language 3; http_404 1" in text
@@ -168,7 +168,7 @@ def test_csv_and_markdown_hold_the_rows():
 
 
 def test_the_plot_is_a_picture_that_can_be_read(tmp_path):
-    made = manifest(**{name: entry({3: 5, 9: 2}) for name in PAPER_ORDER}, empty=entry({}))
+    made = manifest(**{name: entry({3: 5, 9: 2}) for name in paper_order()}, empty=entry({}))
 
     plot(lengths(made), made, str(tmp_path / "below" / "lengths.png"))
 
@@ -225,7 +225,7 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path):
 
 
 def test_the_papers_table_adds_up():
-    assert sum(sources.load(name).info.paper_pairs for name in PAPER_ORDER) == 70_000_000
+    assert sum(sources.load(name).info.paper.pairs for name in paper_order()) == 70_000_000
 
 
 def test_a_manifest_of_another_version_is_told_from_one_that_was_changed(tmp_path):

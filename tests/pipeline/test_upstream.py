@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pmd_pipeline import sources
 from pmd_pipeline.base.record import BadRow
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import Info, Published, Source, find_spans
+from pmd_pipeline.sources import Info, PublishedFile, Source, find_spans
 from pmd_pipeline.sources.upstream import files as upstream
 from pmd_pipeline.sources.upstream.files import (
     Span,
@@ -252,16 +252,16 @@ def test_an_archive_that_is_none_is_one_sentence(tmp_path):
 
 
 def toy_source(*published, by_hand=""):
-    info = Info("Toy", "", "", "", published, "", 1, 1.0, by_hand=by_hand)
+    info = Info("Toy", "", "", "", published, "", by_hand=by_hand)
     return Source("toy", info, lambda _: iter([BadRow("")]))
 
 
-def test_the_first_form_whose_needed_files_are_there_is_read(tmp_path):
+def test_the_first_form_whose_required_files_are_there_is_read(tmp_path):
     source = toy_source(
-        Published("extra.json", "", form="best", needed=False, role="extra"),
-        Published("best.json", "", form="best", role="rows"),
-        Published("ids.json", "", form="best", role="ids", cut=None),
-        Published("plain*.json", "", form="plain"),
+        PublishedFile("extra.json", "", form="best", required=False, role="extra"),
+        PublishedFile("best.json", "", form="best", role="rows"),
+        PublishedFile("ids.json", "", form="best", role="ids", cut=None),
+        PublishedFile("plain*.json", "", form="plain"),
     )
     for name in ("plain1.json", "plain2.json", "extra.json", "best.json"):
         (tmp_path / name).write_bytes(b"")
@@ -280,7 +280,9 @@ def test_the_first_form_whose_needed_files_are_there_is_read(tmp_path):
 
 
 def test_optional_files_alone_are_no_form(tmp_path):
-    source = toy_source(Published("extra.json", "", needed=False), Published("a.json", ""))
+    source = toy_source(
+        PublishedFile("extra.json", "", required=False), PublishedFile("a.json", "")
+    )
     (tmp_path / "extra.json").write_bytes(b"")
 
     with pytest.raises(PmdError, match=r"has no a\.json"):
@@ -289,13 +291,15 @@ def test_optional_files_alone_are_no_form(tmp_path):
 
 def test_what_is_missing_is_named_with_what_to_do_about_it(tmp_path):
     by_hand = toy_source(
-        Published("urls.txt", "", form="text"),
-        Published("captions.txt", "", form="text"),
-        Published("all.json", "", form="json"),
+        PublishedFile("urls.txt", "", form="text"),
+        PublishedFile("captions.txt", "", form="text"),
+        PublishedFile("all.json", "", form="json"),
         by_hand="ask the authors at a.test",
     )
     (tmp_path / "urls.txt").write_bytes(b"")
-    free = toy_source(*(Published(f"{n}.tsv", "", url=f"http://a.test/{n}.tsv") for n in range(5)))
+    free = toy_source(
+        *(PublishedFile(f"{n}.tsv", "", url=f"http://a.test/{n}.tsv") for n in range(5))
+    )
 
     with pytest.raises(PmdError) as asked_for:
         find_spans(by_hand, str(tmp_path))
@@ -319,7 +323,7 @@ def test_a_form_that_the_source_does_not_have_is_one_sentence(tmp_path):
     assert str(caught.value) == "sbu has no form 'parquet'; it has json, text"
 
 
-@pytest.mark.parametrize("name", sources.names())
+@pytest.mark.parametrize("name", sources.names("pmd"))
 def test_every_source_says_what_to_do_without_its_files(name, tmp_path):
     with pytest.raises(PmdError) as caught:
         find_spans(sources.load(name), str(tmp_path))

@@ -1,9 +1,7 @@
 """The result of one record: a stored image, or the reason for its absence."""
 
 import hashlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.contract.reasons import Status
@@ -12,7 +10,7 @@ from pmd_pipeline.images.decode.decoder import open_image, upright_size
 from pmd_pipeline.images.decode.stored_image import StoredImage, make_stored_image
 from pmd_pipeline.images.fetch.client import FetchedImage
 from pmd_pipeline.index.records import IndexRecord
-from pmd_pipeline.recipe import Images, predicate
+from pmd_pipeline.recipe import Images, predicates
 
 _MAX_ASPECT_ERROR = 0.05
 """Largest relative difference between the aspect ratio of an image with boxes and upstream's."""
@@ -42,7 +40,7 @@ class ImageProcessor:
 
     def __init__(self, rules: Images) -> None:
         self._rules = rules
-        self._size_filters = _predicates(rules.filters)
+        self._size_filters = predicates(image_filters, rules.filters, rules.filters_sha256)
 
     def process(self, fetched: FetchedImage | RecordError) -> ImageResult:
         """The result of a fetch; checks that depend on the record are in `check_record`."""
@@ -86,10 +84,6 @@ def check_record(record: IndexRecord, result: ImageResult) -> ImageResult:
     ):
         return _failed(result, "wrong_size", "the boxes belong to other proportions")
     return result
-
-
-def _predicates(filters: Mapping[str, Mapping[str, Any]]) -> dict[str, Callable[..., bool]]:
-    return {name: predicate(image_filters, name, keywords) for name, keywords in filters.items()}
 
 
 def _unprocessed(fetched: FetchedImage) -> ImageResult:

@@ -29,7 +29,7 @@ MOST_LICENCES = 8
 MOST_CHARACTERS = 320
 """Of a caption or an address on the page; longer ones say how long they are."""
 
-_KNOWN = {*sources.names(), *sources.UNIMODAL}
+_KNOWN = frozenset(sources.names())
 _UNITS = ("kB", "MB", "GB", "TB")
 _HIDDEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that are no text, or that turn the text around them: shown by their number."""

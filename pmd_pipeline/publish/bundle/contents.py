@@ -31,7 +31,7 @@ CONFIGS = "flava*.toml"
 FIRST_CONFIG = "flava_pmd.toml"
 """The one that the README's command takes where the user gives none: the paper's."""
 
-_KNOWN = {*sources.names(), *sources.UNIMODAL}
+_KNOWN = frozenset(sources.names())
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 

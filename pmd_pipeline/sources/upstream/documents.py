@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from pmd_pipeline.base.record import BadRow, Candidate, Row, full_text
-from pmd_pipeline.sources import Published
+from pmd_pipeline.sources import PublishedFile
 from pmd_pipeline.sources.upstream.files import (
     SPAN_BYTES,
     Span,
@@ -34,9 +34,14 @@ def by_row_groups(file: UpstreamFile) -> Sequence[tuple[int, int | None]]:
 
 
 TABLES = (
-    Published(pattern="*.parquet", what="a column of texts", form="parquet", cut=by_row_groups),
-    Published(
-        pattern="*.jsonl", what="an object with a text on each line", form="jsonl", cut=by_lines
+    PublishedFile(
+        pattern="*.parquet", description="a column of texts", form="parquet", cut=by_row_groups
+    ),
+    PublishedFile(
+        pattern="*.jsonl",
+        description="an object with a text on each line",
+        form="jsonl",
+        cut=by_lines,
     ),
 )
 

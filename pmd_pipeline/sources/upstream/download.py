@@ -17,7 +17,7 @@ from pmd_pipeline import sources
 from pmd_pipeline.base.parallel import OnProgress
 from pmd_pipeline.base.user_agent import user_agent
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import Published, Source
+from pmd_pipeline.sources import PublishedFile, Source
 from pmd_pipeline.sources.upstream.files import find, fits
 from pmd_pipeline.sources.upstream.held_out import KARPATHY_FILE, find_heldout
 
@@ -37,7 +37,7 @@ def download_annotations(
 ) -> list[str]:
     """Download what the source needs and the folder `raw` lacks; sentences that the user must hear.
 
-    Nothing is asked for where a form is complete already, or where a needed file has no address.
+    Nothing is asked for where a form is complete already, or where a required file has no address.
     Where the source shares images with COCO, Karpathy's split, which tells the held-out ones, comes
     into the folder `coco` beside `raw`; without it, the build can go on.
 
@@ -55,7 +55,7 @@ def download_annotations(
 
 
 def download_all(
-    entries: Sequence[Published],
+    entries: Sequence[PublishedFile],
     raw: str,
     contact: str,
     on_progress: OnProgress,
@@ -64,7 +64,7 @@ def download_all(
 ) -> None:
     """Download the files of `entries` into the folder `raw`.
 
-    All of them appear together, the needed ones last, so that a download cut short is never taken
+    All of them appear together, the required ones last, so that a download cut short is never taken
     for a whole input. What an interrupted one has left, in hidden files, is gone on with.
 
     Args:
@@ -78,7 +78,7 @@ def download_all(
     downloads = [_Download(entry, Path(raw), by_hand, wait) for entry in entries]
     for one in downloads:
         one.fetch(contact, on_progress)
-    for one in sorted(downloads, key=lambda one: one.entry.needed):
+    for one in sorted(downloads, key=lambda one: one.entry.required):
         one.appear()
 
 
@@ -89,7 +89,7 @@ class _Download:
     """
 
     def __init__(
-        self, entry: Published, folder: Path, by_hand: str, wait: Callable[[float], None]
+        self, entry: PublishedFile, folder: Path, by_hand: str, wait: Callable[[float], None]
     ) -> None:
         assert entry.url
         self.entry = entry
@@ -212,7 +212,7 @@ def _split_ensured(
     coco, beside = sources.load("coco"), str(Path(raw).parent / "coco")
     if find_heldout([raw, beside]):
         return
-    entries = coco.published("karpathy")
+    entries = coco.files_of("karpathy")
     assert any(entry.pattern == KARPATHY_FILE for entry in entries)
     try:
         download_all(_absent(entries, beside), beside, contact, on_progress)
@@ -220,7 +220,7 @@ def _split_ensured(
         yield f"{source.name} goes on without {KARPATHY_FILE}: {error}"
 
 
-def _absent(entries: Sequence[Published], raw: str) -> list[Published]:
+def _absent(entries: Sequence[PublishedFile], raw: str) -> list[PublishedFile]:
     """The entries that no file under `raw` fits: what a user put there is not asked for."""
     files = find(raw)
     return [entry for entry in entries if not any(fits(file, entry.pattern) for file in files)]
