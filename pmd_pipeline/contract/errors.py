@@ -1,4 +1,4 @@
-"""The two kinds of trouble we expect; every other exception is a bug of ours and flies."""
+"""The two kinds of expected errors; every other exception is a bug and propagates."""
 
 
 class PmdError(Exception):
@@ -9,9 +9,9 @@ class RecordError(PmdError):
     """One record is unusable.
 
     Args:
-        kind: the name it is counted under.
-        detail: what happened, for people.
-        attempts: how often its address was asked.
+        kind: the reason under which it is counted.
+        detail: free text for people.
+        attempts: number of requests for its image.
     """
 
     def __init__(self, kind: str, detail: str, attempts: int = 0) -> None:

@@ -12,10 +12,10 @@ from pmd_pipeline.contract.names import Address, FileName, RelativePath, Sha256
 from pmd_pipeline.contract.paths import ShardPaths
 
 Kind: TypeAlias = Literal["pairs", "images", "text"]
-"""What a sample of a dataset is."""
+"""Kind of the samples of a dataset."""
 
 FORMAT = 3
-"""Version of everything below; a change makes every part stale."""
+"""Version of the files of a dataset; a change makes every part stale."""
 
 
 class _Stored(BaseModel):
@@ -31,19 +31,19 @@ class FileDigest(_Stored):
 
     @classmethod
     def of(cls, name: str, content: bytes) -> "FileDigest":
-        """The digest of a file whose content is at hand."""
+        """The digest of `content`."""
         sha256 = hashlib.sha256(content).hexdigest()
         return cls(name=name, sha256=sha256, num_bytes=len(content))
 
 
 class Counts(_Stored):
-    """Pairs, by what became of them; law 1 is that they add up.
+    """Numbers of pairs; conservation: `pairs_in` = `kept` + all dropped + all failed.
 
     Args:
-        pairs_in: pairs that came in.
-        kept: pairs that are there.
-        dropped: pairs by the decision of the recipe that left them out.
-        failed: pairs by the fault of the world that lost them.
+        pairs_in: pairs of the input.
+        kept: pairs in the output.
+        dropped: pairs that the recipe left out, by reason.
+        failed: pairs that were lost to failures, by reason.
     """
 
     pairs_in: int = 0
@@ -52,7 +52,7 @@ class Counts(_Stored):
     failed: dict[str, int] = Field(default_factory=dict)
 
     def unaccounted(self) -> int:
-        """Pairs that came in and are neither kept, dropped nor failed: zero, by law 1."""
+        """Pairs of the input that are neither kept, dropped nor failed: zero by conservation."""
         lost = sum(self.dropped.values()) + sum(self.failed.values())
         return self.pairs_in - self.kept - lost
 
@@ -75,13 +75,13 @@ class Counts(_Stored):
 
 
 class Timing(_Stored):
-    """When, where, how long and after how many attempts; no digest covers it.
+    """Times, host and attempts; no digest covers them.
 
     Args:
-        started: seconds since 1970.
-        seconds: that it took.
-        host: the machine that did it.
-        attempts: how often the addresses of images were asked, by key; only what is above 1.
+        started: Unix time in seconds.
+        seconds: wall-clock time of the work.
+        host: name of the machine that did the work.
+        attempts: requests per image, by key; images with one request are left out.
     """
 
     started: float = 0.0
@@ -91,20 +91,20 @@ class Timing(_Stored):
 
 
 class Report(_Stored):
-    """What became of one part; written last, so its presence means that the part is done.
+    """Report of one part, written last: a part is done if its report exists.
 
     Args:
-        dependency: digest of all that the part depends on (index part, rules, format).
+        dependency: digest of the inputs of the part (index part, rules, format).
         counts: pairs of the part.
         records: rows of the ledger; of texts, different documents.
         images: samples in the tar.
         words: pairs kept by their number of words.
         sequences: rows of a shard of texts.
-        tokens: pieces in them, [CLS] and [SEP]s too.
-        fetched_bytes: bytes of all images as they came, those that an earlier build fetched too.
-        tar: the shard.
-        ledger: its ledger.
-        versions: libraries that shape bytes.
+        tokens: tokens of all sequences, [CLS] and [SEP] included.
+        fetched_bytes: bytes of all images as fetched, by this build or an earlier one.
+        tar: digest of the shard.
+        ledger: digest of its ledger.
+        versions: versions of the libraries that shape bytes.
         timing: see `Timing`.
     """
 
@@ -125,24 +125,24 @@ class Report(_Stored):
     timing: Timing = Timing()
 
     def brief(self) -> "Report":
-        """The report without what grows with the records of its part."""
+        """The report without the parts that grow with the number of records."""
         timing = self.timing.model_copy(update={"attempts": {}})
         return self.model_copy(update={"timing": timing})
 
 
 class CodeRules(_Stored):
-    """How image codes were made; equal for all shards of a dataset.
+    """Settings of image codes, equal for all shards of a dataset.
 
     Args:
         tokenizer: `dalle` (DALL-E's dVAE), or `kmeans` (patch k-means, a stand-in for it).
         sha256: of the tokenizer's weights.
         vocabulary: codes are 0 to `vocabulary - 1`; at most 65,536.
-        size: pixels of the square that a view is resized to, by Lanczos.
-        grid: codes along each side of that square.
-        views: stored views of an image without boxes: the whole image, then `views - 1` boxes drawn
-            from (`seed`, key). An image with boxes has the whole, then one view for each caption.
-        seed: of the drawn boxes.
-        dtype: of the tokenizer's arithmetic, as torch calls it (`float32`, `bfloat16`).
+        size: side in pixels of the square that a crop is resized to, by Lanczos.
+        grid: codes along one side of that square.
+        views: crops of an image without boxes: the whole image, then `views - 1` random boxes of
+            (`seed`, key). An image with boxes has the whole image, then one crop per caption.
+        seed: of the random boxes.
+        dtype: torch name of the arithmetic of the tokenizer (`float32`, `bfloat16`).
     """
 
     tokenizer: Literal["dalle", "kmeans"]
@@ -156,15 +156,16 @@ class CodeRules(_Stored):
 
 
 class CodesReport(_Stored):
-    """The codes of one shard; written last, so its presence means that they are done.
+    """Report of the codes of one shard, written last: codes are done if their report exists.
 
     Args:
-        dependency: digest of all that they depend on (tar, ledger, rules, format).
+        dependency: digest of the inputs (tar, ledger, rules, format).
         images: records that have codes: the samples of the tar, in its order.
-        views: rows of `boxes` and `codes`.
+        views: number of crops: rows of `boxes` and `codes`.
         file: the safetensors file with `boxes`, `codes` and `first`.
-        agreement: share of codes that float32 gives too, on a sample, where `dtype` is another.
-        versions: libraries that shape codes.
+        agreement: share of the codes of the first batch that equal those of float32, for other
+            dtypes.
+        versions: versions of the libraries that shape codes.
         timing: see `Timing`.
     """
 
@@ -182,7 +183,7 @@ class CodesReport(_Stored):
 
 
 class SourceEntry(_Stored):
-    """What a manifest says of one source.
+    """One source of a manifest.
 
     Args:
         licence: of annotations and images.
@@ -190,17 +191,17 @@ class SourceEntry(_Stored):
         counts: pairs from the first upstream row to the last shard.
         images: samples in the shards.
         unique_images: distinct images among them, by the bytes as fetched.
-        repeated: sha256 of images that came as the same bytes for ten records or more, each
-            with its records; at most 20, those with most. Often they stand for removed pictures.
+        repeated: number of records by SHA-256, for images with the same bytes in ten records or
+            more; the 20 most frequent. They are often placeholders of removed images.
         words: pairs kept by their number of words.
-        tokens: pieces in all sequences of texts, [CLS] and [SEP]s too.
-        rules: the resolved recipe, as far as it shapes data.
+        tokens: tokens of all sequences of texts, [CLS] and [SEP] included.
+        rules: the sections of the resolved recipe that shape data.
         rules_sha256: digest of `rules`.
-        upstream: annotation files read.
-        leakage: digest of the `dataset_coco.json` whose held-out images were left out, `none` where
-            the source shares no images with COCO, `not checked` where no such file was there.
-        limit: records asked for with `--limit`.
-        optout: digest of the list of images that were left out on demand.
+        upstream: the annotation files that were read.
+        leakage: digest of the `dataset_coco.json` whose held-out images were left out; `none` if
+            the source shares no images with COCO; `not checked` if the file was missing.
+        limit: value of `--limit`.
+        optout: digest of the opt-out list.
     """
 
     licence: str
@@ -222,12 +223,12 @@ class SourceEntry(_Stored):
 class ShardEntry(_Stored):
     """One shard of a manifest; `path` is relative to the manifest, or a URL.
 
-    A shard of kind `text` is a Parquet file with a column `text`, and is its own ledger; its
-    records and pairs are its rows, while all that is counted by reason are documents.
+    A shard of texts is a Parquet file with a column `text`, and is its own ledger. Its records and
+    pairs are its rows (sequences); counts by reason are counts of documents.
 
     Args:
         codes_sha256: of the file of image codes beside the shard.
-        views: rows of that file.
+        views: number of crops in that file.
     """
 
     source: FileName
@@ -244,24 +245,23 @@ class ShardEntry(_Stored):
 
     @property
     def ledger_path(self) -> str:
-        """Where the ledger is: beside the tar."""
+        """Path of the ledger, beside the tar."""
         return ShardPaths.of(self.path).ledger
 
     @property
     def codes_path(self) -> str:
-        """Where the image codes are, if there are any: beside the tar."""
+        """Path of the image codes, beside the tar, where the shard has any."""
         return ShardPaths.of(self.path).codes
 
 
 class Manifest(_Stored):
-    """Which shards make a dataset. `digest` is the dataset's version.
+    """The shards of a dataset; `digest` is the version of the dataset.
 
     Args:
-        kind: what a sample is. The thing that is counted as a pair is then the pair, the image or
-            the text.
-        codes: how the image codes were made, where every shard has them.
-        versions: libraries that shape bytes.
-        missing: parts that are planned but not there, by source; empty in a finished dataset.
+        kind: kind of the samples, which is also what `pairs` counts: pairs, images or texts.
+        codes: settings of the image codes; None unless every shard has codes.
+        versions: versions of the libraries that shape bytes.
+        missing: parts that are not built yet, by source; empty in a finished dataset.
     """
 
     format: int = FORMAT
@@ -275,7 +275,7 @@ class Manifest(_Stored):
     digest: str = ""
 
     def computed_digest(self) -> str:
-        """sha256 of the canonical JSON of all but `digest` and where the shards lie."""
+        """SHA-256 of the canonical JSON of everything but `digest` and the paths of shards."""
         content = self.model_dump(mode="json", exclude={"digest": True})
         for shard in content["shards"]:
             del shard["path"]

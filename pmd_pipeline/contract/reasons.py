@@ -1,4 +1,4 @@
-"""What became of a record, and why it was not kept: one closed vocabulary for both packages."""
+"""Statuses of records, and the closed vocabulary of reasons why a pair is not kept."""
 
 from enum import StrEnum
 
@@ -21,52 +21,52 @@ class Status(StrEnum):
 
 
 DROP_REASONS = {
-    "bad_row": "the upstream row cannot be understood",
+    "bad_row": "the upstream row cannot be parsed",
     "bad_box": "the region has no area inside the image",
     "heldout": "the image is in an evaluation split (Karpathy's, or Flickr30k's val and test)",
-    "licence": "the image's licence is none of those that the recipe allows",
+    "licence": "the recipe does not allow the licence of the image",
     "limit": "the record lies beyond --limit in key order",
-    "no_caption": "upstream has the image, but no text for it",
-    "no_image": "upstream has the text, but says nowhere what image it belongs to",
+    "no_caption": "upstream has no text for the image",
+    "no_image": "upstream does not state which image the text belongs to",
     "no_text": "the text is empty",
-    "not_text": "the bytes are no text: another encoding than UTF-8, or zeros",
-    "optout_list": "somebody asked to leave the image out (optout.txt beside the dataset)",
+    "not_text": "the bytes are not text: not UTF-8, or zero bytes",
+    "optout_list": "the image is on the opt-out list (optout.txt beside the dataset)",
     "page_language": "the page is in another language (WIT)",
     "repeat": "the record already has this caption on this box",
-    "rule": "upstream's own rule for PMD refuses the text (WIT)",
-    "split": "upstream's split is not one that the recipe takes",
-    "too_long": "the document has more characters than the recipe takes",
+    "rule": "the rule of PMD's authors rejects the text (WIT)",
+    "split": "the recipe does not include this upstream split",
+    "too_long": "the document has more characters than the recipe allows",
     "video": "the row is a video (YFCC100M)",
 }
-"""Decisions of the recipe; a filter adds its own name."""
+"""Reasons of drops, which are decisions of the recipe; a filter adds its own name."""
 
 FAILURE_REASONS = {
-    "blocked_address": "the address is not http or https, or leads where nobody may be sent",
-    "bomb": "more pixels than the recipe decodes",
+    "blocked_address": "the address is not http or https, or leads to a private network",
+    "bomb": "more pixels than the recipe allows to decode",
     "caption_mismatch": "the local shard has another caption for this address",
-    "changed": "the bytes are not those whose sha256 is known",
-    "connect": "no connection, or it broke",
-    "crash": "decoding it kills the process that does",
-    "dns": "the host has no address",
-    "empty": "the answer has no body",
+    "changed": "the bytes have another SHA-256 than expected",
+    "connect": "the connection failed or broke",
+    "crash": "decoding the image crashes the decoder",
+    "dns": "DNS has no address for the host",
+    "empty": "the response has no body",
     "http_403": "forbidden",
     "http_404": "not found",
     "http_410": "gone",
     "http_429": "too many requests, still after the last attempt",
-    "http_4xx": "another refusal",
-    "http_5xx": "the server is in trouble, still after the last attempt",
-    "no_part": "its part is not built: run the same command again",
-    "not_an_image": "the bytes are no image that can be read",
-    "not_in_archive": "none of the local images has this name",
-    "opt_out": "the answer's X-Robots-Tag or TDM-Reservation forbids to keep the image",
-    "placeholder": "the picture that hosts show in place of a removed one",
-    "redirects": "more redirects than anyone needs",
-    "robots": "the host's robots.txt forbids to ask for this address",
-    "svg": "a drawing, not a picture",
-    "timeout": "no whole answer in the time allowed",
-    "tls": "the certificate is wrong, or TLS failed",
-    "too_large": "more bytes than the recipe fetches",
-    "truncated": "the image ends early",
-    "wrong_size": "not the proportions that upstream states, so its boxes do not fit",
+    "http_4xx": "another 4xx status",
+    "http_5xx": "a server error, still after the last attempt",
+    "no_part": "the part is not built yet; run the same command again",
+    "not_an_image": "the bytes are not an image in a supported format",
+    "not_in_archive": "no local image has this name",
+    "opt_out": "X-Robots-Tag or TDM-Reservation of the response forbids to keep the image",
+    "placeholder": "a placeholder that the host serves for a removed image",
+    "redirects": "too many redirects",
+    "robots": "robots.txt of the host disallows this address",
+    "svg": "an SVG drawing, which has no pixels",
+    "timeout": "no complete response within the timeout",
+    "tls": "TLS failed, or the certificate is invalid",
+    "too_large": "more bytes than the recipe allows",
+    "truncated": "the image data ends early",
+    "wrong_size": "other proportions than upstream states, so the boxes do not fit",
 }
-"""What the world did; a closed vocabulary."""
+"""Reasons of failures, which are the fault of the world."""

@@ -229,9 +229,9 @@ def test_why_tells_of_kept_dropped_and_failed_records(pmd, toy):
     for part in ("kept: 2 pairs in data/shards/cc3m/00000.tar", "read: row 0 of", "also: row 12 of",
                  "'a caption of picture 0': passes", "stored: "):  # fmt: skip
         assert part in told[0]
-    assert "not fetched: not_in_archive, none of the local images has this name" in told[1]
+    assert "not fetched: not_in_archive, no local image has this name" in told[1]
     assert "stored: " not in told[1]
-    assert "dropped by the index: bad_row, the upstream row cannot be understood" in told[2]
+    assert "dropped by the index: bad_row, the upstream row cannot be parsed" in told[2]
     assert "column 2 is no http address: 'nowhere'" in told[2]
     assert "the file has changed" not in "".join(told)
     assert json.loads(pmd("why", bad, "--json")[1])[0]["rows"][0]["reason"] == "bad_row"

@@ -101,9 +101,7 @@ def test_a_damaged_index_is_one_sentence_which_helps(data, asked, file):
 def test_a_bad_row_is_found_by_its_place(data):
     [story] = ask(data, "GCC-training.tsv:0:16")
 
-    assert outcome(story) == (
-        "dropped by the index: bad_row, the upstream row cannot be understood"
-    )
+    assert outcome(story) == ("dropped by the index: bad_row, the upstream row cannot be parsed")
     with pytest.raises(PmdError, match=f"pmd why {story.key} says why"):
         stored_image(story)
 
@@ -112,7 +110,7 @@ def test_an_image_that_failed_tells_what_the_world_did(data):
     [story] = ask(data, "http://a.test/11.jpg")
 
     lines = list(trace_lines(story))
-    assert lines[1] == ("  not fetched: not_in_archive, none of the local images has this name")
+    assert lines[1] == ("  not fetched: not_in_archive, no local image has this name")
     assert "not fetched: http://a.test/11.jpg" in lines
 
 
