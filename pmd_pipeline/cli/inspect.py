@@ -1,9 +1,10 @@
 """Commands that look: `pmd sources`, `pmd stats`, `pmd show`, `pmd why`."""
 
 import json
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -93,25 +94,26 @@ def show(
     """
     from pmd_pipeline.base.parallel import open_pool
     from pmd_pipeline.contract.files import write_whole
-    from pmd_pipeline.inspect import trace as story
+    from pmd_pipeline.inspect.shard_contents import shard_contents
+    from pmd_pipeline.inspect.trace import find_traces, stored_image
 
+    facts: dict[str, dict[str, Any]]
     if key_or_shard.endswith((".tar", ".parquet")):
-        shard = story.holdings(key_or_shard)
-        facts = {
-            "report": shard.report.model_dump(mode="json", exclude={"words"}),
-            **shard.first,
-        }
+        shard = shard_contents(key_or_shard)
+        report = shard.report.model_dump(mode="json", exclude={"words"})
+        facts = {"report": report, **shard.first}
     else:
         with open_pool("local", 1, None) as pool:
-            found = story.find_traces(out, key_or_shard, pool)[0]
-        facts = {"ledger": found.ledger or {}, "sample": found.sample or {}}
-        if found.sequences:
-            facts = {f"sequence {one['row']}": one for one in found.sequences}
+            trace = find_traces(out, key_or_shard, pool)[0]
+        ledger = asdict(trace.ledger) if trace.ledger else {}
+        facts = {"ledger": ledger, "sample": trace.sample or {}}
+        if trace.sequences:
+            facts = {f"sequence {one.row}": asdict(one) for one in trace.sequences}
         if image:
-            write_whole(str(image), story.stored_image(found))
+            write_whole(str(image), stored_image(trace))
             say(f"wrote {image}")
-        if not (found.sample or found.sequences):
-            say(f"{key_or_shard} has no image in a shard: pmd why {key_or_shard} says why")
+        if not (trace.sample or trace.sequences):
+            say(f"{key_or_shard} has no stored image: run pmd why {key_or_shard} for the reason")
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
         return
@@ -123,7 +125,7 @@ def show(
 
 @app.command()
 def why(
-    asked: Annotated[
+    record: Annotated[
         str,
         typer.Argument(
             metavar="ID|URL|KEY", help="An image, by upstream's id, its address or its key."
@@ -141,17 +143,17 @@ def why(
     Example: pmd why http://images.cocodataset.org/train2014/COCO_train2014_000000391895.jpg
     """
     from pmd_pipeline.base.parallel import open_pool
-    from pmd_pipeline.inspect import trace as story
-    from pmd_pipeline.inspect import trace_text as telling
+    from pmd_pipeline.inspect.trace import find_traces
+    from pmd_pipeline.inspect.trace_text import as_facts, trace_lines
 
     with open_pool("local", workers, None) as pool:
-        found = story.find_traces(out, asked, pool, source)
+        traces = find_traces(out, record, pool, source)
     if as_json:
-        facts = [telling.as_facts(one) for one in found]
+        facts = [as_facts(trace) for trace in traces]
         typer.echo(json.dumps(facts, ensure_ascii=False, default=str))
         return
-    for number, one in enumerate(found):
-        for line in ("",) * bool(number) + tuple(telling.trace_lines(one)):
+    for number, trace in enumerate(traces):
+        for line in ("",) * bool(number) + tuple(trace_lines(trace)):
             typer.secho(line, bold=not line.startswith(" "))
 
 

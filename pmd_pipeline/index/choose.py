@@ -1,4 +1,4 @@
-"""Which candidates of a row become pairs, and why the others do not."""
+"""Choice of captions: which candidates of a row become pairs, and why the others do not."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -11,16 +11,41 @@ from pmd_pipeline.index.cleaning import clean
 from pmd_pipeline.recipe import Captions, predicates
 
 
+class FilterVerdict(NamedTuple):
+    """Whether a text passes the filter called `name`."""
+
+    name: str
+    passes: bool
+
+
+_NONE_RAN: tuple[FilterVerdict, ...] = ()
+
+
 class Pair(NamedTuple):
     """One pair of a row: kept where `reason` is None.
 
-    `text` is the caption as it will be stored; of a dropped pair, the last one looked at.
+    `text` is the caption as it will be stored; of a refused row, as upstream has it. `verdicts` are
+    those of the filters that ran, in their order: none runs after one that refuses the text.
     """
 
     text: str | None
     field: str | None
     box: Box | None
     reason: str | None
+    verdicts: tuple[FilterVerdict, ...] = _NONE_RAN
+
+
+class Choice(NamedTuple):
+    """What a row becomes, and what was decided on the way.
+
+    Args:
+        pairs: the row's pairs, kept and dropped; none for a row that states only the image.
+        decisions: one for each candidate in order, up to the last that was examined. With
+            `choose = "first"` that is the first candidate that passes.
+    """
+
+    pairs: list[Pair]
+    decisions: list[Pair]
 
 
 class Chooser:
@@ -28,58 +53,82 @@ class Chooser:
 
     What is counted as a pair is, by `kind`, also an image alone, or a document with its lines.
 
-    `fields` counts what became of each candidate that was looked at, by field and by reason
-    (`kept` for the winners): with `choose = "first"` this is more than the pairs' reasons tell.
+    `fields` counts the decisions on candidates, by field and by reason (`kept` for those that
+    pass). With `choose = "first"` a row may have more decisions than pairs. `stored_text` gives a
+    text as a shard would store it: white space and Unicode normalised, then cleaned.
     """
 
     def __init__(self, captions: Captions, kind: Kind = "pairs") -> None:
+        self.captions = captions
         self.fields: Counter[tuple[str, str]] = Counter()
         self._is_image = kind == "images"
         self._tidy = full_text if kind == "text" else one_line
         self._first = captions.choose == "first"
-        self._cleaning = captions.clean.model_dump()
-        self._cleans = any(self._cleaning.values())
-        self._filters: dict[str, Callable[..., bool]] = predicates(
-            caption_filters, captions.filters, captions.filters_sha256
-        )
+        self._cleaning: dict[str, bool] = captions.clean.model_dump()
+        self.stored_text = self._cleaned if any(self._cleaning.values()) else self._tidy
+        self._filters: list[tuple[Callable[..., bool], tuple[FilterVerdict, ...]]] = []
+        self._passed: tuple[FilterVerdict, ...] = ()
+        functions = predicates(caption_filters, captions.filters, captions.filters_sha256)
+        for name, function in functions.items():
+            refusal = (*self._passed, FilterVerdict(name, passes=False))
+            self._filters.append((function, refusal))
+            self._passed = (*self._passed, FilterVerdict(name, passes=True))
 
     def pairs(self, row: Row) -> list[Pair]:
-        """The row's pairs, kept and dropped; none for a row that only knows the image.
+        """The row's pairs, kept and dropped; none for a row that states only the image."""
+        return self.choose(row).pairs
 
-        A refused row drops its pairs unseen, and at least one. With `choose = "first"` a row is one
-        pair: the first candidate that passes, or else the reason of the last that has text.
+    def choose(self, row: Row) -> Choice:
+        """The row's pairs with the decisions that led to them.
+
+        A refused row drops its pairs without a look at their texts, and at least one pair. With
+        `choose = "first"` a row is one pair: the first candidate that passes, or else the last one
+        that has text, with its reason.
         """
         if self._is_image:
-            return [Pair("", "image", None, row.refused)]
+            return Choice([Pair("", "image", None, row.refused)], [])
         if row.refused:
             candidates = row.candidates[:1] if self._first else row.candidates
-            unseen = [Pair(one.text, one.field, one.box, row.refused) for one in candidates]
-            return unseen or [Pair(None, None, None, row.refused)]
-        judged = (self._judged(one, filtered=row.filtered) for one in row.candidates)
+            refused = [Pair(one.text, one.field, one.box, row.refused) for one in candidates]
+            return Choice(refused or [Pair(None, None, None, row.refused)], refused)
         if not self._first:
-            return list(judged)
-        pairs: list[Pair] = []
-        for pair in judged:
-            if pair.reason is None:
-                return [pair]
-            if not pairs or pair.reason != "no_text":
-                pairs = [pair]
-        return pairs
+            pairs = [self._decide(one, filtered=row.filtered) for one in row.candidates]
+            return Choice(pairs, pairs)
+        decisions: list[Pair] = []
+        dropped: list[Pair] = []
+        for one in row.candidates:
+            decision = self._decide(one, filtered=row.filtered)
+            decisions.append(decision)
+            if decision.reason is None:
+                return Choice([decision], decisions)
+            if not dropped or decision.reason != "no_text":
+                dropped = [decision]
+        return Choice(dropped, decisions)
 
-    def _judged(self, one: Candidate, *, filtered: bool) -> Pair:
-        text = self._tidy(one.text)
-        if self._cleans:
-            text = self._tidy(clean(text, **self._cleaning))
-        reason = one.refused or self._refusal(text, filtered=filtered)
+    def _decide(self, one: Candidate, *, filtered: bool) -> Pair:
+        text = self.stored_text(one.text)
+        reason, verdicts = one.refused, _NONE_RAN
+        if not reason:
+            reason, verdicts = self._filtered(text, already=filtered)
         self.fields[one.field, reason or "kept"] += 1
-        return Pair(text, one.field, one.box, reason)
+        return Pair(text, one.field, one.box, reason, verdicts)
 
-    def _refusal(self, text: str, *, filtered: bool) -> str | None:
+    def _filtered(
+        self, text: str, *, already: bool
+    ) -> tuple[str | None, tuple[FilterVerdict, ...]]:
+        """The reason against the text, if there is one, and the verdicts of the filters that ran.
+
+        Args:
+            already: upstream has applied the filters.
+        """
         if not text:
-            return "no_text"
-        if filtered:
-            return None
-        for name, passes in self._filters.items():
+            return "no_text", _NONE_RAN
+        if already:
+            return None, _NONE_RAN
+        for passes, refusal in self._filters:
             if not passes(text):
-                return name
-        return None
+                return refusal[-1].name, refusal
+        return None, self._passed
+
+    def _cleaned(self, text: str) -> str:
+        return self._tidy(clean(self._tidy(text), **self._cleaning))

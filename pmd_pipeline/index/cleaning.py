@@ -1,22 +1,22 @@
-"""Optional cleaning of captions; the paper does none of it. See `Clean` in `recipe.py`."""
+"""Optional cleaning of captions; the paper does none. The rules are `Clean` in `recipe.py`."""
 
 import html as entity
 import re
 
 
 def clean(text: str, *, entities: bool, html: bool, urls: bool, camera_names: bool) -> str:
-    """The text without what the switches name, in the order in which they stand.
+    """The text without what the switches name; they apply in the order of the parameters.
 
-    Blanks are left as they fall: `one_line` comes after.
+    The result may hold runs of white space: apply `one_line` to it.
 
     >>> clean("<b>Us</b> &amp; a dog<br>www.example.org", entities=True, html=True, urls=True,
     ...       camera_names=True)
     'Us & a dog  '
     """
     if entities and "&" in text:
-        text = _without_entities(text)
+        text = _unescape(text)
     if html and "<" in text:
-        text = _TAG.sub(_instead_of_tag, text)
+        text = _TAG.sub(_replacement, text)
     if urls:
         text = _URL.sub(" ", text)
     if camera_names and is_camera_name(text):
@@ -25,7 +25,7 @@ def clean(text: str, *, entities: bool, html: bool, urls: bool, camera_names: bo
 
 
 def is_camera_name(text: str) -> bool:
-    """Say whether the text is nothing but a camera's file name, a number or a date in digits.
+    """Whether the whole text is a camera's file name, a number, or a date in digits.
 
     >>> is_camera_name("DSC_0042.JPG"), is_camera_name("Studio 54")
     (True, False)
@@ -33,22 +33,24 @@ def is_camera_name(text: str) -> bool:
     return _CAMERA_NAME.fullmatch(text.strip()) is not None
 
 
-def _without_entities(text: str) -> str:
+def _unescape(text: str) -> str:
     try:
         return entity.unescape(text)
-    except ValueError:  # a number of thousands of digits, which Python refuses to read
+    except (
+        ValueError
+    ):  # a character reference of thousands of digits, which Python refuses to parse
         return text
 
 
-def _instead_of_tag(found: re.Match[str]) -> str:
-    attributes = found["attributes"]
+def _replacement(tag: re.Match[str]) -> str:
+    attributes = tag["attributes"]
     if attributes and attributes.strip(" /") and "=" not in attributes:
-        return found[0]  # "a <b and c> d"
-    return " " if found["breaking"] else ""
+        return tag[0]  # not a tag: "a <b and c> d"
+    return " " if tag["breaking"] else ""
 
 
 _BREAKING = "blockquote|br|center|dd|div|dl|dt|h[1-6]|hr|img|li|ol|p|pre|table|td|th|tr|ul"
-"""Tags between whose neighbours a reader sees a gap."""
+"""Tags that separate the text before them from the text after them."""
 
 _INLINE = (
     "a|abbr|acronym|b|big|cite|code|del|em|embed|font|i|iframe|ins|object|param|q|s|small|span"
@@ -58,7 +60,7 @@ _INLINE = (
 _TAG = re.compile(
     rf"</?(?:(?P<breaking>{_BREAKING})|{_INLINE})(?P<attributes>[\s/][^<>]*)?>", re.IGNORECASE
 )
-"""Names that HTML has, so that `<3`, `a < b` and `<PERSON>` are text."""
+"""Only names of HTML elements, so that `<3`, `a < b` and `<PERSON>` stay."""
 
 _URL = re.compile(r"""\b(?:https?://|www\.)[^\s<>"]+""", re.IGNORECASE)
 

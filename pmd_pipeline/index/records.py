@@ -61,6 +61,20 @@ class IndexRecord:
     rows: list[int]
 
 
+@dataclass(frozen=True)
+class DroppedPair:
+    """One pair that the index dropped; see `DROPPED_SCHEMA`."""
+
+    key: str
+    id: str
+    url: str | None
+    field: str | None
+    text: str | None
+    reason: str
+    span: int
+    row: int
+
+
 def part_bounds(num_parts: int) -> list[int]:
     """The keys at which parts begin, and one past the last key."""
     return [(KEYS * part + num_parts - 1) // num_parts for part in range(num_parts + 1)]

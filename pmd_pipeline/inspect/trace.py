@@ -1,4 +1,4 @@
-"""Everything that is known of one record or bad row, from its upstream row to its bytes."""
+"""Trace of one record or bad row: its upstream rows, its pairs in the index, its stored sample."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,80 +9,76 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import ValidationError
 
 from pmd_pipeline import sources
 from pmd_pipeline.base.parallel import Pool, ReportProgress, ignore_progress, in_order
 from pmd_pipeline.base.record import BadRow, Row, key_of, url_id
-from pmd_pipeline.base.storage import folders, sizes
+from pmd_pipeline.base.storage import folders
 from pmd_pipeline.base.tables import MEND_INDEX, MEND_SHARD, read_batches, read_table
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.contract.files import join, open_read, read_bytes
-from pmd_pipeline.contract.models import Report
-from pmd_pipeline.contract.paths import part_name
-from pmd_pipeline.contract.reasons import Status
+from pmd_pipeline.contract.files import join, open_read, size_of
+from pmd_pipeline.contract.models import Kind
+from pmd_pipeline.contract.paths import ShardPaths
+from pmd_pipeline.contract.schemas import LedgerRow, ledger_rows
 from pmd_pipeline.index.build import Index, load_index
-from pmd_pipeline.index.records import part_of
+from pmd_pipeline.index.records import DroppedPair, IndexRecord, part_of
+from pmd_pipeline.inspect.shard_contents import (
+    TextSequence,
+    load_report,
+    read_bytes_at,
+    read_texts,
+)
 from pmd_pipeline.sources import Source
 from pmd_pipeline.sources.upstream.files import Span
 
-_FIRST_SAMPLES = 5
-_CHANGED = "the file has changed: it has no such row any more"
+_CHANGED = "the file has changed: it no longer has this row"
 
 
 @dataclass(frozen=True)
-class ReadRow:
-    """An upstream row as its source reads it again; `trouble` says why it cannot be read."""
+class UpstreamRow:
+    """An upstream row, read again; where that fails, `row` is None and `problem` a sentence."""
 
-    place: str
+    location: str
     row: Row | BadRow | None = None
-    trouble: str | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What is known of one record, or of one bad row.
+    """What the files under the data folder hold about one record or bad row.
 
     Args:
-        rows: upstream's, in order.
-        rules: of the index that has the record, a resolved recipe.
-        dropped: pairs that the index left out.
-        kept: the record in the index, if any pair was kept.
-        part: its part.
-        shard: where the part's tar is, or would be.
-        built: whether the part is.
+        rules: resolved recipe of the index that has the record.
+        rows: upstream rows, in order.
+        dropped: pairs that the index dropped.
+        kept: the record in the index, if at least one pair was kept.
+        part: number of its part.
+        shard: address of the part's tar or Parquet file, which exists if `built`.
         ledger: its row of the ledger.
-        attempts: how often its address was asked, where that was more than once.
-        sample: the JSON beside the image.
+        attempts: requests for its image, if there was more than one.
+        sample: the JSON beside the stored image.
+        sequences: rows of the shard that hold the document, for texts.
     """
 
     source: str
     key: str
+    kind: Kind
     rules: dict[str, Any]
-    rows: list[ReadRow]
-    dropped: list[dict[str, Any]]
-    kept: dict[str, Any] | None
+    rows: list[UpstreamRow]
+    dropped: list[DroppedPair]
+    kept: IndexRecord | None
     part: int
     shard: str
     built: bool = False
-    ledger: dict[str, Any] | None = None
+    ledger: LedgerRow | None = None
     attempts: int | None = None
     sample: dict[str, Any] | None = None
-    sequences: list[dict[str, Any]] = field(default_factory=list)
+    sequences: list[TextSequence] = field(default_factory=list)
 
     @property
     def id(self) -> str:
-        """Upstream's id of the image, or where the bad row stands."""
-        return str((self.kept or self.dropped[0])["id"])
-
-
-@dataclass(frozen=True)
-class Holdings:
-    """What a shard holds: its report, and the first of its samples or sequences, by name."""
-
-    shard: str
-    report: Report
-    first: dict[str, dict[str, Any]] = field(default_factory=dict)
+        """Upstream's id of the image, or the location of the bad row."""
+        return (self.kept or self.dropped[0]).id
 
 
 @dataclass(frozen=True)
@@ -97,105 +93,88 @@ class _ScanTask:
         return f"searching {self.files[0]}"
 
 
-def find_traces(data: str, asked: str, pool: Pool, source: str | None = None) -> list[Trace]:
-    """The story of each record under the address `data` that `asked` names, source by source.
+def find_traces(data: str, query: str, pool: Pool, source: str | None = None) -> list[Trace]:
+    """The traces of all records under the folder `data` that match `query`, source by source.
 
-    `asked` is a key, an id as upstream has it, the place of a bad row (`FILE:START:ROW`), or the
-    address of an image. Addresses are searched for in all indexes only where no source has them as
-    an id, since that reads every index.
+    `query` is a key, an upstream id, the location of a bad row (`FILE:START:ROW`), or the address
+    of an image. If no source has the address as an id, the search reads all index files.
 
     Raises:
-        PmdError: there is no index, or none has it.
+        PmdError: there is no index, or no record matches.
     """
-    indexes = _indexes(data, source)
-    found = [
+    indexes = _load_indexes(data, source)
+    matches = [
         (index, key)
         for index in indexes
-        for key in _keys(index.source, asked)
-        if _has(join(data, "index", index.source), index, key)
+        for key in _possible_keys(index.source, query)
+        if _is_indexed(join(data, "index", index.source), index, key)
     ]
-    if not found and "://" in asked:
-        found = _searched(data, indexes, asked, pool)
-    if not found:
+    if not matches and "://" in query:
+        matches = _find_by_address(data, indexes, query, pool)
+    if not matches:
         names = ", ".join(index.source for index in indexes)
-        raise PmdError(f"{asked!r} is no key, id or address in the index of {names} under {data}")
-    return [_story(data, index, key) for index, key in found]
+        raise PmdError(f"{query!r} is no key, id or address in the index of {names} under {data}")
+    return [_trace(data, index, key) for index, key in matches]
 
 
-def holdings(shard: str) -> Holdings:
-    """What the tar, or the Parquet file of texts, at `shard` holds.
-
-    Raises:
-        PmdError: there is no shard with a report and a ledger at `shard`.
-    """
-    base = shard.removesuffix(".tar").removesuffix(".parquet")
-    report = _loaded_report(f"{base}.json")
-    with open_read(f"{base}.parquet") as file:
-        is_text = report.ledger == report.tar
-        kept = read_table(file, address=f"{base}.parquet")
-    if not is_text:
-        kept = kept.filter(pc.equal(kept["status"], Status.SUCCESS))
-    first = kept.slice(0, _FIRST_SAMPLES).to_pylist()
-    if is_text:
-        return Holdings(shard, report, {f"sequence {row}": one for row, one in enumerate(first)})
-    return Holdings(
-        shard,
-        report,
-        {one["key"]: {name: one[name] for name in ("caption", "url")} for one in first},
-    )
-
-
-def stored_image(story: Trace) -> bytes:
-    """The stored JPEG of the story's record.
+def stored_image(trace: Trace) -> bytes:
+    """The stored image of the record, as it lies in the tar.
 
     Raises:
-        PmdError: it has none.
+        PmdError: the record has none.
     """
-    if story.sample is None or story.ledger is None:
-        raise PmdError(f"{story.key} has no stored image: pmd why {story.key} says why")
-    return _content(story.shard, story.ledger["image_offset"], story.ledger["image_size"])
+    row = trace.ledger
+    if row is None or row.image_offset is None or row.image_size is None:
+        raise PmdError(f"{trace.key} has no stored image: run pmd why {trace.key} for the reason")
+    return read_bytes_at(trace.shard, row.image_offset, row.image_size)
 
 
-def _loaded_report(path: str) -> Report:
-    try:
-        return Report.model_validate_json(read_bytes(path))
-    except ValidationError as error:
-        raise PmdError(f"{path} is no report of this version: build the shard again") from error
+def scan(task: _ScanTask, _report_progress: ReportProgress) -> list[str]:
+    """The keys of the records that have one of the addresses."""
+    addresses, keys = pa.array(task.addresses), set[str]()
+    for file_address in task.files:
+        with open_read(file_address) as file:
+            for batch in read_batches(file, ["key", "url"], address=file_address, mend=MEND_INDEX):
+                matches = batch.filter(pc.is_in(batch["url"], value_set=addresses))
+                keys.update(matches["key"].to_pylist())
+    return sorted(keys)
 
 
-def _indexes(data: str, source: str | None) -> list[Index]:
+def _load_indexes(data: str, source: str | None) -> list[Index]:
     names = [source] if source else folders(join(data, "index"))
-    found = [load_index(join(data, "index", name)) for name in names]
-    whole = [index for index in found if index is not None and index.parts]
-    if not whole:
+    loaded = [load_index(join(data, "index", name)) for name in names]
+    indexes = [index for index in loaded if index is not None and index.parts]
+    if not indexes:
         what = f"of {source} " if source else ""
-        raise PmdError(f"there is no index {what}under {data}; is --out right, and anything built?")
-    return whole
+        raise PmdError(
+            f"there is no index {what}under {data}: give the --out of a build that has run"
+        )
+    return indexes
 
 
-def _keys(source: str, asked: str) -> list[str]:
-    """The keys that `asked` may mean: its own, or those of the ids that it may be."""
-    found = [key_of(source, asked), key_of(source, url_id(asked))]
-    if len(asked) == 16 and set(asked) <= set("0123456789abcdef"):
-        found.insert(0, asked)
-    return list(dict.fromkeys(found))
+def _possible_keys(source: str, query: str) -> list[str]:
+    """The query itself if it is a key, and the keys of the ids that it may be."""
+    keys = [key_of(source, query), key_of(source, url_id(query))]
+    if len(query) == 16 and set(query) <= set("0123456789abcdef"):
+        keys.insert(0, query)
+    return list(dict.fromkeys(keys))
 
 
-def _has(folder: str, index: Index, key: str) -> bool:
+def _is_indexed(folder: str, index: Index, key: str) -> bool:
     part = index.parts[part_of(key, len(index.parts))]
     return any(
-        _rows(join(folder, file.name), key, MEND_INDEX) for file in (part.kept, part.dropped)
+        _rows_with_key(join(folder, file.name), key).num_rows for file in (part.kept, part.dropped)
     )
 
 
-def _searched(
-    data: str, indexes: Sequence[Index], asked: str, pool: Pool
+def _find_by_address(
+    data: str, indexes: Sequence[Index], address: str, pool: Pool
 ) -> list[tuple[Index, str]]:
-    """Records with this address, in any of the spellings it may have."""
-    twin = asked.replace("http://", "https://", 1)
-    if twin == asked:
-        twin = asked.replace("https://", "http://", 1)
-    addresses = tuple(dict.fromkeys([asked, url_id(asked), twin, url_id(twin)]))
+    """Records with this address, normalised or not, over http or https."""
+    other = address.replace("http://", "https://", 1)
+    if other == address:
+        other = address.replace("https://", "http://", 1)
+    addresses = tuple(dict.fromkeys([address, url_id(address), other, url_id(other)]))
     tasks = [
         _ScanTask(
             index.source,
@@ -216,109 +195,89 @@ def _searched(
     ]
 
 
-def scan(task: _ScanTask, _tick: ReportProgress) -> list[str]:
-    """The keys of the records that have one of the addresses."""
-    wanted, found = pa.array(task.addresses), set[str]()
-    for address in task.files:
-        with open_read(address) as file:
-            for batch in read_batches(file, ["key", "url"], address=address, mend=MEND_INDEX):
-                hits = batch.filter(pc.is_in(batch["url"], value_set=wanted))
-                found.update(hits["key"].to_pylist())
-    return sorted(found)
-
-
-def _story(data: str, index: Index, key: str) -> Trace:
-    number = part_of(key, len(index.parts))
+def _trace(data: str, index: Index, key: str) -> Trace:
+    number, kind = part_of(key, len(index.parts)), _source_of(index).info.kind
     part, folder = index.parts[number], join(data, "index", index.source)
-    kept = _rows(join(folder, part.kept.name), key, MEND_INDEX)
-    dropped = _rows(join(folder, part.dropped.name), key, MEND_INDEX)
-    shards, name = join(data, "shards", index.source), part_name(number)
-    is_text = _source_of(index).info.kind == "text"
-    shard = join(shards, f"{name}.parquet" if is_text else f"{name}.tar")
-    built = f"{name}.json" in sizes(shards)
-    ledger = (
-        _rows(join(shards, f"{name}.parquet"), key, MEND_SHARD) if built and not is_text else []
-    )
-    sample = None
-    if ledger and ledger[0]["json_offset"] is not None:
-        sample = json.loads(_content(shard, ledger[0]["json_offset"], ledger[0]["json_size"]))
+    kept = [
+        IndexRecord(**row) for row in _rows_with_key(join(folder, part.kept.name), key).to_pylist()
+    ]
+    dropped = [
+        DroppedPair(**row)
+        for row in _rows_with_key(join(folder, part.dropped.name), key).to_pylist()
+    ]
+    paths = ShardPaths.in_folder(join(data, "shards", index.source), number)
+    shard = paths.ledger if kind == "text" else paths.tar
+    built = size_of(paths.report) is not None
+    ledger = _ledger_row(paths.ledger, key) if built and kind != "text" else None
+    texts = read_texts(shard) if built and kind == "text" else ()
     return Trace(
         source=index.source,
         key=key,
+        kind=kind,
         rules=index.rules,
-        rows=list(_upstream(index, kept, dropped, key)),
+        rows=list(_upstream_rows(index, kept, dropped, key)),
         dropped=dropped,
         kept=kept[0] if kept else None,
         part=number,
         shard=shard,
         built=built,
-        ledger=ledger[0] if ledger else None,
-        attempts=_attempts(join(shards, f"{name}.json"), key) if ledger else None,
-        sample=sample,
-        sequences=list(_sequences(shard, key)) if built and is_text else [],
+        ledger=ledger,
+        attempts=load_report(paths.report).timing.attempts.get(key) if ledger else None,
+        sample=_sample_json(shard, ledger) if ledger else None,
+        sequences=[sequence for sequence in texts if key in sequence.keys],
     )
-
-
-def _attempts(report: str, key: str) -> int | None:
-    return _loaded_report(report).timing.attempts.get(key)
-
-
-def _sequences(shard: str, key: str) -> Iterator[dict[str, Any]]:
-    """The rows of a shard of texts that a document is in, with their numbers."""
-    with open_read(shard) as file:
-        table = read_table(file, address=shard)
-    for number, keys in enumerate(table["keys"].to_pylist()):
-        if key in keys:
-            yield {"row": number, **table.slice(number, 1).to_pylist()[0]}
-
-
-def _upstream(
-    index: Index, kept: Sequence[dict[str, Any]], dropped: Sequence[dict[str, Any]], key: str
-) -> Iterator[ReadRow]:
-    """The rows as their source reads them again, where the files are still there."""
-    places = {(row["span"], row["row"]) for row in dropped}
-    places |= {place for row in kept for place in zip(row["spans"], row["rows"], strict=True)}
-    for number, wanted in groupby(sorted(places), key=itemgetter(0)):
-        span = index.spans[number].span()
-        rows = [row for _, row in wanted]
-        found: dict[int, Row | BadRow] = {}
-        trouble = _CHANGED
-        try:
-            found = _reread(index, span, rows, key)
-        except PmdError as error:  # the file is gone or changed; the rest of the story stands
-            trouble = str(error)
-        for row in rows:
-            place = f"row {row:,} of {_place(span)}"
-            yield ReadRow(place, found.get(row), None if row in found else trouble)
-
-
-def _reread(index: Index, span: Span, rows: list[int], key: str) -> dict[int, Row | BadRow]:
-    """What the rows of these numbers say of `key`; the span is read up to the last of them."""
-    read = _source_of(index).read(span, **index.rules["options"])
-    wanted = set(rows)
-    return {
-        number: row
-        for number, row in enumerate(islice(read, rows[-1] + 1))
-        if number in wanted and (isinstance(row, BadRow) or key_of(index.source, row.id) == key)
-    }
 
 
 def _source_of(index: Index) -> Source:
     return sources.load(index.source, index.rules.get("module"))
 
 
-def _place(span: Span) -> str:
-    until = "its end" if span.stop is None else f"{span.stop:,}"
-    return f"{span.file}" + (f" from {span.start:,} to {until}" if span.start or span.stop else "")
-
-
-def _content(address: str, offset: int, size: int) -> bytes:
-    with open_read(address) as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-def _rows(address: str, key: str, mend: str) -> list[dict[str, Any]]:
+def _rows_with_key(address: str, key: str, mend: str = MEND_INDEX) -> pa.Table:
     with open_read(address) as file:
         table = read_table(file, address=address, mend=mend)
-    return list(table.filter(pc.equal(table["key"], key)).to_pylist())
+    return table.filter(pc.equal(table["key"], key))
+
+
+def _ledger_row(address: str, key: str) -> LedgerRow | None:
+    return next(iter(ledger_rows(_rows_with_key(address, key, MEND_SHARD))), None)
+
+
+def _sample_json(shard: str, row: LedgerRow) -> dict[str, Any] | None:
+    if row.json_offset is None or row.json_size is None:
+        return None
+    return dict(json.loads(read_bytes_at(shard, row.json_offset, row.json_size)))
+
+
+def _upstream_rows(
+    index: Index, kept: Sequence[IndexRecord], dropped: Sequence[DroppedPair], key: str
+) -> Iterator[UpstreamRow]:
+    """The rows as their source reads them now, if the annotation files still exist."""
+    places = {(pair.span, pair.row) for pair in dropped}
+    places |= {place for record in kept for place in zip(record.spans, record.rows, strict=True)}
+    for number, in_span in groupby(sorted(places), key=itemgetter(0)):
+        span = index.spans[number].span()
+        numbers = [row for _, row in in_span]
+        rows: dict[int, Row | BadRow] = {}
+        problem = _CHANGED
+        try:
+            rows = _read_again(index, span, numbers, key)
+        except PmdError as error:  # a missing or changed file does not end the trace
+            problem = str(error)
+        for row in numbers:
+            location = f"row {row:,} of {_describe(span)}"
+            yield UpstreamRow(location, rows.get(row), None if row in rows else problem)
+
+
+def _read_again(index: Index, span: Span, numbers: list[int], key: str) -> dict[int, Row | BadRow]:
+    """The rows of these numbers that belong to `key`; reads the span up to the last of them."""
+    read = _source_of(index).read(span, **index.rules["options"])
+    return {
+        number: row
+        for number, row in enumerate(islice(read, numbers[-1] + 1))
+        if number in numbers and (isinstance(row, BadRow) or key_of(index.source, row.id) == key)
+    }
+
+
+def _describe(span: Span) -> str:
+    stop = "the end" if span.stop is None else f"{span.stop:,}"
+    return f"{span.file}" + (f" from {span.start:,} to {stop}" if span.start or span.stop else "")

@@ -17,7 +17,7 @@ from pmd_pipeline.filters.caption import (
     lid_model,
 )
 from pmd_pipeline.filters.image import is_compact, is_large
-from pmd_pipeline.index.choose import Chooser, Pair
+from pmd_pipeline.index.choose import Chooser, FilterVerdict, Pair
 from pmd_pipeline.recipe import Captions, load_recipe
 
 YFCC = load_recipe("yfcc100m")[0].captions
@@ -47,8 +47,8 @@ def test_all_makes_each_candidate_a_pair_with_its_own_fate():
     )
 
     assert chooser.pairs(two) == [
-        Pair("a dog", "raw", box, None),
-        Pair("dog", "raw", None, "has_words"),
+        Pair("a dog", "raw", box, None, (FilterVerdict("has_words", passes=True),)),
+        Pair("dog", "raw", None, "has_words", (FilterVerdict("has_words", passes=False),)),
         Pair("", "x", None, "no_text"),
     ]
 
@@ -126,6 +126,18 @@ def test_fields_count_each_candidate_that_was_looked_at():
         ("title", "kept"): 1,
         ("description", "no_text"): 1,
     }
+
+
+def test_decisions_end_with_the_candidate_that_is_chosen():
+    chooser = Chooser(YFCC)
+
+    choice = chooser.choose(row("two words", "The dog and the sea", "never read"))
+    refused = chooser.choose(row("one", "two", refused="video"))
+
+    assert [pair.reason for pair in choice.decisions] == ["has_words", None]
+    assert choice.pairs == choice.decisions[1:]
+    assert choice.pairs[0].verdicts == (("has_words", True), ("is_language", True))
+    assert refused.pairs == refused.decisions == [Pair("one", "description", None, "video")]
 
 
 def test_cleaning_comes_before_the_filters_and_only_when_asked_for():

@@ -253,7 +253,7 @@ def test_show_prints_json_and_writes_the_image(pmd, toy):
     with Image.open("a/0.jpg") as image:
         assert image.size == (48, 40)
     assert (refused, said.count("\n")) == (2, 1)
-    assert f"pmd why {failed} says why" in said
+    assert f"run pmd why {failed} for the reason" in said
 
 
 def test_show_tells_what_a_shard_holds(pmd, toy):

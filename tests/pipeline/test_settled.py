@@ -122,8 +122,8 @@ def test_attempts_are_told_and_carried_over_and_no_digest_covers_them(tmp_path):
         assert asked_again(order) == {"1": 2, "2": 2}
         key = key_of("cc3m", "http://a.test/1.jpg")
         with open_pool("local", 1, None) as pool:
-            [story] = find_traces(str(tmp_path / "once" / "data"), key, pool)
-        assert "fetched: http://a.test/1.jpg, asked 2 times" in list(trace_lines(story))
+            [trace] = find_traces(str(tmp_path / "once" / "data"), key, pool)
+        assert "fetched: http://a.test/1.jpg, 2 requests" in list(trace_lines(trace))
 
         answers["2"] = [response(body=body)]
         again = toy_build(replace(order, again=frozenset({"http_5xx"})))

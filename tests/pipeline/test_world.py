@@ -220,23 +220,23 @@ def test_no_user_name_enters_a_shard(manifest, world, out):
     assert not [name for name in names if name.encode() in content]
 
 
-def test_why_answers_for_every_reason_of_every_source(manifest, out):
-    asked = {}  # one record of each source and reason, or kept
+def test_traces_have_every_reason_of_every_source(manifest, out):
+    queries = {}  # one record of each source and reason, or kept
     for files in ("shards/*/[0-9]*.parquet", "index/*/dropped-*.parquet"):
         for path in sorted((out / "data").glob(files)):
             for row in pl.read_parquet(path).iter_rows(named=True):
-                asked.setdefault((path.parent.name, row["reason"]), row["key"])
-    assert len(asked) > 40
+                queries.setdefault((path.parent.name, row["reason"]), row["key"])
+    assert len(queries) > 40
 
     with open_pool("local", 1, None) as pool:
-        for (source, reason), key in asked.items():
-            [story] = find_traces(str(out / "data"), key, pool)
-            lines = list(trace_lines(story))
+        for (source, reason), key in queries.items():
+            [trace] = find_traces(str(out / "data"), key, pool)
+            lines = list(trace_lines(trace))
 
-            assert (story.source, story.key) == (source, key)
-            assert f"{reason}" in "\n".join(lines) if reason else outcome(story)[:6] == "kept: "
+            assert (trace.source, trace.key) == (source, key)
+            assert f"{reason}" in "\n".join(lines) if reason else outcome(trace)[:6] == "kept: "
             assert lines[2].startswith("read: row ")
-            assert not [one.trouble for one in story.rows if one.trouble]
+            assert not [row.problem for row in trace.rows if row.problem]
 
 
 def test_an_address_finds_the_records_of_sources_that_have_other_ids(manifest, out):
@@ -245,7 +245,7 @@ def test_an_address_finds_the_records_of_sources_that_have_other_ids(manifest, o
     with open_pool("local", 1, None) as pool:
         found = find_traces(str(out / "data"), rows["url"][0], pool)
 
-    assert [story.key for story in found if story.source == "coco"] == [rows["key"][0]]
+    assert [trace.key for trace in found if trace.source == "coco"] == [rows["key"][0]]
 
 
 @pytest.fixture(scope="module")
