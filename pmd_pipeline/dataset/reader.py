@@ -198,7 +198,7 @@ def open_manifest(path: str) -> Dataset:
     >>> open_manifest("nowhere.json")
     Traceback (most recent call last):
         ...
-    pmd_pipeline.contract.errors.PmdError: cannot read nowhere.json: there is no such file
+    pmd_pipeline.contract.files.FileAbsentError: cannot read nowhere.json: there is no such file
     """
     return Dataset(path)
 
