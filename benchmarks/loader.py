@@ -175,18 +175,18 @@ def beit_mask(rng: random.Random, rule: PatchMasking) -> np.ndarray:
     """BEiT's algorithm 1, patch by patch, as its users have it."""
     mask = np.zeros((rule.grid, rule.grid), bool)
     count = 0
-    while count < rule.masked:
+    while count < rule.num_masked:
         gained = 0
         for _ in range(rule.attempts):
-            area = rng.uniform(rule.least, rule.masked - count)
-            ratio = math.exp(rng.uniform(math.log(rule.narrowest), -math.log(rule.narrowest)))
+            area = rng.uniform(rule.min_block, rule.num_masked - count)
+            ratio = math.exp(rng.uniform(math.log(rule.min_aspect), -math.log(rule.min_aspect)))
             height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if height >= rule.grid or width >= rule.grid:
                 continue
             top, left = rng.randint(0, rule.grid - height), rng.randint(0, rule.grid - width)
             block = mask[top : top + height, left : left + width]
             fresh = height * width - int(block.sum())
-            if 0 < fresh <= rule.masked - count:
+            if 0 < fresh <= rule.num_masked - count:
                 block[:] = True
                 gained = fresh
                 break
@@ -218,9 +218,9 @@ def word_mask(
         for place in word:
             action = rng.random()
             if action < 0.8:
-                masked[place] = rule.mask
+                masked[place] = rule.mask_id
             elif action < 0.9:
-                masked[place] = rng.randrange(rule.vocab)
+                masked[place] = rng.randrange(rule.vocabulary_size)
     return masked, sorted(places)
 
 
@@ -233,7 +233,7 @@ class Theirs:
         self.bert = BertTokenizer(vocab=str(vocabulary), do_lower_case=True)
         self.patches = PatchMasking()
         self.tokens = TokenMasking(
-            len(wordpiece.vocabulary), wordpiece.mask, tuple(wordpiece.specials)
+            len(wordpiece.vocabulary), wordpiece.mask_id, wordpiece.special_ids
         )
         self.starts = word_starts(wordpiece.vocabulary)
         self.starts_list = self.starts.tolist()
@@ -269,7 +269,7 @@ class Theirs:
         row |= {"tokens": tokens, "length": np.array(sum(encoded["attention_mask"]))}
         mask = beit_mask(self.rng, self.patches).reshape(-1)
         row["masked_positions"], row["masked_codes"] = padded(
-            np.flatnonzero(mask), row["codes"], self.patches.masked
+            np.flatnonzero(mask), row["codes"], self.patches.num_masked
         )
         short = tokens[: row["length"]].tolist()
         masked, places = word_mask(self.rng, short, self.starts_list, self.tokens)
@@ -297,7 +297,9 @@ class Theirs:
         self.drawn += len(rows)
         mask = mask_patches(0, numbers, self.patches)
         seen, hidden = mask_tokens(0, numbers, tokens, self.tokens, starts=self.starts)
-        found["masked_positions"] = gather_masked(mask, found["codes"].numpy(), self.patches.masked)
+        found["masked_positions"] = gather_masked(
+            mask, found["codes"].numpy(), self.patches.num_masked
+        )
         found["labels"] = gather_masked(hidden, tokens, max_masked_tokens(TOKENS))
         found["masked_tokens"] = torch.from_numpy(seen)
         return found
@@ -381,8 +383,8 @@ def far_in(folder: Path, photos: Path, vocabulary: Path, *, step: int = 100_000)
     ]  # fmt: skip
     manifest = write_manifest(folder / "far.json", entries)
     order = SampleOrder((records,) * shards, batch, 0)
-    window = order.window(*order.place(step)[:2])
-    for piece in window.pieces:
+    window = order.window(*order.position(step)[:2])
+    for piece in window.ranges:
         tar = folder / entries[piece.shard].path
         many = [
             rows[n % len(rows)]
@@ -398,14 +400,14 @@ def far_in(folder: Path, photos: Path, vocabulary: Path, *, step: int = 100_000)
     config = DataConfig(pairs=manifest, tokenizer=str(vocabulary), verify=False)
     streams = TrainingData(config, OBJECTIVE.data_needs, FlavaConfig(), seed=0, batch=batch)
     opened = time.perf_counter()
-    streams.part(step, range(1))
+    streams.load(step, range(1))
     ready = time.perf_counter()
     ranks = batch // BATCH
     next(load_batches(streams, step, step + 1, ranks=ranks))
     done = time.perf_counter()
     print(
         f"step {step:,} of {records * shards:,} pairs in batches of {batch:,}: manifest and "
-        f"tokenizer {opened - began:.2f} s, window of {len(window.pieces)} shards "
+        f"tokenizer {opened - began:.2f} s, window of {len(window.ranges)} shards "
         f"{ready - opened:.2f} s, {BATCH} samples {done - ready:.2f} s, in all "
         f"{done - began:.2f} s, {time.process_time() - cpu:.2f} s of them on the CPU"
     )

@@ -1,10 +1,9 @@
-"""The command `flava-train`: parses, calls one function, prints."""
+"""The command `flava-train`: each command parses, calls one function and prints."""
 
 import json
 import os
 import signal
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,14 +29,16 @@ def train(
     manifest: Annotated[
         str | None,
         typer.Option(
-            "--shards", metavar="MANIFEST", help="Pairs to learn from, as `pmd build` lists them."
+            "--shards",
+            metavar="MANIFEST",
+            help="Manifest of the pairs to train on, as `pmd build` writes it.",
         ),
     ] = None,
     config: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="What to do; default: what the run in --out was told, else flava_pmd.",
+            help="Configuration; default: that of the run in --out, or flava_pmd.",
         ),
     ] = None,
     out: Annotated[
@@ -45,25 +46,29 @@ def train(
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a value: optimizer.lr=3e-4."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a value, such as optimizer.lr=3e-4."
+        ),
     ] = None,
     resume: Annotated[
         str,
         typer.Option(
-            metavar="auto|never|PATH", help="Go on from a checkpoint: the newest, none, or this."
+            metavar="auto|never|PATH", help="Resume from the newest checkpoint, none, or this one."
         ),
     ] = "auto",
     allow_changed_data: Annotated[
         bool,
-        typer.Option("--allow-changed-data", help="Go on even if steps would see other data."),
+        typer.Option(
+            "--allow-changed-data", help="Resume even if the remaining steps would see other data."
+        ),
     ] = False,
     explain_step: Annotated[
         int | None,
-        typer.Option(metavar="N", min=0, help="Print what step N sees, and do nothing else."),
+        typer.Option(metavar="N", min=0, help="Print the samples of step N and exit."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
-    """Train FLAVA; the same command goes on where it was stopped or killed.
+    """Train FLAVA. After a stop or a kill, the same command resumes the run.
 
     Example: flava-train --shards manifests/pmd.json --config flava_mm --set micro=128
     """
@@ -72,19 +77,20 @@ def train(
     from flava_train.config import load_config
 
     changes = {"data.pairs": manifest, "out": out}
-    said = {key: value for key, value in changes.items() if value is not None}
-    told = load_config(config or _told_before(out), said, settings=setting or [])
+    given = {key: value for key, value in changes.items() if value is not None}
+    loaded = load_config(config or _default_config(out), given, settings=setting or [])
     if explain_step is not None:
-        _explain(told, explain_step)
+        _explain_step(loaded, explain_step)
         return
     from flava_train.train import train as run
 
-    outcome = run(told, resume=resume, allow_changed_data=allow_changed_data, quiet=quiet)
+    outcome = run(loaded, resume=resume, allow_changed_data=allow_changed_data, quiet=quiet)
     if outcome.signal is None:
-        typer.echo(f"{told.out}: {outcome.steps:,} steps taken")
+        typer.echo(f"{loaded.out}: {outcome.steps:,} steps taken")
         return
     typer.echo(
-        f"{told.out}: stopped after {outcome.steps:,} steps; the same command goes on", err=True
+        f"{loaded.out}: stopped after {outcome.steps:,} steps; run the same command to resume",
+        err=True,
     )
     raise typer.Exit(130 if outcome.signal == signal.SIGINT else 0)
 
@@ -95,14 +101,14 @@ def shards(
         Path, typer.Option("--shards", metavar="MANIFEST", help="A manifest of `pmd build`.")
     ] = Path("manifests/pmd.json"),
 ) -> None:
-    """Check that a manifest is unchanged and that all of its shards are there.
+    """Check that a manifest is unchanged and that all of its shards exist.
 
     Example: flava-train shards --shards manifests/pmd.json
     """
     from flava_train.data.manifests import check_manifest
 
-    loaded, found = check_manifest(manifest)
-    for one in found:
+    loaded, sources = check_manifest(manifest)
+    for one in sources:
         typer.echo(
             f"{one.source:<22}{one.pairs:>14,} pairs {one.images:>14,} images "
             f"{one.shards:>7,} shards {one.num_bytes / 2**30:>10.2f} GiB"
@@ -114,13 +120,13 @@ def shards(
 def model(
     weights: Annotated[
         str | None,
-        typer.Argument(help="A FlavaForPreTraining: its folder, or its id on the hub."),
+        typer.Argument(help="Folder or hub id of a FlavaForPreTraining."),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(metavar="COMMIT", help="Commit on the hub, 40 hex digits.")
     ] = None,
 ) -> None:
-    """Show the parts of FLAVA and their parameters, as published or of the weights given.
+    """Count the parameters of FLAVA's modules, as published or in the given weights.
 
     Example: flava-train model facebook/flava-full --revision COMMIT
     """
@@ -146,13 +152,15 @@ def model(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
-    hf: Annotated[Path, typer.Option("--hf", metavar="DIR", help="Folder to write; must be new.")],
-    best: Annotated[bool, typer.Option("--best", help="The best checkpoint, not the newest.")] = (
-        False
-    ),
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    hf: Annotated[
+        Path, typer.Option("--hf", metavar="DIR", help="Folder to write; it must not exist.")
+    ],
+    best: Annotated[
+        bool, typer.Option("--best", help="Use the best checkpoint, not the newest.")
+    ] = (False),
 ) -> None:
-    """Write a run's model as a folder that transformers loads, with its tokenizer.
+    """Export a model and its tokenizer to a folder that transformers loads.
 
     Example: flava-train export --hf flava-hf runs/flava_pmd
     """
@@ -166,90 +174,93 @@ def export(
 
 @app.command(name="eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
     manifest: Annotated[
-        str | None, typer.Argument(help="Held-out pairs; default: those of the run.")
+        str | None, typer.Argument(help="Manifest of held-out pairs; default: that of the run.")
     ] = None,
     classes: Annotated[
-        str | None, typer.Option(metavar="DIR", help="A folder of images for each class.")
+        str | None, typer.Option(metavar="DIR", help="Folder with one folder of images per class.")
     ] = None,
-    best: Annotated[bool, typer.Option("--best", help="The best checkpoint, not the newest.")] = (
-        False
-    ),
+    best: Annotated[
+        bool, typer.Option("--best", help="Use the best checkpoint, not the newest.")
+    ] = (False),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure zero-shot retrieval, and classification, beside what guessing would give.
+    """Measure zero-shot retrieval and classification, and print chance level beside them.
 
     Example: flava-train eval runs/flava_pmd manifests/flickr30k.json
     """
     from flava_train.evaluation.trained_model import load_trained_model
 
     trained = load_trained_model(run, best=best)
-    found = trained.evaluate(manifest, classes)
+    result = trained.evaluate(manifest, classes)
     if as_json:
-        typer.echo(json.dumps(found.as_json()))
+        typer.echo(json.dumps(result.as_json()))
         return
-    for name, value in found.figures.items():
-        chance = f"   chance {found.chance[name]:7.2%}" if name in found.chance else ""
+    for name, value in result.metrics.items():
+        chance = f"   chance {result.chance[name]:7.2%}" if name in result.chance else ""
         typer.echo(f"{name.replace('_', ' '):<22}{value:7.2%}{chance}")
 
 
 @app.command()
 def search(
-    run: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.")],
-    manifest: Annotated[str, typer.Argument(help="Pairs among whose images to search.")],
-    queries: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to look for.")],
-    nearest: Annotated[int, typer.Option(min=1, metavar="N", help="Images for each text.")] = 5,
-    best: Annotated[bool, typer.Option("--best", help="The best checkpoint, not the newest.")] = (
-        False
-    ),
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its checkpoints.")],
+    manifest: Annotated[str, typer.Argument(help="Manifest of the pairs to search.")],
+    queries: Annotated[list[str], typer.Argument(metavar="TEXT...", help="One query each.")],
+    nearest: Annotated[int, typer.Option(min=1, metavar="N", help="Images for each query.")] = 5,
+    best: Annotated[
+        bool, typer.Option("--best", help="Use the best checkpoint, not the newest.")
+    ] = (False),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Find the images of a manifest that a trained model thinks nearest to a text.
+    """Find the images of a manifest that are most similar to a text, by a trained model.
 
     Example: flava-train search runs/flava_pmd manifests/coco.json "two dogs on a beach"
     """
-    from flava_train.evaluation.search import search as find_images
+    from flava_train.evaluation.search import search as search_images
     from flava_train.evaluation.trained_model import load_trained_model
 
-    found = find_images(load_trained_model(run, best=best), manifest, queries, nearest)
+    hits = search_images(load_trained_model(run, best=best), manifest, queries, nearest)
     if as_json:
         rows = [
-            {"query": query, "images": [asdict(hit) for hit in hits]}
-            for query, hits in zip(queries, found, strict=True)
+            {
+                "query": query,
+                "images": [{"key": hit.key, "likeness": hit.similarity} for hit in of_query],
+            }
+            for query, of_query in zip(queries, hits, strict=True)
         ]
         typer.echo(json.dumps(rows))
         return
-    for query, hits in zip(queries, found, strict=True):
+    for query, of_query in zip(queries, hits, strict=True):
         typer.echo(query)
-        for hit in hits:
-            typer.echo(f"  {hit.likeness:6.3f}  {hit.key}")
+        for hit in of_query:
+            typer.echo(f"  {hit.similarity:6.3f}  {hit.key}")
 
 
-def _told_before(out: str | None) -> str:
-    """The configuration that a run was given before, else the paper's."""
+def _default_config(out: str | None) -> str:
+    """The saved configuration of the run in `out`, or the paper's."""
     if out is not None and (Path(out) / "config.toml").is_file():
         return str(Path(out) / "config.toml")
     return "flava_pmd"
 
 
-def _explain(config: "TrainConfig", step: int) -> None:
+def _explain_step(config: "TrainConfig", step: int) -> None:
     from flava_train.train import open_data
 
     if step >= config.steps:
         raise PmdError(f"--explain-step {step}: steps are 0 to {config.steps - 1}")
-    streams = open_data(config)[1]
-    typer.echo(f"step {step}: {streams.stream(step)}")
-    for row in streams.rows(step):
-        view = "" if row.view is None else f" view {row.view}"
-        mismatch = "" if row.matched else " (another image's)"
-        text = "" if row.text is None else f"  {row.text!r}"
-        typer.echo(f"{row.source} {row.key}{view}{mismatch}{text}")
+    data = open_data(config)[1]
+    typer.echo(f"step {step}: {data.stream(step)}")
+    for slot in data.describe(step):
+        crop = "" if slot.crop is None else f" view {slot.crop}"
+        mismatch = "" if slot.matched else " (another image's)"
+        text = "" if slot.text is None else f"  {slot.text!r}"
+        typer.echo(f"{slot.source} {slot.key}{crop}{mismatch}{text}")
 
 
 def main() -> None:
-    """Run `flava-train`: exit 0 done or told to stop, 2 fix the input, 130 after Ctrl-C."""
-    # before torch is loaded: threads that wait shall not hold the cores that load batches
+    """Run `flava-train`. Exit codes: 0 done or stopped by SIGTERM, 2 wrong input, 130 Ctrl-C."""
+    # before torch is loaded: waiting threads must not occupy the cores of the loader processes
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()

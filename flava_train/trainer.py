@@ -23,7 +23,7 @@ from flava_train.data.batches import (
 )
 from flava_train.data.loader import RankBatch
 from flava_train.data.training_data import TrainingData
-from flava_train.evaluation.evaluate import evaluate, file_cache
+from flava_train.evaluation.evaluate import evaluate
 from flava_train.model.flava import Flava
 from flava_train.objective.step import train_step
 from flava_train.run.checkpoint import Best, Progress, save
@@ -107,13 +107,13 @@ class Learner:
             self.streams.wordpiece,
             config,
             caption_tokens=self.config.data.caption_tokens,
-            files=file_cache(self.config.data),
+            files=self.config.data.file_cache(),
             autocast=AUTOCAST[self.config.compute.precision],
         )
-        if not found.figures:
+        if not found.metrics:
             return {}, False
         # saving is for all ranks together, and their last digits may differ
-        value = as_rank_0_has_it(found.figures[config.metric], self.ranks.device)
+        value = as_rank_0_has_it(found.metrics[config.metric], self.ranks.device)
         best = self.progress.best
         improved = best is None or best.metric != config.metric or value > best.value
         if improved:
@@ -171,7 +171,7 @@ class Learner:
         Raises:
             NotFinite: always.
         """
-        keys = [row.key for row in self.streams.rows(batch.step)]
+        keys = [row.key for row in self.streams.describe(batch.step)]
         some = ", ".join(keys if len(keys) <= _FEW else [*keys[:_FEW], "..."])
         path = Path(self.config.out) / f"not-finite-{batch.step}.json"
         if self.ranks.writes:

@@ -1,1 +1,1 @@
-"""What a run learns from: samples read, ordered and drawn, the same for any ranks and workers."""
+"""Training data: manifests to batches, the same for any number of ranks and workers."""

@@ -1,4 +1,4 @@
-"""What each slot of a batch shows: a view of an image, a caption, a text."""
+"""What the slots of a batch contain: a crop of an image, a caption, a text."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,56 +9,54 @@ from flava_train.data.image_codes import boxes_match
 from flava_train.data.masking import draw_uniforms
 from flava_train.data.order import random_bits
 from flava_train.data.pixels import crop_pixels
-from flava_train.data.shard_stream import ImageShard, OpenWindow, ShardStream
+from flava_train.data.shard_readers import ImageShard
+from flava_train.data.shard_stream import OpenWindow, ShardStream
 from flava_train.data.wordpiece import WordPiece
 from flava_train.shapes import Array, Bool, Int, UInt
 from pmd_pipeline.contract.boxes import WHOLE_IMAGE, Box
 from pmd_pipeline.contract.errors import PmdError
 
-"""The box of a whole image."""
-
-_ATTEMPTS = 8
-"""Captions drawn as a mismatch before the pair is left as it is."""
+_MISMATCH_ATTEMPTS = 8
+"""Captions drawn as a mismatch before the pair keeps its own."""
 
 
 @dataclass(frozen=True)
 class ImageCrop:
-    """The view of an image that a slot shows; its pixels are still in the shard.
+    """A crop of an image with its caption; the pixels are not read yet.
 
     Args:
-        shard: that holds the image.
-        sample: number of the image there.
-        view: number of the view.
-        box: of the view.
-        captions: all that the image has.
-        nth: which of them is the slot's.
+        shard: of the image.
+        sample: number of the image in the shard.
+        crop: number of the crop, as in the image codes: 0 is the whole image.
+        box: of the crop.
+        captions: all captions of the image.
+        caption: index of the slot's caption among them.
     """
 
     shard: ImageShard
     sample: int
-    view: int
+    crop: int
     box: Box
     captions: list[str]
-    nth: int
+    caption: int
 
     @property
-    def image(self) -> int:
-        """The number that names the image, the same for its copies in other sources."""
-        return int(self.shard.ledger.images[self.sample])
+    def key(self) -> str:
+        """The key of the record."""
+        return self.shard.key(self.sample)
+
+    @property
+    def image_id(self) -> int:
+        """Identifier of the image, equal for its copies in other sources."""
+        return int(self.shard.ledger.image_ids[self.sample])
 
     def pixels(self, size: int) -> UInt[Array, "3 {size} {size}"]:
-        """Red, green and blue.
+        """Red, green and blue of the crop, resized to a square.
 
         Raises:
-            PmdError: the shard does not hold the image that its ledger tells of.
+            PmdError: the stored image is not the one that the ledger describes.
         """
-        shard, sample = self.shard, self.sample
-        try:
-            return crop_pixels(shard.jpeg(sample), self.box, size, shard.size(sample))
-        except ValueError as error:
-            raise PmdError(
-                f"{shard.name}: {shard.key(sample)} is not the image its ledger tells of: {error}"
-            ) from error
+        return crop_pixels(self.shard.image(self.sample), self.box, size)
 
 
 @dataclass(frozen=True)
@@ -66,91 +64,97 @@ class BatchSlice:
     """Some slots of the global batch of one step.
 
     Args:
-        stream: that the batch comes from.
-        corpus: of the stream.
-        window: that the batch lies in.
-        pairs: of the window, one for each slot.
-        numbers: the sample numbers, by which all is drawn.
+        stream: name of the stream.
+        shards: of the stream.
+        window: of the batch.
+        pairs: positions in the window, one for each slot.
+        numbers: sample numbers, from which all random choices are made.
         seed: of the run.
     """
 
     stream: str
-    corpus: ShardStream
+    shards: ShardStream
     window: OpenWindow
     pairs: Int[Array, " b"]
     numbers: Int[Array, " b"]
     seed: int
 
-    def shown(self) -> list[ImageCrop]:
-        """A view for each slot."""
-        dice = random_bits(self.seed, "view", self.numbers).tolist()
-        places = self._located(self.pairs)
+    def crops(self) -> list[ImageCrop]:
+        """The crop of each slot."""
+        bits = random_bits(self.seed, "crop", self.numbers).tolist()
+        located = self._locate(self.pairs)
         return [
-            _shown(shard, sample, nth, die)
-            for (shard, sample, nth), die in zip(places, dice, strict=True)
+            _choose_crop(shard, sample, caption, choice)
+            for (shard, sample, caption), choice in zip(located, bits, strict=True)
         ]
 
     def captions(
-        self, shown: Sequence[ImageCrop], mismatch_rate: float, wordpiece: WordPiece
+        self, crops: Sequence[ImageCrop], mismatch_rate: float, wordpiece: WordPiece
     ) -> tuple[list[str], Bool[Array, " b"]]:
-        """The caption of each slot, of some another image's; and which are the image's own."""
-        texts = [one.captions[one.nth] for one in shown]
-        matched = np.ones(len(shown), bool)
-        swapped = draw_uniforms(self.seed, self.numbers)[:, 0] < mismatch_rate
-        for slot in np.flatnonzero(swapped).tolist():
-            other = self._other_caption(slot, shown[slot], wordpiece)
+        """The caption of each slot, and whether it belongs to the image."""
+        captions = [one.captions[one.caption] for one in crops]
+        matched = np.ones(len(crops), bool)
+        mismatched = draw_uniforms(self.seed, self.numbers)[:, 0] < mismatch_rate
+        for slot in np.flatnonzero(mismatched).tolist():
+            other = self._other_caption(slot, crops[slot], wordpiece)
             if other is not None:
-                texts[slot], matched[slot] = other, False
-        return texts, matched
+                captions[slot], matched[slot] = other, False
+        return captions, matched
 
     def texts(self) -> tuple[list[str], list[str]]:
         """The text of each slot, and its key."""
         shards, rows, _ = self.window.locate(self.pairs)
         texts, keys = [""] * len(rows), [""] * len(rows)
-        for shard in np.unique(shards).tolist():
-            here = np.flatnonzero(shards == shard).tolist()
-            opened = self.corpus.texts(shard)
-            found = opened.texts(rows[here].tolist())
-            for slot, text in zip(here, found, strict=True):
-                texts[slot], keys[slot] = text, opened.key(int(rows[slot]))
+        for number in np.unique(shards).tolist():
+            slots = np.flatnonzero(shards == number).tolist()
+            shard = self.shards.text_shard(number)
+            for slot, text in zip(slots, shard.texts(rows[slots].tolist()), strict=True):
+                texts[slot], keys[slot] = text, shard.key(int(rows[slot]))
         return texts, keys
 
-    def _other_caption(self, slot: int, one: ImageCrop, wordpiece: WordPiece) -> str | None:
-        """A caption of the window that is not the image's, nor reads like any that is."""
-        attempts = self.numbers[slot] * _ATTEMPTS + np.arange(_ATTEMPTS)
-        drawn = random_bits(self.seed, "swap", attempts) % np.uint64(self.window.pairs)
-        own = [wordpiece.pieces(caption) for caption in one.captions]
-        for shard, sample, nth in self._located(drawn.astype(np.int64)):
-            if shard.ledger.images[sample] == one.image:
+    def _other_caption(self, slot: int, crop: ImageCrop, wordpiece: WordPiece) -> str | None:
+        """A caption of another image in the window, with other tokens than all of this image's."""
+        attempts = self.numbers[slot] * _MISMATCH_ATTEMPTS + np.arange(_MISMATCH_ATTEMPTS)
+        drawn = random_bits(self.seed, "mismatch", attempts) % np.uint64(self.window.pairs)
+        own = [wordpiece.token_ids(caption) for caption in crop.captions]
+        for shard, sample, caption in self._locate(drawn.astype(np.int64)):
+            if shard.ledger.image_ids[sample] == crop.image_id:
                 continue
-            other = shard.record(sample).captions[nth]
-            if wordpiece.pieces(other) not in own:
+            other = shard.captions(sample).captions[caption]
+            if wordpiece.token_ids(other) not in own:
                 return other
         return None
 
-    def _located(self, pairs: Int[Array, " n"]) -> Iterator[tuple[ImageShard, int, int]]:
-        """Shard, sample, and which of the sample's captions, of pairs of the window."""
+    def _locate(self, pairs: Int[Array, " n"]) -> Iterator[tuple[ImageShard, int, int]]:
+        """Shard, sample, and number of the caption, of pairs of the window."""
         columns = (column.tolist() for column in self.window.locate(pairs))
-        for shard, sample, nth in zip(*columns, strict=True):
-            yield self.corpus.shard(shard, self.window), sample, nth
+        for shard, sample, caption in zip(*columns, strict=True):
+            yield self.shards.image_shard(shard, self.window), sample, caption
 
 
-def _shown(shard: ImageShard, sample: int, nth: int, die: int) -> ImageCrop:
-    """One of the drawn views of a sample; of an image with boxes, the view of the caption."""
-    record, views = shard.record(sample), shard.views
-    if record.boxes:
-        number, box = 1 + nth, record.boxes[nth]
-        if views:
-            stored = views.box(sample, number)
+def _choose_crop(shard: ImageShard, sample: int, caption: int, choice: int) -> ImageCrop:
+    """The region of the caption; where captions have no boxes, the stored crop that `choice` names.
+
+    Args:
+        shard: of the image.
+        sample: number of the image in the shard.
+        caption: number of the caption among the image's.
+        choice: random number; the whole image is chosen only if it is the only crop.
+    """
+    text, codes = shard.captions(sample), shard.codes
+    if text.boxes:
+        crop, box = 1 + caption, text.boxes[caption]
+        if codes:
+            stored = codes.box(sample, crop)
             if not boxes_match(stored, box):
                 raise PmdError(
-                    f"{views.name} has other boxes than {shard.name}: run `pmd codes` again"
+                    f"{codes.name} has other boxes than {shard.address}: run `pmd codes` again"
                 )
             box = stored
-        return ImageCrop(shard, sample, number, box, record.captions, nth)
-    number, box = 0, WHOLE_IMAGE
-    if views:
-        count = views.count(sample)
-        number = 1 + die % (count - 1) if count > 1 else 0
-        box = views.box(sample, number)
-    return ImageCrop(shard, sample, number, box, record.captions, nth)
+        return ImageCrop(shard, sample, crop, box, text.captions, caption)
+    crop, box = 0, WHOLE_IMAGE
+    if codes:
+        num_crops = codes.num_crops(sample)
+        crop = 1 + choice % (num_crops - 1) if num_crops > 1 else 0
+        box = codes.box(sample, crop)
+    return ImageCrop(shard, sample, crop, box, text.captions, caption)

@@ -1,8 +1,8 @@
-"""What a loader hands to a training step, and how a batch is cut into micro-batches.
+"""Batches: what the loader gives to a training step, and how it is cut into micro-batches.
 
-A loader builds one `PairBatch`, `ImageBatch` or `TextBatch` per step and rank in host memory, cuts
-pairs with `micro_batches`, and copies the micro-batches with `to_device`. All widths are fixed by
-the configuration, so that a compiled model sees few shapes.
+The loader makes one `PairBatch`, `ImageBatch` or `TextBatch` per step and rank in host memory.
+`micro_batches` cuts pairs, `to_device` copies. The configuration fixes all widths, so that a
+compiled model sees few shapes.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from flava_train.data.masking import max_masked_tokens
 from flava_train.shapes import Bool, Float, Int, Shaped
 
 WIDTHS = (16, 24, 32, 48, 64, 80)
-"""Caption widths that get compiled: multiples of 8, of which the last holds the usual 77."""
+"""Padded widths of captions, each compiled once: multiples of 8; the last holds 77 tokens."""
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images with the patches to be predicted.
+    """Images with the patches to predict.
 
     Args:
-        pixels: uint8 RGB as decoded, normalised on the device; or floats, already normalised.
-        masked_positions: numbers of the masked patches, row by row from the top left; 0 as padding.
-        codes: the image tokenizer's codes of these patches; `IGNORE` marks padding.
+        pixels: uint8 RGB, to be normalised on the device; or floats, already normalised.
+        masked_positions: masked patches, counted row by row from the top left; 0 is padding.
+        codes: image codes of these patches; `IGNORE` is padding.
     """
 
     pixels: Shaped[Tensor, "b 3 height width"]
@@ -39,14 +39,14 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Tokenized texts, `[CLS]` first, `[SEP]` last, then padding, with the tokens to be predicted.
+    """Tokenized texts with the tokens to predict. A row is `[CLS]`, tokens, `[SEP]`, padding.
 
     Args:
-        tokens: as written, padded with 0.
+        tokens: token ids before masking, padded with 0.
         masked_tokens: the same after masking.
         lengths: tokens in each row, `[CLS]` and `[SEP]` included, at least 1.
-        masked_positions: positions of the masked tokens, from the left; 0 as padding.
-        labels: the tokens that stood there; `IGNORE` marks padding.
+        masked_positions: positions of the masked tokens in ascending order; 0 is padding.
+        labels: token ids before masking at these positions; `IGNORE` is padding.
     """
 
     tokens: Int[Tensor, "b l"]
@@ -66,11 +66,11 @@ class PairBatch:
     Args:
         images: row i belongs to row i of `texts`.
         texts: captions.
-        matched: false where the loader put another image's caption (ITM negatives `dataset`).
-        image_ids: equal for rows that show the same image (50 captions of one Visual Genome
-            image are 50 pairs), so that none becomes the other's negative.
-        uniforms: two numbers in [0, 1) from `masking.draw_uniforms`, with which the step draws
-            negatives (ITM negatives `batch` and `hard`).
+        matched: false where the caption is another image's (ITM negatives `dataset`).
+        image_ids: equal for rows of the same image (50 captions of one Visual Genome image are
+            50 pairs), so that none becomes a negative of another.
+        uniforms: two random numbers in [0, 1) from `masking.draw_uniforms`, by which the step
+            chooses ITM negatives (`batch` and `hard`).
     """
 
     images: ImageBatch
@@ -83,50 +83,51 @@ class PairBatch:
         return len(self.matched)
 
 
-_Kind = TypeVar("_Kind", bound=ImageBatch | TextBatch | PairBatch)
+_Batch = TypeVar("_Batch", bound=ImageBatch | TextBatch | PairBatch)
 
 
 def micro_batches(
     pairs: PairBatch, size: int, *, widths: Sequence[int] = WIDTHS
 ) -> list[PairBatch]:
-    """Cut one rank's batch into micro-batches of `size` pairs, with captions of about one length.
+    """Cut one rank's batch into micro-batches of `size` pairs with captions of similar length.
 
-    The losses do not depend on the order of pairs, so sorting them by length costs nothing and
-    removes nearly all padding. Longest first: memory is claimed once.
+    The losses do not depend on the order of pairs, so sorting by length removes nearly all padding
+    and changes nothing else. The longest captions come first, so that the first micro-batch
+    allocates the most memory.
 
     Args:
-        pairs: a batch in host memory, since shapes must be known there.
+        pairs: a batch in host memory, where reading a length needs no synchronisation.
         size: pairs in each micro-batch; the last may be smaller.
-        widths: ascending; each micro-batch has the first that holds its longest caption.
+        widths: ascending; each micro-batch gets the first that holds its longest caption.
 
     Raises:
         ValueError: a caption is longer than every width.
     """
     order = torch.argsort(pairs.texts.lengths, descending=True, stable=True)
-    pieces = []
+    cut = []
     for rows in order.split(size):
-        piece = select_rows(pairs, rows)
-        longest = int(piece.texts.lengths.max())
+        micro_batch = select_rows(pairs, rows)
+        longest = int(micro_batch.texts.lengths.max())
         width = next((width for width in widths if width >= longest), None)
         if width is None:
             raise ValueError(f"a caption of {longest} tokens fits none of the widths {widths}")
-        pieces.append(replace(piece, texts=pad_to_width(piece.texts, width)))
-    return pieces
+        cut.append(replace(micro_batch, texts=pad_to_width(micro_batch.texts, width)))
+    return cut
 
 
-def select_rows(batch: _Kind, rows: Int[Tensor, " n"]) -> _Kind:
-    """Copy the given rows, in the given order."""
-    taken: dict[str, Any] = {}
+def select_rows(batch: _Batch, rows: Int[Tensor, " n"]) -> _Batch:
+    """A batch of the given rows, in the given order."""
+    selected: dict[str, Any] = {}
     for field in fields(batch):
         column = getattr(batch, field.name)
-        taken[field.name] = (
+        selected[field.name] = (
             column[rows] if isinstance(column, Tensor) else select_rows(column, rows)
         )
-    return replace(batch, **taken)
+    return replace(batch, **selected)
 
 
 def pad_to_width(texts: TextBatch, width: int) -> TextBatch:
-    """Cut or pad rows to `width` tokens, and their masked ones to as many as that may have.
+    """Texts padded or cut to `width` tokens, with as many masked positions as that width allows.
 
     No row may be longer than `width`.
     """
@@ -141,8 +142,8 @@ def pad_to_width(texts: TextBatch, width: int) -> TextBatch:
     )
 
 
-def to_device(batch: _Kind, device: torch.device | str) -> _Kind:
-    """Copy to `device`; without waiting for it, where memory is pinned."""
+def to_device(batch: _Batch, device: torch.device | str) -> _Batch:
+    """A copy on `device`; the copy is asynchronous if the memory is pinned."""
     moved: dict[str, Any] = {}
     for field in fields(batch):
         column = getattr(batch, field.name)

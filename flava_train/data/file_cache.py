@@ -1,8 +1,8 @@
-"""Files of a dataset on this machine, whole and unchanged: read in place, or copied into a cache.
+"""Verified files of a dataset: local ones are read in place, others are copied into a cache.
 
-Many processes share a machine: the workers of all ranks. Each file is checked once, or copied
-once, by whoever comes first; the others wait for that. All agreement is by locks and names of
-files, so nothing is left over by a process that is killed.
+The workers of all ranks of a machine share it. The first process that needs a file verifies or
+copies it, the others wait. Processes coordinate by file locks and file names only, so a killed
+process leaves no stale state.
 """
 
 import fcntl
@@ -14,30 +14,33 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.files import FileUnreadableError, filesystem_of, reading
 
 _CHUNK = 1 << 22
 _STAMP_SECONDS = 24 * 3600.0
-"""How long a machine remembers that a file was as it should be: for one run's ranks and resumes."""
+"""How long a verified file is not verified again on a machine: for one run's ranks and resumes."""
 
-_COPY = re.compile(r"[0-9a-f]{64}(\.\w+)?(\.part)?")
-"""Names of copies, and of those being made."""
+_COPY_NAME = re.compile(r"[0-9a-f]{64}(\.\w+)?(\.part)?")
+"""Names of copies, finished and unfinished."""
 
 RETRY_SECONDS = (1.0, 10.0)
-"""Seconds before a file elsewhere, of which no answer came, is asked for again."""
+"""Pauses before the second and third attempt to read a remote file."""
 
-_Opened = TypeVar("_Opened")
-_Found = TypeVar("_Found")
+_MAX_EVICTIONS = 10
+"""Attempts to open a copy that other processes remove to make room."""
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class ExpectedFile:
-    """A file by its address and the sha256 of its content, as hex."""
+    """A file by its address and the SHA-256 of its content, as hex."""
 
     address: str
     sha256: str
@@ -45,134 +48,142 @@ class ExpectedFile:
 
 @dataclass(frozen=True)
 class FileCache:
-    """Where files lie on this machine.
+    """Local paths of verified files.
 
     Args:
-        cache: folder for copies of what lies elsewhere; other files in it are let alone.
-        max_bytes: of all copies; the least recently used give way.
-        verify: compare the sha256 of files of this machine, at most once a day each. Copies are
-            always compared, while they are made.
+        folder: for copies of files that are not on this machine; other files in it are not touched.
+        max_bytes: size limit of all copies; the least recently used are removed.
+        verify: compare the SHA-256 of local files, at most once a day each. Copies are always
+            compared while they are made.
     """
 
-    cache: Path | None = None
+    folder: Path | None = None
     max_bytes: int = 200 << 30
     verify: bool = True
 
-    def fetch(self, wanted: Sequence[ExpectedFile]) -> None:
-        """Check or copy files before they are needed; other workers begin with other files."""
-        begin = os.getpid() % max(1, len(wanted))
-        for one in (*wanted[begin:], *wanted[:begin]):
-            self.path(one)
+    def prefetch(self, files: Sequence[ExpectedFile]) -> None:
+        """Verify or copy files before they are needed; each process starts at another one."""
+        begin = os.getpid() % max(1, len(files))
+        for file in (*files[begin:], *files[:begin]):
+            self.path(file)
 
-    def path(self, wanted: ExpectedFile) -> Path:
-        """Where the file lies. A copy may give way to others at any time: open it at once.
+    def path(self, file: ExpectedFile) -> Path:
+        """The local path of a file. A copy may be removed at any time: open it at once.
 
         Raises:
-            PmdError: it is not there, or not what it should be, or the cache is too small.
+            PmdError: the file is missing, its content has changed, or the cache is too small.
         """
-        filesystem, place = _filesystem(wanted.address)
+        filesystem, path = filesystem_of(file.address)
         if isinstance(filesystem, LocalFileSystem):
-            here = Path(place)
             if self.verify:
-                _check(here, wanted)
-            return here
-        if self.cache is None:
+                _verify(Path(path), file)
+            return Path(path)
+        if self.folder is None:
             raise PmdError(
-                f"{wanted.address} is not on this machine: set data.cache to a folder for copies"
+                f"{file.address} is not on this machine: set data.cache (in Python, `cache`) to a "
+                "folder for copies"
             )
-        return self._copy(filesystem, place, wanted, self.cache)
+        return self._copy(filesystem, path, file, self.folder)
 
-    def open(self, wanted: ExpectedFile, opener: Callable[[Path], _Opened]) -> _Opened:
-        """What `opener` makes of the path of the file.
+    def open(self, file: ExpectedFile, opener: Callable[[Path], _Result]) -> _Result:
+        """The result of `opener`, called with the local path of the file.
 
         Raises:
-            PmdError: as for `path`, or it cannot be read.
+            PmdError: as for `path`, or the file cannot be opened.
         """
-        for _ in range(10):
-            path = self.path(wanted)
+        for _ in range(_MAX_EVICTIONS):
+            path = self.path(file)
             try:
                 return opener(path)
             except FileNotFoundError:
-                if path.parent != self.cache:
+                if path.parent != self.folder:
                     raise PmdError(f"{path} is missing: run `pmd build` again") from None
-                # else it gave way to another copy just now
+                # else another process has removed the copy to make room
             except OSError as error:
                 raise PmdError(f"cannot read {path}: {error.strerror or error}") from error
-        raise _too_small(self)
+        raise self._too_small()
 
     def _copy(
-        self, filesystem: fsspec.AbstractFileSystem, place: str, wanted: ExpectedFile, cache: Path
+        self, filesystem: fsspec.AbstractFileSystem, path: str, file: ExpectedFile, folder: Path
     ) -> Path:
-        target = cache / (wanted.sha256 + Path(place).suffix)
+        target = folder / (file.sha256 + Path(path).suffix)
         part = target.with_name(f"{target.name}.part")
-        with _writing(cache):
+        with _writing(folder):
             with suppress(FileNotFoundError):
                 os.utime(target)
                 return target
-            cache.mkdir(parents=True, exist_ok=True)
-            with _locked(part) as file:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(part) as out:
                 if target.exists():  # another process made it meanwhile
                     part.unlink(missing_ok=True)
                     return target
-                address = wanted.address
-                size = _patiently(address, lambda: int(filesystem.size(place)))
-                with _locked(cache / "lock"):
-                    self._make_room(size, cache, part)
-                    file.truncate(size)  # from now on it counts
-                found = _patiently(address, lambda: _copied(filesystem, place, file, cache))
-                if found != wanted.sha256:
+                size = _with_retries(file.address, lambda: int(filesystem.size(path)))
+                with _locked(folder / "lock"):
+                    self._make_room(size, folder, part)
+                    out.truncate(size)  # reserves the bytes: `_make_room` counts them
+                sha256 = _with_retries(
+                    file.address, lambda: _download(filesystem, path, out, folder)
+                )
+                if sha256 != file.sha256:
                     part.unlink()
-                    raise _changed(address)
+                    raise _changed(file.address)
                 part.replace(target)
         return target
 
-    def _make_room(self, size: int, cache: Path, own: Path) -> None:
-        """Remove what was used least recently until `size` bytes more are within the bound."""
-        there = []
-        for path in cache.iterdir():
-            with suppress(FileNotFoundError):  # it has just been renamed or removed
-                if path != own and _COPY.fullmatch(path.name) and path.is_file():
-                    there.append((path.stat(), path))
-        total = sum(stat.st_size for stat, _ in there)
-        for stat, path in sorted(there, key=lambda one: one[0].st_mtime_ns):
+    def _make_room(self, size: int, folder: Path, part: Path) -> None:
+        """Remove the least recently used copies until `size` bytes more fit, `part` not counted."""
+        copies = []
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):  # another process has renamed or removed it
+                if path != part and _COPY_NAME.fullmatch(path.name) and path.is_file():
+                    copies.append((path.stat(), path))
+        total = sum(stat.st_size for stat, _ in copies)
+        for stat, path in sorted(copies, key=lambda copy: copy[0].st_mtime_ns):
             if total + size <= self.max_bytes:
                 return
-            if _removed(path):
+            if _remove_copy(path):
                 total -= stat.st_size
         if total + size > self.max_bytes:
-            raise _too_small(self)
+            raise self._too_small()
+
+    def _too_small(self) -> PmdError:
+        return PmdError(
+            f"a cache of {self.max_bytes / 2**30:.3g} GiB does not hold the shards in use: raise "
+            "data.cache_gib (in Python, `cache_gib`), or lower data.window_shards"
+        )
 
 
-def _check(path: Path, wanted: ExpectedFile) -> None:
-    """Compare the content with its sha256, unless a process of this machine did so lately."""
+def _verify(path: Path, file: ExpectedFile) -> None:
+    """Compare the content with its SHA-256, unless a process of this machine did so recently."""
     try:
         stat = path.stat()
     except OSError as error:
         raise PmdError(f"cannot read {path}: {error.strerror}; run `pmd build` again") from error
-    named = f"{path.resolve()} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {wanted.sha256}"
-    with _stamp(hashlib.sha256(named.encode(errors="surrogateescape")).hexdigest()) as file:
-        if file and file.read():
-            age = time.time() - os.fstat(file.fileno()).st_mtime
+    identity = f"{path.resolve()} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {file.sha256}"
+    name = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()
+    with _locked_stamp(name) as stamp:
+        if stamp and stamp.read():
+            age = time.time() - os.fstat(stamp.fileno()).st_mtime
             if age < _STAMP_SECONDS:
                 return
         with path.open("rb", buffering=0) as content:
-            if _digest(content) != wanted.sha256:
+            if _sha256(content) != file.sha256:
                 raise _changed(str(path))
-        if file:
-            file.seek(0)
-            file.write(b"ok")
+        if stamp:
+            stamp.seek(0)
+            stamp.write(b"ok")
 
 
 @contextmanager
-def _stamp(name: str) -> Iterator[BinaryIO | None]:
-    """A file of this user's, locked; None where none can be kept, and every process checks."""
+def _locked_stamp(name: str) -> Iterator[BinaryIO | None]:
+    """A locked file of this user's; None where it cannot be created, so every process verifies."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
         folder = Path(home).expanduser() / "flava_train" / "verified"
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / name).open("a+b")
         fcntl.flock(file, fcntl.LOCK_EX)
-    except (OSError, RuntimeError):  # no room, no locks, or no home
+    except (OSError, RuntimeError):  # no space, no locks, or no home folder
         yield None
         return
     with file:
@@ -182,7 +193,7 @@ def _stamp(name: str) -> Iterator[BinaryIO | None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """The file at `path`, made if need be, and this process alone has it."""
+    """The file at `path`, created if necessary and locked by this process."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -194,8 +205,8 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _removed(path: Path) -> bool:
-    """Remove a copy, or what a process that is gone left of one."""
+def _remove_copy(path: Path) -> bool:
+    """Remove a finished copy, or one whose process has died."""
     try:
         with path.open("rb") as file:
             if path.suffix == ".part":
@@ -206,25 +217,25 @@ def _removed(path: Path) -> bool:
     return True
 
 
-def _copied(
-    filesystem: fsspec.AbstractFileSystem, place: str, target: BinaryIO, cache: Path
+def _download(
+    filesystem: fsspec.AbstractFileSystem, path: str, target: BinaryIO, folder: Path
 ) -> str:
-    """The sha256 of the file at `place`, all of which `target`, in `cache`, holds then."""
+    """Copy the file at `path` to `target` in `folder`; return the SHA-256 of its content."""
     digest = hashlib.sha256()
     end = 0
-    with filesystem.open(place, "rb") as source:
+    with filesystem.open(path, "rb") as source:
         while chunk := source.read(_CHUNK):
             digest.update(chunk)
-            with _writing(cache):
+            with _writing(folder):
                 while chunk:
                     written = os.pwrite(target.fileno(), chunk, end)
                     end, chunk = end + written, chunk[written:]
-    with _writing(cache):
+    with _writing(folder):
         target.truncate(end)
     return digest.hexdigest()
 
 
-def _digest(file: BinaryIO) -> str:
+def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)
@@ -233,54 +244,24 @@ def _digest(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _filesystem(address: str) -> tuple[Any, str]:
-    with _reading(address):
-        try:
-            filesystem, place = fsspec.core.url_to_fs(address)
-        except (ValueError, ImportError) as error:  # no such protocol, or its package is missing
-            raise PmdError(f"cannot use the address {address}: {error}") from error
-    return filesystem, str(place)
-
-
-class _Unanswered(PmdError):
-    """A file elsewhere cannot be read, but perhaps a moment later."""
-
-
-def _patiently(address: str, ask: Callable[[], _Found]) -> _Found:
-    """What `ask` finds at the address, at the last attempt if not before."""
+def _with_retries(address: str, attempt: Callable[[], _Result]) -> _Result:
+    """The result of `attempt`, which reads from `address`; an error of the last one is raised."""
     for pause in RETRY_SECONDS:
-        with suppress(_Unanswered), _reading(address):
-            return ask()
+        with suppress(FileUnreadableError), reading(address):
+            return attempt()
         time.sleep(pause)
-    with _reading(address):
-        return ask()
+    with reading(address):
+        return attempt()
 
 
 @contextmanager
-def _reading(address: str) -> Iterator[None]:
-    """Calls of a file system, and nothing else."""
-    try:
-        yield
-    except PmdError:
-        raise
-    except FileNotFoundError as error:
-        raise PmdError(
-            f"cannot read {address}: there is no such file; `pmd build` writes it"
-        ) from error
-    except OSError as error:
-        raise _Unanswered(f"cannot read {address}: {error.strerror or error}") from error
-    except Exception as error:  # a library below fsspec raises what it likes
-        raise _Unanswered(f"cannot read {address}: {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _writing(cache: Path) -> Iterator[None]:
+def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise PmdError(
-            f"cannot write to data.cache = {cache}: {error.strerror or error}; make room, or name "
-            "a folder of yours"
+            f"cannot write to data.cache = {folder}: {error.strerror or error}; free disk space, "
+            "or name a folder that you may write to"
         ) from error
 
 
@@ -288,11 +269,4 @@ def _changed(address: str) -> PmdError:
     return PmdError(
         f"{address} is not the file that the manifest names: its sha256 differs; build or copy it "
         "again"
-    )
-
-
-def _too_small(files: FileCache) -> PmdError:
-    return PmdError(
-        f"a cache of {files.max_bytes / 2**30:.3g} GiB does not hold the shards in use: raise "
-        "data.cache_gib, or lower data.window_shards"
     )

@@ -1,9 +1,8 @@
-"""What a ledger says of the samples in its shard, and the samples themselves."""
+"""Ledgers as arrays, and the members of the tar that their offsets point to."""
 
-import json
 import os
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +10,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flava_train.shapes import Array, Int, UInt
-from pmd_pipeline.contract.boxes import Box, is_box
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.models import ShardEntry
 from pmd_pipeline.contract.reasons import Status
+from pmd_pipeline.contract.sample_json import SampleCaptions, parse_captions
+from pmd_pipeline.contract.schemas import LedgerColumn, column
 
-_NUMBERS = (
+_COLUMNS: list[LedgerColumn] = [
+    "key",
+    "status",
+    "sha256",
     "num_pairs",
     "width",
     "height",
@@ -24,145 +27,148 @@ _NUMBERS = (
     "image_size",
     "json_offset",
     "json_size",
-)
+]
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """The samples of one shard, in the order of its ledger.
+class ByteRanges:
+    """Where one member of each sample lies in the tar: first byte and number of bytes."""
+
+    offsets: Int[Array, " n"]
+    sizes: Int[Array, " n"]
+
+
+@dataclass(frozen=True)
+class ShardLedger:
+    """The samples of one shard, in the order of its ledger; failed records are left out.
 
     Args:
-        keys: of the samples.
-        images: a number that names each image: the first 64 bits of the sha256 of its bytes as
-            fetched, so that copies of it in other sources have the same.
-        ends: pairs up to and with each sample.
-        columns: numbers of each sample, by the ledger's names.
+        keys: of the samples, as bytes.
+        image_ids: the first 64 bits of the SHA-256 of the fetched bytes, so that copies of an image
+            in other sources have the same identifier.
+        num_pairs: pairs of each sample.
+        ends: pairs of all samples up to and including each one.
+        widths: of the stored images, in pixels.
+        heights: of the stored images, in pixels.
+        image: byte ranges of the images.
+        json: byte ranges of the JSON members.
     """
 
     keys: Array
-    images: UInt[Array, " n"]
+    image_ids: UInt[Array, " n"]
+    num_pairs: Int[Array, " n"]
     ends: Int[Array, " n"]
-    columns: dict[str, Int[Array, " n"]]
+    widths: Int[Array, " n"]
+    heights: Int[Array, " n"]
+    image: ByteRanges
+    json: ByteRanges
 
     def samples(self, pairs: Int[Array, " p"]) -> tuple[Int[Array, " p"], Int[Array, " p"]]:
-        """The sample of each pair, and which of the sample's pairs it is."""
+        """The sample of each pair, and the pair's number within that sample."""
         samples = np.searchsorted(self.ends, pairs, side="right")
-        before = self.ends - self.columns["num_pairs"]
+        before = self.ends - self.num_pairs
         return samples, pairs - before[samples]
 
-    def images_of(self, start: int, stop: int) -> UInt[Array, " p"]:
+    def image_ids_of_pairs(self, start: int, stop: int) -> UInt[Array, " p"]:
         """The image of each of the pairs `start` to `stop`."""
         samples, _ = self.samples(np.arange(start, stop))
-        return self.images[samples]
+        return self.image_ids[samples]
 
 
-@dataclass(frozen=True)
-class Record:
-    """The captions of one sample, and their boxes if they have any."""
-
-    captions: list[str]
-    boxes: list[Box] | None
-
-
-def read_ledger(file: BinaryIO, shard: ShardEntry) -> Ledger:
+def read_ledger(file: BinaryIO, shard: ShardEntry) -> ShardLedger:
     """The ledger of `shard`.
 
     Raises:
         PmdError: it is no ledger, or does not fit the shard.
     """
-    columns = ["key", "status", "sha256", *_NUMBERS]
     try:
         # in this thread: one of Arrow's may ask for the file when the interpreter is ending
         with pq.ParquetFile(file, pre_buffer=False) as parquet:
-            table = parquet.read(columns, use_threads=False)
-        records = len(table)
-        table = table.filter(pc.equal(table["status"], Status.SUCCESS))
-        numbers = {name: _numbers(table, name) for name in _NUMBERS}
-        keys = np.array(table["key"].to_pylist(), dtype="S16")
-        hashes = "".join(one[:16] for one in table["sha256"].to_pylist())
-        images = np.frombuffer(bytes.fromhex(hashes), ">u8").astype(np.uint64)
+            table = parquet.read(_COLUMNS, use_threads=False)
+        num_records = len(table)
+        table = table.filter(pc.equal(column(table, "status"), Status.SUCCESS))
+        digits = "".join(sha256[:16] for sha256 in column(table, "sha256").to_pylist())
+        num_pairs = _integers(table, "num_pairs")
+        ledger = ShardLedger(
+            keys=np.array(column(table, "key").to_pylist(), dtype="S16"),
+            image_ids=np.frombuffer(bytes.fromhex(digits), ">u8").astype(np.uint64),
+            num_pairs=num_pairs,
+            ends=np.cumsum(num_pairs),
+            widths=_integers(table, "width"),
+            heights=_integers(table, "height"),
+            image=ByteRanges(_integers(table, "image_offset"), _integers(table, "image_size")),
+            json=ByteRanges(_integers(table, "json_offset"), _integers(table, "json_size")),
+        )
     except (pa.ArrowException, ValueError, TypeError, KeyError) as error:
-        raise _unfit(shard, f"it is no ledger ({str(error).partition(chr(10))[0]})") from error
-    if records != shard.records or len(keys) != shard.images or len(images) != shard.images:
-        raise _unfit(shard, f"it has {len(keys)} images in {records} records")
-    ends = np.cumsum(numbers["num_pairs"])
-    if (numbers["num_pairs"] < 1).any() or int(ends[-1] if len(ends) else 0) != shard.pairs:
-        raise _unfit(shard, "its pairs are not as many as the manifest's")
-    for name in ("image", "json"):
-        offset, size = numbers[f"{name}_offset"], numbers[f"{name}_size"]
-        if ((offset < 0) | (size < 1) | (offset > shard.num_bytes - size)).any():
-            raise _unfit(shard, f"an offset of a {name} lies outside the shard")
-    return Ledger(keys, images, ends, numbers)
+        reason = str(error).partition("\n")[0]
+        raise _mismatch(shard, f"it cannot be read as a ledger ({reason})") from error
+    _check_ledger(ledger, num_records, shard)
+    return ledger
 
 
-def read_record(
-    file: int, ledger: Ledger, sample: int, name: str, *, captioned: bool = True
-) -> Record:
-    """What the shard says of a sample.
+def read_captions(
+    descriptor: int, ledger: ShardLedger, sample: int, shard: str, *, captioned: bool = True
+) -> SampleCaptions:
+    """The captions of a sample.
 
     Args:
-        file: descriptor of the tar.
+        descriptor: of the open tar.
         ledger: of the shard.
-        sample: its number, in the order of the ledger.
-        name: of the shard, for errors.
-        captioned: it must have as many captions as the ledger says.
+        sample: its number in the ledger.
+        shard: address of the tar, for errors.
+        captioned: the sample must have as many captions as the ledger states.
 
     Raises:
-        PmdError: the shard does not hold what its ledger says.
+        PmdError: the tar does not hold what the ledger states.
     """
-    content = _content(file, ledger, sample, "json", name)
+    content = _read_member(descriptor, ledger, ledger.json, sample, shard)
     key = ledger.keys[sample].decode()
     try:
-        record = _described(json.loads(content))
-    except (ValueError, RecursionError) as error:
-        raise PmdError(f"{name} does not fit its ledger: the JSON of {key} {error}") from error
-    if captioned and len(record.captions) != ledger.columns["num_pairs"][sample]:
-        found = len(record.captions)
-        raise PmdError(f"{name} does not fit its ledger: {key} has {found} captions")
-    return record
+        parsed = parse_captions(content)
+    except ValueError as error:
+        raise PmdError(f"{shard} does not fit its ledger: the JSON of {key} {error}") from error
+    if captioned and len(parsed.captions) != ledger.num_pairs[sample]:
+        count = len(parsed.captions)
+        raise PmdError(f"{shard} does not fit its ledger: {key} has {count} captions")
+    return parsed
 
 
-def read_image(file: int, ledger: Ledger, sample: int, name: str) -> bytes:
-    """The JPEG of a sample. As `read_record`."""
-    return _content(file, ledger, sample, "image", name)
+def read_image(descriptor: int, ledger: ShardLedger, sample: int, shard: str) -> bytes:
+    """The stored image of a sample, JPEG or WebP. Arguments and errors as for `read_captions`."""
+    return _read_member(descriptor, ledger, ledger.image, sample, shard)
 
 
-def _content(file: int, ledger: Ledger, sample: int, member: str, name: str) -> bytes:
-    offset, size = (int(ledger.columns[f"{member}_{one}"][sample]) for one in ("offset", "size"))
-    content = os.pread(file, size, offset)
+def _check_ledger(ledger: ShardLedger, num_records: int, shard: ShardEntry) -> None:
+    num_images = len(ledger.keys)
+    if num_records != shard.records or {num_images, len(ledger.image_ids)} != {shard.images}:
+        raise _mismatch(shard, f"it has {num_images} images in {num_records} records")
+    num_pairs = int(ledger.ends[-1]) if num_images else 0
+    if (ledger.num_pairs < 1).any() or num_pairs != shard.pairs:
+        raise _mismatch(shard, "its number of pairs is not the manifest's")
+    for name, ranges in (("image", ledger.image), ("JSON", ledger.json)):
+        offsets, sizes = ranges.offsets, ranges.sizes
+        if ((offsets < 0) | (sizes < 1) | (offsets > shard.num_bytes - sizes)).any():
+            raise _mismatch(shard, f"the byte range of a sample's {name} lies outside the tar")
+
+
+def _read_member(
+    descriptor: int, ledger: ShardLedger, ranges: ByteRanges, sample: int, shard: str
+) -> bytes:
+    offset, size = int(ranges.offsets[sample]), int(ranges.sizes[sample])
+    content = os.pread(descriptor, size, offset)
     if len(content) < size:
         key = ledger.keys[sample].decode()
-        raise PmdError(f"{name} ends early, within the sample {key}: build it again")
+        raise PmdError(f"{shard} ends early, within the sample {key}: build it again")
     return content
 
 
-def _numbers(table: pa.Table, name: str) -> Int[Array, " n"]:
-    column = table[name]
-    if column.null_count:
+def _integers(table: pa.Table, name: LedgerColumn) -> Int[Array, " n"]:
+    values = column(table, name)
+    if values.null_count:
         raise ValueError(f"{name} is empty where there is an image")
-    numbers: Array = column.cast(pa.int64()).to_numpy()
-    return numbers
+    integers: Array = values.cast(pa.int64()).to_numpy()
+    return integers
 
 
-def _described(stored: Any) -> Record:  # noqa: ANN401  # JSON may hold anything
-    """Captions and boxes in the JSON of a sample; ValueError where it has another form."""
-    match stored:
-        case {"captions": list(captions)} if all(isinstance(one, str) for one in captions):
-            pass
-        case _:
-            raise ValueError("has no captions")
-    if stored.get("boxes") is None:
-        return Record(captions, None)
-    try:
-        boxes = [(float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in stored["boxes"]]
-    except (TypeError, ValueError) as error:
-        raise ValueError("has boxes without four sides") from error
-    if len(boxes) != len(captions):
-        raise ValueError("has not one box for each caption")
-    if not all(is_box(box) for box in boxes):
-        raise ValueError("has a box that is not within the image")
-    return Record(captions, boxes)
-
-
-def _unfit(shard: ShardEntry, detail: str) -> PmdError:
+def _mismatch(shard: ShardEntry, detail: str) -> PmdError:
     return PmdError(f"the ledger {shard.ledger_path} does not fit its shard: {detail}")

@@ -1,4 +1,4 @@
-"""Batches of a run, step by step, loaded ahead by workers."""
+"""The batches of a run, step by step, loaded ahead by worker processes."""
 
 import itertools
 import signal
@@ -17,21 +17,21 @@ from flava_train.data.training_data import BatchChunk, TrainingData
 from pmd_pipeline.contract.errors import PmdError
 
 _STEPS_AHEAD = 2
-"""Steps that the workers together load before they are asked for."""
+"""Steps that the workers together load before they are needed."""
 
-_Item: TypeAlias = tuple[int, range]
+_StepSlots: TypeAlias = tuple[int, range]
 
 
 @dataclass(frozen=True)
 class RankBatch:
-    """What one rank takes in one step.
+    """One rank's share of the global batch of one step.
 
     Args:
         step: of the run.
-        stream: that the whole global batch comes from.
+        stream: of the whole global batch.
         rows: this rank's, in host memory.
         keys: of the records, row by row.
-        wait_seconds: seconds that the step had to wait for it.
+        wait_seconds: time that the step waited for the loader.
     """
 
     step: int
@@ -42,7 +42,7 @@ class RankBatch:
 
 
 def load_batches(
-    streams: TrainingData,
+    data: TrainingData,
     first: int,
     last: int,
     *,
@@ -51,104 +51,104 @@ def load_batches(
     workers: int = 0,
     chunk: int = 256,
 ) -> Iterator[RankBatch]:
-    """The batches of the steps from `first` up to, without, `last`.
+    """The batches of steps `first` to `last`, the latter not included.
 
-    Workers load chunks of slots, two steps ahead; neither their number nor the size of chunks
-    changes what a batch holds. Close the iterator to end the workers early.
+    Workers load chunks of slots, two steps ahead. The content of a batch depends neither on the
+    number of workers nor on the size of chunks. Close the iterator to end the workers early.
 
     Args:
-        streams: all data.
-        first: step to begin with.
-        last: step to end before.
-        rank: of this process; it takes slots from `rank / ranks` of the batch on.
+        data: of the run.
+        first: first step.
+        last: step after the last one.
+        rank: of this process; its slots begin at `rank / ranks` of the batch.
         ranks: processes that share each batch; a divisor of it.
-        workers: processes to load in; none: load here.
+        workers: loader processes; with none, this process loads.
         chunk: slots that a worker loads at a time.
 
     Raises:
-        PmdError: the data is not what the manifest says.
-        ValueError: the batch cannot be shared equally.
+        PmdError: a shard does not hold what the manifest states.
+        ValueError: the ranks cannot have equal shares of the batch.
     """
-    if streams.batch % ranks:
-        raise ValueError(f"a batch of {streams.batch} cannot be shared equally by {ranks} ranks")
-    own = range(streams.batch)[rank * streams.batch // ranks : (rank + 1) * streams.batch // ranks]
+    if data.batch % ranks:
+        raise ValueError(f"a batch of {data.batch} cannot be shared equally by {ranks} ranks")
+    own = range(data.batch)[rank * data.batch // ranks : (rank + 1) * data.batch // ranks]
     chunks = [own[start : start + chunk] for start in range(0, len(own), chunk)]
     with warnings.catch_warnings():
-        # how many workers a machine bears is for its user to say
+        # the configuration decides how many workers a machine has
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader: DataLoader[BatchChunk | PmdError] = DataLoader(
-            _Parts(streams),
+            _ChunkDataset(data),
             batch_size=None,
-            sampler=_Items(first, last, chunks),
+            sampler=_ChunkSampler(first, last, chunks),
             num_workers=workers,
             prefetch_factor=max(2, -(-_STEPS_AHEAD * len(chunks) // workers)) if workers else None,
-            worker_init_fn=_set_up_worker if workers else None,
+            worker_init_fn=_init_worker if workers else None,
         )
-        parts = iter(loader)
-    return _assembled(parts, streams, range(first, last), len(chunks))
+        loaded = iter(loader)
+    return _assemble(loaded, data, range(first, last), len(chunks))
 
 
-class _Parts(Dataset[BatchChunk | PmdError]):
-    """Parts of batches, by step and slots."""
+class _ChunkDataset(Dataset[BatchChunk | PmdError]):
+    """Chunks of batches, by step and slots."""
 
-    def __init__(self, streams: TrainingData) -> None:
-        self.streams = streams
+    def __init__(self, data: TrainingData) -> None:
+        self.data = data
 
-    def __getitem__(self, item: _Item) -> BatchChunk | PmdError:
-        """The part; or a user's mistake, which would come out of a worker as a long story."""
+    def __getitem__(self, index: _StepSlots) -> BatchChunk | PmdError:
+        """A chunk, or the error, which would get the worker's traceback if it were raised here."""
         try:
-            return self.streams.part(*item)
+            return self.data.load(*index)
         except PmdError as error:
             return error
 
 
-class _Items(Sampler[_Item]):
+class _ChunkSampler(Sampler[_StepSlots]):
     def __init__(self, first: int, last: int, chunks: Sequence[range]) -> None:
         self._steps, self._chunks = range(first, last), chunks
 
-    def __iter__(self) -> Iterator[_Item]:
+    def __iter__(self) -> Iterator[_StepSlots]:
         return itertools.product(self._steps, self._chunks)
 
     def __len__(self) -> int:
         return len(self._steps) * len(self._chunks)
 
 
-def _set_up_worker(_: int) -> None:
-    """Leave it to the main process when to end: signals may reach all of a job's processes."""
-    for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, signal.SIG_IGN)
+def _init_worker(_: int) -> None:
+    """Ignore signals, which may reach all processes of a job: the main process ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     worker = torch.utils.data.get_worker_info()
     assert worker is not None
     dataset: Any = worker.dataset
-    dataset.streams.look_ahead()
+    dataset.data.enable_prefetch()
 
 
-def _assembled(
-    parts: Iterator[BatchChunk | PmdError], streams: TrainingData, steps: range, num_parts: int
+def _assemble(
+    loaded: Iterator[BatchChunk | PmdError], data: TrainingData, steps: range, num_chunks: int
 ) -> Iterator[RankBatch]:
     try:
         for step in steps:
             began = time.monotonic()
-            found = []
-            for part in itertools.islice(parts, num_parts):
-                if isinstance(part, PmdError):
-                    raise part
-                found.append(part)
-            rows = concatenate([part.rows for part in found])
-            keys = [key for part in found for key in part.keys]
-            yield RankBatch(step, streams.stream(step), rows, keys, time.monotonic() - began)
+            chunks = []
+            for chunk in itertools.islice(loaded, num_chunks):
+                if isinstance(chunk, PmdError):
+                    raise chunk
+                chunks.append(chunk)
+            rows = concatenate([chunk.rows for chunk in chunks])
+            keys = [key for chunk in chunks for key in chunk.keys]
+            yield RankBatch(step, data.stream(step), rows, keys, time.monotonic() - began)
     finally:
-        del parts  # ends the workers; else the traceback of an error would keep them
+        del loaded  # ends the workers; else the traceback of an error would keep them
 
 
-def concatenate(pieces: Sequence[Any]) -> Any:  # noqa: ANN401  # the kind that went in
-    """Pieces of one kind of batch as one."""
-    if len(pieces) == 1:
-        return pieces[0]
+def concatenate(parts: Sequence[Any]) -> Any:  # noqa: ANN401  # returns the type of the parts
+    """One batch of the rows of all parts, which are batches of one type."""
+    if len(parts) == 1:
+        return parts[0]
     columns: dict[str, Any] = {}
-    for field in fields(pieces[0]):
-        values = [getattr(piece, field.name) for piece in pieces]
+    for field in fields(parts[0]):
+        values = [getattr(part, field.name) for part in parts]
         columns[field.name] = (
             torch.cat(values) if isinstance(values[0], Tensor) else concatenate(values)
         )
-    return replace(pieces[0], **columns)
+    return replace(parts[0], **columns)

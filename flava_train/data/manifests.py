@@ -1,4 +1,4 @@
-"""The shards that a manifest names: whether all are there, before a single step is taken."""
+"""Manifests as the trainer needs them: no part missing, every shard in its place."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import size_of
 from pmd_pipeline.contract.manifest import load_manifest, located
-from pmd_pipeline.contract.models import Manifest
+from pmd_pipeline.contract.models import Manifest, ShardEntry
 
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What there is of one source."""
+    """Totals over the shards of one source."""
 
     source: str
     pairs: int
@@ -21,10 +21,10 @@ class SourceSummary:
 
 
 def load_complete_manifest(path: str | Path) -> Manifest:
-    """The manifest at a path or an address, if no part is missing.
+    """The manifest at a path or an address.
 
     Raises:
-        PmdError: it cannot be trusted, see `load_manifest`, or lacks parts.
+        PmdError: as for `load_manifest`, or parts are missing.
     """
     manifest = load_manifest(str(path))
     if manifest.missing:
@@ -34,23 +34,30 @@ def load_complete_manifest(path: str | Path) -> Manifest:
 
 
 def check_manifest(path: str | Path) -> tuple[Manifest, list[SourceSummary]]:
-    """The manifest at `path` and what there is of each source, every shard being there.
+    """The manifest at `path` and totals by source, after a check that every shard exists.
 
-    Sizes are compared, contents are not read.
+    Sizes are compared; contents are not read.
 
     Raises:
-        PmdError: the manifest is not to be trusted, or a shard or ledger is missing or of
+        PmdError: as for `load_complete_manifest`, or a shard or ledger is missing, or a shard has
             another size.
     """
     manifest = load_complete_manifest(path)
-    found: dict[str, list[int]] = {}
+    shards: dict[str, list[ShardEntry]] = {}
     for shard in manifest.shards:
         tar = located(str(path), shard.path)
         if size_of(tar) != shard.num_bytes:
             raise PmdError(f"{tar} is not the shard that {path} names: run `pmd build` again")
         if size_of(located(str(path), shard.ledger_path)) is None:
             raise PmdError(f"{tar} has no ledger beside it: run `pmd build` again")
-        counts = found.setdefault(shard.source, [0, 0, 0, 0])
-        for place, more in enumerate((shard.pairs, shard.images, 1, shard.num_bytes)):
-            counts[place] += more
-    return manifest, [SourceSummary(source, *counts) for source, counts in sorted(found.items())]
+        shards.setdefault(shard.source, []).append(shard)
+    return manifest, [
+        SourceSummary(
+            source,
+            pairs=sum(shard.pairs for shard in shards[source]),
+            images=sum(shard.images for shard in shards[source]),
+            shards=len(shards[source]),
+            num_bytes=sum(shard.num_bytes for shard in shards[source]),
+        )
+        for source in sorted(shards)
+    ]

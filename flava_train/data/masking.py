@@ -1,7 +1,7 @@
-"""What is masked, as pure functions of (seed, sample number): numpy only, a batch at a time.
+"""Which patches and tokens are masked: pure functions of (seed, sample number), for whole batches.
 
-A sample's masks depend on nothing else, neither on its neighbours nor on the worker, so a run
-that is resumed, or spread over other ranks, masks the same patches and tokens.
+The masks of a sample depend neither on its neighbours in the batch nor on the worker, so a resumed
+run, or one with more ranks, masks the same patches and tokens.
 """
 
 import math
@@ -15,8 +15,8 @@ from flava_train.shapes import Array, Bool, Float, Int, UInt
 IGNORE = -100
 """Label of padding: no loss."""
 
-TOKEN_SHARE = 0.15
-"""Of the tokens of a text, as in BERT."""
+TOKEN_MASK_RATIO = 0.15
+"""Share of a text's tokens that are masked, as in BERT."""
 
 
 @dataclass(frozen=True)
@@ -25,207 +25,225 @@ class PatchMasking:
 
     Args:
         grid: patches along each side, at most 64.
-        masked: patches to mask; a few rows get fewer, none gets more.
-        least: patches that a block aims at, at least.
-        narrowest: least ratio of a block's sides; the greatest is its inverse.
-        attempts: places tried for one block before the row is left as it is.
+        num_masked: patches to mask; a few images get fewer, none gets more.
+        min_block: least patches that a block aims at.
+        min_aspect: least aspect ratio of a block; the greatest is its inverse.
+        attempts: tries for one block before masking ends with the blocks so far.
     """
 
     grid: int = 14
-    masked: int = 75
-    least: int = 16
-    narrowest: float = 0.3
+    num_masked: int = 75
+    min_block: int = 16
+    min_aspect: float = 0.3
     attempts: int = 10
+
+    @classmethod
+    def for_grid(cls, grid: int) -> "PatchMasking":
+        """FLAVA's masking of 14 by 14 patches, with numbers of patches in proportion to the grid's.
+
+        >>> PatchMasking.for_grid(28).num_masked
+        300
+        """
+        paper = cls()
+        factor = (grid / paper.grid) ** 2
+        num_masked = max(1, round(paper.num_masked * factor))
+        min_block = max(1, round(paper.min_block * factor))
+        return cls(grid=grid, num_masked=num_masked, min_block=min_block)
 
 
 @dataclass(frozen=True)
 class TokenMasking:
-    """BERT's masking: of the chosen tokens, 80 % become `[MASK]`, 10 % any token, 10 % stay.
+    """BERT's masking: of the selected tokens, 80 % become `[MASK]`, 10 % any token, 10 % stay.
 
     Args:
-        vocab: tokens to draw replacements from.
-        mask: the number of `[MASK]`.
-        never: tokens that are not chosen: padding and the specials.
+        vocabulary_size: replacements are drawn from token ids below it.
+        mask_id: token id of `[MASK]`.
+        never: token ids that are never selected: padding and the other special tokens.
     """
 
-    vocab: int = 30_522
-    mask: int = 103
+    vocabulary_size: int = 30_522
+    mask_id: int = 103
     never: tuple[int, ...] = (0, 100, 101, 102, 103)
 
 
 def mask_patches(
-    seed: int, numbers: Int[Array, " b"], rule: PatchMasking
+    seed: int, numbers: Int[Array, " b"], masking: PatchMasking
 ) -> Bool[Array, "b patches"]:
-    """Patches to mask, for each sample number, row by row from the top left."""
-    blocks = _Blocks(len(numbers), rule)
-    chunk = 32  # tries drawn at once: a row needs about this many
+    """Patches to mask for each sample number, row by row from the top left."""
+    blocks = _BlockMasks(len(numbers), masking)
+    chunk = 32  # attempts drawn at once: an image needs about this many
     start = 0
-    while blocks.open.any():
-        rows = np.flatnonzero(blocks.open)
+    while blocks.unfinished.any():
+        rows = np.flatnonzero(blocks.unfinished)
         draws = _uniform(seed, "patches", numbers[rows], chunk, start=start)  # rows chunk 4
         for attempt in range(chunk):
-            still = blocks.open[rows]
-            if not still.any():
+            unfinished = blocks.unfinished[rows]
+            if not unfinished.any():
                 break
-            blocks.attempt(rows[still], draws[still, attempt])
+            blocks.attempt(rows[unfinished], draws[unfinished, attempt])
         start += chunk
-    columns = np.arange(rule.grid, dtype=np.uint64)
+    columns = np.arange(masking.grid, dtype=np.uint64)
     bits: Array = (blocks.lines[:, :, None] >> columns) & np.uint64(1)
-    return bits.astype(bool).reshape(len(numbers), rule.grid**2)
+    return bits.astype(bool).reshape(len(numbers), masking.grid**2)
 
 
 def mask_tokens(
     seed: int,
     numbers: Int[Array, " b"],
     tokens: Int[Array, "b l"],
-    rule: TokenMasking,
+    masking: TokenMasking,
     *,
     starts: Bool[Array, " vocab"] | None = None,
 ) -> tuple[Int[Array, "b l"], Bool[Array, "b l"]]:
-    """The tokens as the model sees them, and which of them it has to predict.
+    """The tokens after masking, and which of them the model has to predict.
 
-    Of n tokens that may be chosen, `max(1, round(0.15 n))` are, or as many as whole words allow
-    without exceeding that; a caption of one long word may go unmasked, as in BERT.
+    Of n tokens that may be selected, `max(1, round(0.15 n))` are; with whole words, as many as
+    fit into that number, so a caption of one long word may have none, as in BERT.
 
     Args:
         seed: of the run.
-        numbers: of the samples.
+        numbers: sample numbers.
         tokens: padded rows.
-        rule: what replaces the chosen tokens.
-        starts: of each token of the vocabulary, whether a word begins with it (`word_starts`).
-            Where given, whole words are chosen; each piece is then replaced for itself, as in
-            BERT.
+        masking: what replaces the selected tokens.
+        starts: for each token id, whether it begins a word (`word_starts`). If given, whole words
+            are selected; each of their tokens is replaced independently, as in BERT.
     """
-    allowed = ~np.isin(tokens, rule.never)
-    eligible = allowed.sum(1)
-    wanted = np.where(eligible > 0, np.maximum(1, np.rint(TOKEN_SHARE * eligible)), 0).astype(int)
+    eligible = ~np.isin(tokens, masking.never)
+    num_eligible = eligible.sum(1)
+    limits = np.where(
+        num_eligible > 0, np.maximum(1, np.rint(TOKEN_MASK_RATIO * num_eligible)), 0
+    ).astype(int)
     draws = _uniform(seed, "tokens", numbers, tokens.shape[1])  # a block for each position, so
-    order, action, other = np.moveaxis(draws, 2, 0)[:3]  # that masks do not depend on padding
+    priority, action, other = np.moveaxis(draws, 2, 0)[:3]  # that masks do not depend on padding
     if starts is None:
-        chosen = _lowest(np.where(allowed, order, np.inf), wanted)
+        selected = _select_tokens(np.where(eligible, priority, np.inf), limits)
     else:
-        chosen = _whole_words(order, allowed, starts[tokens], wanted)
-    seen = np.where(chosen & (action < 0.8), rule.mask, tokens)
-    anything = (other * rule.vocab).astype(tokens.dtype)
-    return np.where(chosen & (action >= 0.9), anything, seen).astype(tokens.dtype), chosen
+        selected = _select_words(priority, eligible, starts[tokens], limits)
+    masked = np.where(selected & (action < 0.8), masking.mask_id, tokens)
+    replacements = (other * masking.vocabulary_size).astype(tokens.dtype)
+    masked = np.where(selected & (action >= 0.9), replacements, masked)
+    return masked.astype(tokens.dtype), selected
 
 
-def max_masked_tokens(tokens: int) -> int:
-    """As many tokens as `mask_tokens` chooses at most in a row of `tokens`."""
-    return max(1, round(TOKEN_SHARE * tokens))
+def max_masked_tokens(num_tokens: int) -> int:
+    """The most tokens that `mask_tokens` selects in a row of `num_tokens`."""
+    return max(1, round(TOKEN_MASK_RATIO * num_tokens))
 
 
 def gather_masked(
     mask: Bool[Array, "b n"], labels: Int[Array, "b n"], width: int
 ) -> tuple[Int[Array, "b {width}"], Int[Array, "b {width}"]]:
-    """Positions that are masked, in order, and their labels; padded with 0 and `IGNORE`.
+    """Masked positions in ascending order, and their labels; padded with 0 and `IGNORE`.
 
     Raises:
-        ValueError: a row has more than `width`.
+        ValueError: a row has more than `width` masked positions.
     """
     counts = mask.sum(1)
     if len(counts) and counts.max() > width:
         raise ValueError(f"{counts.max()} masked positions do not fit a width of {width}")
-    rows, columns = np.nonzero(mask)
-    slots = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    at = np.zeros((len(mask), width), np.int64)
-    kept = np.full((len(mask), width), IGNORE, np.int64)
-    at[rows, slots] = columns
-    kept[rows, slots] = labels[rows, columns]
-    return at, kept
+    rows, positions = np.nonzero(mask)
+    columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    masked_positions = np.zeros((len(mask), width), np.int64)
+    masked_labels = np.full((len(mask), width), IGNORE, np.int64)
+    masked_positions[rows, columns] = positions
+    masked_labels[rows, columns] = labels[rows, positions]
+    return masked_positions, masked_labels
 
 
 def word_starts(vocabulary: Sequence[str]) -> Bool[Array, " vocab"]:
-    """Whether each WordPiece begins a word, that is, has no `##`."""
-    return np.array([not piece.startswith("##") for piece in vocabulary], dtype=bool)
+    """For each WordPiece token, whether it begins a word, that is, has no `##`."""
+    return np.array([not token.startswith("##") for token in vocabulary], dtype=bool)
 
 
 def draw_uniforms(seed: int, numbers: Int[Array, " b"]) -> Float[Array, "b 2"]:
-    """Two numbers in [0, 1) for each sample, to draw ITM negatives with."""
+    """Two random numbers in [0, 1) for each sample number, for the choice of ITM negatives."""
     drawn = _uniform(seed, "negatives", numbers, 1)[:, 0, :2]
-    coarse: Array = np.floor(drawn * 2**24) * 2.0**-24  # else float32 would round some up to 1
-    return coarse.astype(np.float32)
+    rounded: Array = np.floor(drawn * 2**24) * 2.0**-24  # else float32 would round some up to 1
+    return rounded.astype(np.float32)
 
 
-class _Blocks:
-    """Rows of blocks under way; a line of patches is one word of bits."""
+class _BlockMasks:
+    """Masks of a batch while blocks are added; each line of patches is one word of bits."""
 
-    def __init__(self, num_rows: int, rule: PatchMasking) -> None:
-        self.rule = rule
-        self.lines = np.zeros((num_rows, rule.grid), np.uint64)
+    def __init__(self, num_rows: int, masking: PatchMasking) -> None:
+        self.masking = masking
+        self.lines = np.zeros((num_rows, masking.grid), np.uint64)
         self.count = np.zeros(num_rows, np.int64)
-        self.failed = np.zeros(num_rows, np.int64)
-        self.open = np.full(num_rows, rule.masked > 0)
+        self.failures = np.zeros(num_rows, np.int64)
+        self.unfinished = np.full(num_rows, masking.num_masked > 0)
 
-    def attempt(self, rows: Int[Array, " n"], draw: Float[Array, "n 4"]) -> None:
-        """Try one block for each of `rows`; `draw` gives area, ratio, top and left."""
-        rule, grid = self.rule, self.rule.grid
-        room = rule.masked - self.count[rows]
-        area = rule.least + (room - rule.least) * draw[:, 0]  # below `least` where room is
-        ratio = np.exp(math.log(rule.narrowest) * (1 - 2 * draw[:, 1]))
+    def attempt(self, rows: Int[Array, " n"], draws: Float[Array, "n 4"]) -> None:
+        """Try one block for each of `rows`; `draws` give area, aspect ratio, top and left."""
+        masking, grid = self.masking, self.masking.grid
+        remaining = masking.num_masked - self.count[rows]
+        # below `min_block` where fewer patches remain
+        area = masking.min_block + (remaining - masking.min_block) * draws[:, 0]
+        ratio = np.exp(math.log(masking.min_aspect) * (1 - 2 * draws[:, 1]))
         height = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         width = np.rint(np.sqrt(area / ratio)).astype(np.int64)
         fits = (height < grid) & (width < grid)
-        top = (draw[:, 2] * (grid - height + 1)).astype(np.int64)
-        left = (draw[:, 3] * (grid - width + 1)).astype(np.int64)
+        top = (draws[:, 2] * (grid - height + 1)).astype(np.int64)
+        left = (draws[:, 3] * (grid - width + 1)).astype(np.int64)
 
         one = np.uint64(1)
-        # a block that does not fit is refused below; the clip keeps its shift defined
+        # a block that does not fit is rejected below; the clip keeps its shift defined
         strip = ((one << width.clip(0, grid - 1).astype(np.uint64)) - one) << left.clip(0).astype(
             np.uint64
         )
         line = np.arange(grid)
         inside = (line >= top[:, None]) & (line < (top + height)[:, None])
         before = self.lines[rows]
-        fresh = np.where(inside, strip[:, None], np.uint64(0)) & ~before
-        gained = np.bitwise_count(fresh).sum(1, dtype=np.int64)
+        added = np.where(inside, strip[:, None], np.uint64(0)) & ~before
+        num_added = np.bitwise_count(added).sum(1, dtype=np.int64)
 
-        good = fits & (gained > 0) & (gained <= room)
-        self.lines[rows[good]] = before[good] | fresh[good]
-        self.count[rows] += np.where(good, gained, 0)
-        self.failed[rows] = np.where(good, 0, self.failed[rows] + 1)
-        self.open[rows] = (self.count[rows] < rule.masked) & (self.failed[rows] < rule.attempts)
-
-
-def _lowest(keys: Float[Array, "b l"], wanted: Int[Array, " b"]) -> Bool[Array, "b l"]:
-    """Mark the `wanted` lowest keys of each row."""
-    most = int(wanted.max(initial=0))
-    order = np.argsort(keys, axis=1)[:, :most]
-    marked = np.zeros(keys.shape, bool)
-    np.put_along_axis(marked, order, np.arange(most) < wanted[:, None], axis=1)
-    return marked
+        accepted = fits & (num_added > 0) & (num_added <= remaining)
+        self.lines[rows[accepted]] = before[accepted] | added[accepted]
+        self.count[rows] += np.where(accepted, num_added, 0)
+        self.failures[rows] = np.where(accepted, 0, self.failures[rows] + 1)
+        self.unfinished[rows] = (self.count[rows] < masking.num_masked) & (
+            self.failures[rows] < masking.attempts
+        )
 
 
-def _whole_words(
-    order: Float[Array, "b l"],
-    allowed: Bool[Array, "b l"],
+def _select_tokens(priority: Float[Array, "b l"], limits: Int[Array, " b"]) -> Bool[Array, "b l"]:
+    """The `limits` tokens of each row with the lowest priority."""
+    most = int(limits.max(initial=0))
+    order = np.argsort(priority, axis=1)[:, :most]
+    selected = np.zeros(priority.shape, bool)
+    np.put_along_axis(selected, order, np.arange(most) < limits[:, None], axis=1)
+    return selected
+
+
+def _select_words(
+    priority: Float[Array, "b l"],
+    eligible: Bool[Array, "b l"],
     starts: Bool[Array, "b l"],
-    wanted: Int[Array, " b"],
+    limits: Int[Array, " b"],
 ) -> Bool[Array, "b l"]:
-    """Choose words in random order, passing over those that would exceed `wanted` tokens."""
-    num_rows, width = order.shape
-    begins = allowed & (starts | ~np.roll(allowed, 1, axis=1))
-    word = np.where(allowed, np.cumsum(begins, axis=1), 0)  # 0: no word
+    """Whole words in random order; a word that would exceed the limit of tokens is skipped."""
+    num_rows, width = priority.shape
+    begins = eligible & (starts | ~np.roll(eligible, 1, axis=1))
+    word = np.where(eligible, np.cumsum(begins, axis=1), 0)  # 0: no word
     flat = word + np.arange(num_rows)[:, None] * (width + 1)
     sizes = np.bincount(flat.ravel(), minlength=num_rows * (width + 1)).reshape(num_rows, -1)
     sizes[:, 0] = 0
     keys = np.full((num_rows, width + 1), np.inf)
-    keys[np.nonzero(begins)[0], word[begins]] = order[begins]
-    turns = np.argsort(keys, axis=1)
-    taken = np.zeros((num_rows, width + 1), bool)
-    left = wanted.copy()
+    keys[np.nonzero(begins)[0], word[begins]] = priority[begins]
+    order = np.argsort(keys, axis=1)
+    selected = np.zeros((num_rows, width + 1), bool)
+    remaining = limits.copy()
     rows = np.arange(num_rows)
     num_words = begins.sum(1)
-    for turn in range(int(num_words.max(initial=0))):
-        rows = rows[(left[rows] > 0) & (turn < num_words[rows])]
+    for place in range(int(num_words.max(initial=0))):
+        rows = rows[(remaining[rows] > 0) & (place < num_words[rows])]
         if not len(rows):
             break
-        this = turns[rows, turn]
-        size = sizes[rows, this]
-        good = size <= left[rows]
-        taken[rows[good], this[good]] = True
-        left[rows] -= np.where(good, size, 0)
-    return np.take_along_axis(taken, word, axis=1)
+        candidate = order[rows, place]
+        size = sizes[rows, candidate]
+        accepted = size <= remaining[rows]
+        selected[rows[accepted], candidate[accepted]] = True
+        remaining[rows] -= np.where(accepted, size, 0)
+    return np.take_along_axis(selected, word, axis=1)
 
 
 _PURPOSES = {"patches": 1, "tokens": 2, "negatives": 3}

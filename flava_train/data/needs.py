@@ -1,11 +1,11 @@
-"""What an objective needs of the data: which streams, and what of their samples."""
+"""What an objective needs of the data: streams, image codes, masks, mismatched captions."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class StreamShares:
-    """Probability that a step takes pairs, images or texts; they add up to 1."""
+    """Probability that the batch of a step is of pairs, images or texts; they add up to 1."""
 
     pairs: float = 0.70
     images: float = 0.15
@@ -18,7 +18,7 @@ class DataNeeds:
 
     Args:
         shares: probability of each stream.
-        codes: streams (`pairs`, `images`) whose image codes are predicted.
+        codes: streams (`pairs`, `images`) whose image codes the model predicts.
         masks_pairs: mask patches and tokens of pairs.
         mismatch_rate: share of pairs that get a caption of another image.
     """

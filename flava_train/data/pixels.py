@@ -1,7 +1,7 @@
-"""A JPEG of a shard to the pixels of one view."""
+"""Stored images to pixels: decoded, cropped to a box, resized."""
 
+import math
 import struct
-from io import BytesIO
 
 import numpy as np
 import simplejpeg
@@ -9,52 +9,73 @@ from PIL import Image
 
 from flava_train.shapes import Array, UInt
 from pmd_pipeline.contract.boxes import Box
+from pmd_pipeline.contract.image_format import JPEG, open_stored, stored_format
 
-MOST_PIXELS = 1 << 28
-"""Of an image that is decoded: no shard of ours has larger ones."""
+MAX_PIXELS = 1 << 28
+"""Pixels of the largest image that is decoded; the pipeline stores none that is larger."""
 
-_BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error)
-"""What Pillow's decoder is known to raise on hostile bytes."""
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""Errors that Pillow's decoders raise on hostile bytes."""
 
 
-def crop_pixels(
-    jpeg: bytes, box: Box, size: int, stored: tuple[int, int]
-) -> UInt[Array, "3 {size} {size}"]:
-    """Red, green and blue within `box`, made `size` by `size` by bicubic interpolation.
-
-    The same as Pillow's `image.resize((size, size), BICUBIC, box)` of the image decoded by Pillow
-    and turned to RGB, for less.
+def decode_image(content: bytes, stored_size: tuple[int, int]) -> Image.Image:
+    """The stored image as RGB.
 
     Args:
-        jpeg: as it lies in the shard.
-        box: as fractions.
-        size: of the square.
-        stored: width and height that the ledger tells.
+        content: JPEG or WebP, as it lies in the shard.
+        stored_size: width and height that the ledger states.
 
     Raises:
-        ValueError: it does not decode, or is not of the size `stored`.
+        ValueError: it cannot be decoded, or has another size.
     """
-    width, height = stored
-    image = _decoded(jpeg, stored)
+    width, height = stored_size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"it has {width} x {height} pixels")
+    if stored_format(content) is JPEG:
+        try:
+            if simplejpeg.decode_jpeg_header(content)[:2] == (height, width):
+                return Image.fromarray(simplejpeg.decode_jpeg(content, colorspace="RGB"))
+        except ValueError:
+            pass  # it refuses what Pillow accepts, such as stray bytes before the end
+    try:
+        image = open_stored(content)
+        if image.size != stored_size:
+            raise ValueError(f"it has {image.width} x {image.height} pixels")
+        return image.convert("RGB")
+    except _DECODER_ERRORS as error:
+        raise ValueError(str(error)) from error
+
+
+def crop_pixels(image: Image.Image, box: Box, size: int) -> UInt[Array, "3 {size} {size}"]:
+    """Red, green and blue of a crop, resized to a square by bicubic interpolation.
+
+    The values are those of Pillow's `image.resize((size, size), BICUBIC, box)`.
+
+    Args:
+        image: RGB.
+        box: as fractions of the image; its sides need not be whole pixels.
+        size: of the square, in pixels.
+    """
     x0, y0, x1, y1 = box
-    sides = (x0 * width, y0 * height, x1 * width, y1 * height)
-    made = image.resize((size, size), Image.Resampling.BICUBIC, box=sides)
-    # Pillow takes colours apart line by line, for less than numpy takes pixels apart
-    lines = np.frombuffer(made.tobytes("raw", "RGB;L"), np.uint8).reshape(size, 3, size)
+    sides = (x0 * image.width, y0 * image.height, x1 * image.width, y1 * image.height)
+    resized = image.resize((size, size), Image.Resampling.BICUBIC, box=sides)
+    # Pillow separates the colours of a line in less time than numpy those of pixels
+    lines = np.frombuffer(resized.tobytes("raw", "RGB;L"), np.uint8).reshape(size, 3, size)
     return lines.transpose(1, 0, 2)
 
 
-def _decoded(jpeg: bytes, stored: tuple[int, int]) -> Image.Image:
-    try:
-        height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]
-        if (width, height) == stored and width * height <= MOST_PIXELS:
-            return Image.fromarray(simplejpeg.decode_jpeg(jpeg, colorspace="RGB"))
-    except ValueError:
-        pass  # it has doubts, say about stray bytes; Pillow is more patient
-    try:
-        image = Image.open(BytesIO(jpeg), formats=["JPEG"])
-        if image.size != stored or image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"it has {image.width} x {image.height} pixels")
-        return image.convert("RGB")
-    except _BROKEN as error:
-        raise ValueError(str(error)) from error
+def crop_image(image: Image.Image, box: Box) -> Image.Image:
+    """The smallest rectangle of whole pixels that contains `box`."""
+    x0, y0, x1, y1 = box
+    left, top = math.floor(x0 * image.width), math.floor(y0 * image.height)
+    right, bottom = math.ceil(x1 * image.width), math.ceil(y1 * image.height)
+    return image.crop((left, top, right, bottom))

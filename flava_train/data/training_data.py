@@ -1,11 +1,11 @@
-"""Rows of batches: any slots of any step's global batch, as a pure function.
+"""Any slots of the global batch of any step, as a pure function.
 
-What a step sees depends on the seed, the step and the data alone. So batches are bit-equal for
-any number of workers and ranks, and after any resume.
+The content of a batch depends on the seed, the step and the data only. It is bit-equal for any
+number of workers and ranks, and after any resume.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -29,20 +29,20 @@ from flava_train.data.streams import open_streams
 from flava_train.model.flava import FlavaConfig
 from flava_train.shapes import Array, Int
 
-_AT_ONCE = 256
-"""Slots for which shards are kept open together."""
+_DESCRIBED_SLOTS = 256
+"""Slots that are described at a time, which bounds the number of open shards."""
 
 
 @dataclass(frozen=True)
 class SlotDescription:
-    """What one slot of a batch holds, for people to read.
+    """The content of one slot of a batch, to print.
 
     Args:
         key: of the record; of a text, its shard and row.
-        source: where it comes from.
+        source: name of the source.
         shard: address of the shard.
-        text: the caption, or the text; none of an image without captions.
-        view: number of the view of the image.
+        text: the caption, or the text; None for an image without captions.
+        crop: number of the crop of the image.
         matched: false if the caption is another image's.
     """
 
@@ -50,20 +50,20 @@ class SlotDescription:
     source: str
     shard: str
     text: str | None
-    view: int | None = None
+    crop: int | None = None
     matched: bool = True
 
 
 @dataclass(frozen=True)
 class BatchChunk:
-    """Some slots of a global batch, with the key of each."""
+    """Some slots of a global batch, and the key of each."""
 
     rows: PairBatch | ImageBatch | TextBatch
     keys: list[str]
 
 
 class TrainingData:
-    """All that a run learns from.
+    """All batches of a run.
 
     Args:
         config: where the data is.
@@ -74,7 +74,7 @@ class TrainingData:
 
     Attributes:
         shares: probability of each stream.
-        digests: of the manifests, by stream, and of the tokenizer: the versions of all data.
+        digests: the versions of all data: of the manifests, by stream, and of the tokenizer.
         wordpiece: the tokenizer.
         batch: as given.
 
@@ -93,135 +93,130 @@ class TrainingData:
     ) -> None:
         self.config, self.needs, self.model = config, needs, model
         self.seed, self.batch = seed, batch
-        inputs = open_streams(config, needs, model, seed=seed, batch=batch)
-        self.shares, self.digests = inputs.shares, inputs.digests
-        self.wordpiece = inputs.wordpiece
-        self._corpora = inputs.corpora
-        self._turns = StreamSchedule(seed, astuple(self.shares))
-        self._patches = patch_masking(model.grid)
+        opened = open_streams(config, needs, model, seed=seed, batch=batch)
+        self.shares, self.digests = opened.shares, opened.digests
+        self.wordpiece = opened.wordpiece
+        self._streams = opened.streams
+        self._schedule = StreamSchedule(seed, astuple(self.shares))
+        self._patch_masking = PatchMasking.for_grid(model.grid)
         vocabulary = self.wordpiece.vocabulary
-        self._tokens = TokenMasking(len(vocabulary), self.wordpiece.mask, self.wordpiece.specials)
-        self._starts = word_starts(vocabulary)
+        self._token_masking = TokenMasking(
+            len(vocabulary), self.wordpiece.mask_id, self.wordpiece.special_ids
+        )
+        self._word_starts = word_starts(vocabulary)
 
     def stream(self, step: int) -> str:
-        """The stream that the whole batch of `step` comes from: `pairs`, `images` or `texts`."""
-        return self._turns.stream(step)
+        """The stream of the whole batch of `step`: `pairs`, `images` or `texts`."""
+        return self._schedule.stream(step)
 
-    def rows(self, step: int) -> list[SlotDescription]:
-        """What every slot of the global batch of `step` holds; no pixels are read."""
+    def describe(self, step: int) -> list[SlotDescription]:
+        """The content of every slot of the global batch of `step`; no pixels are read."""
+        slots = range(self.batch)
         return [
-            row
-            for start in range(0, self.batch, _AT_ONCE)
-            for row in self._rows(self._slots(step, range(self.batch)[start : start + _AT_ONCE]))
+            description
+            for start in range(0, self.batch, _DESCRIBED_SLOTS)
+            for description in self._describe(
+                self._slice(step, slots[start : start + _DESCRIBED_SLOTS])
+            )
         ]
 
-    def part(self, step: int, slots: range) -> BatchChunk:
+    def load(self, step: int, slots: range) -> BatchChunk:
         """The given slots of the global batch of `step`, in host memory."""
-        here = self._slots(step, slots)
-        if here.stream == "texts":
-            texts, keys = here.texts()
+        part = self._slice(step, slots)
+        if part.stream == "texts":
+            texts, keys = part.texts()
             encoded = self.wordpiece.encode_documents(texts, self.config.text_tokens)
-            return BatchChunk(
-                self._masked(*encoded, here.numbers, hides=True, whole_words=False), keys
-            )
-        shown = here.shown()
-        keys = [one.shard.key(one.sample) for one in shown]
-        images = self._images(here, shown)
-        if here.stream == "images":
+            rows = self._text_batch(*encoded, part.numbers, masks=True, whole_words=False)
+            return BatchChunk(rows, keys)
+        crops = part.crops()
+        keys = [crop.key for crop in crops]
+        images = self._image_batch(part, crops)
+        if part.stream == "images":
             return BatchChunk(images, keys)
-        captions, matched = here.captions(shown, self.needs.mismatch_rate, self.wordpiece)
+        captions, matched = part.captions(crops, self.needs.mismatch_rate, self.wordpiece)
         encoded = self.wordpiece.encode(captions, self.config.caption_tokens)
-        hides = self.needs.masks_pairs
-        # 64 bits as they are: only equality counts
-        image_ids = np.array([one.image for one in shown], np.uint64).view(np.int64)
+        masks = self.needs.masks_pairs
+        # torch has no uint64 arithmetic; the same bits as int64 suffice, only equality counts
+        image_ids = np.array([crop.image_id for crop in crops], np.uint64).view(np.int64)
         pairs = PairBatch(
             images,
-            self._masked(*encoded, here.numbers, hides=hides, whole_words=True),
+            self._text_batch(*encoded, part.numbers, masks=masks, whole_words=True),
             torch.from_numpy(matched),
             torch.from_numpy(image_ids),
-            torch.from_numpy(draw_uniforms(self.seed, here.numbers)),
+            torch.from_numpy(draw_uniforms(self.seed, part.numbers)),
         )
         return BatchChunk(pairs, keys)
 
-    def look_ahead(self) -> None:
-        """Open windows in the background before they are needed; for processes that never fork."""
-        for corpus in self._corpora.values():
-            corpus.ahead = True
+    def enable_prefetch(self) -> None:
+        """Open windows in threads before they are needed; for processes that never fork."""
+        for stream in self._streams.values():
+            stream.prefetches = True
 
-    def _slots(self, step: int, slots: range) -> BatchSlice:
-        stream = self.stream(step)
-        corpus = self._corpora[stream]
-        window, pairs = corpus.batch(self._turns.before(step))
-        here = np.array(slots, np.int64)
-        return BatchSlice(stream, corpus, window, pairs[here], step * self.batch + here, self.seed)
+    def _slice(self, step: int, slots: range) -> BatchSlice:
+        name = self.stream(step)
+        shards = self._streams[name]
+        window, pairs = shards.batch(self._schedule.count_before(step))
+        rows = np.array(slots, np.int64)
+        return BatchSlice(name, shards, window, pairs[rows], step * self.batch + rows, self.seed)
 
-    def _rows(self, slots: BatchSlice) -> list[SlotDescription]:
-        shards = slots.window.locate(slots.pairs)[0].tolist()
-        places = [slots.corpus.places[shard] for shard in shards]
-        if slots.stream == "texts":
-            columns = zip(places, *slots.texts(), strict=True)
+    def _describe(self, part: BatchSlice) -> list[SlotDescription]:
+        shards = part.window.locate(part.pairs)[0].tolist()
+        locations = [part.shards.locations[shard] for shard in shards]
+        if part.stream == "texts":
             return [
-                SlotDescription(key, place.entry.source, place.name, text)
-                for place, text, key in columns
+                SlotDescription(key, location.entry.source, location.address, text)
+                for location, text, key in zip(locations, *part.texts(), strict=True)
             ]
-        shown = slots.shown()
-        captions: Sequence[str | None] = [None] * len(shown)
-        matched = np.ones(len(shown), bool)
-        if slots.stream == "pairs":
-            captions, matched = slots.captions(shown, self.needs.mismatch_rate, self.wordpiece)
+        crops = part.crops()
+        captions: Sequence[str | None] = [None] * len(crops)
+        matched = np.ones(len(crops), bool)
+        if part.stream == "pairs":
+            captions, matched = part.captions(crops, self.needs.mismatch_rate, self.wordpiece)
         return [
             SlotDescription(
-                one.shard.key(one.sample), place.entry.source, place.name, text, one.view, fits
+                crop.key, location.entry.source, location.address, text, crop.crop, is_matched
             )
-            for place, one, text, fits in zip(
-                places, shown, captions, matched.tolist(), strict=True
+            for location, crop, text, is_matched in zip(
+                locations, crops, captions, matched.tolist(), strict=True
             )
         ]
 
-    def _images(self, slots: BatchSlice, shown: Sequence[ImageCrop]) -> ImageBatch:
+    def _image_batch(self, part: BatchSlice, crops: Sequence[ImageCrop]) -> ImageBatch:
         size, grid = self.model.image_size, self.model.grid
-        pixels = np.empty((len(shown), 3, size, size), np.uint8)
-        codes = np.zeros((len(shown), grid**2), np.int64)
-        predicts = slots.stream in self.needs.codes
-        for slot, one in enumerate(shown):
-            pixels[slot] = one.pixels(size)
-            if predicts and one.shard.views:
-                codes[slot] = one.shard.views.of(one.sample, one.view)
-        masked_positions, wanted = codes[:, :0], codes[:, :0]
-        if slots.stream == "images" or self.needs.masks_pairs:
-            mask = mask_patches(self.seed, slots.numbers, self._patches)
-            masked_positions, wanted = gather_masked(mask, codes, self._patches.masked)
-        columns = (pixels, masked_positions, wanted)
+        pixels = np.empty((len(crops), 3, size, size), np.uint8)
+        codes = np.zeros((len(crops), grid**2), np.int64)
+        predicts_codes = part.stream in self.needs.codes
+        for slot, crop in enumerate(crops):
+            pixels[slot] = crop.pixels(size)
+            if predicts_codes and crop.shard.codes:
+                codes[slot] = crop.shard.codes.codes_of(crop.sample, crop.crop)
+        masked_positions, masked_codes = codes[:, :0], codes[:, :0]
+        if part.stream == "images" or self.needs.masks_pairs:
+            mask = mask_patches(self.seed, part.numbers, self._patch_masking)
+            masked_positions, masked_codes = gather_masked(
+                mask, codes, self._patch_masking.num_masked
+            )
+        columns = (pixels, masked_positions, masked_codes)
         return ImageBatch(*(torch.from_numpy(column) for column in columns))
 
-    def _masked(
+    def _text_batch(
         self,
         tokens: Int[Array, "b l"],
         lengths: Int[Array, " b"],
         numbers: Int[Array, " b"],
         *,
-        hides: bool,
+        masks: bool,
         whole_words: bool,
     ) -> TextBatch:
-        """Tokens as written and as masked, if any are to be hidden."""
-        seen, masked_positions, labels = tokens, tokens[:, :0], tokens[:, :0]
-        if hides:
-            starts = self._starts if whole_words else None
-            seen, hidden = mask_tokens(self.seed, numbers, tokens, self._tokens, starts=starts)
-            masked_positions, labels = gather_masked(
-                hidden, tokens, max_masked_tokens(tokens.shape[1])
+        """Tokens before and after masking; without masks they are the same."""
+        masked, masked_positions, labels = tokens, tokens[:, :0], tokens[:, :0]
+        if masks:
+            starts = self._word_starts if whole_words else None
+            masked, mask = mask_tokens(
+                self.seed, numbers, tokens, self._token_masking, starts=starts
             )
-        columns = (tokens, seen, lengths, masked_positions, labels)
+            masked_positions, labels = gather_masked(
+                mask, tokens, max_masked_tokens(tokens.shape[1])
+            )
+        columns = (tokens, masked, lengths, masked_positions, labels)
         return TextBatch(*(torch.from_numpy(np.ascontiguousarray(column)) for column in columns))
-
-
-def patch_masking(grid: int) -> PatchMasking:
-    """FLAVA's masking of 14 by 14 patches, in proportion on another grid."""
-    paper = PatchMasking()
-    part = (grid / paper.grid) ** 2
-    return replace(
-        paper,
-        grid=grid,
-        masked=max(1, round(paper.masked * part)),
-        least=max(1, round(paper.least * part)),
-    )

@@ -1,1 +1,1 @@
-"""What a trained model can do with what it never saw: retrieval, classification, search."""
+"""Evaluation of a trained model on held-out data: retrieval, zero-shot classification, search."""

@@ -1,6 +1,6 @@
-"""The 80 sentences in which CLIP puts the name of an ImageNet class (Radford et al., 2021)."""
+"""CLIP's 80 templates for the name of an ImageNet class (Radford et al., 2021)."""
 
-TEMPLATES = tuple(
+IMAGENET_TEMPLATES = tuple(
     """
 a bad photo of a {}.
 a photo of many {}.
@@ -84,4 +84,4 @@ a photo of a small {}.
 a tattoo of the {}.
 """.strip().splitlines()
 )
-"""Their mean is the class; `{}` is where its name goes."""
+"""`{}` is the name of the class."""

@@ -1,4 +1,4 @@
-"""A model that a run has trained, as it lies in a checkpoint."""
+"""A trained model, loaded from a checkpoint."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,7 +7,8 @@ import torch
 
 from flava_train.config import TrainConfig, checked
 from flava_train.data.wordpiece import WordPiece, load_wordpiece
-from flava_train.evaluation.evaluate import EvaluationResult, check_evaluation, evaluate, file_cache
+from flava_train.evaluation.evaluate import check_evaluation, evaluate
+from flava_train.evaluation.result import EvaluationResult
 from flava_train.model.flava import Flava
 from flava_train.run.checkpoint import find, load_progress, load_weights
 from flava_train.run.run_dir import VOCABULARY
@@ -16,7 +17,7 @@ from pmd_pipeline.contract.errors import PmdError
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint, opened: its run's configuration, the model and the tokenizer."""
+    """The model of a checkpoint, with its run's configuration and tokenizer."""
 
     checkpoint: Path
     config: TrainConfig
@@ -24,10 +25,10 @@ class TrainedModel:
     wordpiece: WordPiece
 
     def evaluate(self, manifest: str | None, classes: str | None) -> EvaluationResult:
-        """What is found on a manifest or classes; where neither is named, on the run's own.
+        """Evaluate on a manifest, on classes, or, if neither is named, as the run was configured.
 
         Raises:
-            PmdError: there is nothing to evaluate on, or it is not what it should be.
+            PmdError: there is nothing to evaluate on, or it cannot be used.
         """
         section = self.config.evaluation
         if manifest or classes:
@@ -43,20 +44,24 @@ class TrainedModel:
             self.wordpiece,
             section,
             caption_tokens=data.caption_tokens,
-            files=file_cache(data),
+            files=data.file_cache(),
         )
 
 
 def load_trained_model(place: Path, *, best: bool = False) -> TrainedModel:
-    """The newest, or the best, of a run, or a certain checkpoint; on a GPU, if there is one.
+    """Load a model to evaluate; it is on the GPU, if there is one.
+
+    Args:
+        place: a run, or one of its checkpoints.
+        best: of a run, take the best checkpoint, not the newest.
 
     Raises:
-        PmdError: there is none, it cannot be read, or its tokenizer is not the run's.
+        PmdError: there is no checkpoint, it cannot be read, or its tokenizer is not the run's.
     """
     checkpoint = find(place, best=best)
     progress = load_progress(checkpoint)
     config = checked(progress.config, where=str(checkpoint))
-    # the run's own copy, since the file it was started with may be gone
+    # the run's own copy, since the user's file may have changed
     vocabulary = checkpoint.absolute().parents[1] / VOCABULARY
     wordpiece = load_wordpiece(str(vocabulary))
     if wordpiece.sha256 != progress.digests["tokenizer"]:

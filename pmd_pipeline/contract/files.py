@@ -25,6 +25,10 @@ class FileAbsentError(PmdError):
     """There is no file at the address."""
 
 
+class FileUnreadableError(PmdError):
+    """The file system gave an error; for a file elsewhere, a later attempt may succeed."""
+
+
 @contextmanager
 def whole_file(address: str) -> Iterator[BinaryIO]:
     """Open `address` for writing so that it appears complete or not at all.
@@ -154,9 +158,11 @@ def reading(address: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileAbsentError(f"cannot read {address}: there is no such file") from error
     except OSError as error:
-        raise PmdError(f"cannot read {address}: {reason_of(error)}") from error
-    except Exception as error:  # a library below fsspec raises what it likes
-        raise PmdError(f"cannot read {address}: {type(error).__name__}: {error}") from error
+        raise FileUnreadableError(f"cannot read {address}: {reason_of(error)}") from error
+    except Exception as error:  # libraries below fsspec raise their own kinds
+        raise FileUnreadableError(
+            f"cannot read {address}: {type(error).__name__}: {error}"
+        ) from error
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def test_an_epoch_is_every_pair_of_the_shards_but_for_a_rest(built, streams):
     total = sum(one.pairs for one in found)
 
     seen = Counter(
-        (row.key, row.text) for step in range(total // BATCH) for row in streams.rows(step)
+        (row.key, row.text) for step in range(total // BATCH) for row in streams.describe(step)
     )
 
     assert pairs.total() == total
@@ -94,18 +94,18 @@ def test_an_epoch_is_every_pair_of_the_shards_but_for_a_rest(built, streams):
 
 
 def test_regions_of_visual_genome_have_a_view_each(streams):
-    rows = [row for step in range(40) for row in streams.rows(step)]
+    rows = [row for step in range(40) for row in streams.describe(step)]
 
-    regions = Counter((row.key, row.view) for row in rows if row.source == "visual_genome")
+    regions = Counter((row.key, row.crop) for row in rows if row.source == "visual_genome")
     assert regions
     assert set(regions.values()) == {1}
-    assert {row.view for row in rows if row.source == "cc12m"} == {1, 2}
+    assert {row.crop for row in rows if row.source == "cc12m"} == {1, 2}
 
 
 def test_workers_read_it_as_one_process_does(streams):
     with closing(load_batches(streams, 5, 12, workers=2, chunk=5)) as found:
         for batch in found:
-            expected = streams.part(batch.step, range(BATCH))
+            expected = streams.load(batch.step, range(BATCH))
             assert batch.keys == expected.keys
             assert torch.equal(batch.rows.images.pixels, expected.rows.images.pixels)
             assert torch.equal(batch.rows.images.codes, expected.rows.images.codes)

@@ -49,7 +49,7 @@ from flava_train.data.masking import (
 )
 from flava_train.data.needs import StreamShares
 from flava_train.data.order import random_bits
-from flava_train.data.training_data import TrainingData, patch_masking
+from flava_train.data.training_data import TrainingData
 from flava_train.evaluation.batches import evaluation_batches
 from flava_train.objective.losses import ABLATIONS, Objective
 from flava_train.objective.step import train_step
@@ -104,7 +104,7 @@ def simple(tmp_path, shards, **changes):
 
 
 def whole(given, step):
-    return given.part(step, range(given.batch)).rows
+    return given.load(step, range(given.batch)).rows
 
 
 def equal(one, other):
@@ -135,7 +135,9 @@ def test_every_pair_is_seen_once_an_epoch(tmp_path_factory, captions, batch, see
         simple(folder, shards, failed=2), TRUE_PAIRS, batch=min(batch, total), seed=seed
     )
 
-    rows = [row for step in range(total // min(batch, total)) for row in given_streams.rows(step)]
+    rows = [
+        row for step in range(total // min(batch, total)) for row in given_streams.describe(step)
+    ]
 
     seen = Counter((row.key, row.text) for row in rows)
     pairs = {(one["key"], text) for shard in shards for one in shard for text in one["captions"]}
@@ -149,7 +151,7 @@ def test_epochs_of_several_windows_have_every_pair_once_each_in_an_order_of_thei
     given_streams = streams(dataclasses.replace(config, window_shards=1), TRUE_PAIRS, batch=1)
 
     epochs = [
-        [given_streams.rows(step)[0].key for step in range(150 * epoch, 150 * (epoch + 1))]
+        [given_streams.describe(step)[0].key for step in range(150 * epoch, 150 * (epoch + 1))]
         for epoch in range(2)
     ]
 
@@ -171,12 +173,12 @@ def test_no_image_is_twice_in_a_batch_not_even_from_two_sources(tmp_path):
 def test_a_pair_has_its_own_pixels_caption_and_codes(config):
     given_streams = streams(config, TRUE_PAIRS)
     for step in range(8):
-        part = given_streams.part(step, range(6))
+        part = given_streams.load(step, range(6))
         rows = part.rows
-        for slot, row in enumerate(given_streams.rows(step)):
+        for slot, row in enumerate(given_streams.describe(step)):
             assert part.keys[slot] == row.key
             number, box = drawn_view(row, step * 6 + slot)
-            assert row.view == number
+            assert row.crop == number
             assert torch.equal(rows.images.pixels[slot], pixels(NUMBERS[row.key], box))
             masked = rows.images.codes[slot] != IGNORE
             codes = own_codes(row.key, number, RULES).ravel()
@@ -193,7 +195,7 @@ def drawn_view(row, number):
     if NUMBERS[row.key] >= 200:
         nth = int(row.text.split()[2])
         return 1 + nth, BOXES[nth]
-    view = 1 + int(random_bits(1, "view", np.array([number]))[0]) % 2
+    view = 1 + int(random_bits(1, "crop", np.array([number]))[0]) % 2
     return view, np.array(own_box(row.key, view), np.float32).tolist()
 
 
@@ -209,19 +211,19 @@ def test_a_boxed_image_shows_each_caption_its_own_region(tmp_path):
     shards = [[sample(7, ["cat 7 0", "cat 7 1", "cat 7 2"], BOXES)]]
     given_streams = streams(simple(tmp_path, shards), TRUE_PAIRS, batch=1)
 
-    rows = [row for step in range(3) for row in given_streams.rows(step)]
+    rows = [row for step in range(3) for row in given_streams.describe(step)]
 
-    assert {(row.text[-1], row.view) for row in rows} == {("0", 1), ("1", 2), ("2", 3)}
+    assert {(row.text[-1], row.crop) for row in rows} == {("0", 1), ("1", 2), ("2", 3)}
 
 
 def test_views_are_drawn_evenly_and_the_whole_image_only_where_there_is_no_other(tmp_path):
     many = streams(simple(tmp_path, [samples(40)], rules=VIEWS), batch=40)
-    drawn = Counter(row.view for step in range(10) for row in many.rows(step))
+    drawn = Counter(row.crop for step in range(10) for row in many.describe(step))
 
     assert drawn.keys() == {1, 2}
     assert 150 < drawn[1] < 250  # 400 draws, with a standard deviation of 10
     only = streams(simple(tmp_path, [samples(4)]), batch=4)
-    assert {row.view for row in only.rows(0)} == {0}
+    assert {row.crop for row in only.describe(0)} == {0}
 
 
 def test_masks_are_those_of_their_sample_numbers(config):
@@ -232,7 +234,7 @@ def test_masks_are_those_of_their_sample_numbers(config):
         sample_numbers = step * 6 + np.arange(6)
         rows = whole(given_streams, step)
 
-        patches = mask_patches(1, sample_numbers, PatchMasking(grid=4, masked=6, least=1))
+        patches = mask_patches(1, sample_numbers, PatchMasking(grid=4, num_masked=6, min_block=1))
         seen, hidden = mask_tokens(
             1, sample_numbers, rows.texts.tokens.numpy(), rule, starts=word_starts(vocabulary)
         )
@@ -252,9 +254,9 @@ def test_masks_are_those_of_their_sample_numbers(config):
 
 
 def test_masks_of_other_grids_are_in_proportion():
-    assert patch_masking(14) == PatchMasking()
-    assert (patch_masking(28).masked, patch_masking(28).least) == (300, 64)
-    assert (patch_masking(1).masked, patch_masking(1).least) == (1, 1)
+    assert PatchMasking.for_grid(14) == PatchMasking()
+    assert (PatchMasking.for_grid(28).num_masked, PatchMasking.for_grid(28).min_block) == (300, 64)
+    assert (PatchMasking.for_grid(1).num_masked, PatchMasking.for_grid(1).min_block) == (1, 1)
 
 
 def test_mismatched_captions_are_never_true_and_as_many_as_asked(tmp_path):
@@ -269,7 +271,9 @@ def test_mismatched_captions_are_never_true_and_as_many_as_asked(tmp_path):
     images = {one["key"]: one["image"] for s in (samples(30), same, copies) for one in s}
 
     rows = [
-        (step, slot, row) for step in range(40) for slot, row in enumerate(given_streams.rows(step))
+        (step, slot, row)
+        for step in range(40)
+        for slot, row in enumerate(given_streams.describe(step))
     ]
 
     mismatched = 0
@@ -281,7 +285,7 @@ def test_mismatched_captions_are_never_true_and_as_many_as_asked(tmp_path):
     assert 0.35 < mismatched / len(rows) < 0.45
     for step in range(3):
         rows = whole(given_streams, step)
-        assert rows.matched.tolist() == [row.matched for row in given_streams.rows(step)]
+        assert rows.matched.tolist() == [row.matched for row in given_streams.describe(step)]
 
 
 def test_captions_that_all_read_alike_stay_matched(tmp_path):
@@ -312,16 +316,16 @@ def test_texts_have_a_sep_between_documents(config):
     assert rows.tokens.shape == (6, 16)
     sep = given_streams.wordpiece.vocabulary.index("[SEP]")
     assert ((rows.tokens == sep).sum(1) == 2).all()
-    texts = [row.text for row in given_streams.rows(0)]
+    texts = [row.text for row in given_streams.describe(0)]
     assert rows.tokens.tolist() == given_streams.wordpiece.encode_documents(texts, 16)[0].tolist()
-    assert given_streams.rows(0)[0].key.startswith("ccnews-00000-")
+    assert given_streams.describe(0)[0].key.startswith("ccnews-00000-")
 
 
 def test_every_text_and_image_is_seen_once_an_epoch(config):
     for shares, total in ((StreamShares(0.0, 0.0, 1.0), 30), (StreamShares(0.0, 1.0, 0.0), 20)):
         given_streams = streams(config, Objective(streams=shares), batch=5)
 
-        keys = [row.key for step in range(total // 5) for row in given_streams.rows(step)]
+        keys = [row.key for step in range(total // 5) for row in given_streams.describe(step)]
 
         assert len(set(keys)) == total
 
@@ -355,7 +359,7 @@ def test_a_step_learns_from_every_stream(config):
 def test_any_slots_are_those_of_the_whole_batch(config):
     given_streams = streams(config, Objective())
     for step in range(8):
-        parts = [given_streams.part(step, range(*ends)) for ends in ((0, 1), (1, 4), (4, 6))]
+        parts = [given_streams.load(step, range(*ends)) for ends in ((0, 1), (1, 4), (4, 6))]
 
         assert equal(concatenate([part.rows for part in parts]), whole(given_streams, step))
 
@@ -363,7 +367,7 @@ def test_any_slots_are_those_of_the_whole_batch(config):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("chunk", [2, 256])
 def test_batches_are_the_same_for_any_workers_chunks_and_start(config, workers, chunk):
-    expected = [streams(config, Objective()).part(step, range(6)) for step in range(9)]
+    expected = [streams(config, Objective()).load(step, range(6)) for step in range(9)]
 
     with closing(
         load_batches(streams(config, Objective()), 3, 9, workers=workers, chunk=chunk)
@@ -420,14 +424,14 @@ def test_streams_survive_the_way_to_a_worker(config):
 
 def test_a_window_opened_ahead_is_the_same_window(config):
     plain, ahead = streams(config), streams(config)
-    ahead.look_ahead()
+    ahead.enable_prefetch()
 
     for step in range(30):
-        assert plain.rows(step) == ahead.rows(step)
+        assert plain.describe(step) == ahead.describe(step)
 
 
 def test_another_seed_is_another_order(config):
-    assert streams(config, seed=1).rows(0) != streams(config, seed=2).rows(0)
+    assert streams(config, seed=1).describe(0) != streams(config, seed=2).describe(0)
 
 
 @pytest.fixture
@@ -503,7 +507,7 @@ def test_missing_codes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"patch_size": 16}, "4 x 4 codes an image, and the model 2 x 2"),
+        ({"patch_size": 16}, "4 x 4 codes per image, but the model 2 x 2"),
         ({"image_vocab": 66}, r"codes up to 66.*set model\.image_vocab"),
         ({"text_vocab": 20}, r"set model\.text_vocab"),
         ({"text_positions": 8}, r"data\.caption_tokens is 12"),
@@ -573,7 +577,7 @@ def test_a_tar_that_ends_early_is_refused(config, tmp_path):
 def test_a_ledger_that_points_beyond_its_shard_is_refused(config, tmp_path):
     spoil(config, tmp_path, ".tar", lambda content: content[:2048], field="sha256")
 
-    refused(config, r"ledger pairs/00001\.parquet does not fit its shard: an offset")
+    refused(config, r"ledger pairs/00001\.parquet does not fit its shard: the byte range")
 
 
 @pytest.mark.parametrize("lie", ["first", b"", b"PAR1 and no more"])
@@ -593,7 +597,7 @@ def test_a_ledger_that_counts_otherwise_than_the_manifest_is_refused(tmp_path, c
     place = table.column_names.index("num_pairs")
     pq.write_table(table.set_column(place, "num_pairs", pa.array(counts, pa.int32())), file)
 
-    says = "its pairs are not as many as the manifest's"
+    says = "its number of pairs is not the manifest's"
     refused(dataclasses.replace(config, verify=False), says, batch=2)
 
 
@@ -661,7 +665,7 @@ def test_an_image_that_is_not_the_ledgers_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("stocks.jpeg", lambda number: jpeg(number, size=(60, 40)))
     config = simple(tmp_path, [samples(4)])
 
-    refused(config, "is not the image its ledger tells of: it has 60 x 40 pixels", batch=2)
+    refused(config, "is not the image that its ledger describes: it has 60 x 40 pixels", batch=2)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff", b"GIF89a", jpeg(1)[:400]])
@@ -669,7 +673,7 @@ def test_an_image_that_does_not_decode_is_refused(tmp_path, monkeypatch, content
     monkeypatch.setattr("stocks.jpeg", lambda number: content + bytes([number]))
     config = simple(tmp_path, [samples(4)])
 
-    refused(config, "is not the image its ledger tells of", batch=2)
+    refused(config, "is not the image that its ledger describes", batch=2)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -746,7 +750,7 @@ def test_held_out_images_come_once_each_with_all_their_captions(config):
     assert [len(one.keys) for one in found] == [10, 10, 10, 10, 6]
     assert [key for one in found for key in one.keys] == [one["key"] for one, _, _ in expected]
     captions = torch.cat([one.tokens for one in found])
-    image_numbers = torch.cat([one.image_numbers for one in found])
+    image_numbers = torch.cat([one.image_rows for one in found])
     images = torch.cat([one.pixels for one in found])
     for number, (one, box, texts) in enumerate(expected):
         assert torch.equal(images[number], pixels(one["image"], box))

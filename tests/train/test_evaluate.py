@@ -16,19 +16,14 @@ from flava_train import cli
 from flava_train.config import EvaluationConfig
 from flava_train.data.config import DataConfig
 from flava_train.data.wordpiece import load_wordpiece
-from flava_train.evaluation import evaluate
+from flava_train.evaluation import retrieval, zero_shot
 from flava_train.evaluation.batches import evaluation_batches
-from flava_train.evaluation.evaluate import (
-    RANKS,
-    Embedder,
-    check_evaluation,
-    class_names,
-    file_cache,
-    retrieval_recall,
-    zero_shot_accuracy,
-)
-from flava_train.evaluation.templates import TEMPLATES
+from flava_train.evaluation.embedder import Embedder
+from flava_train.evaluation.evaluate import check_evaluation
+from flava_train.evaluation.retrieval import RECALL_AT, retrieval_recall
+from flava_train.evaluation.templates import IMAGENET_TEMPLATES
 from flava_train.evaluation.trained_model import load_trained_model
+from flava_train.evaluation.zero_shot import class_names, zero_shot_accuracy
 from flava_train.model.flava import Flava, FlavaConfig, TowerConfig
 from flava_train.model.hf import load_hf
 from flava_train.train import train
@@ -70,11 +65,11 @@ def test_recall_is_what_brute_force_says(shape, seed, levels):
     likeness = (text @ image.T).tolist()
     to_image = [{int(number)} for number in numbers]
     to_text = [set(torch.nonzero(numbers == one)[:, 0].tolist()) for one in range(images)]
-    for rank in RANKS:
+    for rank in RECALL_AT:
         expected = brute_force(likeness, to_image, rank)
-        assert found.figures[f"text_to_image_r{rank}"] == pytest.approx(expected)
+        assert found.metrics[f"text_to_image_r{rank}"] == pytest.approx(expected)
         expected = brute_force((image @ text.T).tolist(), to_text, rank)
-        assert found.figures[f"image_to_text_r{rank}"] == pytest.approx(expected)
+        assert found.metrics[f"image_to_text_r{rank}"] == pytest.approx(expected)
 
 
 def test_chance_is_what_a_model_gets_that_finds_all_alike():
@@ -83,7 +78,7 @@ def test_chance_is_what_a_model_gets_that_finds_all_alike():
 
     found = retrieval_recall(alike[:100], alike, numbers)
 
-    assert found.figures == found.chance
+    assert found.metrics == found.chance
     assert found.chance["text_to_image_r5"] == pytest.approx(5 / 100)
     # one of five right ones among ten of five hundred
     miss = math.comb(495, 10) / math.comb(500, 10)
@@ -91,13 +86,13 @@ def test_chance_is_what_a_model_gets_that_finds_all_alike():
 
 
 def test_a_perfect_model_finds_all(monkeypatch):
-    monkeypatch.setattr(evaluate, "_ROWS", 7)  # more than one cut
+    monkeypatch.setattr(retrieval, "_QUERIES_AT_ONCE", 7)  # more than one cut
     image = torch.eye(40)
     numbers = torch.arange(40).repeat_interleave(2)
 
     found = retrieval_recall(image, image[numbers], numbers)
 
-    assert set(found.figures.values()) == {1.0}
+    assert set(found.metrics.values()) == {1.0}
 
 
 def test_captions_need_not_lie_in_the_order_of_their_images():
@@ -106,7 +101,7 @@ def test_captions_need_not_lie_in_the_order_of_their_images():
 
     found = retrieval_recall(image, image[numbers], numbers)
 
-    assert set(found.figures.values()) == {1.0}
+    assert set(found.metrics.values()) == {1.0}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +137,7 @@ def test_held_out_pairs_are_embedded_whole_and_unmasked(world, encoder):
         evaluation_batches(str(world / "held-out.json"), encoder.wordpiece, 32, 16, batch=5)
     )
 
-    images, texts, numbers = encoder.held_out(batches)
+    images, texts, numbers = encoder.images_and_captions(batches)
 
     assert images.shape == (12, 24)
     assert numbers.tolist() == [number // 2 for number in range(24)]
@@ -168,10 +163,10 @@ def test_classes_are_told_by_the_mean_of_80_sentences(tmp_path, encoder):
 
     vectors = []
     for name in names:
-        sentences = encoder.texts([template.replace("{}", name) for template in TEMPLATES])
+        sentences = encoder.texts([template.replace("{}", name) for template in IMAGENET_TEMPLATES])
         vectors.append(sentences.mean(0) / sentences.mean(0).norm())
     for name, vector in zip(names, vectors, strict=True):
-        assert torch.allclose(evaluate._class_vector(encoder, name), vector, atol=1e-6)
+        assert torch.allclose(zero_shot._class_vector(encoder, name), vector, atol=1e-6)
     hits = {1: 0, 5: 0}
     for number in range(14):
         path = tmp_path / names[number % 7].replace(" ", "_") / f"{number}.jpg"
@@ -180,13 +175,13 @@ def test_classes_are_told_by_the_mean_of_80_sentences(tmp_path, encoder):
         order = (encoder.images(pixels) @ torch.stack(vectors).T)[0].argsort(descending=True)
         for rank in hits:
             hits[rank] += number % 7 in order[:rank].tolist()
-    assert found.figures == {"zero_shot_top1": hits[1] / 14, "zero_shot_top5": hits[5] / 14}
+    assert found.metrics == {"zero_shot_top1": hits[1] / 14, "zero_shot_top5": hits[5] / 14}
     assert found.chance == {"zero_shot_top1": 1 / 7, "zero_shot_top5": 5 / 7}
 
 
 def test_there_are_80_templates_and_each_has_one_place():
-    assert len(set(TEMPLATES)) == 80
-    assert all(template.count("{}") == 1 for template in TEMPLATES)
+    assert len(set(IMAGENET_TEMPLATES)) == 80
+    assert all(template.count("{}") == 1 for template in IMAGENET_TEMPLATES)
 
 
 def test_what_is_no_image_is_left_out_and_told(tmp_path, encoder):
@@ -197,7 +192,7 @@ def test_what_is_no_image_is_left_out_and_told(tmp_path, encoder):
 
     found = zero_shot_accuracy(encoder, tmp_path)
 
-    assert found.figures["zero_shot_unreadable"] == 0.5
+    assert found.metrics["zero_shot_unreadable"] == 0.5
 
 
 def test_classes_may_have_names_in_a_table(tmp_path):
@@ -310,6 +305,6 @@ def state(folder):
 
 
 def test_held_out_shards_are_looked_for_where_all_others_are(tmp_path):
-    files = file_cache(DataConfig(cache=str(tmp_path), cache_gib=2.0, verify=False))
+    files = DataConfig(cache=str(tmp_path), cache_gib=2.0, verify=False).file_cache()
 
-    assert (files.cache, files.max_bytes, files.verify) == (tmp_path, 2 << 30, False)
+    assert (files.folder, files.max_bytes, files.verify) == (tmp_path, 2 << 30, False)

@@ -92,8 +92,8 @@ def test_a_file_that_changes_after_its_check_is_checked_again(tmp_path):
 def test_a_machine_checks_a_file_once_a_day(tmp_path, monkeypatch):
     wanted = near(tmp_path / "a.tar", b"content")
     read_times = []
-    digest = file_cache._digest
-    monkeypatch.setattr(file_cache, "_digest", lambda file: read_times.append(1) or digest(file))
+    digest = file_cache._sha256
+    monkeypatch.setattr(file_cache, "_sha256", lambda file: read_times.append(1) or digest(file))
 
     for _ in range(3):
         FileCache().path(wanted)
@@ -128,7 +128,7 @@ def test_a_far_file_is_copied_once(tmp_path, far, monkeypatch):
     files = FileCache(tmp_path / "cache")
 
     assert read(files, wanted) == b"far away"
-    monkeypatch.setattr(file_cache, "_copied", None)  # a second copy would fail
+    monkeypatch.setattr(file_cache, "_download", None)  # a second copy would fail
     assert read(files, wanted) == b"far away"
     assert files.path(wanted).suffix == ".tar"
 
@@ -256,7 +256,7 @@ def test_a_copy_that_gives_way_while_it_is_opened_is_made_again(tmp_path, far):
 def test_files_are_fetched_before_they_are_needed(tmp_path, far):
     wanted = [far(f"{n}.tar", bytes([n])) for n in range(3)]
 
-    FileCache(tmp_path / "cache").fetch(wanted)
+    FileCache(tmp_path / "cache").prefetch(wanted)
 
     assert len(copies(tmp_path / "cache")) == 3
 
@@ -352,7 +352,9 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, far, monkeypat
     wanted = far("a.tar", b"far away")
     (tmp_path / "file").write_bytes(b"")
 
-    with pytest.raises(PmdError, match=r"cannot write to data\.cache = .*file: .*; make room"):
+    with pytest.raises(
+        PmdError, match=r"cannot write to data\.cache = .*file: .*; free disk space"
+    ):
         FileCache(tmp_path / "file").path(wanted)
 
     def full(*_):

@@ -105,11 +105,11 @@ def test_patches_are_those_of_beit_one_by_one():
 def one_row(rule, draws):
     """BEiT's loop, as published, for one image."""
     mask = np.zeros((rule.grid, rule.grid), bool)
-    while (room := rule.masked - mask.sum()) > 0:
+    while (room := rule.num_masked - mask.sum()) > 0:
         for _ in range(rule.attempts):
             area, ratio, top, left = next(draws)
-            area = rule.least + (room - rule.least) * area
-            low, high = math.log(rule.narrowest), math.log(1 / rule.narrowest)
+            area = rule.min_block + (room - rule.min_block) * area
+            low, high = math.log(rule.min_aspect), math.log(1 / rule.min_aspect)
             ratio = math.exp(low + (high - low) * ratio)
             height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if height >= rule.grid or width >= rule.grid:
@@ -141,7 +141,7 @@ def test_every_patch_has_a_fair_chance():
 
 
 def test_a_small_grid_can_be_masked_whole():
-    rule = PatchMasking(grid=4, masked=16, least=1)
+    rule = PatchMasking(grid=4, num_masked=16, min_block=1)
 
     assert mask_patches(0, np.arange(50), rule).sum(1).max() <= 16
 

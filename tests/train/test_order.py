@@ -25,11 +25,11 @@ def dealt(order, epoch, image_of):
         window = order.window(epoch, number)
         pairs = [
             (piece.shard, pair)
-            for piece in window.pieces
+            for piece in window.ranges
             for pair in range(piece.start, piece.stop)
         ]
         images = np.array([image_of(*pair) for pair in pairs], np.uint64)
-        batches += [[pairs[n] for n in row] for row in order.deal(window, images)]
+        batches += [[pairs[n] for n in row] for row in order.assign_batches(window, images)]
     return batches
 
 
@@ -57,12 +57,12 @@ def test_every_pair_is_seen_once_an_epoch_but_for_a_rest_smaller_than_a_batch(
 def test_batches_lie_in_windows_one_after_the_other(given_sizes, batch, seed, window_shards):
     order = SampleOrder(tuple(given_sizes), min(batch, sum(given_sizes)), seed, 0, window_shards)
 
-    places = [order.place(index) for index in range(2 * order.batches)]
+    places = [order.position(index) for index in range(2 * order.batches)]
 
     expected, now = [], (0, 0)
     while len(expected) < len(places):
         expected += [(*now, row) for row in range(order.window(*now).batches)]
-        now = order.after(*now)
+        now = order.next_window(*now)
     assert places == expected
 
 
@@ -74,8 +74,8 @@ def test_captions_of_an_image_are_spread_as_evenly_as_they_can_be(captions, batc
 
     for number in range(order.windows):
         window = order.window(0, number)
-        images = np.concatenate([owner[piece.start : piece.stop] for piece in window.pieces])
-        hands = order.deal(window, images.astype(np.uint64))
+        images = np.concatenate([owner[piece.start : piece.stop] for piece in window.ranges])
+        hands = order.assign_batches(window, images.astype(np.uint64))
         in_window = Counter(images.tolist())
         for row in hands:
             for image, count in Counter(images[row].tolist()).items():
@@ -142,7 +142,7 @@ def test_what_an_epoch_leaves_out_is_drawn_evenly():
 
 def test_shards_come_in_another_order_each_epoch_and_stream():
     orders = {
-        tuple(piece.shard for piece in SampleOrder((9,) * 30, 5, 1, stream).window(epoch, 0).pieces)
+        tuple(piece.shard for piece in SampleOrder((9,) * 30, 5, 1, stream).window(epoch, 0).ranges)
         for epoch in range(4)
         for stream in range(3)
     }
@@ -153,7 +153,7 @@ def test_shards_come_in_another_order_each_epoch_and_stream():
 def test_windows_have_about_as_many_shards_as_asked():
     order = SampleOrder((10_000,) * 700, 1000, 1, window_shards=16)
 
-    assert [len(order.window(0, n).pieces) for n in range(order.windows)] == [
+    assert [len(order.window(0, n).ranges) for n in range(order.windows)] == [
         pytest.approx(16.5, abs=1.5)
     ] * order.windows
 
@@ -172,7 +172,7 @@ def test_turns_are_counted_alike_from_any_start(start):
 
     for step in range(start, start + 20):
         name = fresh.stream(step)
-        assert fresh.before(step) == counts[name]
+        assert fresh.count_before(step) == counts[name]
         counts[name] += 1
 
 
@@ -195,12 +195,12 @@ def test_a_stream_without_a_share_is_never_taken():
 
 @given(seeds, st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1))
 def test_a_draw_depends_on_its_number_alone(seed, number, more):
-    alone = random_bits(seed, "view", np.array([number], np.uint64), more)
+    alone = random_bits(seed, "crop", np.array([number], np.uint64), more)
 
-    among = random_bits(seed, "view", np.array([1, number, 2], np.uint64), more)
+    among = random_bits(seed, "crop", np.array([1, number, 2], np.uint64), more)
 
     assert among[1] == alone[0]
-    assert random_bits(seed, "swap", np.array([number], np.uint64), more) != alone
+    assert random_bits(seed, "mismatch", np.array([number], np.uint64), more) != alone
 
 
 def test_a_run_goes_on_as_it_always_did():
@@ -208,8 +208,8 @@ def test_a_run_goes_on_as_it_always_did():
     window = order.window(2, 0)
 
     assert order.windows == 1
-    assert [(p.shard, p.start, p.stop) for p in window.pieces] == GOLDEN_PIECES
-    assert order.deal(window, np.arange(28, dtype=np.uint64))[0].tolist() == GOLDEN_BATCH
+    assert [(p.shard, p.start, p.stop) for p in window.ranges] == GOLDEN_PIECES
+    assert order.assign_batches(window, np.arange(28, dtype=np.uint64))[0].tolist() == GOLDEN_BATCH
 
 
 GOLDEN_PIECES = [(2, 2, 13), (0, 0, 10), (1, 0, 7)]

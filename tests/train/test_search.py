@@ -40,7 +40,7 @@ def test_the_images_found_are_the_nearest_of_all_and_come_in_order(trained, tmp_
     for row, hits in zip(likeness, found, strict=True):
         ranked = sorted(zip(row.tolist(), batch.keys, strict=True), reverse=True)[:4]
         assert [hit.key for hit in hits] == [key for _, key in ranked]
-        assert [hit.likeness for hit in hits] == pytest.approx([x for x, _ in ranked], abs=1e-5)
+        assert [hit.similarity for hit in hits] == pytest.approx([x for x, _ in ranked], abs=1e-5)
 
 
 def test_no_more_images_are_found_than_there_are(trained, tmp_path):

@@ -51,11 +51,11 @@ def test_documents_have_a_sep_between_them():
 def test_special_tokens_are_never_read_out_of_a_text(text):
     wordpiece = WordPiece(PLAIN)
 
-    assert not set(wordpiece.pieces(text)) & (set(wordpiece.specials) - {UNKNOWN})
+    assert not set(wordpiece.token_ids(text)) & (set(wordpiece.special_ids) - {UNKNOWN})
 
 
 def test_half_a_surrogate_pair_is_a_text_too():
-    assert WordPiece(PLAIN).pieces("\ud800") == [UNKNOWN]
+    assert WordPiece(PLAIN).token_ids("\ud800") == [UNKNOWN]
 
 
 def test_captions_get_the_tokens_of_bert(samples):
@@ -95,16 +95,16 @@ def test_a_tokenizer_survives_the_way_to_a_worker(tmp_path):
 
     again = pickle.loads(pickle.dumps(wordpiece))  # noqa: S301  # our own
 
-    assert again.pieces("dog abc") == wordpiece.pieces("dog abc")
+    assert again.token_ids("dog abc") == wordpiece.token_ids("dog abc")
     assert again.sha256 == wordpiece.sha256
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("vocab.txt", "[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n", "is not its first piece"),
+        ("vocab.txt", "[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n", "is not its first token"),
         ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n", r"no \[MASK\]"),
-        ("vocab.txt", "\n".join([*PLAIN, "a"]), "stands twice"),
+        ("vocab.txt", "\n".join([*PLAIN, "a"]), "has a token twice"),
         ("vocab.txt", "", r"no \[PAD\]"),
         ("tokenizer.json", "{", "is no vocabulary"),
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}}}', "not a WordPiece"),
@@ -116,7 +116,7 @@ def test_a_tokenizer_survives_the_way_to_a_worker(tmp_path):
         (
             "tokenizer.json",
             HOLES,
-            "have holes",
+            "are not 0 to n - 1",
         ),
     ],
 )

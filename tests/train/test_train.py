@@ -286,7 +286,7 @@ def test_nan_stops_before_the_update_and_names_the_keys(world, tmp_path, poisone
 
     found = json.loads((tmp_path / "run" / "not-finite-5.json").read_text())
     _, streams = open_data(config)
-    assert found["keys"] == [row.key for row in streams.rows(5)]
+    assert found["keys"] == [row.key for row in streams.describe(5)]
     assert found["keys"][0] in str(caught.value)
     assert "skip=[5]" in str(caught.value)
     assert find(tmp_path / "run").name == "step-00000005"
@@ -357,7 +357,7 @@ def test_what_a_step_saw_can_be_explained(world, tmp_path):
     config, streams = open_data(told(world, tmp_path / "run"))
 
     for batch in load_batches(streams, 0, 8):
-        rows = streams.rows(batch.step)
+        rows = streams.describe(batch.step)
         assert [row.key for row in rows] == batch.keys
         if batch.stream == "pairs":
             texts = [row.text for row in rows]
