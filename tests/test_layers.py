@@ -45,8 +45,8 @@ own row only itself; no files of a folder import each other in a circle."""
 
 MAY_KNOW = {
     "ray": {"base.parallel"},
-    "torch": {"codes.tokenizers"},
-    "safetensors": {"codes.tokenizers"},
+    "torch": {"codes.dvae", "codes.tokenizers"},
+    "safetensors": {"codes.weights"},
     "urllib3": {"sources.upstream.download"},
     "pycurl": {"images.fetch"},
     "certifi": {"images.fetch"},

@@ -18,23 +18,15 @@ from pmd_pipeline.cli.app import (
     make_reporter,
     say,
 )
-from pmd_pipeline.contract.errors import PmdError
 
 if TYPE_CHECKING:
     from typer._click import Context
 
-    from pmd_pipeline.codes.tokenize import Coded
-
-
-class Tokenizer(StrEnum):
-    """What makes codes."""
-
-    dalle = "dalle"
-    kmeans = "kmeans"
+    from pmd_pipeline.codes.tokenize import CodesResult
 
 
 class Dtype(StrEnum):
-    """What the dVAE computes in."""
+    """Arithmetic of the tokenizer."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -42,7 +34,7 @@ class Dtype(StrEnum):
 
 
 class Device(StrEnum):
-    """Where the dVAE computes."""
+    """Where the tokenizer computes."""
 
     auto = "auto"
     cpu = "cpu"
@@ -50,7 +42,7 @@ class Device(StrEnum):
 
 
 class _MakeByDefault(TyperGroup):
-    """Takes `pmd codes MANIFEST` for `pmd codes make MANIFEST`."""
+    """Reads `pmd codes MANIFEST` as `pmd codes make MANIFEST`."""
 
     def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, *ctx.help_option_names}:
@@ -72,20 +64,24 @@ def about() -> None:
 
 @codes.command()
 def make(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="It is written again.")],
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="The manifest; rewritten.")],
     weights: Annotated[
         str | None,
         typer.Option(
             metavar="FILE|ID",
-            help="Weights as safetensors: a file, a folder, or an id of the hub "
-            "[default: fit k-means to the images, a stand-in].",
+            help="Weights as safetensors: a file, a folder, or a hub id "
+            "[default: fit k-means to the images].",
         ),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(metavar="COMMIT", help="Of the hub's id, 40 hex digits.")
     ] = None,
     tokenizer: Annotated[
-        Tokenizer | None, typer.Option(help="Insist on this one [default: what the weights are].")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="dalle, kmeans, or your own as module:function [default: that of the weights].",
+        ),
     ] = None,
     vocabulary: Annotated[
         int, typer.Option(min=2, max=1 << 16, metavar="N", help="Codes of a k-means fitted here.")
@@ -93,7 +89,10 @@ def make(
     grid: Annotated[
         int,
         typer.Option(
-            min=1, max=128, metavar="N", help="Codes along each side, as the model has patches."
+            min=1,
+            max=128,
+            metavar="N",
+            help="Codes along each side: the model's patches along a side.",
         ),
     ] = 14,
     views: Annotated[
@@ -102,13 +101,13 @@ def make(
             min=1,
             max=1024,
             metavar="K",
-            help="Views of an image: the whole, and K - 1 drawn boxes. An image with boxes has the "
-            "whole, and one for each caption.",
+            help="Crops per image: the whole, and K - 1 random boxes. An image with boxes has the "
+            "whole, and one crop per caption.",
         ),
     ] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of drawn views, and of k-means.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of random crops, and of k-means.")] = 0,
     dtype: Annotated[
-        Dtype, typer.Option(help="What the dVAE computes in; agreement with float32 is measured.")
+        Dtype, typer.Option(help="Arithmetic of the dVAE; agreement with float32 is measured.")
     ] = Dtype.float32,
     device: Annotated[Device, typer.Option(help="Where the dVAE computes.")] = Device.auto,
     runner: RunnerOption = Runner.ray,
@@ -116,22 +115,17 @@ def make(
     ray_address: RayAddress = None,
     quiet: Quiet = False,
 ) -> None:
-    """Make codes beside every shard of a manifest; interrupted, the same command goes on.
+    """Make codes beside every shard of a manifest; the same command resumes an interrupted run.
 
     Example: pmd codes make manifests/pmd.json --weights dvae.safetensors --views 4
     """
     from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
 
-    if tokenizer is Tokenizer.dalle and weights is None:
-        raise PmdError(
-            "DALL-E's dVAE needs its weights: give --weights FILE; `pmd codes convert` makes one "
-            "of OpenAI's encoder.pkl"
-        )
     request = CodesRequest(
         manifest=manifest,
         weights=weights,
         revision=revision,
-        tokenizer=tokenizer.value if tokenizer else None,
+        tokenizer=tokenizer,
         vocabulary=vocabulary,
         grid=grid,
         views=views,
@@ -143,15 +137,15 @@ def make(
         ray_address=ray_address,
     )
     with interruptible():
-        coded = code_manifest(request, make_reporter(quiet=quiet))
-    if coded.failures:
-        for failure in coded.failures:
+        result = code_manifest(request, make_reporter(quiet=quiet))
+    if result.failures:
+        for failure in result.failures:
             say(f"failed: {failure}; run the same command again")
         raise typer.Exit(1)
     if not quiet:
-        for sentence in _remarks(coded):
+        for sentence in _remarks(result):
             say(sentence)
-    typer.echo(f"{manifest}  {coded.manifest.digest}")
+    typer.echo(f"{manifest}  {result.manifest.digest}")
 
 
 @codes.command()
@@ -164,11 +158,11 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The safetensors file to write.")],
 ) -> None:
-    """Convert the weights of DALL-E's dVAE to safetensors, running nothing that a pickle asks for.
+    """Convert the weights of DALL-E's dVAE to safetensors, without executing the pickle.
 
     Example: pmd codes convert encoder.pkl dvae.safetensors
     """
-    from pmd_pipeline.codes.tokenize import convert_weights
+    from pmd_pipeline.codes.tokenizers.dalle import convert_weights
 
     typer.echo(f"{out}  {convert_weights(weights, str(out))}")
 
@@ -184,7 +178,7 @@ def export(
     ray_address: RayAddress = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write the shards again with codes inside, for loaders of other people.
+    """Write the shards again with the codes inside, for other loaders.
 
     Example: pmd codes export manifests/pmd.json --out exported
     """
@@ -196,16 +190,17 @@ def export(
             typer.echo(f"{task.out}  {sha256}")
 
 
-def _remarks(coded: "Coded") -> list[str]:
-    """What a user should know of the codes that are there."""
-    rules = coded.rules
-    side, name = rules.grid, f"{coded.weights} (sha256 {rules.sha256[:12]})"
-    found = [f"{side} x {side} of {rules.vocabulary:,} codes by {rules.tokenizer}, from {name}"]
+def _remarks(result: "CodesResult") -> list[str]:
+    """Sentences about the codes that were made."""
+    rules = result.rules
+    codes = f"{rules.grid} x {rules.grid} of {rules.vocabulary:,} codes by {rules.tokenizer}"
+    weights = f", from {result.weights} (sha256 {rules.sha256[:12]})" if result.weights else ""
+    remarks = [codes + weights]
     if rules.tokenizer == "kmeans":
-        found.append(
-            "k-means is a stand-in: it knows colours and edges, not things; the paper's codes are "
-            "DALL-E's (--weights)"
+        remarks.append(
+            "k-means is a stand-in: its codes represent colours and edges, not objects; the paper "
+            "uses DALL-E's dVAE (--weights)"
         )
-    if coded.agreement is not None:
-        found.append(f"{coded.agreement:.2%} of the codes of a sample are float32's too")
-    return found
+    if result.agreement is not None:
+        remarks.append(f"{result.agreement:.2%} of the codes of a sample are the same in float32")
+    return remarks

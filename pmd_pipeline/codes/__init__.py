@@ -1,1 +1,1 @@
-"""Third stage: image codes beside shards, and shards with the codes inside."""
+"""Third stage: image codes beside shards, made by an image tokenizer."""

@@ -1,4 +1,4 @@
-"""Image codes beside a shard: whether they are there, whole, and of this very shard."""
+"""Image codes beside a shard: whether they are complete and belong to this shard."""
 
 from collections.abc import Iterable
 
@@ -8,27 +8,29 @@ from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.files import read_bytes
 from pmd_pipeline.contract.manifest import sealed
 from pmd_pipeline.contract.models import FORMAT, CodeRules, CodesReport, Manifest, ShardEntry
+from pmd_pipeline.contract.paths import ShardPaths
 
 
-def done_codes(shard: str, entry: ShardEntry, there: dict[str, int]) -> CodesReport | None:
-    """The report of a shard's codes, if they are whole and of this very shard, by whatever rules.
+def done_codes(shard: str, entry: ShardEntry, sizes: dict[str, int]) -> CodesReport | None:
+    """The report of a shard's codes, by whatever rules, if they are complete and of this shard.
 
-    `there` are the sizes of the files in the folder of the shard, by name.
+    Args:
+        sizes: of the files in the folder of the shard, by name.
     """
-    base = shard.removesuffix(".tar")
-    name = base.rpartition("/")[2]
-    if f"{name}.codes.json" not in there:
+    paths = ShardPaths.of(shard)
+    if paths.codes_report.rpartition("/")[2] not in sizes:
         return None
     try:
-        report = CodesReport.model_validate_json(read_bytes(f"{base}.codes.json"))
+        report = CodesReport.model_validate_json(read_bytes(paths.codes_report))
     except ValidationError:
         return None  # of an older format
-    whole = there.get(report.file.name) == report.file.num_bytes
-    return report if whole and report.dependency == codes_dependency(entry, report.rules) else None
+    is_complete = sizes.get(report.file.name) == report.file.num_bytes
+    is_current = report.dependency == codes_dependency(entry, report.rules)
+    return report if is_complete and is_current else None
 
 
 def codes_dependency(entry: ShardEntry, rules: CodeRules) -> str:
-    """Digest of what a shard's codes depend on."""
+    """Digest of everything that a shard's codes depend on."""
     return digest(
         {
             "format": FORMAT,
@@ -40,10 +42,13 @@ def codes_dependency(entry: ShardEntry, rules: CodeRules) -> str:
 
 
 def with_codes(manifest: Manifest, reports: Iterable[CodesReport]) -> Manifest:
-    """The manifest with its shards' image codes, if all have them by one rule; else without."""
-    found = {(report.source, report.part): report for report in reports}
-    coded = [found.get((shard.source, shard.part)) for shard in manifest.shards]
-    rules = one_rule(report.rules if report else None for report in coded)
+    """The manifest with the image codes of its shards if all have them by one rule, else without.
+
+    Its digest is that of the result.
+    """
+    report_of = {(report.source, report.part): report for report in reports}
+    in_order = [report_of.get((shard.source, shard.part)) for shard in manifest.shards]
+    rules = common_rules(report.rules if report else None for report in in_order)
     shards = [
         shard.model_copy(
             update={
@@ -51,12 +56,12 @@ def with_codes(manifest: Manifest, reports: Iterable[CodesReport]) -> Manifest:
                 "views": report.views if report and rules else None,
             }
         )
-        for shard, report in zip(manifest.shards, coded, strict=True)
+        for shard, report in zip(manifest.shards, in_order, strict=True)
     ]
     return sealed(manifest.model_copy(update={"shards": shards, "codes": rules}))
 
 
-def one_rule(given: Iterable[CodeRules | None]) -> CodeRules | None:
-    """The rules that all share; None where some have others, or none."""
-    found = set(given)
-    return found.pop() if len(found) == 1 else None
+def common_rules(rules: Iterable[CodeRules | None]) -> CodeRules | None:
+    """The rules that all share; None where some differ or have none."""
+    different = set(rules)
+    return different.pop() if len(different) == 1 else None

@@ -1,4 +1,4 @@
-"""Third stage: image codes of a shard, beside it, so that shards never change."""
+"""Third stage: image codes of a shard, in files beside it, so that shards never change."""
 
 import logging
 import socket
@@ -28,29 +28,30 @@ from pmd_pipeline.build.shard_reader import (
 )
 from pmd_pipeline.codes.crops import crop_boxes
 from pmd_pipeline.codes.reports import codes_dependency
-from pmd_pipeline.codes.tokenizers import Tokenizer, open_tokenizer
-from pmd_pipeline.codes.tokenizers.weights import read_weights, tensor_file
+from pmd_pipeline.codes.tokenizers import Codes, Pixels, Tokenizer, open_tokenizer
+from pmd_pipeline.codes.weights import tensor_bytes
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import open_read, write_whole
 from pmd_pipeline.contract.models import CodeRules, CodesReport, FileDigest, ShardEntry, Timing
+from pmd_pipeline.contract.paths import ShardPaths, part_name
+from pmd_pipeline.contract.plugins import is_reference, source_digest
 
-Pixels: TypeAlias = NDArray[np.uint8]
 Boxes: TypeAlias = NDArray[np.float32]
 
-_AHEAD = 8
-"""Images per thread that are decoded before they are asked for."""
+_PREFETCH = 8
+"""Images per thread that are decoded before the tokenizer needs them."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CodesTask:
-    """A shard that gets codes.
+    """A shard to make codes of.
 
     Args:
         shard: address of the tar.
-        entry: what the manifest says of it.
-        weights: address of the tokenizer's weights, whose sha256 is that of `rules`.
+        entry: the shard in the manifest.
+        weights: address of the tokenizer's weights, which have the sha256 of `rules`.
         device: `cpu` or `cuda`.
         threads: that decode while the tokenizer computes.
     """
@@ -58,42 +59,38 @@ class CodesTask:
     shard: str
     entry: ShardEntry
     rules: CodeRules
-    weights: str
+    weights: str | None
     device: str = "cpu"
     threads: int = 1
 
     def __str__(self) -> str:
-        return f"codes of part {self.entry.part:05d} of {self.entry.source}"
-
-    @property
-    def base(self) -> str:
-        """The address of all that lies beside the tar, less the ending."""
-        return self.shard.removesuffix(".tar")
+        return f"codes of part {part_name(self.entry.part)} of {self.entry.source}"
 
 
 def code_shard(task: CodesTask, report_progress: ReportProgress) -> CodesReport:
     """Make the codes of one shard and, last, their report.
 
     Raises:
-        PmdError: the shard is not the one that the manifest names, or cannot be read.
+        PmdError: the shard is not the one in the manifest or cannot be read; or the tokenizer has
+            changed, or returns something else than codes.
     """
     started, clock = time.time(), time.monotonic()
     check_tar(task.shard, task.entry)
     samples = read_samples(task.shard, task.entry)
-    remove(report_address(task))  # nothing may vouch for files that are being replaced
-    rules = task.rules
-    tokenizer = _loaded(task.weights, rules.sha256, rules.dtype, task.device)
+    paths, rules = ShardPaths.of(task.shard), task.rules
+    remove(paths.codes_report)  # it belongs to files that are replaced from here on
+    tokenizer = _load_tokenizer(rules, rules.dtype, task.weights, task.device)
     boxes: list[Boxes] = []
-    codes: list[NDArray[np.uint16]] = []
+    codes: list[Codes] = []
     agreement: float | None = None
-    for batch in _batches(_told(_seen(task, samples), boxes, report_progress), tokenizer.batch):
-        codes.append(tokenizer.codes(batch))
+    crops = _collect_boxes(_decode_crops(task, samples), boxes, report_progress)
+    for batch in _batches(crops, tokenizer.batch):
+        codes.append(_checked_codes(tokenizer.codes(batch), len(batch), rules))
         if agreement is None and rules.dtype != "float32":
-            exact = _loaded(task.weights, rules.sha256, "float32", task.device)
+            exact = _load_tokenizer(rules, "float32", task.weights, task.device)
             agreement = float((exact.codes(batch) == codes[0]).mean())
     content = _file(task, boxes, codes)
-    name = task.base.rpartition("/")[2]
-    write_whole(f"{task.base}.codes.safetensors", content)
+    write_whole(paths.codes, content)
     report = CodesReport(
         source=task.entry.source,
         part=task.entry.part,
@@ -101,36 +98,31 @@ def code_shard(task: CodesTask, report_progress: ReportProgress) -> CodesReport:
         rules=rules,
         images=len(samples),
         views=sum(map(len, boxes)),
-        file=FileDigest.of(f"{name}.codes.safetensors", content),
+        file=FileDigest.of(paths.codes.rpartition("/")[2], content),
         agreement=agreement,
-        versions=versions() | tokenizer.versions,
+        versions=library_versions() | dict(tokenizer.versions),
         timing=Timing(started=started, seconds=time.monotonic() - clock, host=socket.gethostname()),
     )
-    write_whole(report_address(task), report.model_dump_json(indent=1).encode())
-    _log.info("%s: %d views of %d images", task, report.views, report.images)
+    write_whole(paths.codes_report, report.model_dump_json(indent=1).encode())
+    _log.info("%s: %d crops of %d images", task, report.views, report.images)
     return report
 
 
-def report_address(task: CodesTask) -> str:
-    """Where the report of the codes lies."""
-    return f"{task.base}.codes.json"
-
-
-def versions() -> dict[str, str]:
-    """Libraries that shape the pixels that a tokenizer sees."""
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that affect the pixels of crops."""
     return {
         "pillow": PIL.__version__,
         "libjpeg_turbo": features.version("libjpeg_turbo") or "none",
     }
 
 
-def crop_pixels(sample: ShardSample, jpeg: bytes, boxes: Boxes, size: int) -> Pixels:
-    """The views [v, size, size, 3] of a stored image, each resized by Lanczos from its exact box.
+def crop_pixels(sample: ShardSample, content: bytes, boxes: Boxes, size: int) -> Pixels:
+    """The crops [v, size, size, 3] of a stored image, each resized by Lanczos from its exact box.
 
     Raises:
         PmdError: the image cannot be decoded.
     """
-    image = decode_image(sample, jpeg)
+    image = decode_image(sample, content)
     width, height = image.size
     sides = boxes.astype(float) * (width, height, width, height)
     return np.stack(
@@ -141,53 +133,58 @@ def crop_pixels(sample: ShardSample, jpeg: bytes, boxes: Boxes, size: int) -> Pi
     )
 
 
-@lru_cache(maxsize=2)  # of a worker process: the tokenizer, and the one in float32 beside it
-def _loaded(weights: str, sha256: str, dtype: str, device: str) -> Tokenizer:
-    read = read_weights(weights)
-    if read.sha256 != sha256:
+@lru_cache(maxsize=2)  # in a worker process: the tokenizer, and the same in float32
+def _load_tokenizer(rules: CodeRules, dtype: str, weights: str | None, device: str) -> Tokenizer:
+    name = rules.tokenizer
+    tokenizer = open_tokenizer(name, weights, dtype=dtype, device=device)
+    if tokenizer.weights_sha256 != rules.sha256:
         raise PmdError(f"{weights} has changed since the start: run the same command again")
-    return open_tokenizer(read, dtype=dtype, device=device)
+    if is_reference(name) and source_digest(name) != rules.source_sha256:
+        raise PmdError(f"{name} has changed since the start: run the same command again")
+    return tokenizer
 
 
-def _seen(task: CodesTask, samples: Iterable[ShardSample]) -> Iterator[tuple[Boxes, Pixels]]:
-    """Boxes and pixels of the views of each sample, in order; threads decode some ahead."""
+def _decode_crops(
+    task: CodesTask, samples: Iterable[ShardSample]
+) -> Iterator[tuple[Boxes, Pixels]]:
+    """Boxes and pixels of the crops of each sample, in order; threads decode some in advance."""
     rules = task.rules
-    ahead = deque[tuple[Boxes, Future[Pixels]]]()
+    queue = deque[tuple[Boxes, Future[Pixels]]]()
     with open_read(task.shard) as file, ThreadPoolExecutor(task.threads) as pool:
         try:
             for sample in samples:
-                jpeg = read_member(file, sample, sample.image)
+                content = read_member(file, sample, sample.image)
                 captioned = caption_boxes(sample, read_member(file, sample, sample.described))
                 boxes = crop_boxes(sample.key, sample.size, captioned, rules.views, rules.seed)
-                ahead.append((boxes, pool.submit(crop_pixels, sample, jpeg, boxes, rules.size)))
-                if len(ahead) > _AHEAD * task.threads:
-                    boxes, pixels = ahead.popleft()
+                queue.append((boxes, pool.submit(crop_pixels, sample, content, boxes, rules.size)))
+                if len(queue) > _PREFETCH * task.threads:
+                    boxes, pixels = queue.popleft()
                     yield boxes, pixels.result()
-            for boxes, pixels in ahead:
+            for boxes, pixels in queue:
                 yield boxes, pixels.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _told(
-    seen: Iterable[tuple[Boxes, Pixels]], boxes: list[Boxes], report_progress: ReportProgress
+def _collect_boxes(
+    crops: Iterable[tuple[Boxes, Pixels]], boxes: list[Boxes], report_progress: ReportProgress
 ) -> Iterator[Pixels]:
-    """The pixels, while `boxes` collects their boxes and the driver hears how many there were."""
-    views = 0
-    for own, pixels in seen:
-        boxes.append(own)
-        views += len(own)
-        report_progress({"images": len(boxes), "views": views})
+    """The pixels of each image's crops; their boxes go into `boxes`, their number to the driver."""
+    num_crops = 0
+    for boxes_of_image, pixels in crops:
+        boxes.append(boxes_of_image)
+        num_crops += len(boxes_of_image)
+        report_progress({"images": len(boxes), "crops": num_crops})
         yield pixels
 
 
 def _batches(pixels: Iterable[Pixels], size: int) -> Iterator[Pixels]:
-    """The same views, `size` at a time and the rest at last: a matter of the shard alone."""
+    """The same crops in batches of `size`, the last one smaller; they depend on the shard alone."""
     waiting: list[Pixels] = []
     count = 0
-    for views in pixels:
-        waiting.append(views)
-        count += len(views)
+    for crops in pixels:
+        waiting.append(crops)
+        count += len(crops)
         while count >= size:
             joined = np.concatenate(waiting)
             yield joined[:size]
@@ -196,15 +193,29 @@ def _batches(pixels: Iterable[Pixels], size: int) -> Iterator[Pixels]:
         yield np.concatenate(waiting)
 
 
-def _file(task: CodesTask, boxes: list[Boxes], codes: list[NDArray[np.uint16]]) -> bytes:
-    """The file of codes: see the design's words on `boxes`, `codes` and `first`."""
+def _checked_codes(codes: Codes, num_images: int, rules: CodeRules) -> Codes:
+    """The codes as given, if they are what a `Tokenizer` promises."""
+    shape = (num_images, rules.grid, rules.grid)
+    if codes.shape != shape or codes.dtype != np.uint16:
+        raise PmdError(
+            f"--tokenizer {rules.tokenizer}: it returned codes {codes.dtype} of shape "
+            f"{codes.shape}, and must return uint16 of shape {shape}"
+        )
+    if int(codes.max(initial=0)) >= rules.vocabulary:
+        raise PmdError(
+            f"--tokenizer {rules.tokenizer}: it returned the code {int(codes.max())}, and has a "
+            f"vocabulary of {rules.vocabulary:,}"
+        )
+    return codes
+
+
+def _file(task: CodesTask, boxes: list[Boxes], codes: list[Codes]) -> bytes:
+    """The safetensors file of codes; docs/format.md describes `boxes`, `codes` and `first`."""
     rules = task.rules
     tensors = {
         "boxes": np.concatenate([np.empty((0, 4), np.float32), *boxes]),
         "codes": np.concatenate([np.empty((0, rules.grid, rules.grid), np.uint16), *codes]),
         "first": np.cumsum([0, *map(len, boxes)], dtype=np.int64),
     }
-    assert int(tensors["codes"].max(initial=0)) < rules.vocabulary
     assert len(tensors["codes"]) == len(tensors["boxes"])
-    told = {"rules": rules.model_dump(mode="json"), "tar": task.entry.sha256}
-    return tensor_file(tensors, told)
+    return tensor_bytes(tensors, {"rules": rules.model_dump(mode="json"), "tar": task.entry.sha256})

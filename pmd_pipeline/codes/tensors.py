@@ -1,4 +1,4 @@
-"""What can be wrong with a file of image codes."""
+"""Files of image codes, read and checked."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,9 @@ _TYPES = {"boxes": ("F32", np.float32), "codes": ("U16", np.uint16), "first": ("
 Tensors: TypeAlias = dict[str, NDArray[Any]]
 Boxes: TypeAlias = NDArray[np.float32]
 
-_SAME_BOX = 1e-5
-"""How far a side may be from where this machine would draw it: libraries round in their own way."""
+_BOX_TOLERANCE = 1e-5
+"""Difference allowed between a stored side and the one computed here: math libraries round
+differently."""
 
 
 class _Tensor(BaseModel):
@@ -36,65 +37,65 @@ class _Header(BaseModel):
 
 
 def code_faults(
-    content: bytes, rules: CodeRules, views: int, expected: Sequence[Boxes]
+    content: bytes, rules: CodeRules, crops: int, expected: Sequence[Boxes]
 ) -> Iterator[str]:
-    """What is wrong with the codes of a shard, a sentence each.
+    """Faults of the codes of a shard, one sentence each.
 
     Args:
         content: of the safetensors file.
-        views: rows that it should have.
-        expected: the boxes of the views of each image.
+        crops: rows that it should have.
+        expected: the boxes of the crops of each image.
     """
     tensors = code_tensors(content)
     if isinstance(tensors, str):
         yield tensors
         return
-    stated = {
-        "boxes": (views, 4),
-        "codes": (views, rules.grid, rules.grid),
+    shapes = {
+        "boxes": (crops, 4),
+        "codes": (crops, rules.grid, rules.grid),
         "first": (len(expected) + 1,),
     }
-    wrong = [name for name in stated if tensors[name].shape != stated[name]]
+    wrong = [name for name in shapes if tensors[name].shape != shapes[name]]
     for name in wrong:
-        yield f"has {name} of the shape {tensors[name].shape}, not {stated[name]}"
+        yield f"has {name} of the shape {tensors[name].shape}, not {shapes[name]}"
     if wrong:
         return
     first, codes = tensors["first"], tensors["codes"]
-    if first[0] != 0 or first[-1] != views or (np.diff(first) != [*map(len, expected)]).any():
-        yield "gives its images other numbers of views than they have (first)"
+    if first[0] != 0 or first[-1] != crops or (np.diff(first) != [*map(len, expected)]).any():
+        yield "has other numbers of crops per image than it should have (first)"
         return
     if codes.size and int(codes.max()) >= rules.vocabulary:
-        yield f"has the code {int(codes.max())}; the last one is {rules.vocabulary - 1}"
-    together = np.concatenate([np.empty((0, 4), np.float32), *expected])
-    if not np.allclose(tensors["boxes"], together, rtol=0, atol=_SAME_BOX):
-        yield "has views that are neither whole images, nor their captions' boxes, nor those drawn"
+        yield f"has the code {int(codes.max())}, and the largest is {rules.vocabulary - 1}"
+    all_boxes = np.concatenate([np.empty((0, 4), np.float32), *expected])
+    if not np.allclose(tensors["boxes"], all_boxes, rtol=0, atol=_BOX_TOLERANCE):
+        yield "has crops that are neither whole images, nor their captions' boxes, nor random boxes"
 
 
 def code_tensors(content: bytes) -> Tensors | str:
-    """The tensors of a safetensors file of image codes; a sentence where it is none.
+    """The tensors of a safetensors file of image codes; a sentence if it is not such a file.
 
-    The format is a length (8 bytes, little endian), so many bytes of JSON, and the tensors.
+    The format: the length of the header (8 bytes, little endian), the header in JSON, the tensors.
     """
     length = int.from_bytes(content[:8], "little")
     try:
         header = _Header.model_validate_json(content[8 : 8 + length])
     except ValidationError as error:
-        said = error.errors()[0]
-        where = ".".join(str(step) for step in said["loc"])
-        return f"is no file of image codes ({where}: {said['msg'].lower()})"
+        first_error = error.errors()[0]
+        where = ".".join(str(step) for step in first_error["loc"])
+        return f"is not a file of image codes ({where}: {first_error['msg'].lower()})"
     body = content[8 + length :]
-    found: Tensors = {}
-    place = 0
-    described = {"boxes": header.boxes, "codes": header.codes, "first": header.first}
-    for name, one in sorted(described.items(), key=lambda item: item[1].data_offsets):
+    tensors: Tensors = {}
+    position = 0
+    headers = {"boxes": header.boxes, "codes": header.codes, "first": header.first}
+    for name, tensor in sorted(headers.items(), key=lambda item: item[1].data_offsets):
         kind, number = _TYPES[name]
-        start, stop = one.data_offsets
-        if one.dtype != kind or start != place or stop > len(body):
-            return f"holds {name} as {one.dtype} from byte {start:,} to {stop:,}, which cannot be"
-        if stop - start != np.dtype(number).itemsize * math.prod(one.shape):
-            return f"holds {name} of the shape {one.shape} in {stop - start:,} bytes"
-        found[name] = np.frombuffer(body[start:stop], dtype=number).reshape(one.shape)
-        place = stop
-    if place != len(body):
-        return f"has {len(body) - place:,} bytes behind its tensors"
-    return found
+        start, stop = tensor.data_offsets
+        if tensor.dtype != kind or start != position or stop > len(body):
+            return f"holds {name} as {tensor.dtype}, impossibly from byte {start:,} to {stop:,}"
+        if stop - start != np.dtype(number).itemsize * math.prod(tensor.shape):
+            return f"holds {name} of the shape {tensor.shape} in {stop - start:,} bytes"
+        tensors[name] = np.frombuffer(body[start:stop], dtype=number).reshape(tensor.shape)
+        position = stop
+    if position != len(body):
+        return f"has {len(body) - position:,} bytes after its tensors"
+    return tensors

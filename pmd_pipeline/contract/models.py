@@ -5,10 +5,16 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from pmd_pipeline.contract.digests import digest
-from pmd_pipeline.contract.names import Address, FileName, RelativePath, Sha256
+from pmd_pipeline.contract.names import Address, FileName, RelativePath, Sha256, TokenizerName
 from pmd_pipeline.contract.paths import ShardPaths
 
 Kind: TypeAlias = Literal["pairs", "images", "text"]
@@ -134,8 +140,9 @@ class CodeRules(_Stored):
     """Settings of image codes, equal for all shards of a dataset.
 
     Args:
-        tokenizer: `dalle` (DALL-E's dVAE), or `kmeans` (patch k-means, a stand-in for it).
-        sha256: of the tokenizer's weights.
+        tokenizer: `dalle` (DALL-E's dVAE), `kmeans` (patch k-means, which replaces it without
+            weights), or the user's own as `module:function`.
+        sha256: of the tokenizer's weights; of no bytes where it has none.
         vocabulary: codes are 0 to `vocabulary - 1`; at most 65,536.
         size: side in pixels of the square that a crop is resized to, by Lanczos.
         grid: codes along one side of that square.
@@ -143,9 +150,11 @@ class CodeRules(_Stored):
             (`seed`, key). An image with boxes has the whole image, then one crop per caption.
         seed: of the random boxes.
         dtype: torch name of the arithmetic of the tokenizer (`float32`, `bfloat16`).
+        source_sha256: of the source file of the user's own tokenizer; None, and absent from JSON
+            and digests, for a tokenizer of the package.
     """
 
-    tokenizer: Literal["dalle", "kmeans"]
+    tokenizer: TokenizerName
     sha256: Sha256
     vocabulary: int
     size: int
@@ -153,6 +162,11 @@ class CodeRules(_Stored):
     views: int = 1
     seed: int = 0
     dtype: str = "float32"
+    source_sha256: Sha256 | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if value is not None}
 
 
 class CodesReport(_Stored):

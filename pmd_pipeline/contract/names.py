@@ -9,6 +9,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from pmd_pipeline.contract.plugins import is_reference
+
+_MODULE = re.compile("[a-z][a-z0-9_]{0,63}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 SCHEMES = frozenset({"abfs", "az", "file", "gcs", "gs", "hf", "http", "https", "memory", "s3"})
@@ -43,6 +46,12 @@ def _address(address: str) -> str:
     return address
 
 
+def _tokenizer(name: str) -> str:
+    if len(name) > 255 or not (_MODULE.fullmatch(name) or is_reference(name)):
+        raise ValueError(f"{name[:80]!r} is no name of an image tokenizer, and no module:function")
+    return name
+
+
 FileName = Annotated[str, AfterValidator(_segment)]
 """One segment of a path, which never leads out of its folder; not a hidden file's."""
 
@@ -54,3 +63,7 @@ Sha256 = Annotated[str, AfterValidator(_sha256)]
 
 Address = Annotated[str, AfterValidator(_address)]
 """A relative or absolute path, or an address of one of `SCHEMES`."""
+
+TokenizerName = Annotated[str, AfterValidator(_tokenizer)]
+"""An image tokenizer of the package, or `module:function` of its author. Nothing imports what a
+stored file names: only `--tokenizer` does."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pmd_pipeline.base.storage import sizes
 from pmd_pipeline.base.tables import read_table
-from pmd_pipeline.codes.reports import done_codes, one_rule, with_codes
+from pmd_pipeline.codes.reports import common_rules, done_codes, with_codes
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, local_path, open_read
@@ -100,7 +100,7 @@ def merge_manifests(name: str, path: str, manifests: Sequence[tuple[str, Manifes
     entries: dict[str, SourceEntry] = {}
     shards: list[ShardEntry] = []
     missing: dict[str, list[int]] = {}
-    codes = one_rule(manifest.codes for _, manifest in manifests)
+    codes = common_rules(manifest.codes for _, manifest in manifests)
     bare = {} if codes else {"codes_sha256": None, "views": None}
     for where, manifest in manifests:
         if twice := sorted(entries.keys() & manifest.sources.keys()):

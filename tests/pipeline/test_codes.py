@@ -25,7 +25,7 @@ from pmd_pipeline.codes.crops import crop_boxes
 from pmd_pipeline.codes.reports import codes_dependency
 from pmd_pipeline.codes.tensors import code_tensors
 from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
-from pmd_pipeline.codes.tokenizers.weights import tensor_file
+from pmd_pipeline.codes.weights import tensor_bytes
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import CodesReport
@@ -49,7 +49,7 @@ def weights(tmp_path):
     """A k-means that knows four plain colours, by their numbers in `COLOURS`."""
     centroids = np.broadcast_to(COLOURS[:, None, None], (4, 8, 8, 3))
     path = tmp_path / "colours.safetensors"
-    path.write_bytes(tensor_file({"centroids": np.ascontiguousarray(centroids)}, {}))
+    path.write_bytes(tensor_bytes({"centroids": np.ascontiguousarray(centroids)}, {}))
     return str(path)
 
 
@@ -386,7 +386,7 @@ def test_kmeans_is_fitted_anew_when_the_shards_are_others(tmp_path, order):
 
 def test_kmeans_sees_the_images_of_the_lowest_keys_of_all_sources(tmp_path, monkeypatch):
     shards = [(shard.path, shard) for shard in world(tmp_path)]
-    monkeypatch.setattr(coding, "_FITTED_IMAGES", 7)
+    monkeypatch.setattr(coding, "_FIT_IMAGES", 7)
     read = []
     monkeypatch.setattr(coding, "read_samples", noted(coding.read_samples, read))
 

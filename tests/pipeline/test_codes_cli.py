@@ -14,7 +14,8 @@ from hand import Hand, tiles, write_manifest, write_shard
 
 from pmd_pipeline import cli
 from pmd_pipeline.cli.codes import codes
-from pmd_pipeline.codes.tokenizers.weights import _shapes, tensor_file
+from pmd_pipeline.codes.tokenizers.dalle import tensor_shapes
+from pmd_pipeline.codes.weights import tensor_bytes
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import CodesReport
 
@@ -67,7 +68,7 @@ def encoder(tmp_path):
     }
     state = {
         name: torch.randn(shape) * (1.5 * np.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1)
-        for name, shape in _shapes(start)
+        for name, shape in tensor_shapes(start)
     }
     torch.save(state, tmp_path / "encoder.pkl")
     return tmp_path / "encoder.pkl"
@@ -132,7 +133,7 @@ def test_a_pickle_is_converted_and_then_makes_codes(pmd, manifest, encoder):
     assert (code, out) == (0, f"{manifest}  {made.digest}\n")
     assert (made.codes.tokenizer, made.codes.sha256) == ("dalle", sha256)
     assert (made.codes.dtype, made.codes.vocabulary) == ("bfloat16", 50)
-    assert "of the codes of a sample are float32's too" in err
+    assert "of the codes of a sample are the same in float32" in err
     assert "stand-in" not in err
     report = CodesReport.model_validate_json(Path("data/00000.codes.json").read_text())
     assert 0.5 < report.agreement <= 1
@@ -183,7 +184,7 @@ def test_an_evil_pickle_is_one_sentence(pmd, tmp_path, new):
 
 def kmeans_file():
     Path("k.safetensors").write_bytes(
-        tensor_file({"centroids": np.zeros((2, 8, 8, 3), np.uint8)}, {})
+        tensor_bytes({"centroids": np.zeros((2, 8, 8, 3), np.uint8)}, {})
     )
 
 
@@ -207,7 +208,7 @@ MISTAKES = {
     ),
     "a conversion onto itself": (
         ["convert", "encoder.pkl", "encoder.pkl"],
-        ["end in .safetensors"],
+        ["end the name in .safetensors"],
     ),
     "a conversion of nothing": (
         ["convert", "none.pkl", "x.safetensors"],

@@ -79,7 +79,7 @@ def test_the_picture_of_codes_is_made_of_their_patches():
     codes = np.array([[4, 0, 1], [1, 2, 3], [3, 3, 0]], dtype=np.uint16)
     tokenizer = KMeans(centroids)
 
-    picture = tokenizer.picture(codes)
+    picture = tokenizer.decode(codes)
 
     assert picture[:8, 8:16].tolist() == centroids[0].tolist()
     assert tokenizer.codes(picture[None])[0].tolist() == codes.tolist()
@@ -108,7 +108,7 @@ def test_a_scene_made_of_its_codes_is_like_it():
     )
     tokenizer = KMeans(fit(patches(scenes[:-1]), 256, 0))
 
-    again = tokenizer.picture(tokenizer.codes(scenes[-1:])[0])
+    again = tokenizer.decode(tokenizer.codes(scenes[-1:])[0])
 
     plain = scenes[-1].mean((0, 1))
     missed = np.abs(again.astype(float) - scenes[-1]).mean()

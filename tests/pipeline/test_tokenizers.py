@@ -17,17 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from pmd_pipeline.codes.tokenizers import open_tokenizer
-from pmd_pipeline.codes.tokenizers.pickles import read_pickle
-from pmd_pipeline.codes.tokenizers.weights import (
-    dalle_weights,
-    find_weights,
-    read_weights,
-    tensor_file,
-)
+from pmd_pipeline.codes.pickles import read_pickle
+from pmd_pipeline.codes.tokenizers import Tokenizer, open_tokenizer, tokenizer_names
+from pmd_pipeline.codes.tokenizers.dalle import convert_weights, dalle_tokenizer, dalle_weights
+from pmd_pipeline.codes.weights import find_weights, read_tensors
 from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.models import CodeRules
 
 flava = pytest.importorskip("transformers.models.flava")
 
@@ -129,7 +127,7 @@ def write(path, thing, *, new):
 def test_codes_are_those_of_transformers():
     model, images = codebook(), pictures(11)
 
-    ours = open_tokenizer(dalle_weights(arrays(model), "")).codes(images)
+    ours = dalle_tokenizer(dalle_weights(arrays(model), "")).codes(images)
 
     assert ours.dtype == np.uint16
     assert ours.shape == (11, 4, 4)
@@ -141,7 +139,7 @@ def test_codes_are_those_of_transformers():
 def test_codes_of_the_full_encoder_are_those_of_transformers():
     model, images = codebook(256, 8192), pictures(2, 112)
 
-    ours = open_tokenizer(dalle_weights(arrays(model), "")).codes(images)
+    ours = dalle_tokenizer(dalle_weights(arrays(model), "")).codes(images)
 
     assert ours.shape == (2, 14, 14)
     assert len(np.unique(ours)) > 20
@@ -149,7 +147,7 @@ def test_codes_of_the_full_encoder_are_those_of_transformers():
 
 
 def test_codes_do_not_depend_on_threads():
-    tokenizer = open_tokenizer(dalle_weights(arrays(codebook()), ""))
+    tokenizer = dalle_tokenizer(dalle_weights(arrays(codebook()), ""))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -166,8 +164,8 @@ def test_codes_do_not_depend_on_threads():
 def test_half_precision_agrees_mostly():
     weights, images = dalle_weights(arrays(codebook()), ""), pictures(40)
 
-    exact = open_tokenizer(weights).codes(images)
-    half = open_tokenizer(weights, dtype="bfloat16").codes(images)
+    exact = dalle_tokenizer(weights).codes(images)
+    half = dalle_tokenizer(weights, dtype="bfloat16").codes(images)
 
     assert 0.8 < (exact == half).mean() < 1
 
@@ -328,7 +326,7 @@ def test_a_tensor_of_a_pickle_has_its_numbers(tmp_path):
         lying_tensor((2,), (1,), count=9),
         locked(lying_tensor((2,), (1,))),
     ],
-    ids=str,
+    ids=range(14),  # the content of a zip has the time in it
 )
 def test_what_is_no_whole_pickle_is_one_sentence(tmp_path, content):
     path = tmp_path / "encoder.pkl"
@@ -366,23 +364,23 @@ def test_a_pickle_with_changed_bytes_is_read_or_one_sentence(tmp_path, new):
 def test_weights_are_named_by_the_sha256_of_our_file_wherever_they_come_from(tmp_path):
     model = codebook()
     model.save_pretrained(tmp_path / "hub")
-    first = read_weights(find_weights(str(tmp_path / "hub"), None))
-    ours = tmp_path / "dvae.safetensors"
-    ours.write_bytes(tensor_file(first.tensors, {"tokenizer": "dalle"}))
+    hub, ours = find_weights(str(tmp_path / "hub"), None), tmp_path / "dvae.safetensors"
 
-    second = read_weights(str(ours))
+    convert_weights(hub, str(ours))
+    first, second = open_tokenizer("dalle", hub), open_tokenizer("dalle", str(ours))
 
-    assert first.sha256 == second.sha256 == hashlib.sha256(ours.read_bytes()).hexdigest()
-    assert (first.tokenizer, first.vocabulary) == ("dalle", 40)
+    sha256 = hashlib.sha256(ours.read_bytes()).hexdigest()
+    assert first.weights_sha256 == second.weights_sha256 == sha256
+    assert (first.patch_size, first.vocabulary) == (8, 40)
 
 
 def test_the_codebook_inside_a_whole_model_is_found(tmp_path):
     state = {f"image_codebook.{n}": t for n, t in codebook().state_dict().items()}
     save_file({**state, "flava.cls": torch.zeros(3)}, tmp_path / "model.safetensors")
 
-    found = read_weights(find_weights(str(tmp_path), None))
+    opened = open_tokenizer("dalle", find_weights(str(tmp_path), None))
 
-    assert found.sha256 == dalle_weights(arrays(codebook()), "").sha256
+    assert opened.weights_sha256 == dalle_weights(arrays(codebook()), "").sha256
 
 
 def changed(name, change):
@@ -439,7 +437,7 @@ def test_an_unreachable_hub_is_one_sentence(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["encoder.pkl", "pytorch_model.bin"])
 def test_a_pickle_in_the_place_of_weights_is_sent_to_be_converted(name):
     with pytest.raises(PmdError, match="pmd codes convert"):
-        read_weights(name)
+        read_tensors(name)
 
 
 @pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{}"])
@@ -447,13 +445,50 @@ def test_a_file_that_is_no_safetensors_is_one_sentence(tmp_path, content):
     (tmp_path / "w.safetensors").write_bytes(content)
 
     with pytest.raises(PmdError):
-        read_weights(str(tmp_path / "w.safetensors"))
+        open_tokenizer("dalle", str(tmp_path / "w.safetensors"))
 
 
 def test_without_torch_it_says_what_to_install(monkeypatch):
     weights = dalle_weights(arrays(codebook()), "")
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "pmd_pipeline.codes.tokenizers.dalle", raising=False)
+    monkeypatch.delitem(sys.modules, "pmd_pipeline.codes.dvae", raising=False)
 
     with pytest.raises(PmdError, match=r"pip install 'pmd-flava\[train\]'"):
-        open_tokenizer(weights)
+        dalle_tokenizer(weights)
+
+
+def test_an_unknown_tokenizer_is_one_sentence_with_a_suggestion():
+    with pytest.raises(PmdError, match=r"--tokenizer dale: .* did you mean 'dalle'"):
+        open_tokenizer("dale", None)
+
+
+@pytest.mark.parametrize("name", tokenizer_names())
+def test_every_tokenizer_of_the_package_refuses_to_open_without_weights(name):
+    with pytest.raises(PmdError, match="--weights"):
+        open_tokenizer(name, None)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocabulary": 0}, {"vocabulary": 65_537}, {"patch_size": 0}, {"batch": 0}]
+)
+def test_a_tokenizer_that_cannot_be_is_refused(changes):
+    with pytest.raises(ValueError, match=r"at least 1|1 to 65,536"):
+        Tokenizer(**{"patch_size": 8, "vocabulary": 2, "codes": len} | changes)
+
+
+RULES = {"tokenizer": "kmeans", "sha256": "0" * 64, "vocabulary": 16, "size": 16, "grid": 2}
+
+
+def test_rules_without_a_source_file_have_the_json_and_digest_of_older_ones():
+    stored = {**RULES, "views": 1, "seed": 0, "dtype": "float32"}
+
+    assert CodeRules(**RULES).model_dump(mode="json") == stored
+    assert list(CodeRules(**RULES).model_dump()) == list(stored)
+    with_source = CodeRules(**RULES, source_sha256="1" * 64)
+    assert CodeRules.model_validate_json(with_source.model_dump_json()) == with_source
+
+
+@pytest.mark.parametrize("name", ["", "Dalle", "a/b", "../x", "a:b:c", "a.b", "a b", ":f", "m:"])
+def test_a_stored_name_that_is_no_tokenizer_is_refused(name):
+    with pytest.raises(ValidationError, match="no name of an image tokenizer"):
+        CodeRules(**RULES | {"tokenizer": name})

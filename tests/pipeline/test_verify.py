@@ -427,13 +427,13 @@ def blank_in_json(copy):
 
 def other_codes(copy):
     copy.path("codes.safetensors").write_bytes(b"\x10" + bytes(7) + b"{}")
-    return "is no file of image codes"
+    return "is not a file of image codes"
 
 
 def more_codes(copy):
     with copy.path("codes.safetensors").open("ab") as file:
         file.write(b"..")
-    return "has 2 bytes behind its tensors"
+    return "has 2 bytes after its tensors"
 
 
 def rotated(captions):
@@ -502,15 +502,15 @@ DAMAGE = {
         "made with pyarrow 0.0, of which the manifest knows nothing",
         versions=lambda versions: versions | {"pyarrow": "0.0"},
     ),
-    "codes_high": codes("codes", set_at((0, 0, 0), 16), "has the code 16; the last one is 15"),
+    "codes_high": codes("codes", set_at((0, 0, 0), 16), "has the code 16, and the largest is 15"),
     "codes_few": codes("codes", lambda codes: codes[1:], "has codes of the shape"),
-    "codes_first": codes("first", set_at(1, 1), "other numbers of views"),
-    "codes_start": codes("first", set_at(0, 1), "other numbers of views"),
+    "codes_first": codes("first", set_at(1, 1), "other numbers of crops"),
+    "codes_start": codes("first", set_at(0, 1), "other numbers of crops"),
     "codes_whole": codes("boxes", set_at((0, 2), 0.5), "neither whole images"),
-    "codes_boxes": codes("boxes", set_at((1, 2), 0.0), "nor those drawn"),
-    "codes_nan": codes("boxes", set_at((1, 2), np.nan), "nor those drawn"),
+    "codes_boxes": codes("boxes", set_at((1, 2), 0.0), "nor random boxes"),
+    "codes_nan": codes("boxes", set_at((1, 2), np.nan), "nor random boxes"),
     "codes_type": codes("codes", lambda codes: codes.astype(np.int16), "holds codes as I16"),
-    "codes_moved": codes("boxes", lambda boxes: boxes[[0, 3, *range(2, len(boxes))]], "nor those"),
+    "codes_moved": codes("boxes", lambda boxes: boxes[[0, 3, *range(2, len(boxes))]], "nor random"),
     "other_codes": other_codes,
     "more_codes": more_codes,
 }
@@ -698,7 +698,7 @@ def test_views_of_captions_are_held_against_the_boxes_of_their_captions():
         return list(code_faults(content, RULES, 5, expected))
 
     assert faults(boxes, [0, 3, 5]) == []
-    assert "other numbers of views" in faults(boxes, [0, 2, 5])[0]
+    assert "other numbers of crops" in faults(boxes, [0, 2, 5])[0]
     assert "nor their captions' boxes" in faults(boxes[[0, 2, 1, 3, 4]], [0, 3, 5])[0]
 
 

@@ -121,10 +121,14 @@ def codes_command(manifest: Manifest) -> str | None:
     if rules is None:
         return None
     start = f"pmd codes manifests/{manifest.name}.json"
-    by = f"--vocabulary {rules.vocabulary}"
+    options = f"--vocabulary {rules.vocabulary}"
     if rules.tokenizer == "dalle":
-        by = f"--weights dvae.safetensors --dtype {rules.dtype}"
-    return f"{start} {by} --grid {rules.grid} --views {rules.views} --seed {rules.seed}"
+        options = f"--weights dvae.safetensors --dtype {rules.dtype}"
+    elif rules.tokenizer != "kmeans":
+        has_weights = rules.sha256 != FileDigest.of("none", b"").sha256
+        weights = " --weights WEIGHTS" if has_weights else ""
+        options = f"--tokenizer {rules.tokenizer}{weights} --dtype {rules.dtype}"
+    return f"{start} {options} --grid {rules.grid} --views {rules.views} --seed {rules.seed}"
 
 
 def _place(shard: ShardEntry) -> str:

@@ -19,7 +19,7 @@ from pmd_pipeline.build.optout import load_list
 from pmd_pipeline.build.part import PartTask, build_part, done_report
 from pmd_pipeline.codes.reports import codes_dependency, done_codes
 from pmd_pipeline.codes.tensors import code_tensors
-from pmd_pipeline.codes.tokenizers.weights import tensor_file
+from pmd_pipeline.codes.weights import tensor_bytes
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, open_read, read_bytes, sha256_of, write_whole
@@ -436,4 +436,4 @@ def _chosen_codes(
         "codes": tensors["codes"][rows],
         "first": np.cumsum([0, *map(len, ranges)], dtype=np.int64),
     }
-    return tensor_file(picked, {"rules": made.rules.model_dump(mode="json"), "tar": tar})
+    return tensor_bytes(picked, {"rules": made.rules.model_dump(mode="json"), "tar": tar})
