@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pmd_pipeline.base.parallel import ignore_progress, open_pool
 from pmd_pipeline.build.part import PartTask, build_part
+from pmd_pipeline.build.shard import ShardBuild
 from pmd_pipeline.images.decode.decoder import open_image
 from pmd_pipeline.images.decode.stored_image import make_stored_image
 from pmd_pipeline.index.build import build_index
@@ -31,16 +32,8 @@ def build(urls: list[str], places: dict[str, str], folder: Path, manners: dict[s
             recipe, str(folder / "raw"), str(folder / "index"), pool, ignore_progress
         )
     (part,) = index.parts
-    task = PartTask(
-        recipe=recipe,
-        index=str(folder / "index"),
-        part=part,
-        limit=None,
-        shards=str(folder / "shards"),
-        places=("web",),
-        catalogues=(),
-        dependency="",
-    )
+    shard = ShardBuild(recipe, part.part, str(folder / "shards"))
+    task = PartTask(shard, str(folder / "index"), part)
     cpu, clock = time.process_time(), time.monotonic()
     report = build_part(task, lambda _: None)
     return {

@@ -60,7 +60,7 @@ MAY_KNOW = {
         "dataset.reader",
         "demo",
     },
-    "cv2": {"images.decode", "build.part"},
+    "cv2": {"images.decode", "build.report"},
     "simplejpeg": {"images.decode"},
     "fsspec": {"contract.files"},
     "ijson": {"sources.upstream"},

@@ -59,8 +59,8 @@ class FetchPipeline(Generic[_Item]):
         items: Sequence[_Item],
         host_of: Callable[[_Item], str | None],
         key_of: Callable[[_Item], Hashable],
-    ) -> Iterator[tuple[_Item, ImageResult]]:
-        """Items with their outcomes, in order; those of one key are asked for once."""
+    ) -> Iterator[ImageResult]:
+        """The results of items, in order; items of one key are asked for once."""
         firsts: dict[Hashable, int] = {}
         sources = [firsts.setdefault(key_of(item), number) for number, item in enumerate(items)]
         ended: _Ended = SimpleQueue()
@@ -72,14 +72,14 @@ class FetchPipeline(Generic[_Item]):
             asking = _Asking(self, asked, pool, ended)
             self.loop.call_soon_threadsafe(asking.go_on)
             try:
-                for source, item in zip(sources, items, strict=True):
+                for source in sources:
                     while source not in pile:
                         number, future = self._next(ended)
                         asking.num_ended += 1
                         outcome = future.result()
                         pile.put(number, outcome)
                         self.memory.release(_num_bytes(outcome))
-                    yield item, pile.take(source)
+                    yield pile.take(source)
             finally:
                 asyncio.run_coroutine_threadsafe(asking.stop(), self.loop).result()
                 pool.shutdown(wait=True, cancel_futures=True)

@@ -10,15 +10,11 @@ from pmd_pipeline import sources
 from pmd_pipeline.base.parallel import Pool, WorkerDied, open_pool
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.storage import sizes, sweep
+from pmd_pipeline.build.image_locations import WEB, ImageLocation, image_locations
 from pmd_pipeline.build.optout import add_to_list, load_list
-from pmd_pipeline.build.part import (
-    WEB,
-    PartTask,
-    build_part,
-    done_report,
-    exclusions_of,
-    part_dependency,
-)
+from pmd_pipeline.build.part import PartTask, build_part, part_dependency
+from pmd_pipeline.build.report import done_report
+from pmd_pipeline.build.shard import ShardBuild
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import is_local, join
 from pmd_pipeline.contract.manifest import save_manifest
@@ -26,9 +22,7 @@ from pmd_pipeline.contract.models import Manifest, Report
 from pmd_pipeline.contract.reasons import FAILURE_REASONS
 from pmd_pipeline.contract.suggestions import suggestion
 from pmd_pipeline.dataset.manifest import merge_manifests, repeated_pictures, source_manifest
-from pmd_pipeline.images.local.archives import archive_stamp, open_archive
 from pmd_pipeline.images.local.imagenet import check_images, list_images
-from pmd_pipeline.images.local.img2dataset import build_catalogue, is_img2dataset
 from pmd_pipeline.index.build import Index, build_index
 from pmd_pipeline.recipe import Recipe, load_recipe
 from pmd_pipeline.sources.upstream import download as annotations
@@ -175,10 +169,7 @@ def build_source(order: SourceBuild, pool: Pool, reporter: Reporter) -> tuple[Ma
     sweep(order.shards)
     if order.recipe.kind == "images":
         order = _with_images(order, pool, reporter)
-    catalogues = tuple(_catalogues(order, pool))
-    for place in order.places:
-        if place != WEB and place not in dict(catalogues):
-            open_archive(place)  # says what is wrong with it before hours of indexing
+    locations = image_locations(order.places, order.index, pool)
     with reporter.stage(f"{source} index", "rows") as stage:
         index = build_index(order.recipe, order.raw, order.index, pool, stage.update)
         stage.set_total({"rows": index.rows})
@@ -187,14 +178,18 @@ def build_source(order: SourceBuild, pool: Pool, reporter: Reporter) -> tuple[Ma
             f"{source}: no {KARPATHY_FILE} in {order.raw} or beside it, so evaluation images were "
             "not left out; the manifest says so"
         )
-    tasks = list(_tasks(order, index, catalogues))
-    there = sizes(order.shards)
-    reports = {task.part.part: report for task in tasks if (report := done_report(task, there))}
+    tasks = list(_tasks(order, index, locations))
+    file_sizes = sizes(order.shards)
+    reports = {
+        task.part.part: report
+        for task in tasks
+        if (report := done_report(order.shards, task.part.part, task.shard.dependency, file_sizes))
+    }
     waiting = list(_waiting(order, tasks, reports))
     for task in waiting:
         reports.pop(task.part.part, None)
     failures: list[str] = []
-    num_records = sum(_records(task) for task in tasks)
+    num_records = sum(task.num_records for task in tasks)
     with reporter.stage(f"{source} build", "records", num_records) as stage:
         for report in reports.values():
             stage.resume_from(_counts(report))
@@ -287,27 +282,24 @@ def _with_images(order: SourceBuild, pool: Pool, reporter: Reporter) -> SourceBu
 
 
 def _tasks(
-    order: SourceBuild, index: Index, catalogues: tuple[tuple[str, str], ...]
+    order: SourceBuild, index: Index, locations: tuple[ImageLocation, ...]
 ) -> Iterator[PartTask]:
     """The parts to build; with a limit, the first ones, the last of them in part."""
-    stamps = [place if place == WEB else archive_stamp(place) for place in order.places]
     left = order.limit
     for part in index.parts:
         if left is not None and left <= 0:
             return
         limit = left if left is not None and left < part.records else None
-        yield PartTask(
+        shard = ShardBuild(
             recipe=order.recipe,
-            index=order.index,
-            part=part,
-            limit=limit,
+            part=part.part,
             shards=order.shards,
-            places=order.places,
-            catalogues=catalogues,
-            dependency=part_dependency(order.recipe, part, limit, stamps),
+            locations=locations,
+            dependency=part_dependency(order.recipe, part, limit, locations),
             optout=order.data,
             again=order.again,
         )
+        yield PartTask(shard, order.index, part, limit)
         left = None if left is None else left - part.records
 
 
@@ -339,28 +331,17 @@ def _waiting(
 def _side_by_side(waiting: Sequence[PartTask], pool: Pool) -> Iterator[PartTask]:
     """The tasks, each knowing how many run beside it and ask the same hosts."""
     for task in waiting:
-        yield replace(task, workers=min(pool.workers, len(waiting)))
+        workers = min(pool.workers, len(waiting))
+        yield replace(task, shard=replace(task.shard, workers=workers))
 
 
 def _leaves_out(task: PartTask, report: Report) -> bool:
     """Say whether a part that is built leaves out what is to be left out, and nothing else."""
-    if task.recipe.kind == "text":
+    if task.shard.recipe.kind == "text":
         return True  # nobody lists texts
-    return exclusions_of(task).hold(task.index, task.part, task.shards, report)
+    return task.shard.exclusions().hold(task.index, task.part, task.shard.shards, report)
 
 
 def _counts(report: Report) -> dict[str, int]:
     failed = sum(report.counts.failed.values())
     return {"records": report.records, "images": report.images, "failed": failed}
-
-
-def _records(task: PartTask) -> int:
-    return task.part.records if task.limit is None else task.limit
-
-
-def _catalogues(order: SourceBuild, pool: Pool) -> Iterator[tuple[str, str]]:
-    for number, place in enumerate(order.places):
-        if place != WEB and is_img2dataset(place):
-            folder = join(order.index, f"img2dataset-{number}")
-            build_catalogue(place, folder, pool)
-            yield place, folder

@@ -12,23 +12,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from pmd_pipeline.base.record import Row, key_of
-from pmd_pipeline.build.part import WEB, PartTask, build_part
-from pmd_pipeline.contract.models import Counts, FileDigest, Report
-from pmd_pipeline.contract.paths import part_name
-from pmd_pipeline.contract.schemas import KEPT_SCHEMA
-from pmd_pipeline.index.records import IndexPart, IndexRecord
+from pmd_pipeline.build.shard import ShardBuild, fetch_into_shard
+from pmd_pipeline.contract.models import Report
+from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.recipe import Fetch, Images, Recipe
 
 GROUPS = 8
@@ -96,7 +92,8 @@ def tried(
     with tempfile.TemporaryDirectory(prefix="pmd-trial-") as scratch:
         for number, group in enumerate(groups):
             busy, clock = time.process_time(), time.monotonic()
-            report = build_part(_task(recipe, Path(scratch), number, group, workers), _no_tick)
+            build = ShardBuild(recipe, number, scratch, workers=workers)
+            report = fetch_into_shard(build, _single_captions(group), _no_progress)
             took = time.process_time() - busy, time.monotonic() - clock
             stored = report.tar.num_bytes + report.ledger.num_bytes
             sums = (report.fetched_bytes, stored, *took)
@@ -182,38 +179,17 @@ def _mean(values: Sequence[float]) -> Range:
     return Range(fmean(values), max(0.0, fmean(values) - half), fmean(values) + half)
 
 
-def _no_tick(_counts: Mapping[str, int]) -> None:
-    """Nobody watches within a group."""
+def _no_progress(_counts: Mapping[str, int]) -> None:
+    """Progress within a group is not shown."""
 
 
-def _task(
-    recipe: Recipe, scratch: Path, number: int, records: Sequence[IndexRecord], workers: int
-) -> PartTask:
-    """A part of these records, each with one caption, so that its counts are of records."""
+def _single_captions(records: Sequence[IndexRecord]) -> list[IndexRecord]:
+    """The records in order of key, each with one caption, so that counts are of records."""
     single = [
         replace(one, captions=["-"], fields=[""], boxes=None, spans=[0], rows=[0])
         for one in records
     ]
-    name = f"kept-{part_name(number)}.parquet"
-    out = BytesIO()
-    rows = sorted((asdict(one) for one in single), key=lambda row: str(row["key"]))
-    pq.write_table(pa.Table.from_pylist(rows, schema=KEPT_SCHEMA), out)
-    (scratch / name).write_bytes(out.getvalue())
-    file = FileDigest.of(name, out.getvalue())
-    counts = Counts(pairs_in=len(rows), kept=len(rows))
-    return PartTask(
-        recipe=recipe,
-        index=str(scratch),
-        part=IndexPart(
-            part=number, records=len(rows), bare=0, counts=counts, kept=file, dropped=file
-        ),
-        limit=None,
-        shards=str(scratch / "shards"),
-        places=(WEB,),
-        catalogues=(),
-        dependency="",
-        workers=workers,
-    )
+    return sorted(single, key=lambda record: record.key)
 
 
 @contextmanager

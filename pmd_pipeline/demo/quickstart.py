@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pmd_pipeline.base.progress import Reporter
-from pmd_pipeline.build.part import WEB
+from pmd_pipeline.build.image_locations import WEB
 from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import write_whole

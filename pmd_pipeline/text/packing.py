@@ -1,7 +1,5 @@
 """Second stage for texts: the documents of a part become sequences that fill a model's window."""
 
-import socket
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pmd_pipeline.base.parallel import ReportProgress
+from pmd_pipeline.base.stopwatch import Stopwatch
 from pmd_pipeline.base.storage import remove
 from pmd_pipeline.build.part import PartTask
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.contract.files import is_local, join, write_whole
-from pmd_pipeline.contract.models import Counts, FileDigest, Report, Timing
-from pmd_pipeline.contract.paths import part_name
+from pmd_pipeline.contract.files import is_local, write_whole
+from pmd_pipeline.contract.models import Counts, FileDigest, Report
 from pmd_pipeline.contract.schemas import TEXT_SCHEMA
 from pmd_pipeline.contract.tokens import DOCUMENT_SEPARATOR
 from pmd_pipeline.index.records import read_part
@@ -104,18 +102,18 @@ def build_texts(task: PartTask, report_progress: ReportProgress) -> Report:
     Raises:
         PmdError: the tokenizer is not the one that the recipe means.
     """
-    started, clock = time.time(), time.monotonic()
-    name = part_name(task.part.part)
-    remove(join(task.shards, f"{name}.json"))  # nothing may vouch for a file that is being replaced
+    stopwatch = Stopwatch()
+    paths, names = task.shard.paths, task.shard.names
+    remove(paths.report)  # nothing may vouch for a file that is being replaced
     tally = _Tally()
     sequences = list(_packed(task, tally, report_progress))
     content = _as_parquet(sequences)
-    write_whole(join(task.shards, f"{name}.parquet"), content)
-    shard = FileDigest.of(f"{name}.parquet", content)
+    write_whole(paths.ledger, content)
+    shard = FileDigest.of(names.ledger, content)
     report = Report(
-        source=task.recipe.source,
+        source=task.shard.recipe.source,
         part=task.part.part,
-        dependency=task.dependency,
+        dependency=task.shard.dependency,
         counts=Counts(
             pairs_in=tally.documents, kept=tally.kept, dropped=dict(sorted(tally.dropped.items()))
         ),
@@ -128,10 +126,10 @@ def build_texts(task: PartTask, report_progress: ReportProgress) -> Report:
         tar=shard,
         ledger=shard,
         versions={"pyarrow": pa.__version__, "tokenizers": version("tokenizers")},
-        timing=Timing(started=started, seconds=time.monotonic() - clock, host=socket.gethostname()),
+        timing=stopwatch.timing(),
     )
     assert report.counts.unaccounted() == 0
-    write_whole(join(task.shards, f"{name}.json"), report.model_dump_json(indent=1).encode())
+    write_whole(paths.report, report.model_dump_json(indent=1).encode())
     return report
 
 
@@ -171,7 +169,7 @@ def words(cutter: "Tokenizer", document: str) -> Words:
 
 
 def _packed(task: PartTask, tally: _Tally, report_progress: ReportProgress) -> Iterator[Sequence]:
-    texts = task.recipe.texts
+    texts = task.shard.recipe.texts
     vocabulary = load_vocabulary(texts.tokenizer)
     _check(texts.tokenizer, vocabulary.sha256, texts.sha256)
     cutter = vocabulary.wordpiece()

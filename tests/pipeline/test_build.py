@@ -21,14 +21,16 @@ from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, writ
 
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.build import pipeline as flow
-from pmd_pipeline.build.part import WEB, PartTask, _fetched, build_part
+from pmd_pipeline.build.image_locations import WEB
+from pmd_pipeline.build.part import build_part
+from pmd_pipeline.build.shard import ShardBuild, fetch_images
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import Report
 from pmd_pipeline.dataset import build as dataset
 from pmd_pipeline.dataset.build import SourceBuild
 from pmd_pipeline.images.fetch import rate_limiter
-from pmd_pipeline.index.records import IndexPart, IndexRecord
+from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.recipe import load_recipe
 
 KINDS = ("good", "missing", "html", "empty", "truncated", "tiny")
@@ -233,7 +235,7 @@ def test_parts_know_how_many_are_built_beside_them_and_ask_the_same_hosts(
 
         def run(self, function, tasks, watch):
             for task in tasks:
-                told.append(getattr(task, "workers", None))
+                told.append(getattr(getattr(task, "shard", None), "workers", None))
                 yield task, function(task, partial(watch, str(task)))
 
     toy_build(replace(toy, recipe=toy_recipe(part_records=12)), Somewhere())  # two parts
@@ -274,10 +276,9 @@ def test_an_address_that_several_records_share_is_asked_once(tmp_path):
     records = [record(f"{n:016x}", f"http://a.test/{name}") for n, name in enumerate(names)]
     with FakeHost(by_path({"/robots.txt": response(404), "/1.jpg": response(body=body)})) as host:
         recipe = toy_recipe(fetch={"connect_to": {"*": host.origin}})
-        task = PartTask(recipe, "", None, None, str(tmp_path), (WEB,), (), "")
-        task = replace(task, part=IndexPart.model_construct(part=0))
+        build = ShardBuild(recipe, 0, str(tmp_path))
 
-        outcomes = [outcome for _, outcome in _fetched(task, records, lambda _: None)]
+        outcomes = list(fetch_images(build, records, lambda _: None))
 
     assert host.paths == ["/robots.txt", "/1.jpg"]
     assert [outcome.image.content for outcome in outcomes] == [body] * 3

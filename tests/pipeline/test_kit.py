@@ -17,6 +17,7 @@ from pmd_pipeline.base.parallel import WorkerDied, open_pool
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.base.storage import remove
 from pmd_pipeline.build import part as build
+from pmd_pipeline.build import shard as shard_build
 from pmd_pipeline.codes.tensors import code_tensors
 from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
 from pmd_pipeline.contract.errors import PmdError
@@ -181,7 +182,7 @@ def building(monkeypatch):
     built = []
 
     def counted(task, tick):
-        built.append(task.part.part)
+        built.append(task.shard.part)
         return build.build_part(task, tick)
 
     monkeypatch.setattr(restore, "build_part", counted)
@@ -457,8 +458,8 @@ def test_an_index_with_other_captions_is_refused(original, pictures, tmp_path, m
 
 
 def test_another_version_of_a_library_is_told(kit, pictures, tmp_path, monkeypatch):
-    told = {**build.versions(), "pillow": "0.1"}
-    monkeypatch.setattr(build, "versions", lambda: told)
+    told = {**shard_build.versions(), "pillow": "0.1"}
+    monkeypatch.setattr(shard_build, "versions", lambda: told)
 
     made = rebuilt(kit, tmp_path / "again", pictures)
 

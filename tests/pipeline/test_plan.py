@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toy import QUIET, toy_recipe, write_pictures, write_rows
 
 from pmd_pipeline import cli
-from pmd_pipeline.build.part import build_part
+from pmd_pipeline.build.shard import fetch_into_shard
 from pmd_pipeline.cli.plan import _size, _span, _time
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.dataset import probe as trial
@@ -48,11 +48,11 @@ def test_a_probe_asks_hosts_as_one_of_many_tasks_would(probe, monkeypatch):
     recipe, raw, data = probe
     told = []
 
-    def noted(task, tick):
-        told.append(task.workers)
-        return build_part(task, tick)
+    def noted(build, records, tick):
+        told.append(build.workers)
+        return fetch_into_shard(build, records, tick)
 
-    monkeypatch.setattr(trial, "build_part", noted)
+    monkeypatch.setattr(trial, "fetch_into_shard", noted)
     probed(recipe, raw, data, LIVE + DEAD, 16, QUIET)
 
     assert set(told) == {16}

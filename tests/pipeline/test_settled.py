@@ -13,7 +13,7 @@ from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_r
 from pmd_pipeline import cli
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.base.record import key_of, url_id
-from pmd_pipeline.build import part as build
+from pmd_pipeline.build import shard as build
 from pmd_pipeline.build.optout import LIST, REASON, add_to_list
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest

@@ -19,7 +19,7 @@ from PIL import Image
 from toy import QUIET
 
 from pmd_pipeline.base.parallel import open_pool
-from pmd_pipeline.build.part import WEB
+from pmd_pipeline.build.image_locations import WEB
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.dataset.build import BuildRequest, build_all
 from pmd_pipeline.demo.world import World, serve, write_world

@@ -11,15 +11,13 @@ from pydantic import ValidationError
 from pmd_pipeline.base.parallel import Pool, WorkerDied
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.storage import remove, sizes, sweep
-from pmd_pipeline.build.part import WEB
+from pmd_pipeline.build.image_locations import WEB, image_locations
 from pmd_pipeline.codes.reports import with_codes
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, local_path, read_bytes, whole_file
 from pmd_pipeline.contract.manifest import load_manifest, located, save_manifest
 from pmd_pipeline.contract.models import Counts, Manifest, SourceEntry
 from pmd_pipeline.dataset.manifest import copies_in, merge_manifests, one_version, total_words
-from pmd_pipeline.images.local.archives import archive_stamp, open_archive
-from pmd_pipeline.images.local.img2dataset import build_catalogue, is_img2dataset
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.publish.lockfile.format import Kit, load_kit
 from pmd_pipeline.publish.lockfile.restore_part import (
@@ -224,13 +222,7 @@ def _tasks(
     scratch = _scratch(order, source)
     shards = join(order.out, "shards", source)
     sweep(shards)
-    catalogues: list[tuple[str, str]] = []
-    for number, place in enumerate(order.places):
-        if place != WEB and is_img2dataset(place):
-            catalogues.append((place, join(scratch, f"img2dataset-{number}")))
-            build_catalogue(*catalogues[-1], pool)
-        elif place != WEB:
-            open_archive(place)  # says what is wrong with it before anything is fetched
+    locations = image_locations(order.places, scratch, pool)
     parts = [
         (part, entry)
         for part, entry in zip(kit.parts, kit.manifest.shards, strict=True)
@@ -245,9 +237,7 @@ def _tasks(
             index=index,
             scratch=scratch,
             shards=shards,
-            places=order.places,
-            catalogues=tuple(catalogues),
-            stamps=tuple(place if place == WEB else archive_stamp(place) for place in order.places),
+            locations=locations,
             optout=order.out,
             workers=min(pool.workers, len(parts)),
         )

@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.storage import load_model, remove, sizes
 from pmd_pipeline.base.tables import read_table
+from pmd_pipeline.build.image_locations import ImageLocation
 from pmd_pipeline.build.optout import load_list
-from pmd_pipeline.build.part import PartTask, build_part, done_report
+from pmd_pipeline.build.part import PartTask, build_part
+from pmd_pipeline.build.report import counts_of, done_report
+from pmd_pipeline.build.shard import ShardBuild
 from pmd_pipeline.codes.reports import codes_dependency, done_codes
 from pmd_pipeline.codes.tensors import code_tensors
 from pmd_pipeline.codes.weights import tensor_bytes
@@ -32,7 +35,6 @@ from pmd_pipeline.index.records import IndexPart, part_of, read_part
 from pmd_pipeline.publish.lockfile.format import (
     KitPart,
     caption_sha256,
-    counts_of,
     kit_file,
     kit_rows,
 )
@@ -53,8 +55,7 @@ class RestoreTask:
         scratch: folder for what lies between kit and shard: the part's index, the list of what is
             missing.
         shards: folder of the source's shards.
-        places: where images are looked for, in order; see `PartTask`.
-        stamps: tell the places apart.
+        locations: where images are looked for, in order.
         optout: address beside which the list of images to leave out lies.
         workers: how many tasks run at a time and ask the same hosts.
     """
@@ -66,9 +67,7 @@ class RestoreTask:
     index: str | None
     scratch: str
     shards: str
-    places: tuple[str, ...]
-    catalogues: tuple[tuple[str, str], ...]
-    stamps: tuple[str, ...]
+    locations: tuple[ImageLocation, ...]
     optout: str
     workers: int = 1
 
@@ -151,7 +150,7 @@ def restore_part(task: RestoreTask, report_progress: ReportProgress) -> Restored
     dependency = _dependency(task, left_out)
     there = sizes(task.shards)
     report = (
-        done_report(_part_task(task, _NO_FILE, dependency), there)
+        done_report(task.shards, task.part.part, dependency, there)
         or _as_it_is(task, wanted, left_out, there)
         or _built(task, wanted, dependency, report_progress)
     )
@@ -221,7 +220,7 @@ def _dependency(task: RestoreTask, left_out: Sequence[str]) -> str:
         {
             "format": FORMAT,
             "rules": task.recipe.shard_rules(),
-            "places": task.stamps,
+            "places": [location.stamp for location in task.locations],
             "left_out": left_out,
         }
     )
@@ -284,8 +283,8 @@ def _built(
     remove(join(task.shards, f"{task.name}.json"))  # the ledger that it vouches for is replaced
     content = read_bytes(join(task.shards, report.ledger.name))
     made = {row["key"]: row for row in read_table(BytesIO(content)).to_pylist()}
-    rows = [_ledger_row(row, made.get(row["key"])) for row in wanted]
-    ledger = ledger_bytes([LedgerRow(**row) for row in rows])
+    rows = [LedgerRow(**_ledger_row(row, made.get(row["key"]))) for row in wanted]
+    ledger = ledger_bytes(rows)
     write_whole(join(task.shards, report.ledger.name), ledger)
     report = report.model_copy(
         update={
@@ -309,18 +308,16 @@ def _part_task(task: RestoreTask, kept: FileDigest, dependency: str) -> PartTask
         kept=kept,
         dropped=_NO_FILE,
     )
-    return PartTask(
+    shard = ShardBuild(
         recipe=task.recipe,
-        index=task.scratch,
-        part=part,
-        limit=None,
+        part=part.part,
         shards=task.shards,
-        places=task.places,
-        catalogues=task.catalogues,
+        locations=task.locations,
         dependency=dependency,
         optout=task.optout,
         workers=task.workers,
     )
+    return PartTask(shard, task.scratch, part)
 
 
 def _index_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
