@@ -7,7 +7,7 @@ INPUTS := $(shell cat requirements.lock pyproject.toml | cat - Makefile | cksum 
 HERE := $(shell printf %s "$(CURDIR)" | cksum | tr -d ' ')
 STAMP := $(VENV)/.installed-$(INPUTS)-$(HERE)
 
-.PHONY: quickstart test unit slow golden check docs format bare bench bench-env lock clean
+.PHONY: quickstart test unit slow golden mutations check docs format bare bench bench-env lock clean
 
 # STEPS=600 trains half as long; it fails if what was learned is not ten times chance.
 quickstart: $(STAMP)
@@ -20,6 +20,10 @@ unit: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/pytest -m slow
+
+# Plants one bug after another in a copy of the tree; a unit test must find each. Half an hour.
+mutations: $(STAMP)
+	$(BIN)/python tests/mutations/mutate.py
 
 # Writes anew what tests/golden compare with: review the diff, and say in the commit why it changed.
 golden: $(STAMP)

@@ -107,6 +107,22 @@ def test_a_box_bounds_an_area_inside_the_image(sides):
         assert 0 <= y0 < y1 <= 1
 
 
+@pytest.mark.parametrize(
+    "sides",
+    [
+        (0.2, 0.5, 0.8, 0.5),
+        (0.5, 0.2, 0.5, 0.8),
+        (0.2, 0.8, 0.8, 0.5),
+        (0.0, -0.1, 1.0, 1.0),
+        (0.0, 0.0, 1.0, 1.1),
+        (0.0, 0.0, 1.1, 1.0),
+        (-0.1, 0.0, 1.0, 1.0),
+    ],
+)
+def test_a_box_without_area_or_beyond_the_image_is_no_box(sides):
+    assert not is_box(sides)
+
+
 def test_a_box_that_float32_makes_empty_is_no_box():
     assert not is_box([0.5, 0.0, 0.5 + 1e-12, 1.0])
     assert not is_box([0.0, 0.0, 1e300, 1.0])

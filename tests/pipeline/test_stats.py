@@ -114,6 +114,12 @@ def test_the_total_adds_counts_and_takes_lengths_over_all_pairs():
     assert (rows[-1].paper_pairs, rows[-1].paper_words) == (1_900_000, None)
 
 
+def test_the_total_adds_captions_of_one_length():
+    total = lengths(manifest(coco=entry({10: 3}), sbu=entry({10: 1, 2: 4})))[-1]
+
+    assert (total.pairs, total.words_mean) == (8, 6.0)
+
+
 def test_only_all_nine_have_the_papers_mean_of_all():
     """FLAVA, table of PMD: 70M pairs, 12.1 words."""
     total = lengths(nine())[-1]

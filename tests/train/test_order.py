@@ -203,6 +203,14 @@ def test_a_draw_depends_on_its_number_alone(seed, number, more):
     assert random_bits(seed, "mismatch", np.array([number], np.uint64), more) != alone
 
 
+def test_all_64_bits_of_a_number_and_of_the_seed_matter():
+    numbers = np.array([5, 5 + (1 << 32), 5 + (1 << 63)], np.uint64)
+
+    drawn = [random_bits(seed, "images", numbers) for seed in (3, 3 + (1 << 32), 3 + (1 << 63))]
+
+    assert len(set(np.concatenate(drawn).tolist())) == 9
+
+
 def test_a_run_goes_on_as_it_always_did():
     order = SampleOrder((10, 7, 13), 4, 3)
     window = order.window(2, 0)
