@@ -6,7 +6,6 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from operator import not_
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
@@ -23,12 +22,14 @@ from pydantic import (
 
 from pmd_pipeline import sources
 from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.image_format import FormatName
 from pmd_pipeline.contract.models import Kind
 from pmd_pipeline.contract.names import FileName, Sha256
 from pmd_pipeline.contract.plugins import failure, is_reference, load_reference, source_digest
 from pmd_pipeline.contract.suggestions import suggestion
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.filters import image as image_filters
+from pmd_pipeline.filters import pixels as pixel_filters
 from pmd_pipeline.sources import Source
 
 Signal: TypeAlias = Literal["robots", "tdm", "x-robots-tag"]
@@ -37,12 +38,23 @@ SIGNALS: tuple[Signal, ...] = get_args(Signal)
 
 _Name = TypeVar("_Name", bound=str)
 
+_ORDERED_TABLES = {"filters", "pixel_filters"}
+"""Tables whose order counts: a change replaces them as a whole."""
+
 Keywords = dict[str, Any]
 """Keyword arguments of a filter or of a source's `read`, checked against its signature."""
 
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 """A value of another type is a mistake: nothing is guessed from `"256"` or `95.0`."""
+
+
+def _added_key(default: object) -> Any:  # noqa: ANN401 - as pydantic's Field
+    """A key that was added after the first release.
+
+    At its default it is left out of the rules, so that the digests of recipes without it stay.
+    """
+    return Field(default=default, exclude_if=lambda value: value == default)
 
 
 class RecipeError(PmdError):
@@ -91,7 +103,7 @@ class Captions(_Section):
 
     choose: Literal["all", "first"] = "all"
     filters: Filters = Field(default_factory=dict)
-    filters_sha256: FileDigests = Field(default_factory=dict, exclude_if=not_)
+    filters_sha256: FileDigests = _added_key({})
     clean: Clean = Clean()
     drop_repeats: bool = False
 
@@ -107,7 +119,8 @@ class Images(_Section):
         size: pixels of the side that `mode` names; larger images are made smaller, never the
             other way round.
         mode: `shorter` or `longer` side, or `none` to leave the size alone.
-        quality: of the JPEG, 1 to 100.
+        format: of the stored images.
+        quality: of the JPEG or the lossy WebP, 1 to 100.
         fast: decode larger JPEGs more coarsely; saves up to a third where it saves anything, for
             up to about 1 dB.
         max_bytes: larger bodies are not fetched (`too_large`).
@@ -118,11 +131,13 @@ class Images(_Section):
         licences: globs, of which the licence that upstream states for an image must fit one;
             empty allows all, and images without one.
         filters: see `Filters`; names are those of `filters/image.py`.
-        filters_sha256: see `FileDigests`.
+        pixel_filters: likewise of `filters/pixels.py`; they run on the resized pixels.
+        filters_sha256: see `FileDigests`; of both.
     """
 
     size: Annotated[int, Field(ge=16, le=8192)] = 256
     mode: Literal["shorter", "longer", "none"] = "shorter"
+    format: FormatName = _added_key("jpeg")
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     fast: bool = False
     max_bytes: Annotated[int, Field(ge=1)] = 64 << 20
@@ -130,7 +145,8 @@ class Images(_Section):
     respect: Annotated[list[Signal], AfterValidator(_as_set)] = sorted(SIGNALS)
     licences: Annotated[list[str], AfterValidator(_as_set)] = Field(default_factory=list)
     filters: Filters = Field(default_factory=dict)
-    filters_sha256: FileDigests = Field(default_factory=dict, exclude_if=not_)
+    pixel_filters: Filters = _added_key({})
+    filters_sha256: FileDigests = _added_key({})
 
 
 class Fetch(_Section):
@@ -219,8 +235,8 @@ class Recipe(_Section):
     """
 
     source: FileName
-    module: Annotated[str | None, Field(exclude_if=not_)] = None
-    module_sha256: Annotated[Sha256 | None, Field(exclude_if=not_)] = None
+    module: str | None = _added_key(None)
+    module_sha256: Sha256 | None = _added_key(None)
     form: str | None = None
     options: Keywords = Field(default_factory=dict)
     captions: Captions = Captions()
@@ -428,7 +444,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     both = dict(below)
     for name, value in above.items():
         old = both.get(name)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and name != "filters":
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and name not in _ORDERED_TABLES:
             both[name] = _merged(old, value)
         else:
             both[name] = value
@@ -449,11 +465,10 @@ def _checked(path: Path, content: Mapping[str, Any]) -> Recipe:
     try:
         recipe = _with_digests(recipe)
         source = recipe.load_source()
-        for module, section in (
-            (caption_filters, recipe.captions),
-            (image_filters, recipe.images),
-        ):
-            predicates(module, section.filters, section.filters_sha256)
+        captions, images = recipe.captions, recipe.images
+        predicates(caption_filters, captions.filters, captions.filters_sha256)
+        predicates(image_filters, images.filters, images.filters_sha256)
+        predicates(pixel_filters, images.pixel_filters, images.filters_sha256)
     except PmdError as error:
         raise RecipeError(f"{path}: {error}") from error
     if recipe.form is not None and recipe.form not in source.forms():
@@ -474,9 +489,12 @@ def _with_digests(recipe: Recipe) -> Recipe:
         changes["module_sha256"] = recipe.module_sha256 or source_digest(recipe.module)
     elif recipe.module_sha256 is not None:
         raise PmdError("module_sha256 is stated, but no module")
-    for name in ("captions", "images"):
-        section: Captions | Images = getattr(recipe, name)
-        own = [filter_ for filter_ in section.filters if is_reference(filter_)]
+    images = recipe.images
+    for name, section, names in (
+        ("captions", recipe.captions, [*recipe.captions.filters]),
+        ("images", images, [*images.filters, *images.pixel_filters]),
+    ):
+        own = [filter_ for filter_ in names if is_reference(filter_)]
         if unused := sorted(section.filters_sha256.keys() - set(own)):
             raise PmdError(
                 f"{name}.filters_sha256 states {unused[0]}, which is no module:function among the "

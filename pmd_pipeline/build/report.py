@@ -11,6 +11,7 @@ import pyarrow as pa
 from PIL import features
 
 from pmd_pipeline.base.storage import load_model
+from pmd_pipeline.contract.image_format import FormatName
 from pmd_pipeline.contract.models import Counts, Report
 from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.contract.reasons import Status
@@ -105,9 +106,10 @@ def done_report(
     return report.brief() if report else None
 
 
-def versions() -> dict[str, str]:
+def versions(image_format: FormatName = "jpeg") -> dict[str, str]:
     """Libraries that determine the bytes of shards and ledgers."""
-    return {
+    webp = {"libwebp": features.version("webp") or "none"} if image_format == "webp" else {}
+    return webp | {
         "pillow": PIL.__version__,
         "libjpeg_turbo": features.version("libjpeg_turbo") or "none",
         "simplejpeg": version("simplejpeg"),

@@ -15,6 +15,7 @@ import polars as pl
 
 from pmd_pipeline.build.optout import REASON, OptOut
 from pmd_pipeline.contract.files import join, open_read, read_bytes, sha256_of
+from pmd_pipeline.contract.image_format import stored_format
 from pmd_pipeline.contract.models import Report
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.images.decode.processor import ImageResult
@@ -181,9 +182,10 @@ class _Earlier:
         picture = None
         if row["image_offset"] is not None:
             self._tar.seek(row["image_offset"])
-            jpeg = self._tar.read(row["image_size"])
-            size = row["original_width"], row["original_height"]
-            picture = StoredImage(jpeg, row["width"], row["height"], *size)
+            content = self._tar.read(row["image_size"])
+            image_format = stored_format(content)
+            assert image_format, "the tar has the digest of its report"
+            picture = StoredImage(content, image_format, row["width"], row["height"])
         return ImageResult(
             image=picture,
             sha256=row["sha256"],

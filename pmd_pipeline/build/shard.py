@@ -197,7 +197,7 @@ def report_of(
         fetched_bytes=fetched_bytes,
         tar=tar,
         ledger=ledger,
-        versions=versions(),
+        versions=versions(build.recipe.images.format),
         timing=timing,
     )
 
@@ -323,7 +323,8 @@ def _record_key(record: IndexRecord) -> str:
 def _ledger_row(
     record: IndexRecord, result: ImageResult, ranges: dict[str, ByteRange]
 ) -> LedgerRow:
-    image, described = ranges.get("jpg"), ranges.get("json")
+    image = ranges.get(result.image.format.extension) if result.image else None
+    described = ranges.get("json")
     return LedgerRow(
         key=record.key,
         id=record.id,
@@ -366,5 +367,8 @@ def _members(source: str, record: IndexRecord, result: ImageResult) -> dict[str,
     }
     if record.boxes:
         described["boxes"] = record.boxes
-    members = {"jpg": result.image.content, "json": canonical_json(described).encode()}
+    members = {
+        result.image.format.extension: result.image.content,
+        "json": canonical_json(described).encode(),
+    }
     return members | {"txt": captions[0].encode()} if captions else members

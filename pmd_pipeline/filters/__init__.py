@@ -1,1 +1,1 @@
-"""Predicates on captions and on images: a filter is one function, counted under its own name."""
+"""Filters: predicates on captions, image sizes and pixels, each counted under its own name."""

@@ -1,4 +1,7 @@
-"""Predicates on the size of an image; the paper uses none of them."""
+"""Predicates on the size of an image, which run before its pixels are decoded.
+
+The paper uses none of them.
+"""
 
 from typing import Annotated
 

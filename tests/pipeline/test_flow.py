@@ -13,6 +13,7 @@ from pmd_pipeline.build import reorder_buffer as piles
 from pmd_pipeline.build.pipeline import FetchPipeline
 from pmd_pipeline.build.reorder_buffer import ReorderBuffer
 from pmd_pipeline.contract.errors import PmdError, RecordError
+from pmd_pipeline.contract.image_format import JPEG
 from pmd_pipeline.images.decode.processor import ImageResult
 from pmd_pipeline.images.decode.stored_image import StoredImage
 from pmd_pipeline.images.fetch.byte_budget import ByteBudget
@@ -33,7 +34,7 @@ def loop():
 def drawn(_item, found):
     if isinstance(found, RecordError):
         return ImageResult(status="failed_to_download", reason=found.kind)
-    return ImageResult(StoredImage(found.body, 1, 1, 1, 1))
+    return ImageResult(StoredImage(found.body, JPEG, 1, 1))
 
 
 def flow_of(loop, ask, **changes):
@@ -209,7 +210,7 @@ def test_a_pile_gives_back_what_was_put(sizes, limit, seed):
 
     with ReorderBuffer(dict(enumerate(uses)), None, limit) as pile:
         for number, content in enumerate(contents):
-            pile.put(number, ImageResult(StoredImage(content, 1, 1, 1, 1)))
+            pile.put(number, ImageResult(StoredImage(content, JPEG, 1, 1)))
             assert pile._held <= limit
         for number in takes:
             assert pile.take(number).image.content == contents[number]
@@ -227,4 +228,4 @@ def test_a_pile_that_finds_no_room_says_so(monkeypatch, tmp_path):
         ReorderBuffer({0: 1}, str(tmp_path), 0) as pile,
         pytest.raises(PmdError, match="No space left"),
     ):
-        pile.put(0, ImageResult(StoredImage(b"a", 1, 1, 1, 1)))
+        pile.put(0, ImageResult(StoredImage(b"a", JPEG, 1, 1)))

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.filters import image as image_filters
+from pmd_pipeline.filters import pixels as pixel_filters
 from pmd_pipeline.images.decode.decoder import open_image, upright_size
-from pmd_pipeline.images.decode.stored_image import StoredImage, make_stored_image
+from pmd_pipeline.images.decode.stored_image import ResizedImage, StoredImage
 from pmd_pipeline.images.fetch.client import FetchedImage
 from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.recipe import Images, predicates
@@ -40,7 +41,9 @@ class ImageProcessor:
 
     def __init__(self, rules: Images) -> None:
         self._rules = rules
-        self._size_filters = predicates(image_filters, rules.filters, rules.filters_sha256)
+        digests = rules.filters_sha256
+        self._size_filters = predicates(image_filters, rules.filters, digests)
+        self._pixel_filters = predicates(pixel_filters, rules.pixel_filters, digests)
 
     def process(self, fetched: FetchedImage | RecordError) -> ImageResult:
         """The result of a fetch; checks that depend on the record are in `check_record`."""
@@ -61,7 +64,11 @@ class ImageProcessor:
             for name, passes in self._size_filters.items():
                 if not passes(size):
                     return replace(result, status=Status.DROPPED, reason=name)
-            return replace(result, image=make_stored_image(fetched.body, image, self._rules))
+            resized = ResizedImage(fetched.body, image, self._rules)
+            for name, passes in self._pixel_filters.items():
+                if not passes(resized.pixels):
+                    return replace(result, status=Status.DROPPED, reason=name)
+            return replace(result, image=resized.encode())
         except RecordError as error:
             return _failed(result, error.kind, error.detail)
 

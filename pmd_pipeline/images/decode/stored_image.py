@@ -1,11 +1,12 @@
 """The image that goes into a shard: resized by the recipe's rule and encoded, or kept as it is."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from PIL import Image
 
 from pmd_pipeline.contract.errors import RecordError
-from pmd_pipeline.contract.image_format import JPEG
+from pmd_pipeline.contract.image_format import FORMATS, JPEG, WEBP, ImageFormat, Pixels
 from pmd_pipeline.images.decode.decoder import (
     check_jpeg,
     decode_resized,
@@ -14,45 +15,83 @@ from pmd_pipeline.images.decode.decoder import (
 )
 from pmd_pipeline.images.decode.jpeg import encode_jpeg
 from pmd_pipeline.images.decode.resize import target_size
+from pmd_pipeline.images.decode.webp import encode_webp
 from pmd_pipeline.recipe import Images
 
 _MAX_METADATA_BYTES = 1 << 16
 """Bytes of a JPEG above those of its raw pixels up to which it is kept: profiles, thumbnails."""
 
+_ENCODERS = {JPEG: encode_jpeg, WEBP: encode_webp}
+
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An encoded image with its size in pixels, and the size before resizing (EXIF applied)."""
+    """An encoded image with its size in pixels."""
 
     content: bytes
+    format: ImageFormat
     width: int
     height: int
-    original_width: int
-    original_height: int
+
+
+class ResizedImage:
+    """An image at its stored size, whose pixels are decoded on first use.
+
+    Raises:
+        RecordError: `bomb`, if the format cannot hold that size.
+    """
+
+    def __init__(self, body: bytes, image: Image.Image, rules: Images) -> None:
+        self._body = body
+        self._image = image
+        self._rules = rules
+        self._format = FORMATS[rules.format]
+        original = upright_size(image)
+        self.size = target_size(original, rules)
+        width, height = self.size
+        if max(self.size) > self._format.max_side:
+            name = self._format.name.upper()
+            raise RecordError("bomb", f"{width} x {height} pixels are more than a {name} can have")
+        self._keeps_bytes = self.size == original and self._format == JPEG and self._is_storable()
+
+    @cached_property
+    def pixels(self) -> Pixels:
+        """The upright pixels, read-only.
+
+        Raises:
+            RecordError: `truncated`, `not_an_image`.
+        """
+        pixels = decode_resized(self._body, self._image, self.size, fast=self._rules.fast)
+        pixels.flags.writeable = False
+        return pixels
+
+    def encode(self) -> StoredImage:
+        """The image to store.
+
+        Raises:
+            RecordError: `truncated`, `not_an_image`.
+        """
+        if not self._keeps_bytes:
+            content = _ENCODERS[self._format](self.pixels, self._rules.quality)
+        else:
+            content = self._body
+            if "pixels" not in vars(self):  # otherwise they have been decoded to the end
+                check_jpeg(self._body, self._image)
+        return StoredImage(content, self._format, *self.size)
+
+    def _is_storable(self) -> bool:
+        """True if the bytes may be stored as they are, provided that they decode."""
+        num_values = 3 * self._image.width * self._image.height
+        return is_upright_jpeg(self._image) and len(self._body) <= num_values + _MAX_METADATA_BYTES
 
 
 def make_stored_image(body: bytes, image: Image.Image, rules: Images) -> StoredImage:
     """The image to store: downsampled by the recipe's rule, never enlarged.
 
-    An upright 8-bit JPEG within the limits keeps its bytes after a complete decode, unless most of
-    them are not pixels.
+    Where the format is JPEG, an upright 8-bit JPEG within the limits keeps its bytes after a
+    complete decode, unless most of them are not pixels.
 
     Raises:
         RecordError: `truncated`, `not_an_image`, `bomb`.
     """
-    original = upright_size(image)
-    target = target_size(original, rules)
-    if max(target) > JPEG.max_side:
-        raise RecordError("bomb", f"{target[0]} x {target[1]} pixels are more than a JPEG can have")
-    if target == original and _can_be_kept(image, body):
-        check_jpeg(body, image)
-        return StoredImage(body, *original, *original)
-    pixels = decode_resized(body, image, target, fast=rules.fast)
-    return StoredImage(encode_jpeg(pixels, rules.quality), *target, *original)
-
-
-def _can_be_kept(image: Image.Image, body: bytes) -> bool:
-    """True if the bytes may be stored as they are, provided that they decode."""
-    return (
-        is_upright_jpeg(image) and len(body) <= 3 * image.width * image.height + _MAX_METADATA_BYTES
-    )
+    return ResizedImage(body, image, rules).encode()

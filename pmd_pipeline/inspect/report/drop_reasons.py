@@ -10,6 +10,7 @@ from pmd_pipeline.contract.models import Counts, SourceEntry
 from pmd_pipeline.contract.reasons import DROP_REASONS, FAILURE_REASONS
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.filters import image as image_filters
+from pmd_pipeline.filters import pixels as pixel_filters
 from pmd_pipeline.index.build import Index
 from pmd_pipeline.inspect.report.ledgers import Sample
 
@@ -82,8 +83,12 @@ def meaning(reason: str, rules: Mapping[str, Any]) -> str:
     known = DROP_REASONS.get(reason) or FAILURE_REASONS.get(reason)
     if known:
         return known
-    for section, module in (("captions", caption_filters), ("images", image_filters)):
-        keywords = rules.get(section, {}).get("filters", {}).get(reason)
+    for section, key, module in (
+        ("captions", "filters", caption_filters),
+        ("images", "filters", image_filters),
+        ("images", "pixel_filters", pixel_filters),
+    ):
+        keywords = rules.get(section, {}).get(key, {}).get(reason)
         if keywords is not None and (told := getattr(module, reason, None)):
             said = ", ".join(f"{name} = {value}" for name, value in keywords.items())
             first = (told.__doc__ or "").partition("\n")[0].replace("`", "")
