@@ -38,26 +38,31 @@ def verify(
     Example: pmd verify manifests/pmd.json
     """
     from pmd_pipeline.base.parallel import open_pool
-    from pmd_pipeline.inspect.verify.dataset import verify as findings
+    from pmd_pipeline.contract.manifest import load_manifest
+    from pmd_pipeline.inspect.verify.dataset import verify as find_faults
 
-    found = []
+    findings = []
     with interruptible(resumes=False), open_pool(runner.value, workers, ray_address) as pool:
-        for finding in findings(manifest, pool, make_reporter(quiet=quiet), fast=fast):
-            found.append(finding)
+        for finding in find_faults(manifest, pool, make_reporter(quiet=quiet), fast=fast):
+            findings.append(finding)
             if not as_json:
                 typer.echo(str(finding))
     if as_json:
-        typer.echo(
-            json.dumps({"manifest": manifest, "findings": [asdict(one) for one in found]}, indent=1)
-        )
-    if found:
-        shards = {(one.source, one.part) for one in found if one.part is not None}
+        content = {"manifest": manifest, "findings": [asdict(one) for one in findings]}
+        typer.echo(json.dumps(content, indent=1))
+    if findings:
+        damaged = {(one.source, one.part) for one in findings if one.part is not None}
         say(
-            f"{manifest}: {_counted(len(found), 'fault')} in {_counted(len(shards), 'shard')}; "
-            "delete the .json beside each and run its build again, or copy the shard again"
+            f"{manifest}: {_counted(len(findings), 'fault')} in "
+            f"{_counted(len(damaged), 'shard')}; delete the .json beside each and run the same "
+            "build again, or copy the shard again"
         )
         raise typer.Exit(1)
-    say(f"{manifest}: {'sizes and reports are' if fast else 'all is'} as it should be")
+    shards = load_manifest(manifest).shards
+    images = sum(shard.images for shard in shards)
+    sequences = sum(shard.pairs for shard in shards if not shard.images)
+    contents = _counted(images, "image") if images else _counted(sequences, "sequence")
+    say(f"OK: {'sizes and reports of ' * fast}{_counted(len(shards), 'shard')}, {contents}")
 
 
 @app.command()

@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.suggestions import suggestion
 
 Pixels: TypeAlias = NDArray[np.uint8]
 """Pixels of an image: uint8 [height, width, 3], RGB."""
@@ -49,6 +52,19 @@ def stored_format(content: bytes) -> ImageFormat | None:
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return WEBP
     return None
+
+
+def format_in_rules(rules: Mapping[str, Any]) -> ImageFormat:
+    """The format in which a source with these rules stores images; JPEG if they state none.
+
+    Raises:
+        PmdError: this version does not have the format.
+    """
+    images = rules.get("images")
+    name = images.get("format", JPEG.name) if isinstance(images, Mapping) else JPEG.name
+    if not isinstance(name, str) or name not in FORMATS:
+        raise PmdError(f"there is no image format {name!r}; {suggestion(str(name), FORMATS)}")
+    return FORMATS[name]
 
 
 def open_stored(content: bytes) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The mutation test of `pmd verify`: whatever is damaged is found and named, and nothing else."""
+"""Mutation tests of `pmd verify`: it reports every damage with its file, and nothing else."""
 
 import io
 import json
@@ -16,21 +16,26 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.numpy import load, save
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline import cli
 from pmd_pipeline.base.parallel import WorkerDied, open_pool
 from pmd_pipeline.base.storage import sizes
+from pmd_pipeline.build.tar_reader import TarMember
 from pmd_pipeline.codes.crops import crop_boxes
 from pmd_pipeline.codes.tensors import code_faults
-from pmd_pipeline.contract.digests import canonical_json
+from pmd_pipeline.contract.digests import canonical_json, digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import read_bytes, write_whole
+from pmd_pipeline.contract.image_format import WEBP
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
 from pmd_pipeline.contract.models import CodeRules, CodesReport, FileDigest, Report
 from pmd_pipeline.contract.schemas import LEDGER_SCHEMA, LedgerRow, ledger_bytes
 from pmd_pipeline.inspect.verify.dataset import verify
+from pmd_pipeline.inspect.verify.image_headers import image_size
+from pmd_pipeline.inspect.verify.samples import SampleChecker
 
 RULES = CodeRules(tokenizer="kmeans", sha256="0" * 64, vocabulary=16, size=16, grid=2, views=2)
 FILES = ("tar", "parquet", "codes.safetensors")
@@ -72,7 +77,7 @@ def write_codes(base, images):
 
 
 def seal(manifest_path):
-    """Let manifest and reports vouch for whatever lies on disk now, as a forger would."""
+    """Write the digests of the files as they are now into reports and manifest."""
     folder = str(manifest_path).rpartition("/manifests/")[0] + "/data/shards/cc3m"
     manifest, shards = load_manifest(str(manifest_path)), []
     for shard in manifest.shards:
@@ -99,9 +104,9 @@ def seal_manifest(path, changes):
 
 
 @pytest.fixture(scope="module")
-def healthy(tmp_path_factory):
+def undamaged(tmp_path_factory):
     """The manifest of 30 pictures in about five shards with codes; three pictures are absent."""
-    folder = tmp_path_factory.mktemp("healthy")
+    folder = tmp_path_factory.mktemp("undamaged")
     write_rows(folder / "raw", [*toy_rows(30), ("no address here", "nowhere")])
     write_pictures(folder / "pictures", [f"{number}.jpg" for number in range(27)])
     order = toy_order(folder, toy_recipe(part_records=6), pictures=folder / "pictures")
@@ -114,7 +119,7 @@ def healthy(tmp_path_factory):
 
 @dataclass
 class Copy:
-    """A copy of the healthy set, of which a test damages the shard `part`."""
+    """A copy of the undamaged dataset, of which a test damages the shard `part`."""
 
     manifest: Path
     dice: random.Random
@@ -177,48 +182,48 @@ class Copy:
 
 
 @pytest.fixture
-def copy_of(healthy, tmp_path):
+def copy_of(undamaged, tmp_path):
     def make(seed):
-        shutil.copytree(healthy.parents[1] / "manifests", tmp_path / "manifests")
-        shutil.copytree(healthy.parents[1] / "data", tmp_path / "data")
-        return Copy(tmp_path / "manifests" / healthy.name, random.Random(seed))
+        shutil.copytree(undamaged.parents[1] / "manifests", tmp_path / "manifests")
+        shutil.copytree(undamaged.parents[1] / "data", tmp_path / "data")
+        return Copy(tmp_path / "manifests" / undamaged.name, random.Random(seed))
 
     return make
 
 
-def test_nothing_is_wrong_with_a_healthy_set(healthy):
-    assert findings(healthy) == findings(healthy, fast=True) == []
+def test_an_undamaged_dataset_has_no_faults(undamaged):
+    assert findings(undamaged) == findings(undamaged, fast=True) == []
 
 
-def test_nothing_is_wrong_with_a_healthy_set_under_any_address(healthy, monkeypatch):
+def test_an_undamaged_dataset_has_no_faults_at_any_address(undamaged, monkeypatch):
     files = fsspec.filesystem("memory")
-    for path in healthy.parents[1].rglob("*"):
+    for path in undamaged.parents[1].rglob("*"):
         if path.is_file() and "pictures" not in path.parts:
-            files.pipe(f"/healthy/{path.relative_to(healthy.parents[1])}", path.read_bytes())
-    tar = "memory://healthy/data/shards/cc3m/00001.tar"
+            files.pipe(f"/undamaged/{path.relative_to(undamaged.parents[1])}", path.read_bytes())
+    tar = "memory://undamaged/data/shards/cc3m/00001.tar"
 
-    assert findings("memory://healthy/manifests/cc3m.json") == []
-    manifest = load_manifest("memory://healthy/manifests/cc3m.json")
+    assert findings("memory://undamaged/manifests/cc3m.json") == []
+    manifest = load_manifest("memory://undamaged/manifests/cc3m.json")
     shards = [
-        one.model_copy(update={"path": f"memory://healthy/data/shards/cc3m/{one.part:05d}.tar"})
+        one.model_copy(update={"path": f"memory://undamaged/data/shards/cc3m/{one.part:05d}.tar"})
         for one in manifest.shards
     ]
-    save_manifest("memory://healthy/there.json", manifest.model_copy(update={"shards": shards}))
-    assert findings("memory://healthy/there.json") == []
+    save_manifest("memory://undamaged/there.json", manifest.model_copy(update={"shards": shards}))
+    assert findings("memory://undamaged/there.json") == []
     content = read_bytes(tar)
     write_whole(tar, content[:700] + bytes([content[700] ^ 1]) + content[701:])
-    assert all(one.startswith(tar) for one in findings("memory://healthy/there.json"))
-    assert sizes("memory://healthy/data/shards/cc3m")
-    files.rm("/healthy", recursive=True)
+    assert all(one.startswith(tar) for one in findings("memory://undamaged/there.json"))
+    assert sizes("memory://undamaged/data/shards/cc3m")
+    files.rm("/undamaged", recursive=True)
 
 
 @given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True), st.integers(0, 7), st.randoms())
-def test_every_flipped_bit_is_found_in_the_file_it_is_in(
-    healthy, tmp_path_factory, kind, place, bit, dice
+def test_every_flipped_bit_is_a_fault_of_its_file(
+    undamaged, tmp_path_factory, kind, place, bit, dice
 ):
     folder = tmp_path_factory.mktemp("flipped")
-    shutil.copytree(healthy.parents[1], folder / "set", ignore=shutil.ignore_patterns("pictures"))
-    copy = Copy(folder / "set" / "manifests" / healthy.name, dice)
+    shutil.copytree(undamaged.parents[1], folder / "set", ignore=shutil.ignore_patterns("pictures"))
+    copy = Copy(folder / "set" / "manifests" / undamaged.name, dice)
     content = bytearray(copy.path(kind).read_bytes())
     content[int(place * len(content))] ^= 1 << bit
     copy.path(kind).write_bytes(content)
@@ -227,7 +232,8 @@ def test_every_flipped_bit_is_found_in_the_file_it_is_in(
 
     assert all(one.startswith(str(copy.path(kind))) or "codes" not in kind for one in found)
     assert any(
-        one.startswith(str(copy.path(kind))) and "its bytes have changed" in one for one in found
+        one.startswith(str(copy.path(kind))) and "has changed: its SHA-256 is" in one
+        for one in found
     )
     shutil.rmtree(folder)
 
@@ -253,20 +259,20 @@ def add_member(copy):
     name = copy.dice.choice(["0" * 16 + ".jpg", members[number][0].name + "2", "../../etc/passwd"])
     members.insert(copy.dice.randrange(len(members) + 1), (tarfile.TarInfo(name), b"x"))
     copy.write_members(members)
-    return f"{name} is there, but the ledger does not know it"
+    return f"{name} is not in the ledger"
 
 
 def repeat_member(copy):
     members, number = copy.some_member()
     copy.write_members([*members, members[number]])
-    return f"{members[number][0].name} is there more than once"
+    return f"{members[number][0].name} is in the tar more than once"
 
 
 def reorder_members(copy):
     members, number = copy.some_member(".jpg")
     members[number], members[number + 1] = members[number + 1], members[number]
     copy.write_members(members)
-    return f"{members[number][0].name} stands where {members[number + 1][0].name} should be"
+    return f"{members[number][0].name} is at the place of {members[number + 1][0].name}"
 
 
 def swap_pictures(copy):
@@ -275,16 +281,16 @@ def swap_pictures(copy):
     one, two = members[number], members[other]
     members[number], members[other] = (one[0], two[1] + b"..."), (two[0], one[1])
     copy.write_members(members)
-    return f"{one[0].name} lies at byte"
+    return f"{one[0].name} is at byte"
 
 
 def truncate_tar(copy):
     content = copy.path("tar").read_bytes()
     copy.path("tar").write_bytes(content[: copy.dice.randrange(len(content))])
-    return "the tar ends at byte|the ledger does not know|members could not be read"
+    return "the tar ends at byte|is not in the ledger|members could not be read"
 
 
-def spoil_header(copy):
+def damage_header(copy):
     content = bytearray(copy.path("tar").read_bytes())
     content[512 * copy.dice.choice([0]) + copy.dice.randrange(148)] ^= 4
     copy.path("tar").write_bytes(content)
@@ -354,7 +360,7 @@ def swap_shards(copy):
 
 def reorder_ledger(copy):
     copy.change_ledger(lambda rows: rows.reverse())
-    return "its rows are not in order"
+    return "has rows in another order than that of keys"
 
 
 def drop_row(copy):
@@ -373,20 +379,20 @@ def empty_ledger(copy):
     return "is no whole Parquet file"
 
 
-def row(name, value, said, **where):
-    return lambda copy: copy.change_row(name, value, **where) or said
+def row(name, value, sentence, **where):
+    return lambda copy: copy.change_row(name, value, **where) or sentence
 
 
-def sample(name, value, said):
-    return lambda copy: copy.change_sample(name, value) or said
+def sample(name, value, sentence):
+    return lambda copy: copy.change_sample(name, value) or sentence
 
 
-def report(said, **changes):
-    return lambda copy: copy.change_report(**changes) or said
+def report(sentence, **changes):
+    return lambda copy: copy.change_report(**changes) or sentence
 
 
-def codes(name, change, said):
-    return lambda copy: copy.change_codes(name, change) or said
+def codes(name, change, sentence):
+    return lambda copy: copy.change_codes(name, change) or sentence
 
 
 def set_at(place, value):
@@ -422,7 +428,7 @@ def blank_in_json(copy):
     members, number = copy.some_member(".json")
     members[number] = members[number][0], members[number][1].replace(b",", b", ", 1)
     copy.write_members(members)
-    return f"{members[number][0].name} is not written as JSON is written here"
+    return f"{members[number][0].name} is no canonical JSON"
 
 
 def other_codes(copy):
@@ -448,7 +454,7 @@ DAMAGE = {
     "reorder_members": reorder_members,
     "swap_pictures": swap_pictures,
     "truncate_tar": truncate_tar,
-    "spoil_header": spoil_header,
+    "damage_header": damage_header,
     "set_time": set_time,
     "set_owner": set_owner,
     "fill_padding": fill_padding,
@@ -461,31 +467,31 @@ DAMAGE = {
     "drop_row": drop_row,
     "rename_column": rename_column,
     "empty_ledger": empty_ledger,
-    "row_key": row("key", "00000000000000ff", "has not the key of the image"),
-    "row_id": row("id", "http://a.test/another.jpg", "has not the key of the image"),
-    "row_url": row("url", "http://b.test/", "says url = 'http://a.test"),
+    "row_key": row("key", "00000000000000ff", "does not have the key of the image"),
+    "row_id": row("id", "http://a.test/another.jpg", "does not have the key of the image"),
+    "row_url": row("url", "http://b.test/", "has url = 'http://a.test"),
     "row_caption": row("caption", "another", "is not the caption in the ledger"),
     "row_no_caption": row("caption", None, "has no caption"),
     "row_pairs": row("num_pairs", lambda count: count + 1, "has other captions than the ledger"),
     "row_no_pairs": row("num_pairs", 0, "counts 0 pairs"),
-    "row_sha256": row("sha256", "0" * 64, "says sha256 = "),
+    "row_sha256": row("sha256", "0" * 64, "has sha256 = "),
     "row_width": row("width", 7, "has 48 x 40 pixels, by the ledger 7 x 40"),
     "row_no_width": row("original_width", None, "is a success, but has no original_width"),
     "row_offset": row("image_offset", lambda at: at + 1, "by the ledger at"),
     "row_size": row("json_size", lambda size: size - 1, "by the ledger at"),
     "row_reason": row("reason", "timeout", "is a success, but has the reason timeout"),
     "row_status": row("status", "dropped", "but has a place in the tar"),
-    "row_unknown": row("status", "lost", "which nothing has"),
+    "row_unknown": row("status", "lost", "has the unknown status 'lost'"),
     "json_caption": sample("captions", rotated, "has other captions|is not the caption|has other"),
-    "json_source": sample("source", "coco", "says source = 'coco'"),
-    "json_width": sample("width", 47, "says width = 47"),
+    "json_source": sample("source", "coco", "has source = 'coco'"),
+    "json_width": sample("width", 47, "has width = 47"),
     "json_boxes": sample("meta", {"boxes": 1}, "by the ledger at"),
     "json_captions": sample("captions", "none", "has no list of captions"),
     "other_text": other_text,
     "no_jpeg": no_jpeg,
     "no_json": no_json,
     "blank_in_json": blank_in_json,
-    "report_words": report("lengths of captions", words=lambda _: {"4": 1}),
+    "report_words": report("caption lengths", words=lambda _: {"4": 1}),
     "report_counts": report(
         "are neither kept|neither kept, dropped nor failed",
         counts=lambda counts: counts | {"pairs_in": counts["pairs_in"] + 1},
@@ -499,7 +505,7 @@ DAMAGE = {
     "report_records": report("records is|records", records=lambda count: count + 1),
     "report_part": report("part is 77, in the manifest", part=lambda _: 77),
     "report_version": report(
-        "made with pyarrow 0.0, of which the manifest knows nothing",
+        "made with pyarrow 0.0, which the manifest does not list",
         versions=lambda versions: versions | {"pyarrow": "0.0"},
     ),
     "codes_high": codes("codes", set_at((0, 0, 0), 16), "has the code 16, and the largest is 15"),
@@ -514,35 +520,35 @@ DAMAGE = {
     "other_codes": other_codes,
     "more_codes": more_codes,
 }
-"""Every kind of damage, each with what `verify` says of it."""
+"""Every kind of damage; each function returns a part of the sentence that reports it."""
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_found_and_named_even_where_all_digests_were_adjusted(copy_of, kind):
+def test_damage_is_a_fault_even_if_all_digests_are_adjusted(copy_of, kind):
     copy = copy_of(kind)
-    told = DAMAGE[kind](copy)
+    sentence = DAMAGE[kind](copy)
     seal(copy.manifest)
 
     found = findings(copy.manifest)
 
-    assert any(word in one for one in found for word in told.split("|")), found
+    assert any(word in one for one in found for word in sentence.split("|")), found
     names = [f"/{copy.part:05d}.", "/cc3m.json"]
-    if kind not in {"swap_ledger", "swap_shards"}:  # their neighbours have reason to complain
+    if kind not in {"swap_ledger", "swap_shards"}:  # the neighbour has a fault too
         assert all(any(name in one for name in names) for one in found), found
 
 
 @pytest.mark.parametrize("kind", ["remove_member", "truncate_tar", "swap_ledger", "swap_shards"])
-def test_changed_bytes_are_told_beside_what_is_wrong_with_them(copy_of, kind):
+def test_changed_bytes_are_a_fault_beside_the_damage(copy_of, kind):
     copy = copy_of(kind)
-    told = DAMAGE[kind](copy)
+    sentence = DAMAGE[kind](copy)
 
     found = findings(copy.manifest)
 
-    assert any(word in one for one in found for word in told.split("|")), found
-    assert any("its bytes have changed" in one or "that are stated" in one for one in found)
+    assert any(word in one for one in found for word in sentence.split("|")), found
+    assert any("has changed: its SHA-256 is" in one or " bytes instead of " in one for one in found)
 
 
-def test_a_tar_that_is_cut_inside_a_member_says_in_which(copy_of):
+def test_the_fault_of_a_truncated_tar_names_the_member(copy_of):
     copy = copy_of(0)
     with tarfile.open(copy.path("tar")) as tar:
         member = copy.dice.choice(tar.getmembers())
@@ -552,7 +558,7 @@ def test_a_tar_that_is_cut_inside_a_member_says_in_which(copy_of):
     assert any(f", inside {member.name}" in one for one in findings(copy.manifest))
 
 
-def test_a_report_of_another_version_is_told(copy_of):
+def test_a_report_of_another_version_is_a_fault(copy_of):
     copy = copy_of(0)
     copy.change_report(format=lambda _: "one")
 
@@ -562,7 +568,7 @@ def test_a_report_of_another_version_is_told(copy_of):
 
 
 @pytest.mark.parametrize("kind", [*FILES, "json", "codes.json"])
-def test_a_file_that_is_gone_is_named(copy_of, kind):
+def test_a_missing_file_is_a_fault(copy_of, kind):
     copy = copy_of(kind)
     copy.path(kind).unlink()
 
@@ -573,7 +579,7 @@ def test_a_file_that_is_gone_is_named(copy_of, kind):
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_the_fast_look_finds_a_file_that_is_cut_short(copy_of, kind):
+def test_the_fast_check_finds_a_truncated_file(copy_of, kind):
     copy = copy_of(kind)
     copy.path(kind).write_bytes(copy.path(kind).read_bytes()[:-5])
 
@@ -583,26 +589,26 @@ def test_the_fast_look_finds_a_file_that_is_cut_short(copy_of, kind):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "sentence"),
     [
         ({"images": 3}, "the manifest states 3 images, the shards have"),
         ({"unique_images": 3}, "the manifest states 3 unique images, the shards have"),
-        ({"words": {3: 1}}, "other lengths of captions than the reports"),
+        ({"words": {3: 1}}, "other caption lengths than the reports"),
         ({"rules": {}}, "rules_sha256 is not that of the rules"),
     ],
 )
-def test_a_manifest_that_says_something_else_than_its_shards_is_found(copy_of, changes, told):
+def test_a_manifest_with_other_numbers_than_its_shards_is_a_fault(copy_of, changes, sentence):
     copy = copy_of(0)
     entry = load_manifest(str(copy.manifest)).sources["cc3m"].model_copy(update=changes)
     seal_manifest(copy.manifest, {"sources": {"cc3m": entry}})
 
     found = findings(copy.manifest)
 
-    assert any(told in one for one in found)
+    assert any(sentence in one for one in found)
     assert all(one.startswith(f"{copy.manifest}: cc3m: ") for one in found)
 
 
-def test_counts_of_a_manifest_that_do_not_add_up_are_found(copy_of):
+def test_counts_of_a_manifest_that_do_not_add_up_are_faults(copy_of):
     copy = copy_of(0)
     entry = load_manifest(str(copy.manifest)).sources["cc3m"]
     lost = entry.counts.model_copy(update={"failed": {}})
@@ -614,7 +620,7 @@ def test_counts_of_a_manifest_that_do_not_add_up_are_found(copy_of):
     assert "the manifest states the failures {}, the reports {'not_in_archive'" in failed
 
 
-def test_shards_of_an_unknown_source_or_a_part_called_missing_are_found(copy_of):
+def test_shards_without_a_source_or_listed_as_missing_are_faults(copy_of):
     copy = copy_of(0)
     manifest = load_manifest(str(copy.manifest))
     stray = manifest.shards[0].model_copy(update={"source": "coco"})
@@ -623,12 +629,12 @@ def test_shards_of_an_unknown_source_or_a_part_called_missing_are_found(copy_of)
     found = findings(copy.manifest)
 
     assert [one.partition(": ")[2] for one in found] == [
-        "has shards of coco, and says nothing of it",
-        "cc3m: part 0 is called missing, and is there",
+        "has shards of coco, but no entry of this source",
+        "cc3m: part 0 is listed as missing, but has a shard",
     ]
 
 
-def test_a_manifest_that_was_changed_by_hand_is_no_manifest(copy_of):
+def test_a_manifest_with_another_digest_is_refused(copy_of):
     copy = copy_of(0)
     copy.manifest.write_text(copy.manifest.read_text().replace('"images": 27', '"images": 28'))
 
@@ -637,7 +643,7 @@ def test_a_manifest_that_was_changed_by_hand_is_no_manifest(copy_of):
 
 
 class DyingPool:
-    """A pool whose worker dies of the part `culprit`."""
+    """A pool whose worker dies when it checks the part `culprit`."""
 
     workers = 1
 
@@ -652,16 +658,14 @@ class DyingPool:
                 yield task, function(task, partial(watch, str(task)))
 
 
-def test_a_shard_that_kills_its_reader_is_a_finding_and_no_end(healthy):
-    found = [str(one) for one in verify(str(healthy), DyingPool(2), QUIET)]
+def test_a_shard_that_kills_its_worker_is_one_fault(undamaged):
+    found = [str(one) for one in verify(str(undamaged), DyingPool(2), QUIET)]
 
     assert len(found) == 1
     assert "/00002.tar: a worker process died 3 times of part 2 of cc3m" in found[0]
 
 
-def test_the_command_exits_with_one_over_damage_and_prints_a_line_for_each(
-    copy_of, monkeypatch, capsys
-):
+def test_the_command_prints_a_line_for_each_fault_and_exits_with_1(copy_of, monkeypatch, capsys):
     def pmd(*arguments):
         monkeypatch.setattr(sys, "argv", ["pmd", "verify", *map(str, arguments), "--workers", "1"])
         with pytest.raises(SystemExit) as left:
@@ -669,23 +673,28 @@ def test_the_command_exits_with_one_over_damage_and_prints_a_line_for_each(
         return left.value.code, capsys.readouterr()
 
     copy = copy_of(0)
-    healthy, said = pmd(copy.manifest)
+    shards = len(load_manifest(str(copy.manifest)).shards)
+    undamaged, checked = pmd(copy.manifest)
+    sizes, checked_fast = pmd(copy.manifest, "--fast")
     copy.path("codes.json").unlink()
-    damaged, told = pmd(copy.manifest, "--quiet")
+    damaged, listed = pmd(copy.manifest, "--quiet")
     as_json, found = pmd(copy.manifest, "--json", "--fast")
     copy.manifest.write_text("{}")
     wrong, refused = pmd(copy.manifest)
 
-    assert (healthy, said.out) == (0, "")
-    assert said.err.endswith("all is as it should be\n")
-    assert (damaged, told.out) == (1, f"{copy.path('codes.json')}: there is no such file\n")
-    assert "1 fault in 1 shard; delete the .json beside each" in told.err
+    assert (undamaged, checked.out) == (sizes, checked_fast.out) == (0, "")
+    assert checked.err.splitlines()[-1] == f"OK: {shards} shards, 27 images"
+    assert checked_fast.err.splitlines()[-1] == (
+        f"OK: sizes and reports of {shards} shards, 27 images"
+    )
+    assert (damaged, listed.out) == (1, f"{copy.path('codes.json')}: there is no such file\n")
+    assert "1 fault in 1 shard; delete the .json beside each" in listed.err
     assert as_json == 1
     assert [one["part"] for one in json.loads(found.out)["findings"]] == [copy.part]
     assert (wrong, refused.out, refused.err.count("\n")) == (2, "", 1)
 
 
-def test_views_of_captions_are_held_against_the_boxes_of_their_captions():
+def test_crops_are_compared_with_the_boxes_of_captions():
     own = [[0.0, 0.25, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]]
     expected = [
         crop_boxes("0" * 16, (40, 30), boxes, RULES.views, RULES.seed) for boxes in (own, [])
@@ -703,13 +712,92 @@ def test_views_of_captions_are_held_against_the_boxes_of_their_captions():
 
 
 @given(st.binary(max_size=300))
-def test_whatever_is_no_file_of_codes_is_told_in_one_sentence(content):
-    [said] = code_faults(content, RULES, 2, [])
+def test_bytes_that_are_no_codes_are_one_sentence(content):
+    [sentence] = code_faults(content, RULES, 2, [])
 
-    assert "\n" not in said
+    assert "\n" not in sentence
 
 
-def test_the_ledger_has_the_columns_that_damage_is_tried_on():
+def test_the_ledger_has_the_columns_that_are_damaged_here():
     assert {"key", "id", "url", "caption", "num_pairs", "status", "reason", "sha256"} <= set(
         LEDGER_SCHEMA.names
     )
+
+
+def encoded(form, size, **options):
+    out = io.BytesIO()
+    Image.new("RGBA" if options.get("alpha") else "RGB", size).save(out, form, **options)
+    return out.getvalue()
+
+
+@given(
+    st.sampled_from(
+        [("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("WEBP", {"lossless": True}),
+         ("WEBP", {"alpha": True}), ("WEBP", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"})]
+    ),
+    st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    st.integers(0, 60),
+)  # fmt: skip
+def test_the_size_of_an_image_is_read_from_its_header_or_is_unknown(form, size, cut):
+    content = encoded(form[0], size, **form[1])
+
+    assert image_size(content) == size
+    assert image_size(content[:cut]) in {None, size}
+    assert image_size(content[4:]) is None
+
+
+def test_images_of_another_format_than_the_recipe_states_are_a_fault(copy_of):
+    copy = copy_of(0)
+    entry = load_manifest(str(copy.manifest)).sources["cc3m"]
+    rules = {**entry.rules, "images": {**entry.rules["images"], "format": "webp"}}
+    changes = {"rules": rules, "rules_sha256": digest(rules)}
+    seal_manifest(copy.manifest, {"sources": {"cc3m": entry.model_copy(update=changes)}})
+
+    faults = findings(copy.manifest)
+
+    assert any(one.endswith(".jpg is not in the ledger") for one in faults)
+    assert any(one.endswith(".webp is missing") for one in faults)
+
+
+def test_an_unknown_image_format_is_a_fault_of_the_manifest(copy_of):
+    copy = copy_of(0)
+    entry = load_manifest(str(copy.manifest)).sources["cc3m"]
+    rules = {**entry.rules, "images": {**entry.rules["images"], "format": ["png"]}}
+    changes = {"rules": rules, "rules_sha256": digest(rules)}
+    seal_manifest(copy.manifest, {"sources": {"cc3m": entry.model_copy(update=changes)}})
+
+    [fault] = findings(copy.manifest)
+
+    assert fault.startswith(f"{copy.manifest}: cc3m: there is no image format ['png']; there are")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_a_stored_webp_image_must_be_webp_and_of_its_size(form):
+    row = LedgerRow(key="0" * 16, id="1", num_pairs=0, status="success", width=9, height=8,
+                    image_offset=512, image_size=0)  # fmt: skip
+    faults = []
+    samples = SampleChecker("cc3m", "images", WEBP, [row], faults.append)
+    content = encoded(form, (9, 8))
+
+    samples.check(TarMember(f"{row.key}.webp", 512, 0), content)
+    samples.check(TarMember(f"{row.key}.webp", 512, 0), encoded("WEBP", (9, 7)))
+
+    expected = [f"{row.key}.webp has 9 x 7 pixels, by the ledger 9 x 8"]
+    assert faults == ([f"{row.key}.webp is no WEBP"] if form == "JPEG" else []) + expected
+
+
+def test_a_sample_without_captions_is_a_fault_and_does_not_end_the_check(copy_of):
+    copy = copy_of(0)
+    members, number = copy.some_member(".json")
+    key = members[number][0].name.partition(".")[0]
+
+    def remove_pairs(rows):
+        next(row for row in rows if row["key"] == key)["num_pairs"] = 0
+
+    copy.change_ledger(remove_pairs)
+    description = json.loads(members[number][1]) | {"captions": []}
+    members[number] = members[number][0], canonical_json(description).encode()
+    copy.write_members(members)
+    seal(copy.manifest)
+
+    assert any(f"{key}.json has other captions" in one for one in findings(copy.manifest))

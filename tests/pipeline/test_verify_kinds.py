@@ -1,4 +1,4 @@
-"""`pmd verify`, `pmd lock` and `pmd rebuild` on what has no pairs: images alone, and texts."""
+"""`pmd verify`, `pmd lock` and `pmd rebuild` on datasets of images or of texts alone."""
 
 import hashlib
 import json
@@ -49,13 +49,13 @@ def classes(tmp_path):
     return order
 
 
-def test_nothing_is_wrong_with_healthy_texts_and_images(corpus, classes):
+def test_undamaged_texts_and_images_have_no_faults(corpus, classes):
     for order in (corpus, classes):
         assert findings(order.manifest) == findings(order.manifest, fast=True) == []
 
 
-def changed(order, change):
-    """Change the rows of the first shard of texts, and let all digests vouch for it."""
+def change_rows(order, change):
+    """Change the rows of the first shard of texts, and adjust all digests."""
     path = Path(order.shards) / "00000.parquet"
     table = pq.read_table(path)
     rows = change(table.to_pylist())
@@ -77,30 +77,30 @@ def changed(order, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "sentence"),
     [
-        (lambda rows: rows[1:], "rows, by the manifest"),
-        (lambda rows: rows[::-1], "its documents are not in order"),
+        (lambda rows: rows[1:], " rows, "),
+        (lambda rows: rows[::-1], "has documents in another order than that of keys"),
         (lambda rows: [rows[0] | {"text": ""}, *rows[1:]], "row 0 has no text"),
-        (lambda rows: [rows[0] | {"tokens": 1}, *rows[1:]], "tokens, by the report"),
+        (lambda rows: [rows[0] | {"tokens": 1}, *rows[1:]], " tokens, "),
     ],
 )
-def test_damaged_texts_are_named_even_where_all_digests_were_adjusted(corpus, change, told):
-    changed(corpus, change)
+def test_damaged_texts_are_a_fault_even_if_all_digests_are_adjusted(corpus, change, sentence):
+    change_rows(corpus, change)
 
-    assert any(told in one and "/00000.parquet: " in one for one in findings(corpus.manifest))
+    assert any(sentence in one and "/00000.parquet: " in one for one in findings(corpus.manifest))
 
 
-def test_flipped_bytes_of_texts_are_found(corpus):
+def test_flipped_bytes_of_texts_are_a_fault(corpus):
     path = Path(corpus.shards) / "00001.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
     path.write_bytes(content)
 
-    assert any("its bytes have changed" in one for one in findings(corpus.manifest))
+    assert any("has changed: its SHA-256 is" in one for one in findings(corpus.manifest))
 
 
-def test_a_manifest_with_other_tokens_is_found(corpus):
+def test_a_manifest_with_another_number_of_tokens_is_a_fault(corpus):
     manifest = load_manifest(corpus.manifest)
     entry = manifest.sources["ccnews"].model_copy(update={"tokens": 7})
     manifest = manifest.model_copy(update={"sources": {"ccnews": entry}})

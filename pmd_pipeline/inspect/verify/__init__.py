@@ -1,1 +1,1 @@
-"""Prove that a dataset is what its manifest says; one file for each thing that is looked at."""
+"""Checks that a dataset on disk is the one of its manifest; one file for each kind of file."""
