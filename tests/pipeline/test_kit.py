@@ -459,7 +459,7 @@ def test_an_index_with_other_captions_is_refused(original, pictures, tmp_path, m
 
 def test_another_version_of_a_library_is_told(kit, pictures, tmp_path, monkeypatch):
     told = {**shard_build.versions(), "pillow": "0.1"}
-    monkeypatch.setattr(shard_build, "versions", lambda: told)
+    monkeypatch.setattr(shard_build, "versions", lambda _format: told)
 
     made = rebuilt(kit, tmp_path / "again", pictures)
 

@@ -21,8 +21,6 @@ from pmd_pipeline.recipe import Images
 _MAX_METADATA_BYTES = 1 << 16
 """Bytes of a JPEG above those of its raw pixels up to which it is kept: profiles, thumbnails."""
 
-_ENCODERS = {JPEG: encode_jpeg, WEBP: encode_webp}
-
 
 @dataclass(frozen=True)
 class StoredImage:
@@ -72,7 +70,8 @@ class ResizedImage:
             RecordError: `truncated`, `not_an_image`.
         """
         if not self._keeps_bytes:
-            content = _ENCODERS[self._format](self.pixels, self._rules.quality)
+            encode = encode_webp if self._format == WEBP else encode_jpeg
+            content = encode(self.pixels, self._rules.quality)
         else:
             content = self._body
             if "pixels" not in vars(self):  # otherwise they have been decoded to the end
