@@ -84,7 +84,7 @@ def show(
     ],
     out: Out = "data",
     image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the stored JPEG here.")
+        Path | None, typer.Option(metavar="FILE", help="Write the stored image here.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -94,6 +94,7 @@ def show(
     """
     from pmd_pipeline.base.parallel import open_pool
     from pmd_pipeline.contract.files import write_whole
+    from pmd_pipeline.contract.image_format import stored_format
     from pmd_pipeline.inspect.shard_contents import shard_contents
     from pmd_pipeline.inspect.trace import find_traces, stored_image
 
@@ -110,8 +111,10 @@ def show(
         if trace.sequences:
             facts = {f"sequence {one.row}": asdict(one) for one in trace.sequences}
         if image:
-            write_whole(str(image), stored_image(trace))
-            say(f"wrote {image}")
+            content = stored_image(trace)
+            write_whole(str(image), content)
+            kind = stored_format(content)
+            say(f"wrote {image}, {kind.pillow if kind else 'no image'}")
         if not (trace.sample or trace.sequences):
             say(f"{key_or_shard} has no stored image: run pmd why {key_or_shard} for the reason")
     if as_json:

@@ -326,7 +326,7 @@ MUTATIONS = [
         "the ledger's sizes are not checked",
     ),
     Mutation(
-        "pmd_pipeline/inspect/verify/shards.py",
+        "pmd_pipeline/inspect/verify/ledger.py",
         "(X in FAILURE_REASONS) != (Y in Z)",
         "False",
         _VERIFY,

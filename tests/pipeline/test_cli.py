@@ -1,3 +1,4 @@
+import base64
 import http.server
 import json
 import os
@@ -9,6 +10,7 @@ import threading
 import time
 import uuid
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -249,11 +251,32 @@ def test_show_prints_json_and_writes_the_image(pmd, toy):
     assert json.loads(out)["sample"]["captions"] == [
         "a caption of picture 0", "picture 0 once more"
     ]  # fmt: skip
-    assert err == "wrote a/0.jpg\n"
+    assert err == "wrote a/0.jpg, JPEG\n"
     with Image.open("a/0.jpg") as image:
         assert image.size == (48, 40)
     assert (refused, said.count("\n")) == (2, 1)
     assert f"run pmd why {failed} for the reason" in said
+
+
+def test_stored_webp_images_are_verified_shown_and_on_the_report_page(pmd, toy, tmp_path):
+    recipe = tmp_path / "webp.toml"
+    recipe.write_text('source = "cc3m"\n[images]\nformat = "webp"\nquality = 80\n')
+    pmd("build", "--recipe", recipe, *toy[3:])
+    key = key_of("cc3m", "http://a.test/0.jpg")
+
+    assert pmd("verify", "manifests/cc3m.json", "--workers", 1)[2].endswith(
+        "OK: 1 shard, 10 images\n"
+    )
+    assert pmd("show", key, "--image", "0.webp")[2] == "wrote 0.webp, WEBP\n"
+    with Image.open("0.webp") as image:
+        assert (image.format, image.size) == ("WEBP", (48, 40))
+    assert "stored: data/shards/cc3m/00000.tar\n  48 x 40 pixels" in pmd("why", key)[1]
+    assert pmd("report", "manifests/cc3m.json", "--out", "page.html")[0] == 0
+    thumbnails = re.findall(r'src="data:(.*?);base64,(.*?)"', Path("page.html").read_text())
+    assert len(thumbnails) == 8
+    for mime, content in thumbnails:
+        with Image.open(BytesIO(base64.b64decode(content))) as image:
+            assert image.get_format_mimetype() == mime
 
 
 def test_show_tells_what_a_shard_holds(pmd, toy):

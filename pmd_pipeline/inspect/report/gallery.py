@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.contract.files import open_read
+from pmd_pipeline.contract.image_format import JPEG
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.images.decode.decoder import open_image
 from pmd_pipeline.images.decode.jpeg import encode_jpeg
@@ -119,7 +120,7 @@ def _shown(row: dict[str, Any]) -> Shown:
     try:
         described = _Described.model_validate_json(text)
         thumbnail = _thumbnail(body)
-        image = "data:image/jpeg;base64," + base64.b64encode(thumbnail).decode()
+        image = f"data:{JPEG.mime};base64," + base64.b64encode(thumbnail).decode()
         size = open_image(thumbnail, THUMBNAIL).size
     except RecordError as error:
         trouble = f"the stored image cannot be read ({error.detail}); see pmd verify"

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pmd_pipeline.base.parallel import ReportProgress
+from pmd_pipeline.build.report import counts_of, images_of
 from pmd_pipeline.build.tar_reader import TarReader
 from pmd_pipeline.contract.files import open_read
 from pmd_pipeline.contract.image_format import JPEG, ImageFormat
-from pmd_pipeline.contract.models import CodeRules, Counts, Kind, Report, ShardEntry
+from pmd_pipeline.contract.models import CodeRules, Kind, Report, ShardEntry
 from pmd_pipeline.contract.paths import ShardPaths
-from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.contract.schemas import LedgerRow
 from pmd_pipeline.inspect.verify.codes import check_codes
 from pmd_pipeline.inspect.verify.findings import (
@@ -132,28 +132,14 @@ def _check_counts(
     findings: ShardFindings,
 ) -> None:
     """Check the counts of the report against the ledger and the captions."""
-    for name, value in _counts(rows).model_dump().items():
+    for name, value in counts_of(rows).model_dump().items():
         if value != (stated := getattr(report.counts, name)):
             findings.add(path, f"states {name} = {stated}, the ledger has {value}")
-    images = sum(row.status == Status.SUCCESS for row in rows)
     for name, stated, value in (
         ("records", report.records, len(rows)),
-        ("images", report.images, images),
+        ("images", report.images, images_of(rows)),
     ):
         if value != stated:
             findings.add(path, f"states {stated:,} {name}, the ledger has {value:,}")
     if task.kind == "pairs" and report.words != words:
         findings.add(path, "states other caption lengths than the tar has")
-
-
-def _counts(rows: Sequence[LedgerRow]) -> Counts:
-    dropped, failed = Counter[str](), Counter[str]()
-    kept = 0
-    for row in rows:
-        if row.status == Status.SUCCESS:
-            kept += row.num_pairs or 0
-        else:
-            lost = dropped if row.status == Status.DROPPED else failed
-            lost[str(row.reason)] += row.num_pairs or 0
-    pairs_in = sum(row.num_pairs or 0 for row in rows)
-    return Counts(pairs_in=pairs_in, kept=kept, dropped=dict(dropped), failed=dict(failed))
