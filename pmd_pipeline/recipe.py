@@ -25,7 +25,13 @@ from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.image_format import FormatName
 from pmd_pipeline.contract.models import Kind
 from pmd_pipeline.contract.names import FileName, Sha256
-from pmd_pipeline.contract.plugins import failure, is_reference, load_reference, source_digest
+from pmd_pipeline.contract.plugins import (
+    check_digest,
+    failure,
+    is_reference,
+    load_reference,
+    source_digest,
+)
 from pmd_pipeline.contract.suggestions import suggestion
 from pmd_pipeline.filters import caption as caption_filters
 from pmd_pipeline.filters import image as image_filters
@@ -257,9 +263,7 @@ class Recipe(_Section):
         Raises:
             PmdError: it is not there, or is not what `module_sha256` states.
         """
-        if self.module is not None:
-            _check_digest(self.module, self.module_sha256)
-        return sources.load(self.source, self.module)
+        return sources.load(self.source, self.module, self.module_sha256)
 
     def index_rules(self) -> dict[str, Any]:
         """The part of the recipe that shapes the index."""
@@ -332,8 +336,8 @@ def predicates(
     """
     bound: dict[str, Callable[..., bool]] = {}
     for name, keywords in filters.items():
-        if is_reference(name):
-            _check_digest(name, digests.get(name))
+        if name in digests:
+            check_digest(name, digests[name])
         bound[name] = predicate(module, name, keywords)
     return bound
 
@@ -403,19 +407,6 @@ def _guarded(name: str, passes: Callable[..., bool], subject: object) -> bool:
         return bool(passes(subject))
     except Exception as error:  # the user's code may raise anything
         raise failure(name, error) from error
-
-
-def _check_digest(reference: str, stated: str | None) -> None:
-    """Refuse a source file of the user's own that is not the stated one.
-
-    Raises:
-        PmdError: it is another.
-    """
-    if stated is not None and source_digest(reference) != stated:
-        raise PmdError(
-            f"{reference}: its file has another SHA-256 than the one stated; if it changed while "
-            "the command ran, run the command again, else take the old file or the old SHA-256 away"
-        )
 
 
 def _find(name_or_path: str, folder: Path = Path()) -> Path:

@@ -24,7 +24,9 @@ class Form(StrEnum):
 def sources(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="Only this source, with all it publishes."),
+        typer.Argument(
+            metavar="[NAME]", help="Only this source, or that of a recipe file, with all its files."
+        ),
     ] = None,
 ) -> None:
     """List the nine sources, then those of images or texts alone: licence, files, what to get.

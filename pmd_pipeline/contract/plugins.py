@@ -60,7 +60,7 @@ def load_module(name: str) -> Any:  # noqa: ANN401 - a module of the user's own
 
 
 def source_digest(reference: str) -> str:
-    """SHA-256 of the source file that defines what `module:function` names.
+    """SHA-256 of the source file that defines a module, or what `module:function` names.
 
     It stands in the rules of a dataset, so that a changed filter makes its parts stale. Modules
     that the file imports are not covered.
@@ -68,12 +68,29 @@ def source_digest(reference: str) -> str:
     Raises:
         PmdError: see `load_reference`; or there is no source file.
     """
-    target = load_reference(reference) if is_reference(reference) else load_module(reference)
+    module = load_module(reference.partition(":")[0])
+    target = load_reference(reference) if is_reference(reference) else module
     try:
-        path = Path(inspect.getsourcefile(target) or "")
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except (OSError, TypeError) as error:
+        path = inspect.getsourcefile(inspect.unwrap(target))
+    except TypeError:  # an object with `__call__`
+        path = module.__file__
+    try:
+        return _digest_of(str(path))
+    except OSError as error:
         raise PmdError(f"{reference}: its source file cannot be read") from error
+
+
+def check_digest(reference: str, stated: str) -> None:
+    """Refuse a source file other than the one whose SHA-256 is stated.
+
+    Raises:
+        PmdError: it is another; or see `source_digest`.
+    """
+    if source_digest(reference) != stated:
+        raise PmdError(
+            f"{reference}: the SHA-256 of its file is not {stated[:16]}...; take the file of that "
+            "SHA-256, or build again with this one"
+        )
 
 
 def failure(reference: str, error: Exception, subject: str = "") -> PmdError:
@@ -91,21 +108,38 @@ def failure(reference: str, error: Exception, subject: str = "") -> PmdError:
     return PmdError(f"{call} fails: {type(error).__name__}: {error}{where}")
 
 
+_imported_digests: dict[str, str] = {}
+"""SHA-256 of the file of each module as it was imported, so that a changed one is imported anew."""
+
+
 def _imported(name: str, reference: str) -> Any:  # noqa: ANN401 - a module
     _add_working_directory()
     importlib.invalidate_caches()
-    try:
-        return importlib.import_module(name)
+    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:  # without bytecode, which Python takes for current by the second and the size
+        module = importlib.import_module(name)
+        digest = _digest_of(module.__file__) if module.__file__ else ""
+        if _imported_digests.setdefault(name, digest) != digest:
+            del sys.modules[name]
+            module = importlib.import_module(name)
+            _imported_digests[name] = digest
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise PmdError(
                 f"{reference}: there is no module {name!r} in {Path.cwd()} or installed"
             ) from error
         raise PmdError(f"{reference}: importing {name} fails: {error}") from error
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise PmdError(
             f"{reference}: importing {name} fails: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        sys.dont_write_bytecode = writes_bytecode
+    return module
+
+
+def _digest_of(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _add_working_directory() -> None:

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 from pmd_pipeline import sources
+from pmd_pipeline.recipe import load_recipe
 from pmd_pipeline.sources import PublishedFile, Source
 
 Fact = tuple[str, str]
@@ -28,12 +29,18 @@ def all_sources(width: int) -> Iterator[str]:
 
 
 def one_source(name: str, width: int) -> str:
-    """All that is known of one source, in lines of at most `width` characters.
+    """All that is known of a source, or of those of a recipe file, in lines of `width` characters.
 
     Raises:
-        PmdError: there is no such source.
+        PmdError: there is no such source or file, or the recipe is wrong.
     """
-    source = sources.load(name)
+    if not name.endswith(".toml"):
+        return _description(sources.load(name), width)
+    loaded = (recipe.load_source() for recipe in load_recipe(name))
+    return "\n\n".join(_description(source, width) for source in loaded)
+
+
+def _description(source: Source, width: int) -> str:
     info = source.info
     facts = [*_summary(source), ("homepage", info.homepage), ("citation", info.citation)]
     files = (fact for entry in info.files for fact in _file(source, entry))

@@ -228,8 +228,8 @@ def _trace(data: str, index: Index, key: str) -> Trace:
     )
 
 
-def _source_of(index: Index) -> Source:
-    return sources.load(index.source, index.rules.get("module"))
+def _source_of(index: Index, module_sha256: str | None = None) -> Source:
+    return sources.load(index.source, index.rules.get("module"), module_sha256)
 
 
 def _rows_with_key(address: str, key: str, mend: str = MEND_INDEX) -> pa.Table:
@@ -270,7 +270,8 @@ def _upstream_rows(
 
 def _read_again(index: Index, span: Span, numbers: list[int], key: str) -> dict[int, Row | BadRow]:
     """The rows of these numbers that belong to `key`; reads the span up to the last of them."""
-    read = _source_of(index).read(span, **index.rules["options"])
+    source = _source_of(index, index.rules.get("module_sha256"))
+    read = source.read(span, **index.rules["options"])
     return {
         number: row
         for number, row in enumerate(islice(read, numbers[-1] + 1))

@@ -17,7 +17,7 @@ from typing import Any
 from pmd_pipeline.base.record import BadRow, Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.models import Kind
-from pmd_pipeline.contract.plugins import failure, load_module
+from pmd_pipeline.contract.plugins import check_digest, failure, load_module
 from pmd_pipeline.contract.suggestions import suggestion
 from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, as_one, find, fits
 
@@ -134,14 +134,16 @@ def names(collection: str | None = None) -> list[str]:
     return [name for name in found if load(name).info.collection == collection]
 
 
-def load(name: str, module: str | None = None) -> Source:
+def load(name: str, module: str | None = None, module_sha256: str | None = None) -> Source:
     """The source called `name`: the package's, or the one that the user's `module` defines.
 
     Raises:
-        PmdError: there is no such source; or the module is missing, cannot be imported, or has no
-            `INFO` or `read`.
+        PmdError: there is no such source; or the module is missing, cannot be imported, has no
+            `INFO` or `read`, or is another than the one whose SHA-256 is given.
     """
     if module is not None:
+        if module_sha256 is not None:
+            check_digest(module, module_sha256)
         return _users_source(name, module)
     if name not in names():
         raise PmdError(f"no source {name!r}; {suggestion(name, names())}")

@@ -182,13 +182,30 @@ def test_a_function_of_the_working_directory_is_found_here_and_in_new_processes(
     assert done.stdout == b"True\n"
 
 
-def test_a_changed_module_has_another_digest(user_module, tmp_path):
-    user_module("own_rule", "def keep(x: str) -> bool:\n    return True\n")
+def test_a_changed_module_has_another_digest_and_is_imported_anew(user_module):
+    user_module("own_rule", "def keep(x: str) -> int:\n    return 1\n")
     before = source_digest("own_rule:keep")
+    assert load_reference("own_rule:keep")("") == 1
 
-    user_module("own_rule", "def keep(x: str) -> bool:\n    return False\n")
+    user_module("own_rule", "def keep(x: str) -> int:\n    return 2\n")
 
+    assert load_reference("own_rule:keep")("") == 2
     assert source_digest("own_rule:keep") != before
+    assert source_digest("own_rule") == source_digest("own_rule:keep")
+
+
+def test_the_digest_of_a_decorated_function_is_that_of_its_own_file(user_module):
+    user_module(
+        "own_decorator",
+        "from functools import wraps\ndef twice(f):\n    @wraps(f)\n    def g(x):\n"
+        "        return f(f(x))\n    return g\n",
+    )
+    user_module(
+        "own_double", "import own_decorator\n@own_decorator.twice\ndef double(x): return 2*x\n"
+    )
+
+    assert load_reference("own_double:double")(3) == 12
+    assert source_digest("own_double:double") == source_digest("own_double")
 
 
 @pytest.mark.parametrize(
