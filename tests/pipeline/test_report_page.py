@@ -355,6 +355,15 @@ def test_a_filter_is_told_in_its_own_words():
     assert losses.meaning("http_404", rules) == "not found"
 
 
+def test_a_reason_from_outside_the_package_is_described_without_importing_it():
+    rules = {"images": {"filters": {"nowhere:is_wide": {"least": 2.0}}}}
+
+    assert losses.meaning("nowhere:is_wide", rules) == (
+        "a filter of the recipe, from outside the package, least = 2.0"
+    )
+    assert losses.meaning("no_species", rules) == "the source's own reason"
+
+
 def test_hosts_are_counted_by_what_came():
     rows = pl.DataFrame(
         {

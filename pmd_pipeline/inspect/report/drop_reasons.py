@@ -79,7 +79,10 @@ def reasons(entry: SourceEntry) -> list[Reason]:
 
 
 def meaning(reason: str, rules: Mapping[str, Any]) -> str:
-    """What a reason stands for; for a filter, its own words and the arguments it was given."""
+    """The meaning of a reason; of a filter, its arguments and the summary of its docstring.
+
+    Code outside the package is never imported for it: the manifest may be a stranger's.
+    """
     known = DROP_REASONS.get(reason) or FAILURE_REASONS.get(reason)
     if known:
         return known
@@ -89,11 +92,16 @@ def meaning(reason: str, rules: Mapping[str, Any]) -> str:
         ("images", "pixel_filters", pixel_filters),
     ):
         keywords = rules.get(section, {}).get(key, {}).get(reason)
-        if keywords is not None and (told := getattr(module, reason, None)):
-            said = ", ".join(f"{name} = {value}" for name, value in keywords.items())
-            first = (told.__doc__ or "").partition("\n")[0].replace("`", "")
-            return f"a filter of the recipe{', ' if said else ''}{said}: {first}"
-    return "a filter of the recipe"
+        if keywords is None:
+            continue
+        arguments = "".join(f", {name} = {value}" for name, value in keywords.items())
+        function = getattr(module, reason, None)
+        if function is None:
+            return f"a filter of the recipe, from outside the package{arguments}"
+        summary = (function.__doc__ or "").partition("
+")[0].replace("`", "")
+        return f"a filter of the recipe{arguments}: {summary}"
+    return "the source's own reason"
 
 
 def hosts(sampled: Sample) -> list[Host]:
