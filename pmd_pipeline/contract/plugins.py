@@ -88,8 +88,8 @@ def check_digest(reference: str, stated: str) -> None:
     """
     if source_digest(reference) != stated:
         raise PmdError(
-            f"{reference}: the SHA-256 of its file is not {stated[:16]}...; take the file of that "
-            "SHA-256, or build again with this one"
+            f"{reference}: its file has another SHA-256 than {stated[:16]}...; take the file of "
+            "that SHA-256, or build again with this one"
         )
 
 

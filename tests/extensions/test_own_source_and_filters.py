@@ -194,7 +194,7 @@ def test_the_other_commands_work_on_it(built):
     [
         ("0", ["kept: 1 pair", "my_filters:names_colour passes"]),
         ("2", ["dropped by the index: my_filters:names_colour", "names_colour refuses"]),
-        ("1", ["fetched, but refused by the recipe: my_filters:is_wide"]),
+        ("1", ["fetched, but dropped by the recipe: my_filters:is_wide"]),
     ],
     ids=["kept", "dropped by a filter of captions", "dropped by a filter of sizes"],
 )
@@ -265,7 +265,7 @@ def test_a_digest_that_a_recipe_states_is_held(folder):
 
     done = CliRunner().invoke(app, [*BUILD, "--runner", "local"])
 
-    assert "mine.toml: my_birds: the SHA-256 of its file is not 0000000000000000" in str(
+    assert "mine.toml: my_birds: its file has another SHA-256 than 0000000000000000" in str(
         done.exception
     )
 

@@ -115,7 +115,7 @@ def test_a_tokenizer_of_16_pixels_makes_codes_that_verify_and_train(built):
     assert out
     code, _, err = run(built, "flava_train.cli", *explain, "--set", "model.patch_size=8")
     assert code == 2
-    assert "4 x 4 codes an image, and the model 8 x 8" in err
+    assert "4 x 4 codes per image, but the model 8 x 8 patches" in err
 
 
 def test_worker_processes_import_the_module_too(built):
