@@ -57,6 +57,11 @@ def names_colour(caption: str, *, colours: list[str]) -> bool:
 def is_wide(size, *, least: float = 1.0) -> bool:
     """Keep images at least so many times as wide as high."""
     return size[0] >= least * size[1]
+
+
+def is_reddish(pixels, *, least: int = 0) -> bool:
+    """Keep images whose mean red is at least `least`."""
+    return pixels[..., 0].mean() >= least
 '''
 
 RECIPE = """
@@ -76,6 +81,9 @@ colours = ["red", "blue"]
 
 [images.filters."my_filters:is_wide"]
 least = 0.5
+
+[images.pixel_filters."my_filters:is_reddish"]
+least = 30
 """
 
 COLOURS = ("red", "blue", "grey")
@@ -132,11 +140,13 @@ def test_every_pair_is_kept_or_counted_under_the_filter_that_dropped_it(built):
     counts = manifest.sources["garden"].counts
 
     tall = [n for n in range(COUNT) if n % 10 == 1 and n % 3 != 2]
+    pale = [n for n in range(30) if n % 3 != 2 and n not in {7, *tall}]
     assert counts.pairs_in == COUNT + 1
     assert counts.dropped == {
         "bad_row": 1,
         "my_filters:names_colour": COUNT // 3,
         "my_filters:is_wide": len(tall),
+        "my_filters:is_reddish": len(pale),
     }
     assert counts.failed == {"not_in_archive": 1}
     assert counts.unaccounted() == 0
@@ -149,7 +159,10 @@ def test_the_rules_state_the_digest_of_each_file_of_the_users(built):
 
     assert rules["module_sha256"] == hashlib.sha256(SOURCE.encode()).hexdigest()
     assert rules["captions"]["filters_sha256"] == {"my_filters:names_colour": filters}
-    assert rules["images"]["filters_sha256"] == {"my_filters:is_wide": filters}
+    assert rules["images"]["filters_sha256"] == {
+        "my_filters:is_wide": filters,
+        "my_filters:is_reddish": filters,
+    }
 
 
 def test_workers_in_other_processes_find_the_users_modules(built, tmp_path):
@@ -192,11 +205,17 @@ def test_the_other_commands_work_on_it(built):
 @pytest.mark.parametrize(
     ("record", "parts"),
     [
-        ("0", ["kept: 1 pair", "my_filters:names_colour passes"]),
+        ("30", ["kept: 1 pair", "my_filters:names_colour passes"]),
         ("2", ["dropped by the index: my_filters:names_colour", "names_colour refuses"]),
         ("1", ["fetched, but dropped by the recipe: my_filters:is_wide"]),
+        ("0", ["fetched, but dropped by the recipe: my_filters:is_reddish"]),
     ],
-    ids=["kept", "dropped by a filter of captions", "dropped by a filter of sizes"],
+    ids=[
+        "kept",
+        "dropped by a filter of captions",
+        "dropped by a filter of sizes",
+        "dropped by a filter of pixels",
+    ],
 )
 def test_why_explains_a_record(built, record, parts):
     done = pmd(built[0], "why", record)
@@ -292,6 +311,7 @@ def test_a_digest_that_a_recipe_states_is_held(folder):
             "size[2]",
             "is_wide fails: IndexError: tuple index out of range",
         ),
+        ("my_filters.py", "[..., 0]", "[..., 5]", "is_reddish fails: IndexError"),
         ("mine.toml", '"my_birds"', '"my_brids"', "my_brids: there is no module 'my_brids' in"),
         ("mine.toml", '"garden"', '"coco"', "the package has its own coco; name yours otherwise"),
         ("mine.toml", "= 0.5", '= "0.5"', 'least = "0.5": input should be a valid number'),

@@ -98,8 +98,7 @@ def meaning(reason: str, rules: Mapping[str, Any]) -> str:
         function = getattr(module, reason, None)
         if function is None:
             return f"a filter of the recipe, from outside the package{arguments}"
-        summary = (function.__doc__ or "").partition("
-")[0].replace("`", "")
+        summary = (function.__doc__ or "").partition("\n")[0].replace("`", "")
         return f"a filter of the recipe{arguments}: {summary}"
     return "the source's own reason"
 
