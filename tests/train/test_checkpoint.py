@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import stocks
+import tiny_datasets
 import torch
 from trials import command, losses, run, said, told, write_world
 
@@ -294,8 +294,8 @@ def started(world, tmp_path):
 
 
 def test_changed_pairs_are_refused_unless_allowed(started):
-    shards = [stocks.samples(16, captions=2, start=start) for start in (0, 50)]
-    stocks.write_pairs(started / "pairs.json", shards)
+    shards = [tiny_datasets.samples(16, captions=2, start=start) for start in (0, 50)]
+    tiny_datasets.write_pairs(started / "pairs.json", shards)
     config = told(started, started / "run")
 
     with pytest.raises(PmdError, match=r"pairs: .* has learnt from .* --allow-changed-data"):

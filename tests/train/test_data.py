@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from stocks import (
+from tiny import TINY, flava
+from tiny_datasets import (
     RULES,
     jpeg,
     own_box,
@@ -31,7 +32,6 @@ from stocks import (
     write_texts,
     write_vocabulary,
 )
-from tiny import TINY, flava
 
 from flava_train.data.batches import PairBatch, TextBatch, micro_batches
 from flava_train.data.config import DataConfig
@@ -53,6 +53,7 @@ from flava_train.data.training_data import TrainingData
 from flava_train.evaluation.batches import evaluation_batches
 from flava_train.objective.losses import ABLATIONS, Objective
 from flava_train.objective.step import train_step
+from pmd_pipeline.contract import image_format
 from pmd_pipeline.contract.errors import PmdError
 
 ONLY_PAIRS = Objective(streams=StreamShares(1.0, 0.0, 0.0))
@@ -662,7 +663,7 @@ def test_boxes_that_are_none_are_refused(tmp_path, boxes):
 
 
 def test_an_image_that_is_not_the_ledgers_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("stocks.jpeg", lambda number: jpeg(number, size=(60, 40)))
+    monkeypatch.setattr("tiny_datasets.jpeg", lambda number: jpeg(number, size=(60, 40)))
     config = simple(tmp_path, [samples(4)])
 
     refused(config, "is not the image that its ledger describes: it has 60 x 40 pixels", batch=2)
@@ -670,7 +671,7 @@ def test_an_image_that_is_not_the_ledgers_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff", b"GIF89a", jpeg(1)[:400]])
 def test_an_image_that_does_not_decode_is_refused(tmp_path, monkeypatch, content):
-    monkeypatch.setattr("stocks.jpeg", lambda number: content + bytes([number]))
+    monkeypatch.setattr("tiny_datasets.jpeg", lambda number: content + bytes([number]))
     config = simple(tmp_path, [samples(4)])
 
     refused(config, "is not the image that its ledger describes", batch=2)
@@ -683,13 +684,23 @@ def test_every_jpeg_that_a_build_stores_is_read_as_pillow_reads_it(
 ):
     stored = jpeg(1, mode=mode)
     stored = stored[:-2] + more + stored[-2:]
-    monkeypatch.setattr("stocks.jpeg", lambda number: stored)
+    monkeypatch.setattr("tiny_datasets.jpeg", lambda number: stored)
     config = simple(tmp_path, [samples(1)])
 
     found = whole(streams(config, TRUE_PAIRS, batch=1), 0).images.pixels[0]
 
     expected = Image.open(BytesIO(stored)).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
     assert found.permute(1, 2, 0).tolist() == np.asarray(expected).tolist()
+
+
+def test_webp_shards_give_the_same_batches_as_jpeg_shards(config, tmp_path):
+    webp = write_pairs(
+        tmp_path / "webp.json", SHARDS, rules=VIEWS, failed=3, image_format=image_format.WEBP
+    )
+    ours, other = streams(config), streams(dataclasses.replace(config, pairs=webp))
+
+    for step in range(6):
+        assert equal(whole(other, step), whole(ours, step))
 
 
 ONLY_TEXTS = Objective(streams=StreamShares(0.0, 0.0, 1.0))

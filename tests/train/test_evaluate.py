@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stocks
+import tiny_datasets
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -151,7 +151,7 @@ def test_held_out_pairs_are_embedded_whole_and_unmasked(world, encoder):
 
 def picture(path, number):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(stocks.jpeg(number))
+    path.write_bytes(tiny_datasets.jpeg(number))
 
 
 def test_classes_are_told_by_the_mean_of_80_sentences(tmp_path, encoder):
@@ -188,7 +188,7 @@ def test_what_is_no_image_is_left_out_and_told(tmp_path, encoder):
     picture(tmp_path / "cat" / "a.jpg", 1)
     picture(tmp_path / "dog" / "b.jpg", 2)
     (tmp_path / "dog" / "c.jpg").write_bytes(b"no picture")
-    (tmp_path / "dog" / "d.jpg").write_bytes(stocks.jpeg(3)[:200])
+    (tmp_path / "dog" / "d.jpg").write_bytes(tiny_datasets.jpeg(3)[:200])
 
     found = zero_shot_accuracy(encoder, tmp_path)
 
@@ -236,7 +236,7 @@ def test_what_cannot_be_evaluated_is_known_before_the_first_step(
 )
 def test_a_manifest_without_pairs_is_refused_before_the_first_step(tmp_path, manifest, says):
     write_world(tmp_path)
-    stocks.write_pairs(tmp_path / "empty.json", [])
+    tiny_datasets.write_pairs(tmp_path / "empty.json", [])
 
     with pytest.raises(PmdError, match=says):
         check_evaluation(EvaluationConfig(retrieval=str(tmp_path / f"{manifest}.json")))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from stocks import WORDS, samples, write_pairs, write_texts, write_vocabulary
 from tiny import TINY, flava
+from tiny_datasets import WORDS, samples, write_pairs, write_texts, write_vocabulary
 
 from flava_train.config import checked
 from flava_train.data.wordpiece import load_wordpiece

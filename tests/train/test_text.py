@@ -3,14 +3,15 @@ import json
 import pickle
 
 import pytest
-from stocks import SPECIALS, write_vocabulary
+from tiny_datasets import write_vocabulary
 
 from flava_train.data.wordpiece import WordPiece, load_wordpiece
 from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.tokens import SPECIAL_TOKENS
 
 HOLES = """{"model": {"type": "WordPiece", "vocab": {"a": 3, "b": null}},
 "normalizer": {"type": "BertNormalizer", "lowercase": true}}"""
-PLAIN = [*SPECIALS, "a", "b", "dog", "##s", "sep", "[", "]"]
+PLAIN = [*SPECIAL_TOKENS, "a", "b", "dog", "##s", "sep", "[", "]"]
 CLS, SEP, UNKNOWN = 2, 3, 1
 
 

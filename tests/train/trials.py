@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import stocks
+import tiny_datasets
 
 from flava_train.config import as_toml, checked
 
@@ -14,15 +14,15 @@ TOWER = {"layers": 2, "width": 32, "heads": 4, "hidden": 48}
 
 def write_world(folder):
     """A vocabulary, and manifests of pairs, images, texts and held-out pairs."""
-    stocks.write_vocabulary(folder / "vocab.txt")
-    shards = [stocks.samples(16, captions=2, start=start) for start in (0, 16)]
-    stocks.write_pairs(folder / "pairs.json", shards)
-    images = [stocks.sample(number, []) for number in range(200, 230)]
-    stocks.write_pairs(folder / "images.json", [images], kind="images")
+    tiny_datasets.write_vocabulary(folder / "vocab.txt")
+    shards = [tiny_datasets.samples(16, captions=2, start=start) for start in (0, 16)]
+    tiny_datasets.write_pairs(folder / "pairs.json", shards)
+    images = [tiny_datasets.sample(number, []) for number in range(200, 230)]
+    tiny_datasets.write_pairs(folder / "images.json", [images], kind="images")
     texts = [f"a dog {number} b cat\n\nsep {number}" for number in range(30)]
-    stocks.write_texts(folder / "texts.json", [texts])
-    held_out = stocks.samples(12, captions=2, start=100)
-    stocks.write_pairs(folder / "held-out.json", [held_out], rules=None)
+    tiny_datasets.write_texts(folder / "texts.json", [texts])
+    held_out = tiny_datasets.samples(12, captions=2, start=100)
+    tiny_datasets.write_pairs(folder / "held-out.json", [held_out], rules=None)
     return folder
 
 
