@@ -1,10 +1,9 @@
-"""The Typer app that every command joins, the consoles, and the options that commands share."""
+"""The Typer app that every command joins; the consoles for results and for messages."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -32,14 +31,14 @@ ORDER = (
     "rebuild",
     "bundle",
 )
-"""Commands as one needs them, for `pmd --help`."""
+"""Commands in the order in which a user needs them, for `pmd --help`."""
 
 
 class InOrder(TyperGroup):
-    """Commands in `ORDER`."""
+    """A group that lists its commands in `ORDER`."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 - typer's own click is private
-        """Names of the commands; one that has no place yet comes last."""
+        """Names of the commands; those that are not in `ORDER` come last."""
         names = super().list_commands(ctx)
         return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
@@ -57,34 +56,12 @@ out_console = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
 err_console = Console(stderr=True, emoji=False)
 
 
-class Runner(StrEnum):
-    """Where tasks run."""
-
-    ray = "ray"
-    local = "local"
-
-
-Out = Annotated[
-    str, typer.Option("--out", metavar="DIR", help="Folder or fsspec address for index and shards.")
-]
-Manifests = Annotated[str, typer.Option(metavar="DIR", help="Folder for manifests.")]
-RunnerOption = Annotated[Runner, typer.Option(help="Run tasks on Ray, or on local processes.")]
-Workers = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Tasks at a time; default: all cores.")
-]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(metavar="ADDRESS", help="Join this Ray cluster (auto: the one of this machine)."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-
-
 @contextmanager
 def interruptible(*, resumes: bool = True) -> Iterator[None]:
     """Ctrl-C ends the command with exit code 130 and one sentence.
 
     Args:
-        resumes: whether the same command goes on where it was, or begins anew.
+        resumes: the same command continues; else it starts from the beginning.
     """
     try:
         yield
@@ -93,13 +70,13 @@ def interruptible(*, resumes: bool = True) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def say(words: str) -> None:
-    """Print talk, as it is, on stderr."""
-    err_console.print(words, markup=False, highlight=False, soft_wrap=True)
+def say(message: str) -> None:
+    """Print a message on stderr, without markup."""
+    err_console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def make_reporter(*, quiet: bool) -> "Reporter":
-    """Where progress is make_reporter: stderr."""
+    """A reporter of progress on stderr."""
     from pmd_pipeline.base.progress import Reporter
 
     return Reporter(err_console, quiet=quiet)

@@ -7,17 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from pmd_pipeline.cli.app import (
-    Quiet,
-    RayAddress,
-    Runner,
-    RunnerOption,
-    Workers,
-    app,
-    interruptible,
-    make_reporter,
-    say,
-)
+from pmd_pipeline.cli.app import app, interruptible, make_reporter, say
+from pmd_pipeline.cli.options import ON_RAY, Quiet, RunOptions, expand_options
 
 if TYPE_CHECKING:
     from typer._click import Context
@@ -63,6 +54,7 @@ def about() -> None:
 
 
 @codes.command()
+@expand_options()
 def make(
     manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="The manifest; rewritten.")],
     weights: Annotated[
@@ -110,9 +102,7 @@ def make(
         Dtype, typer.Option(help="Arithmetic of the dVAE; agreement with float32 is measured.")
     ] = Dtype.float32,
     device: Annotated[Device, typer.Option(help="Where the dVAE computes.")] = Device.auto,
-    runner: RunnerOption = Runner.ray,
-    workers: Workers = None,
-    ray_address: RayAddress = None,
+    run: RunOptions = ON_RAY,
     quiet: Quiet = False,
 ) -> None:
     """Make codes beside every shard of a manifest; the same command resumes an interrupted run.
@@ -132,9 +122,9 @@ def make(
         seed=seed,
         dtype=dtype.value,
         device=device.value,
-        runner=runner.value,
-        workers=workers,
-        ray_address=ray_address,
+        runner=run.runner.value,
+        workers=run.workers,
+        ray_address=run.ray_address,
     )
     with interruptible():
         result = code_manifest(request, make_reporter(quiet=quiet))
@@ -168,24 +158,22 @@ def convert(
 
 
 @codes.command()
+@expand_options()
 def export(
     manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A manifest with codes.")],
     out: Annotated[
         str, typer.Option("--out", metavar="DIR", help="Folder or fsspec address for the shards.")
     ],
-    runner: RunnerOption = Runner.ray,
-    workers: Workers = None,
-    ray_address: RayAddress = None,
+    run: RunOptions = ON_RAY,
     quiet: Quiet = False,
 ) -> None:
     """Write the shards again with the codes inside, for other loaders.
 
     Example: pmd codes export manifests/pmd.json --out exported
     """
-    from pmd_pipeline.base.parallel import open_pool
     from pmd_pipeline.publish import codes_export as exporting
 
-    with interruptible(), open_pool(runner.value, workers, ray_address) as pool:
+    with interruptible(), run.open_pool() as pool:
         for task, sha256 in exporting.export(manifest, out, pool, make_reporter(quiet=quiet)):
             typer.echo(f"{task.out}  {sha256}")
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pmd_pipeline.cli.app import Out, Workers, app, out_console, say
+from pmd_pipeline.cli.app import app, out_console, say
+from pmd_pipeline.cli.options import AsJson, Out, Workers
 
 
 class Form(StrEnum):
@@ -88,7 +89,7 @@ def show(
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the stored image here.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what is stored: a sample with its row of the ledger, or a shard with its report.
 
@@ -141,7 +142,7 @@ def why(
         str | None, typer.Option("--source", "-s", metavar="NAME", help="Only in this source.")
     ] = None,
     workers: Workers = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell why a record is in the dataset or is not, from its upstream rows to its bytes.
 

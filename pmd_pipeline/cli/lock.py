@@ -5,21 +5,22 @@ from typing import Annotated
 
 import typer
 
-from pmd_pipeline.cli.app import (
+from pmd_pipeline.cli.app import app, interruptible, make_reporter, say
+from pmd_pipeline.cli.options import (
+    ON_PROCESSES,
+    ON_RAY,
+    AsJson,
+    Contact,
+    Images,
     Manifests,
     Quiet,
-    RayAddress,
-    Runner,
-    RunnerOption,
-    Workers,
-    app,
-    interruptible,
-    make_reporter,
-    say,
+    RunOptions,
+    expand_options,
 )
 
 
 @app.command()
+@expand_options()
 def lock(
     manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="The dataset's manifest.")],
     out: Annotated[str, typer.Option("--out", metavar="KIT", help="Folder for the kit.")] = "kit",
@@ -30,61 +31,44 @@ def lock(
             help="Put only the sha256 of captions in; a rebuild then needs --raw.",
         ),
     ] = False,
-    runner: RunnerOption = Runner.local,
-    workers: Workers = None,
-    ray_address: RayAddress = None,
+    run: RunOptions = ON_PROCESSES,
     quiet: Quiet = False,
 ) -> None:
     """Write the kit of a dataset: all that it takes to fetch its images again and prove them.
 
     Example: pmd lock manifests/pmd.json --out kit
     """
-    from pmd_pipeline.base.parallel import open_pool
     from pmd_pipeline.publish.lockfile.lock import lock as write_kit
 
-    with interruptible(), open_pool(runner.value, workers, ray_address) as pool:
+    with interruptible(), run.open_pool() as pool:
         kit = write_kit(manifest, out, pool, make_reporter(quiet=quiet), hashed=hash_captions)
     typer.echo(f"{out}  {kit.digest}")
 
 
 @app.command()
+@expand_options()
 def rebuild(
     kit: Annotated[str, typer.Argument(metavar="KIT", help="A folder that pmd lock has written.")],
     out: Annotated[
         str, typer.Option("--out", metavar="DIR", help="Folder or fsspec address for the shards.")
     ] = "data",
     manifests: Manifests = "manifests",
-    images: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PLACE",
-            help="Where images are: web, a folder, a zip, a tar, or img2dataset's output folder; "
-            "may be repeated, in order of preference [default: web].",
-        ),
-    ] = None,
+    images: Images = None,
     raw: Annotated[
         str | None,
         typer.Option(
             metavar="DIR", help="Folder of annotation files, for a kit of hashed captions."
         ),
     ] = None,
-    runner: RunnerOption = Runner.ray,
-    workers: Workers = None,
-    ray_address: RayAddress = None,
-    contact: Annotated[
-        str,
-        typer.Option(
-            metavar="TEXT", help="Mail or web address told to every host in the User-Agent."
-        ),
-    ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    run: RunOptions = ON_RAY,
+    contact: Contact = "",
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Make a dataset again from its kit, image by image of the same sha256, and say what lacks.
 
     Example: pmd rebuild kit --out data
     """
-    from pmd_pipeline.base.parallel import open_pool
     from pmd_pipeline.publish.lockfile.rebuild import RebuildRequest
     from pmd_pipeline.publish.lockfile.rebuild import rebuild as make
 
@@ -96,7 +80,7 @@ def rebuild(
         raw=raw,
         changes={"fetch": {"contact": contact}} if contact else {},
     )
-    with interruptible(), open_pool(runner.value, workers, ray_address) as pool:
+    with interruptible(), run.open_pool() as pool:
         made = make(order, pool, make_reporter(quiet=quiet))
     if as_json:
         typer.echo(json.dumps(made.facts(), indent=1))

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pmd_pipeline.cli.app import Out, Quiet, app, interruptible, make_reporter, out_console, say
+from pmd_pipeline.cli.app import app, interruptible, make_reporter, out_console, say
+from pmd_pipeline.cli.options import AsJson, Out, Quiet
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +45,7 @@ def plan(
     contact: Annotated[
         str, typer.Option(metavar="TEXT", help="Mail or web address told to every host.")
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Estimate images, bytes, disk and hours: from a probe, or else from recorded figures.

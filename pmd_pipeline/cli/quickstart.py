@@ -5,18 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pmd_pipeline.cli.app import (
-    Quiet,
-    Runner,
-    RunnerOption,
-    Workers,
-    app,
-    interruptible,
-    make_reporter,
-    out_console,
-    say,
-)
+from pmd_pipeline.cli.app import app, interruptible, make_reporter, out_console, say
 from pmd_pipeline.cli.build import fail_if_parts_failed
+from pmd_pipeline.cli.options import Quiet, Runner, RunnerOption, Workers
 from pmd_pipeline.contract.errors import PmdError
 
 if TYPE_CHECKING:

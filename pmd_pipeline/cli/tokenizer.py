@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from pmd_pipeline.cli.app import Quiet, app, make_reporter, say
+from pmd_pipeline.cli.app import app, make_reporter, say
+from pmd_pipeline.cli.options import Quiet
 
 
 @app.command()

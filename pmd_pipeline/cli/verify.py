@@ -6,43 +6,30 @@ from typing import Annotated
 
 import typer
 
-from pmd_pipeline.cli.app import (
-    Quiet,
-    RayAddress,
-    Runner,
-    RunnerOption,
-    Workers,
-    app,
-    interruptible,
-    make_reporter,
-    say,
-)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+from pmd_pipeline.cli.app import app, interruptible, make_reporter, say
+from pmd_pipeline.cli.options import ON_PROCESSES, AsJson, Quiet, RunOptions, expand_options
 
 
 @app.command()
+@expand_options()
 def verify(
     manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="The manifest to hold to.")],
     fast: Annotated[
         bool, typer.Option("--fast", help="Look at sizes and reports only, not into the shards.")
     ] = False,
-    as_json: Json = False,
-    runner: RunnerOption = Runner.local,
-    workers: Workers = None,
-    ray_address: RayAddress = None,
+    as_json: AsJson = False,
+    run: RunOptions = ON_PROCESSES,
     quiet: Quiet = False,
 ) -> None:
     """Check every digest, count, member and offset of a dataset, and say what is damaged.
 
     Example: pmd verify manifests/pmd.json
     """
-    from pmd_pipeline.base.parallel import open_pool
     from pmd_pipeline.contract.manifest import load_manifest
     from pmd_pipeline.inspect.verify.dataset import verify as find_faults
 
     findings = []
-    with interruptible(resumes=False), open_pool(runner.value, workers, ray_address) as pool:
+    with interruptible(resumes=False), run.open_pool() as pool:
         for finding in find_faults(manifest, pool, make_reporter(quiet=quiet), fast=fast):
             findings.append(finding)
             if not as_json:
@@ -69,7 +56,7 @@ def verify(
 def diff(
     before: Annotated[str, typer.Argument(metavar="A", help="A manifest.")],
     after: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
-    as_json: Json = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Tell what one dataset has and another has not: images, pairs, bytes, rules, versions.
