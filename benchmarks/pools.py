@@ -22,7 +22,8 @@ from rich.console import Console
 
 from pmd_pipeline.base.parallel import ignore_progress, open_pool
 from pmd_pipeline.base.progress import Reporter
-from pmd_pipeline.dataset.build import SourceBuild, build_source
+from pmd_pipeline.dataset.build import build_source
+from pmd_pipeline.dataset.source_build import SourceBuild
 from pmd_pipeline.recipe import load_recipe
 
 
@@ -55,7 +56,7 @@ def timed(folder: Path, runner: str, workers: int, parts: int, records: int) -> 
         raw=str(folder / "raw"),
         data=str(folder / "data"),
         manifest=str(folder / "data" / "cc3m.json"),
-        places=(str(folder / "pictures"),),
+        images=(str(folder / "pictures"),),
     )
     quiet = Reporter(Console(quiet=True), quiet=True)
     started = time.monotonic()

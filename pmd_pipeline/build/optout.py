@@ -1,8 +1,8 @@
-"""Images that somebody wants left out: the list beside a dataset, which every build of it obeys.
+"""The opt-out list: images that every build of a dataset leaves out; it lies beside the dataset.
 
-A line of the list is an address, a sha256 of the bytes as fetched (64 hex digits), a key (16 hex
-digits), `source:ID` (`redcaps:fhb2d5`), `flickr:PHOTO_ID` for a photo wherever it turns up, or
-`host:NAME` for a host with all below it. `#` begins a comment.
+A line is an address, a SHA-256 of the fetched bytes (64 hex digits), a key (16 hex digits),
+`source:ID` (`redcaps:fhb2d5`), `flickr:PHOTO_ID` for a photo under any of its addresses, or
+`host:NAME` for a host and its subdomains. `#` begins a comment.
 """
 
 import re
@@ -20,10 +20,10 @@ from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, read_bytes, write_whole
 
 LIST = "optout.txt"
-"""Its name, beside `index/` and `shards/`."""
+"""File name of the list, beside `index/` and `shards/`."""
 
 REASON = "optout_list"
-"""Under which its pairs are counted."""
+"""Drop reason of its pairs."""
 
 _HEX = re.compile(r"[0-9a-f]{16}|[0-9a-f]{64}")
 _HOST = re.compile(r"([a-z0-9_-]+\.)+[a-z0-9-]+")
@@ -31,76 +31,75 @@ _HOST = re.compile(r"([a-z0-9_-]+\.)+[a-z0-9-]+")
 
 @dataclass(frozen=True)
 class OptOut:
-    """What is left out, one spelling for each entry."""
+    """The entries of a list, each normalised."""
 
     entries: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, lines: Iterable[str], where: str) -> Self:
-        """The list that `lines` are.
+        """The list of `lines`.
+
+        Args:
+            where: name of the list, for errors.
 
         Raises:
-            PmdError: a line is none of the forms above; `where` says which list it is in.
+            PmdError: a line is none of the forms above.
         """
-        found = set()
+        entries = set()
         for number, line in enumerate(lines, start=1):
             entry = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
             if entry:
-                found.add(_entry(entry, f"{where}, line {number}"))
-        return cls(frozenset(found))
+                entries.add(_normalised(entry, f"{where}, line {number}"))
+        return cls(frozenset(entries))
 
     @property
     def digest(self) -> str | None:
-        """sha256 of the entries; None of an empty list."""
+        """SHA-256 of the entries; None of an empty list."""
         return digest(sorted(self.entries)) if self.entries else None
 
     def has_record(self, key: str, url: str | None) -> bool:
-        """Say whether the record is to be left out, as far as can be told before it is fetched."""
+        """Whether the list names the record by its key or by its address, before any fetch."""
         if not self.entries:
             return False
-        return key in self.entries or (url is not None and not self.entries.isdisjoint(_names(url)))
+        return key in self.entries or (
+            url is not None and not self.entries.isdisjoint(_entries_of(url))
+        )
 
     def has_bytes(self, sha256: str | None, final_url: str | None) -> bool:
-        """Say whether what was fetched is to be left out."""
+        """Whether the list names the fetched bytes, or the address that they came from."""
         return sha256 in self.entries or self.has_record("", final_url)
 
     def lines(self) -> str:
-        """The list as a file, in a fixed order."""
+        """The content of the list's file, in a fixed order."""
         return "".join(f"{entry}\n" for entry in sorted(self.entries))
 
 
 def load_list(data: str) -> OptOut:
     """The list of the dataset under the address `data`; an empty one where there is none."""
     address = join(data, LIST)
-    stamp = sizes(data).get(LIST)
-    return OptOut() if stamp is None else _loaded(address, read_bytes(address))
+    return _parsed(address, read_bytes(address)) if LIST in sizes(data) else OptOut()
 
 
 def add_to_list(data: str, file: str) -> OptOut:
-    """Add the entries of `file` to the list of the dataset; the whole list.
+    """Add the entries of `file` to the list of the dataset; returns the whole list.
 
-    Entries leave the list only by hand: a later build that forgot the file must not bring
-    images back.
+    No command removes entries: a later build without the file must not bring images back.
 
     Raises:
-        PmdError: `file` is not there, or a line of it is nothing that can be left out.
+        PmdError: `file` does not exist, or a line of it is no entry.
     """
-    more = _loaded(file, read_bytes(file))
-    both = OptOut(load_list(data).entries | more.entries)
-    write_whole(join(data, LIST), both.lines().encode())
-    return both
+    optout = OptOut(load_list(data).entries | _parsed(file, read_bytes(file)).entries)
+    write_whole(join(data, LIST), optout.lines().encode())
+    return optout
 
 
 @lru_cache(maxsize=4)
-def _loaded(address: str, content: bytes) -> OptOut:
+def _parsed(address: str, content: bytes) -> OptOut:
     return OptOut.of(content.decode(errors="replace").split("\n"), address)
 
 
-def _entry(text: str, where: str) -> str:
-    """An entry in the spelling that is compared.
-
-    `source:ID` becomes the key of that image.
-    """
+def _normalised(text: str, where: str) -> str:
+    """An entry in the one spelling that is compared; `source:ID` becomes the key of that image."""
     scheme, colon, rest = text.partition(":")
     scheme, rest = scheme.lower(), rest.strip()
     if scheme in {"http", "https"} and rest.startswith("//"):
@@ -118,17 +117,16 @@ def _entry(text: str, where: str) -> str:
     )
 
 
-def _names(url: str) -> set[str]:
-    """All that a list may call an address by."""
-    names = {url_id(url)}
-    photo = flickr_id(url)
-    if photo:
-        names.add(f"flickr:{photo}")
+def _entries_of(url: str) -> set[str]:
+    """Every entry that names the address."""
+    entries = {url_id(url)}
+    if photo := flickr_id(url):
+        entries.add(f"flickr:{photo}")
     try:
         host = urlsplit(url).hostname or ""
     except ValueError:
-        return names
+        return entries
     while "." in host:
-        names.add(f"host:{host}")
+        entries.add(f"host:{host}")
         host = host.partition(".")[2]
-    return names
+    return entries

@@ -1,4 +1,4 @@
-"""Records in order through what takes long: asked for all at once, made in threads beside that."""
+"""Items fetched concurrently and processed in threads; their results come in the items' order."""
 
 import asyncio
 from collections import Counter, deque
@@ -15,172 +15,174 @@ from pmd_pipeline.images.decode.processor import ImageResult
 from pmd_pipeline.images.fetch.byte_budget import ByteBudget
 from pmd_pipeline.images.fetch.client import FetchedImage
 
-_PILED = 32 << 20
-"""Bytes of pictures that wait in memory for those before them."""
+_MAX_BUFFERED_BYTES = 32 << 20
+"""Bytes of images that wait in memory for the results before them."""
 
-_GLANCE = 0.01
-"""Seconds after which to look whether more may be asked for."""
+_SCHEDULE_SECONDS = 0.01
+"""Time between two looks of the scheduler for free slots."""
 
-_IDLE = 1.0
-"""Seconds without any outcome after which somebody may want to know why."""
+_IDLE_SECONDS = 1.0
+"""Time without any result after which `on_idle` is called."""
 
 _Item = TypeVar("_Item")
-_Ended = SimpleQueue[tuple[int, Future[ImageResult]]]
+_Finished = SimpleQueue[tuple[int, Future[ImageResult]]]
 
 
 @dataclass(frozen=True)
 class FetchPipeline(Generic[_Item]):
-    """The way of items from being asked for to their outcomes.
+    """Fetches items on an event loop and processes them in threads.
 
     Args:
-        loop: the event loop on which to ask.
-        memory: that of bodies; `ask` takes from it what it returns.
-        ask: the bytes of an item; it may raise RecordError.
-        make: the outcome of an item, given what came of asking.
-        ahead: most items that are asked for and not yet made.
-        per_host: of these, most that are asked of one host, so that a slow one leaves room.
-        threads: how many make outcomes at a time.
-        folder: where outcomes wait for which there is no memory; None leaves it to the system.
-        idle: called now and then while no outcome comes.
+        loop: the event loop that fetches.
+        byte_budget: of fetched bodies and of results; `fetch` acquires the bytes that it returns.
+        fetch: the bytes of an item; may raise RecordError.
+        process: the result of an item, from its bytes or from the error of fetching it.
+        max_in_flight: items that are fetched and not yet finished.
+        max_per_host: of these, items of one host, so that a slow host leaves slots to others.
+        threads: how many items are processed at a time.
+        folder: where results wait for which there is no memory; None takes the system's folder for
+            temporary files.
+        on_idle: called repeatedly while no result comes.
     """
 
     loop: asyncio.AbstractEventLoop
-    memory: ByteBudget
-    ask: Callable[[_Item], Coroutine[Any, Any, FetchedImage]]
-    make: Callable[[_Item, FetchedImage | RecordError], ImageResult]
-    ahead: int
-    per_host: int
+    byte_budget: ByteBudget
+    fetch: Callable[[_Item], Coroutine[Any, Any, FetchedImage]]
+    process: Callable[[_Item, FetchedImage | RecordError], ImageResult]
+    max_in_flight: int
+    max_per_host: int
     threads: int = 1
     folder: str | None = None
-    idle: Callable[[], None] = lambda: None
+    on_idle: Callable[[], None] = lambda: None
 
-    def outcomes(
+    def results(
         self,
         items: Sequence[_Item],
         host_of: Callable[[_Item], str | None],
         key_of: Callable[[_Item], Hashable],
     ) -> Iterator[ImageResult]:
-        """The results of items, in order; items of one key are asked for once."""
-        firsts: dict[Hashable, int] = {}
-        sources = [firsts.setdefault(key_of(item), number) for number, item in enumerate(items)]
-        ended: _Ended = SimpleQueue()
-        asked = (_Work(n, host_of(items[n]), items[n]) for n in firsts.values())
+        """The results of `items`, in order; items of one key are fetched once."""
+        first_numbers: dict[Hashable, int] = {}
+        numbers = [
+            first_numbers.setdefault(key_of(item), number) for number, item in enumerate(items)
+        ]
+        jobs = (_Job(n, host_of(items[n]), items[n]) for n in first_numbers.values())
+        finished: _Finished = SimpleQueue()
         with (
-            ReorderBuffer(Counter(sources), self.folder, _PILED) as pile,
+            ReorderBuffer(Counter(numbers), self.folder, _MAX_BUFFERED_BYTES) as buffer,
             ThreadPoolExecutor(self.threads, "pixels") as pool,
         ):
-            asking = _Asking(self, asked, pool, ended)
-            self.loop.call_soon_threadsafe(asking.go_on)
+            scheduler = _Scheduler(self, jobs, pool, finished)
+            self.loop.call_soon_threadsafe(scheduler.schedule)
             try:
-                for source in sources:
-                    while source not in pile:
-                        number, future = self._next(ended)
-                        asking.num_ended += 1
-                        outcome = future.result()
-                        pile.put(number, outcome)
-                        self.memory.release(_num_bytes(outcome))
-                    yield pile.take(source)
+                for number in numbers:
+                    while number not in buffer:
+                        finished_number, future = self._next(finished)
+                        scheduler.num_finished += 1
+                        result = future.result()
+                        buffer.put(finished_number, result)
+                        self.byte_budget.release(_num_bytes(result))
+                    yield buffer.take(number)
             finally:
-                asyncio.run_coroutine_threadsafe(asking.stop(), self.loop).result()
+                asyncio.run_coroutine_threadsafe(scheduler.stop(), self.loop).result()
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _next(self, ended: _Ended) -> tuple[int, Future[ImageResult]]:
+    def _next(self, finished: _Finished) -> tuple[int, Future[ImageResult]]:
         while True:
             try:
-                return ended.get(timeout=_IDLE)
+                return finished.get(timeout=_IDLE_SECONDS)
             except Empty:
-                self.idle()
+                self.on_idle()
 
 
 @dataclass(frozen=True)
-class _Work(Generic[_Item]):
-    """An item by its number, and the host that must be asked for it."""
+class _Job(Generic[_Item]):
+    """An item by its number, and the host that its fetch sends a request to."""
 
     number: int
     host: str | None
     item: _Item
 
 
-class _Asking(Generic[_Item]):
-    """What happens on the event loop: as much is begun as there is room for."""
+class _Scheduler(Generic[_Item]):
+    """Starts fetches while there are free slots; its methods run on the event loop."""
 
     def __init__(
         self,
-        flow: FetchPipeline[_Item],
-        left: Iterator[_Work[_Item]],
+        pipeline: FetchPipeline[_Item],
+        jobs: Iterator[_Job[_Item]],
         pool: ThreadPoolExecutor,
-        ended: _Ended,
+        finished: _Finished,
     ) -> None:
-        self._flow = flow
-        self._left = left
+        self._pipeline = pipeline
+        self._jobs = jobs
         self._pool = pool
-        self._ended = ended
+        self._finished = finished
         self._tasks: set[asyncio.Task[FetchedImage]] = set()
-        self.num_ended = 0
-        self._num_begun = 0
-        self._num_asked = Counter[str | None]()
-        self._parked: dict[str | None, deque[_Work[_Item]]] = {}
+        self.num_finished = 0
+        self._num_started = 0
+        self._num_fetching = Counter[str | None]()
+        self._parked: dict[str | None, deque[_Job[_Item]]] = {}
 
-    def go_on(self) -> None:
-        """Ask for as many items as may be, and look again soon if more are left."""
-        while self._num_begun - self.num_ended < self._flow.ahead:
-            work = next(self._left, None)
-            if work is None:
+    def schedule(self) -> None:
+        """Start as many jobs as there are slots, and come back soon if more are left."""
+        while self._num_started - self.num_finished < self._pipeline.max_in_flight:
+            job = next(self._jobs, None)
+            if job is None:
                 return
-            if work.host is not None and self._num_asked[work.host] >= self._flow.per_host:
-                self._parked.setdefault(work.host, deque()).append(work)
+            if job.host is not None and self._num_fetching[job.host] >= self._pipeline.max_per_host:
+                self._parked.setdefault(job.host, deque()).append(job)
             else:
-                self._begin(work)
-        self._flow.loop.call_later(_GLANCE, self.go_on)
+                self._start(job)
+        self._pipeline.loop.call_later(_SCHEDULE_SECONDS, self.schedule)
 
     async def stop(self) -> None:
-        """Ask for nothing any more."""
-        self._left = iter(())
+        """Cancel all fetches and start no more."""
+        self._jobs = iter(())
         self._parked.clear()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _begin(self, work: _Work[_Item]) -> None:
-        self._num_begun += 1
-        self._num_asked[work.host] += 1
-        task = self._flow.loop.create_task(self._flow.ask(work.item))
+    def _start(self, job: _Job[_Item]) -> None:
+        self._num_started += 1
+        self._num_fetching[job.host] += 1
+        task = self._pipeline.loop.create_task(self._pipeline.fetch(job.item))
         self._tasks.add(task)
-        task.add_done_callback(partial(self._end, work))
+        task.add_done_callback(partial(self._on_fetched, job))
 
-    def _end(self, work: _Work[_Item], task: asyncio.Task[FetchedImage]) -> None:
+    def _on_fetched(self, job: _Job[_Item], task: asyncio.Task[FetchedImage]) -> None:
         self._tasks.discard(task)
-        self._num_asked[work.host] -= 1
+        self._num_fetching[job.host] -= 1
         if task.cancelled():
             return
-        error = task.exception()
-        found = error or task.result()
-        if isinstance(found, FetchedImage | RecordError):
-            making = self._pool.submit(self._flow.make, work.item, found)
-            making.add_done_callback(partial(self._made, work.number, found))
+        fetched = task.exception() or task.result()
+        if isinstance(fetched, FetchedImage | RecordError):
+            processing = self._pool.submit(self._pipeline.process, job.item, fetched)
+            processing.add_done_callback(partial(self._on_processed, job.number, fetched))
         else:
             failed = Future[ImageResult]()
-            failed.set_exception(found)
-            self._ended.put((work.number, failed))
-        parked = self._parked.get(work.host)
+            failed.set_exception(fetched)
+            self._finished.put((job.number, failed))
+        parked = self._parked.get(job.host)
         if parked:
-            self._begin(parked.popleft())
+            self._start(parked.popleft())
             if not parked:
-                del self._parked[work.host]
+                del self._parked[job.host]
 
-    def _made(
-        self, number: int, found: FetchedImage | RecordError, making: Future[ImageResult]
+    def _on_processed(
+        self, number: int, fetched: FetchedImage | RecordError, processing: Future[ImageResult]
     ) -> None:
-        """Pass an outcome on, from the thread that made it."""
-        if making.cancelled():
+        """Pass a result on; runs in the thread that made it."""
+        if processing.cancelled():
             return
-        memory = self._flow.memory
-        if not making.exception():
-            memory.acquire(_num_bytes(making.result()))
-        self._ended.put((number, making))
-        if isinstance(found, FetchedImage):
-            memory.release(len(found.body))
+        byte_budget = self._pipeline.byte_budget
+        if not processing.exception():
+            byte_budget.acquire(_num_bytes(processing.result()))
+        self._finished.put((number, processing))
+        if isinstance(fetched, FetchedImage):
+            byte_budget.release(len(fetched.body))
 
 
-def _num_bytes(outcome: ImageResult) -> int:
-    return len(outcome.image.content) if outcome.image else 0
+def _num_bytes(result: ImageResult) -> int:
+    return len(result.image.content) if result.image else 0

@@ -1,4 +1,4 @@
-"""Outcomes that wait for their turn: a few in memory, the rest on disk."""
+"""Results that wait for the results before them: a few in memory, the rest on disk."""
 
 import tempfile
 from collections import Counter
@@ -11,26 +11,26 @@ from pmd_pipeline.images.decode.processor import ImageResult
 
 
 class ReorderBuffer:
-    """Outcomes by number, each until it has been taken as often as it will be.
+    """Results by number, each kept until its last use.
 
-    However many wait, and however long, their pictures take no more than `limit` bytes of memory;
-    what is beyond lies in a file without a name, which is gone with the process.
+    Images in memory never exceed `max_bytes`. Further images go to a file without a name, which
+    the system deletes when the process ends.
 
     Args:
-        uses: how often each will be taken.
-        folder: where the file is; None leaves it to the system.
-        limit: bytes.
+        uses: how often each result will be taken.
+        folder: of the file; None takes the system's folder for temporary files.
+        max_bytes: of images in memory.
     """
 
-    def __init__(self, uses: Mapping[int, int], folder: str | None, limit: int) -> None:
-        self._left = Counter(uses)
+    def __init__(self, uses: Mapping[int, int], folder: str | None, max_bytes: int) -> None:
+        self._uses_left = Counter(uses)
         self._folder = folder
-        self._limit = limit
-        self._held = 0
-        self._outcomes: dict[int, ImageResult] = {}
-        self._places: dict[int, tuple[int, int]] = {}
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._results: dict[int, ImageResult] = {}
+        self._spilled: dict[int, tuple[int, int]] = {}
         self._file: IO[bytes] | None = None
-        self._end = 0
+        self._file_size = 0
 
     def __enter__(self) -> Self:
         return self
@@ -40,50 +40,51 @@ class ReorderBuffer:
             self._file.close()
 
     def __contains__(self, number: int) -> bool:
-        return number in self._outcomes
+        return number in self._results
 
-    def put(self, number: int, outcome: ImageResult) -> None:
-        """Keep an outcome.
+    def put(self, number: int, result: ImageResult) -> None:
+        """Keep a result.
 
         Raises:
             PmdError: the disk is full.
         """
-        picture = outcome.image
-        if picture and self._held + len(picture.content) > self._limit:
-            self._places[number] = self._written(picture.content)
-            outcome = replace(outcome, image=replace(picture, content=b""))
-        elif picture:
-            self._held += len(picture.content)
-        self._outcomes[number] = outcome
+        image = result.image
+        if image and self._num_bytes + len(image.content) > self._max_bytes:
+            self._spilled[number] = self._spill(image.content)
+            result = replace(result, image=replace(image, content=b""))
+        elif image:
+            self._num_bytes += len(image.content)
+        self._results[number] = result
 
     def take(self, number: int) -> ImageResult:
-        """An outcome that is there; it is forgotten with its last use."""
-        outcome = self._outcomes[number]
-        place = self._places.get(number)
-        self._left[number] -= 1
-        if not self._left[number]:
-            del self._outcomes[number]
-            if outcome.image and not self._places.pop(number, None):
-                self._held -= len(outcome.image.content)
-        if place and outcome.image:
-            outcome = replace(outcome, image=replace(outcome.image, content=self._read(*place)))
-        return outcome
+        """A result that was put; deleted with its last use."""
+        result = self._results[number]
+        spilled = self._spilled.get(number)
+        self._uses_left[number] -= 1
+        if not self._uses_left[number]:
+            del self._results[number]
+            if result.image and not self._spilled.pop(number, None):
+                self._num_bytes -= len(result.image.content)
+        if spilled and result.image:
+            result = replace(result, image=replace(result.image, content=self._read(*spilled)))
+        return result
 
-    def _written(self, content: bytes) -> tuple[int, int]:
-        place = self._end, len(content)
+    def _spill(self, content: bytes) -> tuple[int, int]:
+        """Write `content` to the file; its offset and size."""
+        offset = self._file_size
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed by __exit__
-            self._file.seek(self._end)
+            self._file.seek(offset)
             self._file.write(content)
             self._file.flush()
         except OSError as error:
-            where = self._folder or tempfile.gettempdir()
+            folder = self._folder or tempfile.gettempdir()
             raise PmdError(
-                f"cannot write in {where}: {error.strerror}; make room there, and run again"
+                f"cannot write in {folder}: {error.strerror}; make room there, and run again"
             ) from error
-        self._end += len(content)
-        return place
+        self._file_size += len(content)
+        return offset, len(content)
 
     def _read(self, offset: int, size: int) -> bytes:
         assert self._file is not None

@@ -1,38 +1,42 @@
-"""Records whose fate is known before anything is fetched: left out, or as an earlier build found.
+"""Records whose result is known before any request: left out, or in the files of an earlier build.
 
-So a list of images to leave out, another choice of licences, or a second try of what failed
-touches only the parts that it concerns, and asks for nothing that is there already. The shard is
-the one that a build from nothing would give.
+A new entry in the opt-out list, other licences, or a retry of failures changes only the parts that
+it concerns, and only records without a known result are fetched. The shard is the one that a build
+from nothing gives.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from io import BytesIO
 from typing import Any, BinaryIO, Self
 
 import polars as pl
 
+from pmd_pipeline.base.tables import read_table
 from pmd_pipeline.build.optout import REASON, OptOut
 from pmd_pipeline.contract.files import join, open_read, read_bytes, sha256_of
 from pmd_pipeline.contract.image_format import stored_format
 from pmd_pipeline.contract.models import Report
 from pmd_pipeline.contract.reasons import Status
+from pmd_pipeline.contract.schemas import LedgerRow, ledger_rows
 from pmd_pipeline.images.decode.processor import ImageResult
 from pmd_pipeline.images.decode.stored_image import StoredImage
 from pmd_pipeline.index.records import IndexPart, IndexRecord
 
 LICENCE = "licence"
-"""Under which pairs are counted whose image has none of the licences allowed."""
+"""Drop reason of pairs whose image has none of the licences that the recipe allows."""
 
 
 @dataclass(frozen=True)
 class Exclusions:
-    """What is left out, whatever its bytes.
+    """Rules that leave out records by their address or licence, or by the hash of their image.
 
     Args:
         optout: the list beside the dataset.
-        licences: globs, of which an image's licence must fit one; empty allows all, and none.
+        licences: globs; an image's licence must match one of them. Empty allows every image, also
+            one without a licence.
     """
 
     optout: OptOut = field(default_factory=OptOut)
@@ -42,7 +46,7 @@ class Exclusions:
         return bool(self.optout.entries or self.licences)
 
     def reason(self, key: str, url: str | None, licence: str | None) -> str | None:
-        """Why the record is left out without being fetched; None if it is not."""
+        """Why the record is left out without a request; None where it is not."""
         if self.optout.has_record(key, url):
             return REASON
         if self.licences and not any(
@@ -51,16 +55,16 @@ class Exclusions:
             return LICENCE
         return None
 
-    def judged(self, outcome: ImageResult) -> ImageResult:
-        """The outcome, or that the bytes are to be left out."""
-        if not self.optout.has_bytes(outcome.sha256, outcome.final_url):
-            return outcome
-        return replace(outcome, image=None, status=Status.DROPPED, reason=REASON, detail=None)
+    def apply(self, result: ImageResult) -> ImageResult:
+        """The result, or a drop where the fetched bytes or their address are in the list."""
+        if not self.optout.has_bytes(result.sha256, result.final_url):
+            return result
+        return replace(result, image=None, status=Status.DROPPED, reason=REASON, detail=None)
 
-    def hold(self, index: str, part: IndexPart, shards: str, report: Report) -> bool:
-        """Say whether a part that is built leaves out what is to be left out, and nothing else.
+    def still_hold(self, index: str, part: IndexPart, shards: str, report: Report) -> bool:
+        """Whether the shard of `report` leaves out exactly what these rules leave out.
 
-        Of a part whose files are damaged nobody can say that.
+        False for a shard whose files are damaged.
         """
         if not self and not report.counts.dropped.keys() & {REASON, LICENCE}:
             return True
@@ -68,131 +72,130 @@ class Exclusions:
             with open_read(join(index, part.kept.name)) as file:
                 records = pl.read_parquet(file, columns=["key", "url", "licence"])
             with open_read(join(shards, report.ledger.name)) as file:
-                rows = pl.read_parquet(file, columns=["key", "reason", "sha256", "final_url"])
+                ledger = pl.read_parquet(file, columns=["key", "reason", "sha256", "final_url"])
         except pl.exceptions.PolarsError:
             return False
         return all(
-            self._expected(row) == (row["reason"] if row["reason"] in {REASON, LICENCE} else None)
-            for row in rows.join(records, on="key", how="left").iter_rows(named=True)
+            self._final_reason(row)
+            == (row["reason"] if row["reason"] in {REASON, LICENCE} else None)
+            for row in ledger.join(records, on="key", how="left").iter_rows(named=True)
         )
 
-    def _expected(self, row: dict[str, Any]) -> str | None:
-        before = self.reason(row["key"], row["url"], row["licence"])
-        if before is None and self.optout.has_bytes(row["sha256"], row["final_url"]):
+    def _final_reason(self, row: dict[str, Any]) -> str | None:
+        reason = self.reason(row["key"], row["url"], row["licence"])
+        if reason is None and self.optout.has_bytes(row["sha256"], row["final_url"]):
             return REASON
-        return before
+        return reason
 
 
-class KnownOutcomes:
-    """What is known of the records of a part before they are fetched.
+class KnownResults:
+    """The results of those records that need no request.
 
     Args:
-        again: reasons under which what failed before is asked for again.
-        fetched_bytes: of the earlier build.
+        exclusions: rules that leave out records.
+        records: of the shard.
+        retry_reasons: failure reasons for which an earlier result does not count.
+        earlier: the shard of an earlier build, if there is one.
     """
 
     def __init__(
         self,
         exclusions: Exclusions,
-        again: frozenset[str],
-        earlier: "_Earlier | None",
-        fetched_bytes: int,
+        records: Sequence[IndexRecord],
+        retry_reasons: frozenset[str],
+        earlier: "EarlierShard | None",
     ) -> None:
-        self.fetched_bytes = fetched_bytes
         self._exclusions = exclusions
-        self._again = again
+        self._retry_reasons = retry_reasons
         self._earlier = earlier
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._earlier:
-            self._earlier.close()
-
-    @classmethod
-    def of(
-        cls, exclusions: Exclusions, again: frozenset[str], shards: str, report: Report | None
-    ) -> Self:
-        """What is known, given the report of an earlier build of the same part by the same rules.
-
-        A build whose files are not those of its report is not believed.
-        """
-        if report is None or any(
-            sha256_of(join(shards, file.name)) != file.sha256
-            for file in (report.tar, report.ledger)
-        ):
-            return cls(exclusions, again, None, 0)
-        earlier = _Earlier(shards, report)
-        return cls(exclusions, again, earlier, report.fetched_bytes)
-
-    def unknown(self, records: Sequence[IndexRecord]) -> list[IndexRecord]:
-        """The records that have to be fetched."""
-        return [
+        self._reasons = {
+            record.key: reason
+            for record in records
+            if (reason := exclusions.reason(record.key, record.url, record.licence))
+        }
+        self.unknown = [
             record
             for record in records
-            if not self._reason(record) and self._row(record.key) is None
+            if record.key not in self._reasons and self._row(record.key) is None
         ]
+        """The records that have to be fetched."""
 
-    def outcome(self, record: IndexRecord) -> ImageResult | None:
-        """What is known of a record; None where it has to be fetched."""
-        reason = self._reason(record)
-        if reason:
+    def result(self, record: IndexRecord) -> ImageResult | None:
+        """The known result of a record; None where the record has to be fetched."""
+        if reason := self._reasons.get(record.key):
             return ImageResult(status=Status.DROPPED, reason=reason)
         row = self._row(record.key)
         if row is None:
             return None
         assert self._earlier
-        return self.judged(self._earlier.outcome(row))
+        return self.apply_exclusions(self._earlier.result(row))
 
-    def judged(self, outcome: ImageResult) -> ImageResult:
-        """See `Exclusions.judged`."""
-        return self._exclusions.judged(outcome)
+    def apply_exclusions(self, result: ImageResult) -> ImageResult:
+        """See `Exclusions.apply`."""
+        return self._exclusions.apply(result)
 
-    def _reason(self, record: IndexRecord) -> str | None:
-        return self._exclusions.reason(record.key, record.url, record.licence)
-
-    def _row(self, key: str) -> dict[str, Any] | None:
-        """The row of an earlier ledger that still stands."""
+    def _row(self, key: str) -> LedgerRow | None:
+        """The row of the earlier ledger, where its result still counts."""
         row = self._earlier.rows.get(key) if self._earlier else None
-        if row is None or row["reason"] in {*self._again, LICENCE}:
+        if row is None or row.reason in {*self._retry_reasons, LICENCE}:
             return None
-        if row["reason"] == REASON and not self._exclusions.optout.has_bytes(
-            row["sha256"], row["final_url"]
+        if row.reason == REASON and not self._exclusions.optout.has_bytes(
+            row.sha256, row.final_url
         ):
             return None
         return row
 
 
-class _Earlier:
-    """The ledger of an earlier build by key, its tar, and its report."""
+class EarlierShard:
+    """The shard of an earlier build: its ledger by key, its tar, and the attempts of its report."""
 
     def __init__(self, shards: str, report: Report) -> None:
-        table = pl.read_parquet(read_bytes(join(shards, report.ledger.name)))
-        self.rows = {row["key"]: row for row in table.iter_rows(named=True)}
+        ledger = read_table(BytesIO(read_bytes(join(shards, report.ledger.name))))
+        self.rows = {row.key: row for row in ledger_rows(ledger)}
+        self.fetched_bytes = report.fetched_bytes
         self._attempts = report.timing.attempts
         self._stack = ExitStack()
-        tar = self._stack.enter_context(open_read(join(shards, report.tar.name)))
-        self._tar: BinaryIO = tar
+        self._tar: BinaryIO = self._stack.enter_context(open_read(join(shards, report.tar.name)))
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def outcome(self, row: dict[str, Any]) -> ImageResult:
-        picture = None
-        if row["image_offset"] is not None:
-            self._tar.seek(row["image_offset"])
-            content = self._tar.read(row["image_size"])
-            image_format = stored_format(content)
-            assert image_format, "the tar has the digest of its report"
-            picture = StoredImage(content, image_format, row["width"], row["height"])
+    def result(self, row: LedgerRow) -> ImageResult:
+        """The result that a row of the ledger describes."""
         return ImageResult(
-            image=picture,
-            sha256=row["sha256"],
-            final_url=row["final_url"],
-            original_size=(row["original_width"], row["original_height"]),
-            status=row["status"],
-            reason=row["reason"],
-            detail=row["error_message"],
-            attempts=self._attempts.get(row["key"], 0),
+            image=self._image(row),
+            sha256=row.sha256,
+            final_url=row.final_url,
+            original_size=(row.original_width, row.original_height),
+            status=row.status,
+            reason=row.reason,
+            detail=row.error_message,
+            attempts=self._attempts.get(row.key, 0),
         )
+
+    def _image(self, row: LedgerRow) -> StoredImage | None:
+        if row.image_offset is None:
+            return None
+        self._tar.seek(row.image_offset)
+        content = self._tar.read(row.image_size or 0)
+        image_format = stored_format(content)
+        assert image_format, "the tar has the digest of its report"
+        return StoredImage(content, image_format, row.width or 0, row.height or 0)
+
+
+@contextmanager
+def earlier_shard(shards: str, report: Report | None) -> Iterator[EarlierShard | None]:
+    """The shard in the folder `shards` that `report` describes, opened.
+
+    None without a report, or where the files have other digests than it states.
+    """
+    if report is None or any(
+        sha256_of(join(shards, file.name)) != file.sha256 for file in (report.tar, report.ledger)
+    ):
+        yield None
+        return
+    with EarlierShard(shards, report) as shard:
+        yield shard

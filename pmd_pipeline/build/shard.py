@@ -1,12 +1,11 @@
 """Second stage: the images of records are fetched into a shard with its ledger and its report."""
 
-import json
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from pmd_pipeline.base.parallel import ReportProgress
@@ -17,9 +16,9 @@ from pmd_pipeline.build.image_locations import WEB_LOCATION, ImageLocation, fetc
 from pmd_pipeline.build.optout import OptOut, load_list
 from pmd_pipeline.build.pipeline import FetchPipeline
 from pmd_pipeline.build.report import counts_of, images_of, valid_report, versions, words_of
-from pmd_pipeline.build.reuse import Exclusions, KnownOutcomes
-from pmd_pipeline.build.shard_writer import ByteRange, DigestingFile, ShardWriter
-from pmd_pipeline.contract.digests import canonical_json
+from pmd_pipeline.build.reuse import Exclusions, KnownResults, earlier_shard
+from pmd_pipeline.build.samples import build_shard
+from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter
 from pmd_pipeline.contract.files import local_path, whole_file, write_whole
 from pmd_pipeline.contract.models import FileDigest, Report, Timing
 from pmd_pipeline.contract.paths import ShardPaths, part_name
@@ -31,8 +30,8 @@ from pmd_pipeline.images.fetch.client import FetchClient, fetch_client
 from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.recipe import Recipe
 
-_AHEAD = 8
-"""Records that wait for hosts, for each request in flight."""
+_RECORDS_PER_REQUEST = 8
+"""Records in flight for each concurrent request, so that slow hosts do not stop the others."""
 
 _READERS = 32
 """Threads that read images that the user already has."""
@@ -53,7 +52,7 @@ class ShardBuild:
         locations: where images are looked for, in order.
         dependency: digest of all that the shard depends on.
         optout: address beside which the list of images to leave out lies; None has no list.
-        again: failure reasons to retry; everything else of an earlier build with the same
+        retry_reasons: failure reasons to retry; everything else of an earlier build with the same
             dependency is reused.
         workers: tasks that run at a time and send requests to the same hosts.
     """
@@ -64,7 +63,7 @@ class ShardBuild:
     locations: tuple[ImageLocation, ...] = (WEB_LOCATION,)
     dependency: str = ""
     optout: str | None = None
-    again: frozenset[str] = frozenset()
+    retry_reasons: frozenset[str] = frozenset()
     workers: int = 1
 
     def __str__(self) -> str:
@@ -109,7 +108,7 @@ def fetch_into_shard(
     stopwatch = Stopwatch()
     paths, names = build.paths, build.names
     file_sizes = sizes(build.shards)
-    earlier = _report(build, names.report, file_sizes) or _report(
+    earlier_report = _report(build, names.report, file_sizes) or _report(
         build, names.previous_report, file_sizes
     )
     totals = _Totals()
@@ -117,8 +116,9 @@ def fetch_into_shard(
     with whole_file(paths.tar) as raw_tar:
         tar = DigestingFile(raw_tar)
         writer = ShardWriter(tar)
-        with KnownOutcomes.of(build.exclusions(), build.again, build.shards, earlier) as known:
-            totals.fetched_bytes = known.fetched_bytes
+        with earlier_shard(build.shards, earlier_report) as earlier:
+            totals.fetched_bytes = earlier.fetched_bytes if earlier else 0
+            known = KnownResults(build.exclusions(), records, build.retry_reasons, earlier)
             results = _results(build, records, known, totals, report_progress)
             for row in build_shard(build.recipe.source, records, results, writer):
                 rows.append(row)
@@ -127,8 +127,8 @@ def fetch_into_shard(
         writer.close()
         # No report may name files that are replaced from here on. The earlier report is kept
         # under another name: if this build is killed, the next one reuses the earlier files.
-        if earlier:
-            write_whole(paths.previous_report, earlier.model_dump_json(indent=1).encode())
+        if earlier_report:
+            write_whole(paths.previous_report, earlier_report.model_dump_json(indent=1).encode())
         remove(paths.report)
     words = words_of(records, rows)
     ledger_rows = complete(rows) if complete else rows
@@ -145,29 +145,10 @@ def fetch_into_shard(
     )
     assert report.counts.unaccounted() == 0
     write_whole(paths.report, report.model_dump_json(indent=1).encode())
-    if earlier or names.previous_report in file_sizes:
+    if earlier_report or names.previous_report in file_sizes:
         remove(paths.previous_report)
     _log.info("%s: %d of %d images", build, report.images, report.records)
     return report.brief()
-
-
-def build_shard(
-    source: str,
-    records: Iterable[IndexRecord],
-    results: Iterable[ImageResult],
-    writer: ShardWriter,
-) -> Iterator[LedgerRow]:
-    """Write a sample for every record that has an image; yields the ledger row of every record.
-
-    Args:
-        records: in order of their keys.
-        results: of these records, in the same order.
-    """
-    for record, result in zip(records, results, strict=True):
-        ranges: dict[str, ByteRange] = {}
-        if result.image:
-            ranges = writer.add(record.key, _members(source, record, result))
-        yield _ledger_row(record, result, ranges)
 
 
 def report_of(
@@ -240,7 +221,7 @@ def _report(build: ShardBuild, name: str, file_sizes: dict[str, int]) -> Report 
 def _results(
     build: ShardBuild,
     records: Sequence[IndexRecord],
-    known: KnownOutcomes,
+    known: KnownResults,
     totals: _Totals,
     report_progress: ReportProgress,
 ) -> Iterator[ImageResult]:
@@ -249,11 +230,11 @@ def _results(
     def report_waiting(web: FetchClient) -> None:
         report_progress(totals.progress() | {"cut": int(web.is_offline())})
 
-    with closing(fetch_images(build, known.unknown(records), report_waiting)) as fetched:
+    with closing(fetch_images(build, known.unknown, report_waiting)) as fetched:
         for record in records:
-            result = known.outcome(record)
+            result = known.result(record)
             if result is None:
-                result = known.judged(check_record(record, next(fetched)))
+                result = known.apply_exclusions(check_record(record, next(fetched)))
             totals.add_result(record.key, result)
             yield result
 
@@ -284,15 +265,17 @@ def fetch_images(
     ):
         pipeline = FetchPipeline(
             loop=web.loop,
-            memory=web.byte_budget,
-            ask=fetch_function(build.locations, records, web, readers),
-            make=lambda record, fetched: processor.process(record.key, fetched),
-            ahead=_AHEAD * recipe.fetch.concurrency if all(is_web) else 2 * _READERS,
-            per_host=web.per_host + 1,  # one waits, so that the host never does
+            byte_budget=web.byte_budget,
+            fetch=fetch_function(build.locations, records, web, readers),
+            process=lambda record, fetched: processor.process(record.key, fetched),
+            max_in_flight=_RECORDS_PER_REQUEST * recipe.fetch.concurrency
+            if all(is_web)
+            else 2 * _READERS,
+            max_per_host=web.per_host + 1,  # one waits, so that the host never does
             folder=str(folder) if folder else None,
-            idle=lambda: on_idle(web),
+            on_idle=lambda: on_idle(web),
         )
-        yield from pipeline.outcomes(
+        yield from pipeline.results(
             records,
             host_of=_host if any(is_web) else _no_host,
             key_of=_address_key if all(is_web) else _record_key,
@@ -318,57 +301,3 @@ def _address_key(record: IndexRecord) -> str:
 
 def _record_key(record: IndexRecord) -> str:
     return record.key
-
-
-def _ledger_row(
-    record: IndexRecord, result: ImageResult, ranges: dict[str, ByteRange]
-) -> LedgerRow:
-    image = ranges.get(result.image.format.extension) if result.image else None
-    described = ranges.get("json")
-    return LedgerRow(
-        key=record.key,
-        id=record.id,
-        url=record.url,
-        caption=record.captions[0] or None,
-        num_pairs=len(record.captions),
-        status=result.status,
-        reason=result.reason,
-        error_message=result.detail,
-        width=result.image.width if result.image else None,
-        height=result.image.height if result.image else None,
-        original_width=result.original_size[0],
-        original_height=result.original_size[1],
-        sha256=result.sha256,
-        final_url=result.final_url,
-        image_offset=image.offset if image else None,
-        image_size=image.size if image else None,
-        json_offset=described.offset if described else None,
-        json_size=described.size if described else None,
-    )
-
-
-def _members(source: str, record: IndexRecord, result: ImageResult) -> dict[str, bytes]:
-    """The files of a sample by their extensions."""
-    assert result.image
-    captions = [caption for caption in record.captions if caption]  # an image alone has none
-    described: dict[str, Any] = {
-        "source": source,
-        "id": record.id,
-        "url": record.url,
-        "captions": captions,
-        "fields": record.fields if captions else [],
-        "width": result.image.width,
-        "height": result.image.height,
-        "original_width": result.original_size[0],
-        "original_height": result.original_size[1],
-        "sha256": result.sha256,
-        "licence": record.licence,
-        "meta": json.loads(record.meta) if record.meta else {},
-    }
-    if record.boxes:
-        described["boxes"] = record.boxes
-    members = {
-        result.image.format.extension: result.image.content,
-        "json": canonical_json(described).encode(),
-    }
-    return members | {"txt": captions[0].encode()} if captions else members

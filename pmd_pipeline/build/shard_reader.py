@@ -1,4 +1,4 @@
-"""Samples of a shard that a manifest vouches for, read again: nothing in it is believed."""
+"""Samples of a shard that a manifest names. A shard may be hostile, so every value is checked."""
 
 import hashlib
 import json
@@ -17,34 +17,41 @@ from pmd_pipeline.build.shard_writer import ByteRange
 from pmd_pipeline.contract.boxes import is_box
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import read_bytes, sha256_of
+from pmd_pipeline.contract.image_format import open_stored
 from pmd_pipeline.contract.models import ShardEntry
+from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.contract.reasons import Status
+from pmd_pipeline.contract.schemas import LedgerColumn
 
-_COLUMNS = (
-    "key", "status", "num_pairs", "width", "height",
-    "image_offset", "image_size", "json_offset", "json_size",
+_NUMBERS: tuple[LedgerColumn, ...] = (
+    "num_pairs", "width", "height", "image_offset", "image_size", "json_offset", "json_size",
 )  # fmt: skip
 _KEY = re.compile("[0-9a-f]{16}")
-_MOST_PIXELS = 100_000_000
-"""Of a stored image; more is no decode_image but a trap."""
 
-_MOST_BYTES = 1 << 28
-"""Of a member; no stored image or description comes near it."""
+_MAX_PIXELS = 100_000_000
+"""Of a stored image; more is a decompression bomb."""
 
-_MOST_BOXES = 4096
+_MAX_BYTES = 1 << 28
+"""Of a member; no stored image or JSON comes near it."""
+
+_MAX_BOXES = 4096
 """Of one image; Visual Genome has some hundred at most."""
 
-_BROKEN = (OSError, SyntaxError, ValueError, TypeError, MemoryError, OverflowError, struct.error)
-"""What Pillow's JPEG decoder is known to raise on hostile bytes."""
+_DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, MemoryError, OverflowError, struct.error,
+)  # fmt: skip
+"""Errors that Pillow's decoders raise on hostile bytes."""
 
 
 class ShardSample(NamedTuple):
-    """One sample of a tar, as its ledger row describes it; `number` counts from 0 in ledger order.
+    """One sample of a tar, as its ledger row describes it.
 
     Args:
         shard: address of the tar.
-        image: where the JPEG lies in it.
-        described: where the JSON lies.
+        number: position in the ledger among the samples, from 0.
+        size: width and height of the stored image in pixels.
+        image: where the image lies in the tar.
+        metadata: where the JSON lies in the tar.
     """
 
     shard: str
@@ -53,14 +60,14 @@ class ShardSample(NamedTuple):
     num_pairs: int
     size: tuple[int, int]
     image: ByteRange
-    described: ByteRange
+    metadata: ByteRange
 
 
 def check_tar(shard: str, entry: ShardEntry) -> None:
-    """Read the tar once, to see that it is the one `entry` speaks of.
+    """Read the tar at `shard` once and compare its digest with the manifest's.
 
     Raises:
-        PmdError: it is not.
+        PmdError: they differ.
     """
     if sha256_of(shard) != entry.sha256:
         raise PmdError(
@@ -73,9 +80,9 @@ def read_samples(shard: str, entry: ShardEntry) -> list[ShardSample]:
     """The samples of the tar at `shard`, from its ledger.
 
     Raises:
-        PmdError: the ledger is not the one `entry` speaks of, or cannot be right.
+        PmdError: the ledger has another digest than `entry` states, or impossible values.
     """
-    address = shard.removesuffix(".tar") + ".parquet"
+    address = ShardPaths.of(shard).ledger
     content = read_bytes(address)
     if hashlib.sha256(content).hexdigest() != entry.ledger_sha256:
         raise PmdError(
@@ -83,77 +90,80 @@ def read_samples(shard: str, entry: ShardEntry) -> list[ShardSample]:
             "and build it again, or copy it again"
         )
     try:
-        table = read_table(BytesIO(content), _COLUMNS)
+        table = read_table(BytesIO(content), ("key", "status", *_NUMBERS))
         rows = table.filter(pc.equal(table["status"], Status.SUCCESS)).to_pylist()
     except (pa.ArrowException, KeyError, OSError) as error:
         raise PmdError(f"{address} is no ledger: {str(error).splitlines()[0]}") from error
     samples = []
     for number, row in enumerate(rows):
-        numbers = [row[name] for name in _COLUMNS[2:]]
+        numbers = [row[name] for name in _NUMBERS]
         if not all(isinstance(one, int) and one >= 0 for one in numbers) or not (
             isinstance(row["key"], str) and _KEY.fullmatch(row["key"])
         ):
-            raise PmdError(f"{address}: the row of {row['key']} says nothing of where its image is")
-        pairs, width, height, *places = numbers
-        image, described = ByteRange(*places[:2]), ByteRange(*places[2:])
+            raise PmdError(f"{address}: the row of {row['key']} does not locate its image")
+        num_pairs, width, height, *offsets = numbers
+        image, metadata = ByteRange(*offsets[:2]), ByteRange(*offsets[2:])
         samples.append(
-            ShardSample(shard, number, row["key"], pairs, (width, height), image, described)
+            ShardSample(shard, number, row["key"], num_pairs, (width, height), image, metadata)
         )
     if len(samples) != entry.images:
         raise PmdError(f"{address} has {len(samples)} images, the manifest {entry.images}")
     return samples
 
 
-def read_member(file: BinaryIO, sample: ShardSample, place: ByteRange) -> bytes:
+def read_member(file: BinaryIO, sample: ShardSample, extent: ByteRange) -> bytes:
     """The content of a member of the open tar.
 
     Raises:
-        PmdError: the tar ends before.
+        PmdError: it lies outside the tar.
     """
     content = b""
-    if place.size <= _MOST_BYTES:
-        file.seek(place.offset)
-        content = file.read(place.size)
-    if len(content) != place.size:
-        raise _wrong(sample, "lies outside the tar")
+    if extent.size <= _MAX_BYTES:
+        file.seek(extent.offset)
+        content = file.read(extent.size)
+    if len(content) != extent.size:
+        raise _fault(sample, "lies outside the tar")
     return content
 
 
-def decode_image(sample: ShardSample, jpeg: bytes) -> Image.Image:
+def decode_image(sample: ShardSample, content: bytes) -> Image.Image:
     """The stored image as RGB.
 
     Raises:
-        PmdError: it is no whole JPEG of the size that the ledger says.
+        PmdError: it cannot be decoded, or has another size than the ledger states.
     """
     width, height = sample.size
     try:
-        image = Image.open(BytesIO(jpeg), formats=("JPEG",))
-        if image.size != sample.size or not 0 < width * height <= _MOST_PIXELS:
-            raise _wrong(sample, f"is {image.size[0]} x {image.size[1]} pixels")
+        image = open_stored(content)
+        if image.size != sample.size or not 0 < width * height <= _MAX_PIXELS:
+            raise _fault(sample, f"is {image.size[0]} x {image.size[1]} pixels")
         return image.convert("RGB")
-    except _BROKEN as error:
-        raise _wrong(sample, f"cannot be decoded ({error})") from error
+    except _DECODE_ERRORS as error:
+        raise _fault(sample, f"cannot be decoded ({error})") from error
 
 
-def caption_boxes(sample: ShardSample, described: bytes) -> Sequence[Sequence[float]]:
-    """The box of each caption, as fractions of the stored image; none where captions have none.
+def caption_boxes(sample: ShardSample, metadata: bytes) -> Sequence[Sequence[float]]:
+    """The box of each caption as fractions of the stored image; empty where captions have none.
+
+    Args:
+        metadata: the sample's JSON.
 
     Raises:
-        PmdError: the sample's JSON holds no such boxes.
+        PmdError: the JSON has another number of boxes than captions, or no valid boxes.
     """
     try:
-        boxes = json.loads(described).get("boxes", [])
-        found = [tuple(float(side) for side in box) for box in boxes]
+        given = json.loads(metadata).get("boxes", [])
+        boxes = [tuple(float(side) for side in box) for box in given]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise _wrong(sample, f"has a description that cannot be read ({error})") from error
-    if found and not len(found) == sample.num_pairs <= _MOST_BOXES:
-        raise _wrong(sample, f"has {len(found)} boxes for {sample.num_pairs} captions")
-    if not all(is_box(box) for box in found):
-        raise _wrong(sample, "has a box that is not inside it")
-    return found
+        raise _fault(sample, f"has a JSON that cannot be read ({error})") from error
+    if boxes and not len(boxes) == sample.num_pairs <= _MAX_BOXES:
+        raise _fault(sample, f"has {len(boxes)} boxes for {sample.num_pairs} captions")
+    if not all(is_box(box) for box in boxes):
+        raise _fault(sample, "has a box that is not inside it")
+    return boxes
 
 
-def _wrong(sample: ShardSample, what: str) -> PmdError:
+def _fault(sample: ShardSample, what: str) -> PmdError:
     return PmdError(
         f"{sample.shard}: the image of {sample.key} {what}, so this is no shard of `pmd build`: "
         "build it again"

@@ -1,4 +1,4 @@
-"""Shards: a tar that has the same bytes whenever its samples have, and its ledger."""
+"""The tar of a shard: equal samples give equal bytes."""
 
 import hashlib
 import tarfile
@@ -17,7 +17,7 @@ class ByteRange(NamedTuple):
 
 
 class DigestingFile:
-    """A file to write to that knows the sha256 and the size of what went through it."""
+    """A file for writing that computes the SHA-256 and the size of what is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -35,24 +35,24 @@ class DigestingFile:
         return self.num_bytes
 
     def hexdigest(self) -> str:
-        """sha256 of everything written so far."""
+        """SHA-256 of everything written so far, as hex."""
         return self._sha256.hexdigest()
 
 
 class ShardWriter:
     """Writes samples to a tar: USTAR, no times, no owners, members sorted within a sample.
 
-    Samples must come in order of their keys.
+    Samples are added in the order of their keys.
     """
 
     def __init__(self, file: DigestingFile) -> None:
         self._file = file
-        self._last = ""
+        self._last_key = ""
 
     def add(self, key: str, members: Mapping[str, bytes]) -> dict[str, ByteRange]:
-        """Add one sample; `members` by extension. Tells where each lies."""
-        assert self._last < key, "samples come in order of their keys"
-        self._last = key
+        """Add one sample, `members` by extension; the byte range of each member."""
+        assert self._last_key < key, "samples come in order of their keys"
+        self._last_key = key
         return {
             extension: self._add(f"{key}.{extension}", members[extension])
             for extension in sorted(members)
@@ -65,15 +65,15 @@ class ShardWriter:
 
     def _add(self, name: str, content: bytes) -> ByteRange:
         self._file.write(_header(name, len(content)))
-        place = ByteRange(self._file.tell(), len(content))
+        extent = ByteRange(self._file.tell(), len(content))
         self._file.write(content + bytes(-len(content) % _BLOCK))
-        return place
+        return extent
 
 
 def _header(name: str, size: int) -> bytes:
-    """The header of a file as `tarfile` writes it, at a tenth of the cost.
+    """The header of a file as `tarfile` writes it, in a tenth of the time.
 
-    All but name, size and checksum is the same in all of ours.
+    Only name, size and checksum differ between the headers of a shard.
     """
     header = bytearray(_BARE_HEADER)
     header[: len(name)] = name.encode("ascii")

@@ -1,4 +1,4 @@
-"""A tar read from its first byte to its last, as strictly as it was written."""
+"""A tar read from its first byte to its last, compared with what `ShardWriter` writes."""
 
 import hashlib
 import tarfile
@@ -7,12 +7,12 @@ from typing import BinaryIO, NamedTuple
 
 _BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(_BLOCK)
-_MOST_BYTES = 1 << 30
-"""No member is as large; a header that says so is not believed."""
+_MAX_BYTES = 1 << 30
+"""Of a member; a header that states more is a fault."""
 
 
 class TarMember(NamedTuple):
-    """A file inside a tar; `offset` is where its content begins, in bytes."""
+    """A file inside a tar; `offset` is that of its first byte."""
 
     name: str
     offset: int
@@ -20,12 +20,14 @@ class TarMember(NamedTuple):
 
 
 class TarReader:
-    """The members of a tar in the order in which they lie, read once, one in memory at a time.
+    """The members of a tar in their order, read once, one in memory at a time.
 
-    What is not as `ShardWriter` writes it is told in `faults`, a sentence each. Reading ends at the
-    first header that cannot be understood, since nobody knows where the next one is; `is_whole`
-    says whether the end of the tar was reached. After the last member, `sha256` and `num_bytes` are
-    those of the whole file.
+    Reading ends at the first header that cannot be parsed, since the next header cannot be found.
+
+    Attributes:
+        faults: a sentence for each difference from what `ShardWriter` writes.
+        is_whole: the end of the tar was reached.
+        num_bytes: read so far; after the last member, the size of the whole file.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -51,7 +53,7 @@ class TarReader:
 
     @property
     def sha256(self) -> str:
-        """The sha256 of what has been read so far, as hex."""
+        """SHA-256 of the bytes read so far, as hex; after the last member, of the whole file."""
         return self._digest.hexdigest()
 
     def _read(self, size: int) -> bytes:
@@ -64,56 +66,59 @@ class TarReader:
         start = self.num_bytes
         header = self._read(_BLOCK)
         if header == _ZEROS:
-            self._end()
+            self._read_end()
             return None
         try:
-            found = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
+            info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
         except tarfile.HeaderError as error:
-            said = f"the tar ends at byte {self.num_bytes:,} without its end mark"
+            fault = f"the tar ends at byte {self.num_bytes:,} without its end mark"
             if len(header) == _BLOCK:
-                said = f"the header at byte {start:,} is broken ({error}); the rest was not read"
-            self.faults.append(said)
+                fault = f"the header at byte {start:,} is broken ({error}); the rest was not read"
+            self.faults.append(fault)
             return None
-        if not 0 <= found.size <= _MOST_BYTES:
-            self.faults.append(f"the header at byte {start:,} states {found.size:,} bytes")
+        if not 0 <= info.size <= _MAX_BYTES:
+            self.faults.append(f"the header at byte {start:,} states {info.size:,} bytes")
             return None
-        if header != _header(found):
-            self.faults.append(f"the header of {_plain(found.name)} {_oddity(found)}")
-        return TarMember(_plain(found.name), self.num_bytes, found.size)
+        if header != _expected_header(info):
+            self.faults.append(f"the header of {_printable(info.name)} {_difference(info)}")
+        return TarMember(_printable(info.name), self.num_bytes, info.size)
 
-    def _end(self) -> None:
-        """Read on behind the first block of zeros: only zeros, up to a whole record."""
+    def _read_end(self) -> None:
+        """Read on after the first block of zeros: only zeros, up to a whole record."""
         end = self.num_bytes - _BLOCK
-        whole = -(-(end + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
-        rest = self._read(whole - self.num_bytes)
+        size = -(-(end + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+        rest = self._read(size - self.num_bytes)
         if rest.strip(b"\0") or self._read(1):
             self.faults.append(f"there are bytes behind the end of the tar at byte {end:,}")
-        elif self.num_bytes < whole:
+        elif self.num_bytes < size:
             self.faults.append(
                 f"the tar ends at byte {self.num_bytes:,}, inside its end mark of zeros"
             )
         self.is_whole = True
 
 
-def _header(found: tarfile.TarInfo) -> bytes:
-    """The header that a member of this name and size is written with."""
-    written = tarfile.TarInfo(found.name)
-    written.size = found.size
+def _expected_header(info: tarfile.TarInfo) -> bytes:
+    """The header that `ShardWriter` writes for a member of this name and size."""
+    expected = tarfile.TarInfo(info.name)
+    expected.size = info.size
     try:
-        return written.tobuf(tarfile.USTAR_FORMAT, tarfile.ENCODING, "surrogateescape")
+        return expected.tobuf(tarfile.USTAR_FORMAT, tarfile.ENCODING, "surrogateescape")
     except ValueError:  # a name that USTAR cannot hold
         return b""
 
 
-def _oddity(found: tarfile.TarInfo) -> str:
-    """What sets a header apart from one of ours."""
-    ours = tarfile.TarInfo()
-    names = ("mtime", "uid", "gid", "mode", "uname", "gname", "linkname", "type")
-    odd = [f"{name} {getattr(found, name)!r}" for name in names
-           if getattr(found, name) != getattr(ours, name)]  # fmt: skip
-    return f"has {', '.join(odd)}" if odd else "is written in another way than ours"
+def _difference(info: tarfile.TarInfo) -> str:
+    """How a header differs from the expected one."""
+    expected = tarfile.TarInfo()
+    fields = ("mtime", "uid", "gid", "mode", "uname", "gname", "linkname", "type")
+    different = [
+        f"{name} {getattr(info, name)!r}"
+        for name in fields
+        if getattr(info, name) != getattr(expected, name)
+    ]
+    return f"has {', '.join(different)}" if different else "is written in another way than ours"
 
 
-def _plain(name: str) -> str:
-    """A name that can be printed and encoded, whatever bytes it was."""
+def _printable(name: str) -> str:
+    """A name that can be printed and encoded, whatever bytes the header has."""
     return name if name.isascii() and name.isprintable() else ascii(name)

@@ -37,9 +37,9 @@ def retry(
 
     Example: pmd retry --reason timeout,dns --source cc12m
     """
-    from pmd_pipeline.dataset.build import reasons_of
+    from pmd_pipeline.dataset.build import parse_reasons
 
-    _build(options, reasons_of(reason))
+    _build(options, parse_reasons(reason))
 
 
 @app.command()
@@ -73,11 +73,11 @@ def fail_if_parts_failed(result: "BuildResult") -> None:
         raise typer.Exit(1)
 
 
-def _build(options: BuildOptions, again: frozenset[str] = frozenset()) -> None:
+def _build(options: BuildOptions, retry_reasons: frozenset[str] = frozenset()) -> None:
     from pmd_pipeline.dataset.build import build_all
     from pmd_pipeline.filters import caption
 
-    request = options.build_request(again)
+    request = options.build_request(retry_reasons)
     if options.lid_model:
         caption.use_lid_model(options.lid_model)  # before the build, so that it fails early
     with interruptible():

@@ -144,8 +144,8 @@ class BuildOptions:
     lid_model: LidModel = None
     quiet: Quiet = False
 
-    def build_request(self, again: frozenset[str] = frozenset()) -> "BuildRequest":
-        """The request of a build; `again` has the reasons of failures that are fetched again."""
+    def build_request(self, retry_reasons: frozenset[str] = frozenset()) -> "BuildRequest":
+        """The request of a build; `retry_reasons` are failures to retry."""
         from pmd_pipeline.dataset.build import BuildRequest
 
         return BuildRequest(
@@ -165,7 +165,7 @@ class BuildOptions:
                 "texts": {"tokenizer": self.tokenizer} if self.tokenizer else {},
             },
             optout=self.optout,
-            again=again,
+            retry_reasons=retry_reasons,
             runner=self.run.runner.value,
             workers=self.run.workers,
             ray_address=self.run.ray_address,

@@ -154,7 +154,7 @@ def _decode_crops(
         try:
             for sample in samples:
                 content = read_member(file, sample, sample.image)
-                captioned = caption_boxes(sample, read_member(file, sample, sample.described))
+                captioned = caption_boxes(sample, read_member(file, sample, sample.metadata))
                 boxes = crop_boxes(sample.key, sample.size, captioned, rules.views, rules.seed)
                 queue.append((boxes, pool.submit(crop_pixels, sample, content, boxes, rules.size)))
                 if len(queue) > _PREFETCH * task.threads:

@@ -126,7 +126,7 @@ def merge_manifests(name: str, path: str, manifests: Sequence[tuple[str, Manifes
     )
 
 
-def repeated_pictures(manifest: Manifest) -> list[str]:
+def repeated_images(manifest: Manifest) -> list[str]:
     """A sentence for the picture of each source that most records share, if many do."""
     found = []
     for name, entry in sorted(manifest.sources.items()):

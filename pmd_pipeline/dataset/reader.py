@@ -204,7 +204,7 @@ def open_manifest(path: str) -> Dataset:
 
 
 def _sample(file: Any, stored: ShardSample, source: str) -> Sample:  # noqa: ANN401 - a binary file
-    text = read_member(file, stored, stored.described)
+    text = read_member(file, stored, stored.metadata)
     boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in caption_boxes(stored, text)]
     metadata = _metadata(stored, text)
     return Sample(

@@ -187,4 +187,4 @@ def _samples(manifest: str) -> Iterator[ShardSample]:
 
 def _member(sample: ShardSample, *, described: bool = False) -> bytes:
     with open_read(sample.shard) as file:
-        return read_member(file, sample, sample.described if described else sample.image)
+        return read_member(file, sample, sample.metadata if described else sample.image)

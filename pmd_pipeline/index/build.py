@@ -1,8 +1,8 @@
 """First stage: upstream's rows become an index of records, ordered by key and cut into parts.
 
-Reading scatters rows into runs (`scatter`), then each stretch of keys is gathered into the index
-files of its parts (`gather`). Both are functions from a task to a small result; `build_index` plans
-them and hands them to a pool.
+This is an external sort. `scatter` reads rows and writes them to sorted runs; `gather` merges one
+range of keys from all runs into the index files of its parts. `build_index` plans the tasks and
+runs them in a pool.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.files import join, write_whole
 from pmd_pipeline.contract.models import FORMAT, Counts, FileDigest
 from pmd_pipeline.filters.caption import lid_model
-from pmd_pipeline.index.external_sort import Stretch, read_range, stretches
+from pmd_pipeline.index.external_sort import BatchRange, batch_ranges, read_range
 from pmd_pipeline.index.records import IndexPart, is_whole, part_bounds, write_parts
 from pmd_pipeline.index.scatter import Scattered, ScatterTask, by_field, estimated_records, scatter
 from pmd_pipeline.index.upstream_digests import upstream_digests
@@ -30,10 +30,10 @@ from pmd_pipeline.sources.upstream.files import SPAN_BYTES, Span, UpstreamFile
 from pmd_pipeline.sources.upstream.held_out import HeldOutImages, find_heldout
 
 GATHER_BYTES = 48 << 20
-"""Bytes of runs that one gather task takes into memory at once."""
+"""Bytes of runs that one gather task holds in memory."""
 
-_DONE = "index.json"
-_RUNS = "runs"
+_INDEX_FILE = "index.json"
+_RUNS_FOLDER = "runs"
 
 
 class _Stored(BaseModel):
@@ -77,14 +77,14 @@ class SpanEntry(_Stored):
 
 
 class Index(_Stored):
-    """What `index.json` holds: every upstream row of a source, counted, and where its pairs are.
+    """The content of `index.json`: counts of all upstream rows of a source, and its parts.
 
     Args:
-        dependency: digest of the upstream files and of the rules that shaped the index.
-        rules: those rules.
+        dependency: digest of the upstream files and of the rules.
+        rules: the part of the recipe that the index depends on.
         rows: upstream rows read.
-        counts: pairs; those kept here are the pairs that come into the shards.
-        fields: what became of each candidate that was looked at, by field.
+        counts: pairs; those kept are the input of the shards.
+        fields: the outcome of each candidate caption that was checked, by field and reason.
         upstream: the annotation files, named relative to the raw folder.
         leakage: see `SourceEntry`.
         parts: in order of key.
@@ -105,10 +105,10 @@ class Index(_Stored):
 
 @dataclass(frozen=True)
 class GatherTask:
-    """Parts `first` to `stop` (excluded) of `num_parts`, gathered from `stretches` of runs."""
+    """Parts `first` to `stop` (excluded) of `num_parts`, gathered from batches of runs."""
 
     folder: str
-    stretches: tuple[Stretch, ...]
+    ranges: tuple[BatchRange, ...]
     num_parts: int
     first: int
     stop: int
@@ -119,21 +119,29 @@ class GatherTask:
 
 
 def build_index(
-    recipe: Recipe, raw: str, folder: str, pool: Pool, on_progress: OnProgress
+    recipe: Recipe,
+    raw: str,
+    folder: str,
+    pool: Pool,
+    on_progress: OnProgress,
+    *,
+    spans: Sequence[Span] | None = None,
 ) -> Index:
-    """The finished index of `recipe` in `folder`, from the annotation files under `raw`.
+    """The index of `recipe` in `folder`, from the annotation files under `raw`.
 
-    What is already there and still true is not made again, whether finished or not.
+    An index, or a run, whose dependency has not changed is reused.
 
     Args:
         raw: folder of the source's annotation files; `dataset_coco.json` is also looked for in the
             folder `coco` beside it.
+        spans: of the annotation files; None finds them.
 
     Raises:
         PmdError: files are missing, broken, or not what the source reads.
     """
     source = recipe.load_source()
-    spans = sources.find_spans(source, raw, recipe.form)
+    if spans is None:
+        spans = sources.find_spans(source, raw, recipe.form)
     heldout = (
         find_heldout([raw, str(Path(raw).parent / "coco")]) if source.info.shares_coco else None
     )
@@ -143,7 +151,7 @@ def build_index(
     old = load_index(folder)
     if old and old.dependency == dependency and is_whole(folder, old.parts):
         return old
-    remove(join(folder, _DONE))
+    remove(join(folder, _INDEX_FILE))
     bits = _bucket_bits(spans)
     scattered = _scatter_all(recipe, spans, heldout, folder, (dependency, bits), pool, on_progress)
     parts = _gather_all(recipe, scattered, folder, bits, pool, on_progress)
@@ -162,22 +170,22 @@ def build_index(
     assert index.counts.unaccounted() == 0
     bare = sum(part.bare for part in parts)
     assert index.counts.pairs_in - bare == sum(one.pairs for one in scattered)
-    write_whole(join(folder, _DONE), index.model_dump_json(indent=1).encode())
-    remove(join(folder, _RUNS))
+    write_whole(join(folder, _INDEX_FILE), index.model_dump_json(indent=1).encode())
+    remove(join(folder, _RUNS_FOLDER))
     return index
 
 
 def load_index(folder: str) -> Index | None:
     """The index in `folder`; None where there is none of this format."""
-    return load_model(Index, folder, _DONE)
+    return load_model(Index, folder, _INDEX_FILE)
 
 
-def gather(task: GatherTask, _tick: ReportProgress) -> list[IndexPart]:
+def gather(task: GatherTask, _report_progress: ReportProgress) -> list[IndexPart]:
     """Write the index files of the task's parts."""
     bounds = part_bounds(task.num_parts)
     low, high = bounds[task.first], bounds[task.stop]
     return write_parts(
-        read_range(task.stretches, low, high),
+        read_range(task.ranges, low, high),
         task.folder,
         range(task.first, task.stop),
         task.num_parts,
@@ -212,7 +220,7 @@ def _scatter_all(
             recipe=recipe,
             spans=tuple(group),
             heldout=heldout,
-            prefix=join(folder, _RUNS, f"{number:06d}"),
+            prefix=join(folder, _RUNS_FOLDER, f"{number:06d}"),
             bucket_bits=dependency[1],
             dependency=digest([*dependency, [(n, str(s.file), s.start, s.stop) for n, s in group]]),
         )
@@ -239,7 +247,7 @@ def _gather_all(
     tasks = [
         GatherTask(
             folder=folder,
-            stretches=stretches(runs, bounds[first], bounds[stop], bucket_bits),
+            ranges=batch_ranges(runs, bounds[first], bounds[stop], bucket_bits),
             num_parts=num_parts,
             first=first,
             stop=stop,
@@ -252,12 +260,12 @@ def _gather_all(
 
 def _grouped(spans: Sequence[Span]) -> Iterator[list[tuple[int, Span]]]:
     """Numbered spans in groups of about `SPAN_BYTES`, so that small files share a task."""
-    pieces = Counter(span.file for span in spans)
+    num_spans = Counter(span.file for span in spans)
     group: list[tuple[int, Span]] = []
     weight = 0
     for number, span in enumerate(spans):
         group.append((number, span))
-        weight += Path(span.file.path).stat().st_size // pieces[span.file]
+        weight += Path(span.file.path).stat().st_size // num_spans[span.file]
         if len(group) >= 64 or (span.file.member is None and weight >= SPAN_BYTES // 2):
             yield group
             group, weight = [], 0
@@ -266,7 +274,7 @@ def _grouped(spans: Sequence[Span]) -> Iterator[list[tuple[int, Span]]]:
 
 
 def _bucket_bits(spans: Sequence[Span]) -> int:
-    """Enough buckets that one gather task reads few lines it does not need."""
+    """So many bits that one gather task reads few lines of other key ranges."""
     paths = {span.file.path for span in spans}
     num_bytes = sum(Path(path).stat().st_size for path in paths)
     return min(12, max(1, (num_bytes // (GATHER_BYTES // 4)).bit_length()))

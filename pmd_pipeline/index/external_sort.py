@@ -1,8 +1,8 @@
-"""Runs: what reading upstream leaves behind, sorted by key, until records are put together.
+"""External sort of upstream's rows by key, through sorted runs on disk.
 
-Rows of one image may lie far apart upstream, so they are first scattered into runs (Arrow files,
-sorted by key, one batch per bucket of keys) and then gathered, one range of keys after another. A
-run is as large as a worker's buffer, however large upstream is: memory stays flat.
+Rows of one image may be far apart upstream. They are first written to runs (Arrow files, sorted by
+key, one batch per bucket of keys) and then merged, one range of keys after another. A run is as
+large as a worker's buffer, so memory does not grow with the size of upstream.
 """
 
 import math
@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
         ("y1", pa.float64()),
     ]
 )
-"""One line per pair, and one with `pair` false for a row that only knows the image."""
+"""Columns of a run: one line per pair, and one with `pair` false for a row without any pair."""
 
 _FLUSH_LINES = 200_000
 _FLUSH_CHARS = 48 << 20
@@ -62,7 +62,7 @@ class Run:
     num_bytes: int
 
 
-class Stretch(NamedTuple):
+class BatchRange(NamedTuple):
     """Batches `first` to `stop` (excluded) of the run at `address`."""
 
     address: str
@@ -71,11 +71,11 @@ class Stretch(NamedTuple):
 
 
 class RunWriter:
-    """Collects lines and writes a run whenever the buffer is full; `close` writes the last.
+    """Buffers lines and writes a run whenever the buffer is full; `close` writes the last run.
 
     Args:
-        prefix: what the runs' addresses begin with.
-        bucket_bits: leading bits of a key that name its bucket.
+        prefix: of the runs' addresses.
+        bucket_bits: leading bits of a key that number its bucket.
     """
 
     def __init__(self, prefix: str, bucket_bits: int) -> None:
@@ -86,17 +86,18 @@ class RunWriter:
         self._chars = 0
 
     def add(
-        self, key: int, place: tuple[int, int], row: Row, pairs: Sequence[Pair], *, heldout: bool
+        self, key: int, position: tuple[int, int], row: Row, pairs: Sequence[Pair], *, heldout: bool
     ) -> None:
-        """Add what one row says; `place` is its span and its number in it.
+        """Add one upstream row; `position` is the number of its span, and of the row within it.
 
-        `meta` goes with a row that gives a pair or knows an image, not with one that is dropped.
+        `meta` is stored with a row that keeps a pair or describes only the image, not with a row
+        whose pairs are all dropped.
         """
-        useful = not pairs or any(pair.reason is None for pair in pairs)
-        meta = canonical_json(row.meta) if useful and row.meta else None
+        has_meta = not pairs or any(pair.reason is None for pair in pairs)
+        meta = canonical_json(row.meta) if has_meta and row.meta else None
         size = (_pixels(row.width), _pixels(row.height))
         image = (row.id, row.url, row.file, row.licence, *size, row.sha256)
-        head = (key, *place, *image, meta, heldout)
+        head = (key, *position, *image, meta, heldout)
         for pair in pairs or (None,):
             if pair is None:
                 self._lines.append((*head, False, None, None, None, *_NO_BOX))
@@ -109,7 +110,7 @@ class RunWriter:
             self._flush()
 
     def close(self) -> list[Run]:
-        """Write what is left; the addresses of all runs."""
+        """Write the rest of the buffer; returns all runs."""
         if self._lines:
             self._flush()
         return self.runs
@@ -122,34 +123,36 @@ class RunWriter:
         )
         self._lines, self._chars = [], 0
         self.runs.append(
-            _write(f"{self._prefix}-{len(self.runs):04d}.arrow", table, self._bucket_bits)
+            _write_run(f"{self._prefix}-{len(self.runs):04d}.arrow", table, self._bucket_bits)
         )
 
 
 def bucket_of(key: int, bucket_bits: int) -> int:
-    """The bucket that `key` belongs to."""
+    """The bucket of `key`."""
     return key >> (64 - bucket_bits)
 
 
-def stretches(runs: Iterable[Run], low: int, high: int, bucket_bits: int) -> tuple[Stretch, ...]:
+def batch_ranges(
+    runs: Iterable[Run], low: int, high: int, bucket_bits: int
+) -> tuple[BatchRange, ...]:
     """The batches of all runs that may hold lines with `low <= key < high`."""
     first, last = bucket_of(low, bucket_bits), bucket_of(high - 1, bucket_bits)
-    found = (
-        Stretch(run.address, bisect_left(run.buckets, first), bisect_right(run.buckets, last))
+    ranges = (
+        BatchRange(run.address, bisect_left(run.buckets, first), bisect_right(run.buckets, last))
         for run in runs
     )
-    return tuple(one for one in found if one.first < one.stop)
+    return tuple(one for one in ranges if one.first < one.stop)
 
 
-def read_range(found: Iterable[Stretch], low: int, high: int) -> pa.Table:
-    """The lines of all stretches with `low <= key < high`, in order of key, span, row and line."""
-    batches = [batch for one in found for batch in _batches(one)]
+def read_range(ranges: Iterable[BatchRange], low: int, high: int) -> pa.Table:
+    """The lines of all batches with `low <= key < high`, in order of key, span, row and line."""
+    batches = [batch for one in ranges for batch in _read_batches(one)]
     table = pa.Table.from_batches(batches, schema=SCHEMA)
-    inside = pc.and_(
+    in_range = pc.and_(
         pc.greater_equal(table["key"], pa.scalar(low, pa.uint64())),
         pc.less_equal(table["key"], pa.scalar(high - 1, pa.uint64())),
     )
-    table = table.filter(inside).combine_chunks()
+    table = table.filter(in_range).combine_chunks()
     order = np.lexsort((table["row"].to_numpy(), table["span"].to_numpy(), table["key"].to_numpy()))
     return table.take(pa.array(order))
 
@@ -166,7 +169,7 @@ def _pixels(side: int | None) -> int | None:
 
 
 def _finite(box: Box) -> tuple[float, ...]:
-    """The box, or NaNs where a side is no number: such a pair is a `bad_box`."""
+    """The box, or NaNs where a side is no finite number; such a pair is dropped as `bad_box`."""
     try:
         sides = tuple(float(side) for side in box)
     except (OverflowError, TypeError, ValueError):
@@ -174,7 +177,7 @@ def _finite(box: Box) -> tuple[float, ...]:
     return sides if all(map(math.isfinite, sides)) else (math.nan,) * 4
 
 
-def _write(address: str, table: pa.Table, bucket_bits: int) -> Run:
+def _write_run(address: str, table: pa.Table, bucket_bits: int) -> Run:
     keys = table["key"].to_numpy()
     order = np.argsort(keys, kind="stable")
     table, keys = table.take(pa.array(order)).combine_chunks(), keys[order]
@@ -189,7 +192,7 @@ def _write(address: str, table: pa.Table, bucket_bits: int) -> Run:
     return Run(address, tuple(buckets.tolist()), table.nbytes)
 
 
-def _batches(stretch: Stretch) -> Iterator[pa.RecordBatch]:
-    with open_read(stretch.address) as file, pa.ipc.open_file(file) as reader:
-        for number in range(stretch.first, stretch.stop):
+def _read_batches(batches: BatchRange) -> Iterator[pa.RecordBatch]:
+    with open_read(batches.address) as file, pa.ipc.open_file(file) as reader:
+        for number in range(batches.first, batches.stop):
             yield reader.get_batch(number)

@@ -1,4 +1,4 @@
-"""Index files: the lines of a stretch of keys become records, kept and dropped pairs, in parts."""
+"""The second half of the external sort: lines of a key range become records and index files."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from pmd_pipeline.contract.paths import part_name
 from pmd_pipeline.contract.schemas import DROPPED_SCHEMA, INDEX_IMAGE, KEPT_SCHEMA
 from pmd_pipeline.index.external_sort import KEYS
 
-_LEAST_SIDE = 1.0
-"""Pixels that a box must have inside the image, both ways."""
+_MIN_SIDE = 1.0
+"""Width and height, in pixels, that a box must have inside the image."""
 
 
 class IndexPart(BaseModel):
@@ -29,6 +29,8 @@ class IndexPart(BaseModel):
 
     Args:
         bare: images without any text upstream; each counts as one dropped pair.
+        kept: file of the records.
+        dropped: file of the dropped pairs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +45,7 @@ class IndexPart(BaseModel):
 
 @dataclass(frozen=True)
 class IndexRecord:
-    """One record of the index, as the build takes it; see `KEPT_SCHEMA`."""
+    """One record of the index, the input of the build; see `KEPT_SCHEMA`."""
 
     key: str
     id: str
@@ -76,12 +78,12 @@ class DroppedPair:
 
 
 def part_bounds(num_parts: int) -> list[int]:
-    """The keys at which parts begin, and one past the last key."""
+    """The first key of each part, and one more than the last key."""
     return [(KEYS * part + num_parts - 1) // num_parts for part in range(num_parts + 1)]
 
 
 def part_of(key: str, num_parts: int) -> int:
-    """The part that the record `key` belongs to.
+    """The part of the record `key`.
 
     >>> part_of("8000000000000000", 2)
     1
@@ -92,14 +94,14 @@ def part_of(key: str, num_parts: int) -> int:
 def write_parts(
     table: pa.Table, folder: str, parts: range, num_parts: int, *, drop_repeats: bool
 ) -> list[IndexPart]:
-    """Write the index files of `parts` from all the lines of their keys, in order of key.
+    """Write the index files of `parts` from all lines of their key range, in order of key.
 
     Raises:
         PmdError: two images share a key.
     """
     lines = pl.DataFrame(table)
     records = _records(lines)
-    pairs = _judged(lines, records, drop_repeats=drop_repeats)
+    pairs = _pairs(lines, records, drop_repeats=drop_repeats)
     kept = _kept(pairs.filter(pl.col("reason").is_null()), records)
     dropped = pairs.filter(pl.col("reason").is_not_null())
     bounds = part_bounds(num_parts)
@@ -125,10 +127,10 @@ def read_part(folder: str, part: IndexPart, limit: int | None = None) -> Iterato
 
 
 def is_whole(folder: str, parts: Sequence[IndexPart]) -> bool:
-    """Say whether every index file is there in its full size."""
-    there = sizes(folder)
+    """Whether every index file exists in its full size."""
+    file_sizes = sizes(folder)
     return all(
-        there.get(file.name) == file.num_bytes
+        file_sizes.get(file.name) == file.num_bytes
         for part in parts
         for file in (part.kept, part.dropped)
     )
@@ -136,24 +138,24 @@ def is_whole(folder: str, parts: Sequence[IndexPart]) -> bool:
 
 def _records(lines: pl.DataFrame) -> pl.DataFrame:
     """One row per key; of each column, the first value in upstream order."""
-    known = [pl.col(name).drop_nulls().first() for name in INDEX_IMAGE]
+    first_values = [pl.col(name).drop_nulls().first() for name in INDEX_IMAGE]
     records = lines.group_by("key", maintain_order=True).agg(
-        *known,
+        *first_values,
         pl.col("heldout").any(),
         pl.col("id").n_unique().alias("ids"),
         pl.col("pair").any().alias("has_pair"),
         pl.col("span").first(),
         pl.col("row").first(),
     )
-    mixed = records.filter(pl.col("ids") > 1)
-    if len(mixed):
-        key = mixed["key"][0]
+    collisions = records.filter(pl.col("ids") > 1)
+    if len(collisions):
+        key = collisions["key"][0]
         ids = lines.filter(pl.col("key") == key)["id"].unique(maintain_order=True).to_list()
         raise PmdError(f"the images {ids[0]!r} and {ids[1]!r} have one key, {key:016x}: drop one")
     return records
 
 
-def _judged(lines: pl.DataFrame, records: pl.DataFrame, *, drop_repeats: bool) -> pl.DataFrame:
+def _pairs(lines: pl.DataFrame, records: pl.DataFrame, *, drop_repeats: bool) -> pl.DataFrame:
     """Every pair with its final reason, in order; a record without any pair counts as one."""
     bare = records.filter(~pl.col("has_pair"))
     bare = bare.with_columns(reason=pl.lit("no_caption"), bare=pl.lit(value=True))
@@ -175,21 +177,21 @@ def _judged(lines: pl.DataFrame, records: pl.DataFrame, *, drop_repeats: bool) -
         .then(pl.col("reason"))
         .when(pl.col("url").is_null() & pl.col("file").is_null())
         .then(pl.lit("no_image"))
-        .when(~pl.col("sound"))
+        .when(~pl.col("is_box_valid"))
         .then(pl.lit("bad_box"))
     )
     if not drop_repeats:
         return pairs
-    again = ~pl.struct("key", "text", "reason", "box").is_first_distinct()
+    is_repeat = ~pl.struct("key", "text", "reason", "box").is_first_distinct()
     return pairs.with_columns(
-        reason=pl.when(again & pl.col("reason").is_null())
+        reason=pl.when(is_repeat & pl.col("reason").is_null())
         .then(pl.lit("repeat"))
         .otherwise(pl.col("reason"))
     )
 
 
 def _with_fractions(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Adds `box`, clamped fractions of the image or null, and `sound`: it has an area there."""
+    """The pairs with `box`, clamped fractions of the image or null, and `is_box_valid`."""
     across = [pl.col(side).clip(0, pl.col("width")).alias(side) for side in ("x0", "x1")]
     down = [pl.col(side).clip(0, pl.col("height")).alias(side) for side in ("y0", "y1")]
     has_box = pl.col("x0").is_not_null()
@@ -201,13 +203,13 @@ def _with_fractions(pairs: pl.DataFrame) -> pl.DataFrame:
         (pl.col("y1") / pl.col("height")),
     ]
     finite = pl.all_horizontal(pl.col(side).is_finite() for side in ("x0", "y0", "x1", "y1"))
-    known = pl.col("width").is_not_null() & pl.col("height").is_not_null() & finite
-    wide = (sides[0] >= _LEAST_SIDE) & (sides[1] >= _LEAST_SIDE)
+    is_measurable = pl.col("width").is_not_null() & pl.col("height").is_not_null() & finite
+    is_large = (sides[0] >= _MIN_SIDE) & (sides[1] >= _MIN_SIDE)
     return (
-        pairs.with_columns(has_box=has_box, finite=known.fill_null(False))
+        pairs.with_columns(has_box=has_box, finite=is_measurable.fill_null(False))
         .with_columns(*across, *down)
         .with_columns(
-            sound=~pl.col("has_box") | (pl.col("finite") & wide.fill_null(False)),
+            is_box_valid=~pl.col("has_box") | (pl.col("finite") & is_large.fill_null(False)),
             box=pl.when(pl.col("has_box")).then(
                 pl.concat_list([one.cast(pl.Float32) for one in fractions])
             ),
@@ -244,12 +246,12 @@ def _write_part(folder: str, part: int, kept: pl.DataFrame, dropped: pl.DataFram
         records=len(kept),
         bare=int(dropped["bare"].sum()),
         counts=Counts(pairs_in=pairs_kept + len(dropped), kept=pairs_kept, dropped=reasons),
-        kept=_write(folder, f"kept-{part_name(part)}.parquet", kept, KEPT_SCHEMA),
-        dropped=_write(folder, f"dropped-{part_name(part)}.parquet", dropped, DROPPED_SCHEMA),
+        kept=_write_table(folder, f"kept-{part_name(part)}.parquet", kept, KEPT_SCHEMA),
+        dropped=_write_table(folder, f"dropped-{part_name(part)}.parquet", dropped, DROPPED_SCHEMA),
     )
 
 
-def _write(folder: str, name: str, frame: pl.DataFrame, schema: pa.Schema) -> FileDigest:
+def _write_table(folder: str, name: str, frame: pl.DataFrame, schema: pa.Schema) -> FileDigest:
     named = frame.with_columns(
         key=pl.Series([f"{key:016x}" for key in frame["key"].to_list()], dtype=pl.String)
     )

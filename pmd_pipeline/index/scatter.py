@@ -1,4 +1,4 @@
-"""Reading: the rows of some spans become runs, sorted by key, with what was counted on the way."""
+"""The first half of the external sort: rows of some spans are read, chosen and written to runs."""
 
 import gc
 from collections import Counter
@@ -21,20 +21,21 @@ from pmd_pipeline.sources.upstream.files import Span
 from pmd_pipeline.sources.upstream.held_out import HeldOutImages
 
 _SKETCH = 4096
-"""How many of the smallest keys are kept to estimate the number of different ones."""
+"""The number of records is estimated from so many of the smallest keys."""
 
 _FIRST_ROWS = 100
-"""A file whose first rows are all bad is the wrong file."""
+"""If so many first rows of a file are all bad, it is the wrong file."""
 
-_TICK_ROWS = 5000
+_PROGRESS_ROWS = 5000
 
 
 @dataclass(frozen=True)
 class ScatterTask:
-    """Spans, with their numbers in upstream order, to be read into runs.
+    """Spans to read into runs.
 
     Args:
-        prefix: what the addresses of the runs and of the result begin with.
+        spans: with their numbers in upstream order.
+        prefix: of the addresses of the runs and of the result.
         dependency: digest of all that the result depends on.
     """
 
@@ -51,11 +52,13 @@ class ScatterTask:
 
 
 class Scattered(BaseModel):
-    """What one scatter task read.
+    """The result of one scatter task.
 
     Args:
+        rows: read.
         pairs: kept and dropped.
-        smallest: its smallest keys with a kept pair, at most `_SKETCH`.
+        fields: candidate captions, by field and reason.
+        smallest: the smallest keys with a kept pair, at most `_SKETCH`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,7 +72,7 @@ class Scattered(BaseModel):
 
 
 def scatter(task: ScatterTask, report_progress: ReportProgress) -> Scattered:
-    """Read the spans of `task` into runs; nothing is read where that was done before."""
+    """Read the spans of `task` into runs; a stored result with the same dependency is reused."""
     folder, _, name = task.prefix.rpartition("/")
     old = load_model(Scattered, folder, f"{name}.json")
     if old and old.dependency == task.dependency:
@@ -82,20 +85,21 @@ def scatter(task: ScatterTask, report_progress: ReportProgress) -> Scattered:
     num_rows = num_pairs = 0
     with _few_collections():
         for number, span in task.spans:
-            for place, row in enumerate(_usable(source.read(span, **task.recipe.options), span)):
+            rows = _checked_rows(source.read(span, **task.recipe.options), span)
+            for position, row in enumerate(rows):
                 if isinstance(row, BadRow):
-                    content = Row(id=f"{span.file.name}:{span.start}:{place}")
+                    content = Row(id=f"{span.file.name}:{span.start}:{position}")
                     pairs = [Pair(row.detail, None, None, row.reason)]
                 else:
                     content, pairs = row, chooser.pairs(row)
                 key = int(key_of(source.name, content.id), 16)
                 is_heldout = bool(heldout) and content.meta.get("coco_id") in heldout
-                writer.add(key, (number, place), content, pairs, heldout=is_heldout)
+                writer.add(key, (number, position), content, pairs, heldout=is_heldout)
                 if any(pair.reason is None for pair in pairs):
                     smallest.add(key)
                 num_rows += 1
                 num_pairs += len(pairs)
-                if num_rows % _TICK_ROWS == 0:
+                if num_rows % _PROGRESS_ROWS == 0:
                     report_progress({"rows": num_rows})
     result = Scattered(
         dependency=task.dependency,
@@ -110,10 +114,10 @@ def scatter(task: ScatterTask, report_progress: ReportProgress) -> Scattered:
 
 
 def estimated_records(sketches: Iterable[Sequence[int]]) -> int:
-    """How many different keys there are, from the smallest of each task.
+    """The number of different keys, from the smallest keys of each task.
 
-    Exact below `_SKETCH`; above, the k-th smallest of evenly spread keys tells their density, to
-    about one and a half per cent. A function of the keys alone, however they were split into tasks.
+    Exact below `_SKETCH`. Above, it comes from the k-th smallest key, since keys are uniform: the
+    standard error is about 1.5 %. The estimate does not depend on the split into tasks.
     """
     smallest = sorted(set(chain.from_iterable(sketches)))[:_SKETCH]
     if len(smallest) < _SKETCH:
@@ -122,7 +126,7 @@ def estimated_records(sketches: Iterable[Sequence[int]]) -> int:
 
 
 def by_field(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """Counts by field, then by reason."""
+    """Counts as field -> reason -> count."""
     nested: dict[str, dict[str, int]] = {}
     for (field, reason), count in sorted(counts.items()):
         nested.setdefault(field, {})[reason] = count
@@ -130,7 +134,7 @@ def by_field(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
 
 
 class _Smallest:
-    """The smallest of all keys added, without repeats."""
+    """The smallest of all added keys, without repeats."""
 
     def __init__(self) -> None:
         self._keys: set[int] = set()
@@ -148,8 +152,8 @@ class _Smallest:
         return sorted(self._keys)[:_SKETCH]
 
 
-def _usable(rows: Iterator[Row | BadRow], span: Span) -> Iterator[Row | BadRow]:
-    """The rows, unless the file begins with nothing but bad ones.
+def _checked_rows(rows: Iterator[Row | BadRow], span: Span) -> Iterator[Row | BadRow]:
+    """The rows of a span, whose file must not begin with bad rows only.
 
     Raises:
         PmdError: the first rows are all bad.
@@ -170,7 +174,7 @@ def _usable(rows: Iterator[Row | BadRow], span: Span) -> Iterator[Row | BadRow]:
 
 @contextmanager
 def _few_collections() -> Iterator[None]:
-    """Let the cycle collector rest: a sixth of the time went into walking the buffer's tuples."""
+    """Run the cycle collector rarely: it spent a sixth of the time on the buffer's tuples."""
     before = gc.get_threshold()
     gc.set_threshold(1_000_000, 50, 1000)
     try:

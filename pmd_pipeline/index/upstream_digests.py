@@ -1,4 +1,4 @@
-"""Digests of the annotation files that an index is made from, each read once."""
+"""Digests of the annotation files of an index; a file is read only if it has changed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from pmd_pipeline.contract.models import FileDigest
 from pmd_pipeline.sources.upstream.files import Span
 from pmd_pipeline.sources.upstream.held_out import HeldOutImages
 
-_NOTE = "upstream.json"
+_CACHE_FILE = "upstream.json"
 
 
 def upstream_digests(
@@ -23,40 +23,40 @@ def upstream_digests(
     pool: Pool,
     on_progress: OnProgress,
 ) -> tuple[list[FileDigest], str | None]:
-    """Digests of the files that are read, and sha256 of the file of held-out images, if any.
+    """Digests of the files that are read, and SHA-256 of the list of held-out images, if any.
 
-    A file whose size and time are those of its last digest is not read again.
+    A file with the size and modification time of its last digest is not read again.
     """
     files = [span.file for span in spans]
     files += [file for span in spans[:1] for _, file in span.beside]
     paths = list(dict.fromkeys(file.path for file in files + ([heldout.file] if heldout else [])))
-    known = load_model(_Known, folder, _NOTE) or _Known()
+    cache = load_model(_DigestCache, folder, _CACHE_FILE) or _DigestCache()
     stamps = {path: f"{(stat := Path(path).stat()).st_size} {stat.st_mtime_ns}" for path in paths}
-    fresh = [path for path in paths if known.stamps.get(path) != stamps[path]]
-    found = {path: known.sha256[path] for path in paths if path not in fresh}
-    found |= dict(zip(fresh, in_order(pool, _hash, fresh, on_progress), strict=True))
+    changed = [path for path in paths if cache.stamps.get(path) != stamps[path]]
+    sha256 = {path: cache.sha256[path] for path in paths if path not in changed}
+    sha256 |= dict(zip(changed, in_order(pool, _sha256, changed, on_progress), strict=True))
     write_whole(
-        join(folder, _NOTE),
-        _Known(stamps=stamps, sha256=found).model_dump_json().encode(),
+        join(folder, _CACHE_FILE),
+        _DigestCache(stamps=stamps, sha256=sha256).model_dump_json().encode(),
     )
-    read = list(dict.fromkeys(file.path for file in files))
+    read_paths = list(dict.fromkeys(file.path for file in files))
     digests = [
         FileDigest(
             name=Path(path).relative_to(raw).as_posix(),
-            sha256=found[path],
+            sha256=sha256[path],
             num_bytes=Path(path).stat().st_size,
         )
-        for path in read
+        for path in read_paths
     ]
-    return digests, found[heldout.file.path] if heldout else None
+    return digests, sha256[heldout.file.path] if heldout else None
 
 
-class _Known(BaseModel):
+class _DigestCache(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stamps: dict[str, str] = Field(default_factory=dict)
     sha256: dict[str, str] = Field(default_factory=dict)
 
 
-def _hash(path: str, _tick: ReportProgress) -> str:
+def _sha256(path: str, _report_progress: ReportProgress) -> str:
     return sha256_of(path)

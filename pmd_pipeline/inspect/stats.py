@@ -14,7 +14,7 @@ from pmd_pipeline import sources
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import whole_file
 from pmd_pipeline.contract.models import Manifest
-from pmd_pipeline.dataset.manifest import repeated_pictures
+from pmd_pipeline.dataset.manifest import repeated_images
 from pmd_pipeline.sources.upstream.held_out import KARPATHY_FILE
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def remarks(manifest: Manifest) -> list[str]:
             found.append(f"{name} lacks {len(missing)} parts: run its build again")
         if entry.leakage == "not checked":
             found.append(f"{name} may hold evaluation images: there was no {KARPATHY_FILE}")
-    return found + repeated_pictures(manifest)
+    return found + repeated_images(manifest)
 
 
 def as_table(rows: Sequence[Lengths], manifest: Manifest) -> list[Table]:

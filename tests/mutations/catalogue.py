@@ -9,7 +9,7 @@ from mutate import Mutation
 _CHOOSE = ("tests/pipeline/test_choose.py",)
 _SORT = ("tests/pipeline/test_external_sort.py", "tests/pipeline/test_index.py")
 _RECORDS = ("tests/pipeline/test_index_records.py",)
-_PIPELINE = ("tests/pipeline/test_flow.py",)
+_PIPELINE = ("tests/pipeline/test_fetch_pipeline.py", "tests/pipeline/test_reorder_buffer.py")
 _HOSTS = ("tests/pipeline/test_rate_limiter.py",)
 _ORDER = ("tests/train/test_order.py",)
 _MASKING = ("tests/train/test_masking.py",)
@@ -117,29 +117,29 @@ MUTATIONS = [
     ),
     Mutation(
         "pmd_pipeline/build/pipeline.py",
-        "X[Y.host] >= Z.per_host",
-        "X[Y.host] > Z.per_host",
+        "X[Y.host] >= Z.max_per_host",
+        "X[Y.host] > Z.max_per_host",
         _PIPELINE,
-        "one request more than `per_host` is in flight",
+        "one request more than `max_per_host` is in flight",
     ),
     Mutation(
         "pmd_pipeline/build/pipeline.py",
-        "X - Y < Z.ahead",
-        "X - Y <= Z.ahead",
+        "X - Y < Z.max_in_flight",
+        "X - Y <= Z.max_in_flight",
         _PIPELINE,
-        "one item more than `ahead` is in flight",
+        "one item more than `max_in_flight` is in flight",
     ),
     Mutation(
         "pmd_pipeline/build/reorder_buffer.py",
-        "self._end += len(X)",
-        "self._end = len(X)",
+        "self._file_size += len(X)",
+        "self._file_size = len(X)",
         _PIPELINE,
         "the third spilled image overwrites the second",
     ),
     Mutation(
         "pmd_pipeline/build/reorder_buffer.py",
-        "self._held -= X",
-        "self._held -= 0",
+        "self._num_bytes -= X",
+        "self._num_bytes -= 0",
         _PIPELINE,
         "memory of images that left the buffer is never free again",
     ),

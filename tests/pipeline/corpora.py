@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from toy import QUIET
 
 from pmd_pipeline.base.parallel import open_pool
-from pmd_pipeline.dataset.build import SourceBuild, build_source
+from pmd_pipeline.dataset.build import build_source
+from pmd_pipeline.dataset.source_build import SourceBuild
 from pmd_pipeline.recipe import load_recipe
 from pmd_pipeline.text.packing import with_tokenizer
 from pmd_pipeline.text.wordpiece import WordCounts, learned

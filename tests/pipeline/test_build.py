@@ -28,7 +28,7 @@ from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import Report
 from pmd_pipeline.dataset import build as dataset
-from pmd_pipeline.dataset.build import SourceBuild
+from pmd_pipeline.dataset.source_build import SourceBuild
 from pmd_pipeline.images.fetch import rate_limiter
 from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.recipe import load_recipe
@@ -166,7 +166,7 @@ def test_a_report_is_not_believed_when_its_rules_have_changed(toy):
     smaller = toy_order(
         Path(toy.data).parent,
         toy_recipe(part_records=6, images={"size": 20}),
-        pictures=Path(toy.places[0]),
+        pictures=Path(toy.images[0]),
     )
 
     second = toy_build(smaller)
@@ -181,7 +181,7 @@ def test_bytes_do_not_depend_on_how_many_threads_fetch(toy, tmp_path, concurrenc
     toy_build(toy)
     recipe = toy_recipe(part_records=6, fetch={"concurrency": concurrency})
     write_rows(tmp_path / "other" / "raw", toy_rows(30))
-    other = toy_order(tmp_path / "other", recipe, pictures=Path(toy.places[0]))
+    other = toy_order(tmp_path / "other", recipe, pictures=Path(toy.images[0]))
 
     toy_build(other)
 
@@ -215,7 +215,7 @@ def test_bytes_do_not_depend_on_how_many_are_asked_for_at_once_nor_on_who_answer
         manners = {"concurrency": concurrency, "per_host": 64}
         places = {"connect_to": {"*": dawdling.origin}}
         recipe = toy_recipe(part_records=12, fetch={**manners, **places})
-        order = replace(toy_order(folder, recipe, pictures=folder), places=(WEB,))
+        order = replace(toy_order(folder, recipe, pictures=folder), images=(WEB,))
         manifest = toy_build(order)
         found.append((manifest.digest, digests(order)))
 
@@ -253,7 +253,7 @@ def test_a_part_tells_that_the_network_is_cut_and_goes_on_when_it_is_mended(tmp_
 
     monkeypatch.setattr(socket, "getaddrinfo", cut)
     monkeypatch.setattr(rate_limiter, "_FIRST_OFFLINE_SECONDS", 0.3)
-    monkeypatch.setattr(flow, "_IDLE", 0.05)
+    monkeypatch.setattr(flow, "_IDLE_SECONDS", 0.05)
     body = (write_pictures(tmp_path / "there", ["1.jpg"]) / "1.jpg").read_bytes()
     rows = [(f"picture {n}", f"http://{n}.example/1.jpg") for n in range(20)]
     write_rows(tmp_path / "raw", rows)
@@ -261,7 +261,7 @@ def test_a_part_tells_that_the_network_is_cut_and_goes_on_when_it_is_mended(tmp_
         fetch = {"connect_to": {"*": f"http://somewhere.example:{host.port}"}, "concurrency": 4}
         order = toy_order(tmp_path, toy_recipe(fetch=fetch), pictures=tmp_path)
         monkeypatch.setattr(dataset, "build_part", lambda task, _: build_part(task, ticks.append))
-        manifest = toy_build(replace(order, places=(WEB,)))
+        manifest = toy_build(replace(order, images=(WEB,)))
 
     counts = manifest.sources["cc3m"].counts
     assert counts.kept >= 10  # those that showed that the network is cut may have failed
@@ -316,7 +316,7 @@ def test_a_limit_takes_the_first_records_in_key_order(toy, tmp_path):
     )["key"].to_list()
     write_rows(tmp_path / "few" / "raw", toy_rows(30))
     order = toy_order(
-        tmp_path / "few", toy_recipe(part_records=6), pictures=Path(toy.places[0]), limit=10
+        tmp_path / "few", toy_recipe(part_records=6), pictures=Path(toy.images[0]), limit=10
     )
 
     few = toy_build(order)
@@ -337,7 +337,7 @@ def test_a_limit_takes_the_first_records_in_key_order(toy, tmp_path):
 
 
 def test_raising_the_limit_builds_only_what_is_missing(toy):
-    order = toy_order(Path(toy.data).parent, toy.recipe, pictures=Path(toy.places[0]), limit=12)
+    order = toy_order(Path(toy.data).parent, toy.recipe, pictures=Path(toy.images[0]), limit=12)
     toy_build(order)
     before = {name: path.stat().st_mtime_ns for name, path in files(toy).items()}
 
@@ -426,7 +426,7 @@ def test_index_and_shards_may_lie_under_any_fsspec_address(toy, tmp_path):
         raw=toy.raw,
         data="memory://toy",
         manifest="memory://toy/manifests/cc3m.json",
-        places=toy.places,
+        images=toy.images,
     )
 
     first, second = toy_build(away), toy_build(away)

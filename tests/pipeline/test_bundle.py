@@ -28,8 +28,9 @@ from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
 from pmd_pipeline.contract.models import CodeRules, Manifest, ShardEntry, SourceEntry
-from pmd_pipeline.dataset.build import SourceBuild, build_source
+from pmd_pipeline.dataset.build import build_source
 from pmd_pipeline.dataset.manifest import merge_manifests
+from pmd_pipeline.dataset.source_build import SourceBuild
 from pmd_pipeline.publish.bundle import project as projects
 from pmd_pipeline.publish.bundle.contents import (
     BundleRequest,

@@ -299,9 +299,9 @@ HOSTILE = {
     "a bomb": ({"row": {"width": 1 << 30, "height": 1 << 30}}, "is 16 x 16 pixels"),
     "an offset outside": ({"row": {"image_offset": 1 << 40}}, "lies outside the tar"),
     "a size outside": ({"row": {"json_size": 1 << 30}}, "lies outside the tar"),
-    "no offset": ({"row": {"image_offset": None}}, "says nothing of where its image is"),
-    "a negative offset": ({"row": {"json_offset": -1}}, "says nothing of where its image is"),
-    "a key that is a path": ({"row": {"key": "../../../evil"}}, "says nothing of where"),
+    "no offset": ({"row": {"image_offset": None}}, "does not locate its image"),
+    "a negative offset": ({"row": {"json_offset": -1}}, "does not locate its image"),
+    "a key that is a path": ({"row": {"key": "../../../evil"}}, "does not locate"),
     "a box outside": ({"boxes": [[0, 0, 1, 1.5]]}, "a box that is not inside it"),
     "a box turned": ({"boxes": [[0.5, 0, 0.25, 1]]}, "a box that is not inside it"),
     "a box of three": ({"boxes": [[0, 0, 1]]}, "a box that is not inside it"),
@@ -313,7 +313,7 @@ HOSTILE = {
 
 
 def test_a_member_larger_than_any_is_not_even_read(tmp_path, order, monkeypatch):
-    monkeypatch.setattr(stored, "_MOST_BYTES", 100)
+    monkeypatch.setattr(stored, "_MAX_BYTES", 100)
 
     refused(order(random_shard(tmp_path)), "lies outside the tar")
 
@@ -449,7 +449,7 @@ def test_a_part_built_anew_has_no_codes_of_its_old_shard(toy, weights):
     toy_build(toy)
     coded(CodesRequest(toy.manifest, weights, grid=2, runner="local", workers=1))
     smaller = toy_recipe(part_records=4, images={"size": 20})
-    changed = toy_order(Path(toy.data).parent, smaller, pictures=Path(toy.places[0]))
+    changed = toy_order(Path(toy.data).parent, smaller, pictures=Path(toy.images[0]))
 
     assert toy_build(changed).codes is None
 

@@ -2,7 +2,7 @@
 
 from pmd_pipeline.base.record import Row
 from pmd_pipeline.index.choose import Pair
-from pmd_pipeline.index.external_sort import RunWriter, read_range, stretches
+from pmd_pipeline.index.external_sort import RunWriter, batch_ranges, read_range
 
 BITS = 4
 
@@ -13,8 +13,8 @@ def sorted_lines(folder, added, low, high):
     for key, span, row, texts in added:
         pairs = [Pair(text, "caption", None, None) for text in texts]
         writer.add(key, (span, row), Row(id=f"{key}"), pairs, heldout=False)
-    found = stretches(writer.close(), low, high, BITS)
-    lines = read_range(found, low, high).select(["key", "span", "row", "text"]).to_pylist()
+    ranges = batch_ranges(writer.close(), low, high, BITS)
+    lines = read_range(ranges, low, high).select(["key", "span", "row", "text"]).to_pylist()
     return [tuple(line.values()) for line in lines]
 
 

@@ -225,7 +225,7 @@ def test_a_killed_index_goes_on_from_the_runs_it_has(tmp_path, monkeypatch):
         build(tmp_path / "index", raw)
     left = {path.name for path in (tmp_path / "index" / "runs").iterdir()}
     monkeypatch.setattr(stage, "gather", gather)
-    monkeypatch.setattr(scatter, "_usable", None)  # reading again would fail
+    monkeypatch.setattr(scatter, "_checked_rows", None)  # reading again would fail
 
     resumed = build(tmp_path / "index", raw)
 

@@ -10,7 +10,8 @@ from source_helpers import SAMPLES, needs_samples
 from toy import QUIET, toy_build, toy_order
 
 from pmd_pipeline.base.parallel import open_pool
-from pmd_pipeline.dataset.build import SourceBuild, build_source
+from pmd_pipeline.dataset.build import build_source
+from pmd_pipeline.dataset.source_build import SourceBuild
 from pmd_pipeline.recipe import load_recipe
 
 pytestmark = needs_samples
@@ -23,7 +24,7 @@ def test_eighty_photographs_of_coco_with_their_400_captions(tmp_path):
         raw=str(mini),
         data=str(tmp_path / "data"),
         manifest=str(tmp_path / "coco.json"),
-        places=(str(mini),),
+        images=(str(mini),),
     )
 
     entry = toy_build(order).sources["coco"]

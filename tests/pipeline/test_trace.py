@@ -13,7 +13,8 @@ from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_picture
 from pmd_pipeline.base.parallel import ignore_progress, open_pool
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.dataset.build import SourceBuild, build_source
+from pmd_pipeline.dataset.build import build_source
+from pmd_pipeline.dataset.source_build import SourceBuild
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.inspect.shard_contents import shard_contents
 from pmd_pipeline.inspect.trace import find_traces, stored_image
@@ -170,7 +171,7 @@ def test_verdicts_have_the_measurements_of_the_filters(tmp_path):
         raw=str(tmp_path / "raw"),
         data=str(tmp_path / "data"),
         manifest=str(tmp_path / "m.json"),
-        places=(str(tmp_path / "pictures"),),
+        images=(str(tmp_path / "pictures"),),
     )
     with open_pool("local", 1, None) as pool:
         build_source(order, pool, QUIET)

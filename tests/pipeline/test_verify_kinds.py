@@ -12,7 +12,7 @@ from toy import QUIET, write_pictures
 
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
-from pmd_pipeline.dataset.build import SourceBuild
+from pmd_pipeline.dataset.source_build import SourceBuild
 from pmd_pipeline.inspect.verify.dataset import verify
 from pmd_pipeline.publish.lockfile.lock import lock
 from pmd_pipeline.publish.lockfile.rebuild import RebuildRequest, rebuild
@@ -121,7 +121,7 @@ def test_images_without_captions_are_locked_and_rebuilt(classes, tmp_path):
             kit=str(tmp_path / "kit"),
             out=str(again / "data"),
             manifests=str(again / "manifests"),
-            places=(str(tmp_path / "raw"),),
+            images=(str(tmp_path / "raw"),),
         )
         made = rebuild(order, pool, QUIET)
 

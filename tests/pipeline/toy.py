@@ -11,7 +11,8 @@ from rich.console import Console
 from pmd_pipeline.base.parallel import Pool, open_pool
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.contract.models import Manifest
-from pmd_pipeline.dataset.build import SourceBuild, build_source
+from pmd_pipeline.dataset.build import build_source
+from pmd_pipeline.dataset.source_build import SourceBuild
 from pmd_pipeline.recipe import Recipe, load_recipe
 
 QUIET = Reporter(Console(quiet=True), quiet=True)
@@ -61,7 +62,7 @@ def toy_order(
         data=str(folder / "data"),
         manifest=str(folder / "manifests" / "cc3m.json"),
         limit=limit,
-        places=(str(pictures),),
+        images=(str(pictures),),
     )
 
 

@@ -18,7 +18,7 @@ from pmd_pipeline.build.optout import LIST, REASON, add_to_list
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.dataset import build as dataset
-from pmd_pipeline.dataset.build import BuildRequest, build_all, reasons_of
+from pmd_pipeline.dataset.build import BuildRequest, build_all, parse_reasons
 from pmd_pipeline.inspect.trace import find_traces
 from pmd_pipeline.inspect.trace_text import trace_lines
 
@@ -66,7 +66,7 @@ def order_in(tmp_path, name, origin, **changes):
     if not raw.exists():
         raw.symlink_to(tmp_path / "raw")
     order = toy_order(tmp_path / name, recipe, pictures=tmp_path)
-    return replace(order, places=("web",))
+    return replace(order, images=("web",))
 
 
 def contents(order):
@@ -93,7 +93,7 @@ def test_asking_again_asks_only_for_what_failed_and_ends_as_a_fresh_build(tmp_pa
     show(web, LATE)
     web.pictures()
 
-    now = toy_build(replace(order, again=frozenset({"http_404"})))
+    now = toy_build(replace(order, retry_reasons=frozenset({"http_404"})))
 
     assert web.pictures() == {f"/{number}.jpg" for number in LATE}
     assert now.sources["cc3m"].counts.failed == {}
@@ -126,7 +126,7 @@ def test_attempts_are_told_and_carried_over_and_no_digest_covers_them(tmp_path):
         assert "fetched: http://a.test/1.jpg, 2 requests" in list(trace_lines(trace))
 
         answers["2"] = [response(body=body)]
-        again = toy_build(replace(order, again=frozenset({"http_5xx"})))
+        again = toy_build(replace(order, retry_reasons=frozenset({"http_5xx"})))
         assert asked_again(order) == {"1": 2}
 
         answers.update(
@@ -154,7 +154,7 @@ def test_asking_again_for_another_reason_asks_for_nothing(tmp_path, web, origin)
     before = toy_build(order)
     web.pictures()
 
-    now = toy_build(replace(order, again=frozenset({"timeout"})))
+    now = toy_build(replace(order, retry_reasons=frozenset({"timeout"})))
 
     assert web.pictures() == set()
     assert now.digest == before.digest
@@ -167,7 +167,7 @@ def test_asking_again_by_another_recipe_is_refused_before_anything_is_lost(tmp_p
     other = order_in(tmp_path, "again", origin, images={"size": 32})
 
     with pytest.raises(PmdError, match="nothing of cc3m is built by this recipe"):
-        toy_build(replace(other, again=frozenset({"http_404"})))
+        toy_build(replace(other, retry_reasons=frozenset({"http_404"})))
 
     assert contents(order) == before
 
@@ -182,7 +182,7 @@ def test_an_earlier_shard_that_was_damaged_is_not_taken_over(tmp_path, web, orig
         content[700] ^= 1
         tar.write_bytes(content)
 
-    now = toy_build(replace(order, again=frozenset({"http_404"})))
+    now = toy_build(replace(order, retry_reasons=frozenset({"http_404"})))
 
     touched = [shard for shard in now.shards if shard.part in _parts(order, LATE)]
     fresh = toy_build(order_in(tmp_path, "fresh", origin))
@@ -358,9 +358,9 @@ def test_a_list_given_once_is_obeyed_by_builds_that_do_not_name_it(tmp_path, web
 
 
 def test_reasons_are_those_that_are_counted():
-    assert reasons_of(["timeout,dns", "http_5xx"]) == {"timeout", "dns", "http_5xx"}
+    assert parse_reasons(["timeout,dns", "http_5xx"]) == {"timeout", "dns", "http_5xx"}
     with pytest.raises(PmdError, match="did you mean 'timeout'"):
-        reasons_of(["timeouts"])
+        parse_reasons(["timeouts"])
 
 
 def test_retry_on_the_command_line_mends_what_failed(tmp_path, web, origin, capsys):
