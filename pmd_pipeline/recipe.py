@@ -336,8 +336,8 @@ def predicates(
     """
     bound: dict[str, Callable[..., bool]] = {}
     for name, keywords in filters.items():
-        if name in digests:
-            check_digest(name, digests[name])
+        if is_reference(name):
+            check_digest(name, digests.get(name))
         bound[name] = predicate(module, name, keywords)
     return bound
 

@@ -7,7 +7,6 @@ processes that this one starts find it as well; machines of a cluster need it in
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import os
 import re
 import sys
@@ -60,32 +59,39 @@ def load_module(name: str) -> Any:  # noqa: ANN401 - a module of the user's own
 
 
 def source_digest(reference: str) -> str:
-    """SHA-256 of the source file that defines a module, or what `module:function` names.
+    """SHA-256 of the file of a module, or of the module of `module:function`, before its import.
 
     It stands in the rules of a dataset, so that a changed filter makes its parts stale. Modules
     that the file imports are not covered.
 
     Raises:
-        PmdError: see `load_reference`; or there is no source file.
+        PmdError: there is no such module, or it has no file.
     """
-    module = load_module(reference.partition(":")[0])
-    target = load_reference(reference) if is_reference(reference) else module
+    name = reference.partition(":")[0]
+    _add_working_directory()
+    importlib.invalidate_caches()
     try:
-        path = inspect.getsourcefile(inspect.unwrap(target))
-    except TypeError:  # an object with `__call__`
-        path = module.__file__
+        spec = importlib.util.find_spec(name)
+    except Exception as error:  # a package around the module is imported, and may raise anything
+        raise _import_error(reference, name, error) from error
+    if spec is None:
+        raise _no_module(reference, name)
     try:
-        return _digest_of(str(path))
+        return _digest_of(str(spec.origin))
     except OSError as error:
         raise PmdError(f"{reference}: its source file cannot be read") from error
 
 
-def check_digest(reference: str, stated: str) -> None:
-    """Refuse a source file other than the one whose SHA-256 is stated.
+def check_digest(reference: str, stated: str | None) -> None:
+    """Refuse, before its import, a file other than the one whose SHA-256 is stated.
+
+    So rules of a stranger run no code but what the user has and the stranger has, too.
 
     Raises:
-        PmdError: it is another; or see `source_digest`.
+        PmdError: it is another, or no SHA-256 is stated; or see `source_digest`.
     """
+    if stated is None:
+        raise PmdError(f"{reference}: the rules state no SHA-256 of its file, so it is not run")
     if source_digest(reference) != stated:
         raise PmdError(
             f"{reference}: its file has another SHA-256 than {stated[:16]}...; take the file of "
@@ -123,19 +129,23 @@ def _imported(name: str, reference: str) -> Any:  # noqa: ANN401 - a module
             del sys.modules[name]
             module = importlib.import_module(name)
             _imported_digests[name] = digest
-    except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            raise PmdError(
-                f"{reference}: there is no module {name!r} in {Path.cwd()} or installed"
-            ) from error
-        raise PmdError(f"{reference}: importing {name} fails: {error}") from error
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise PmdError(
-            f"{reference}: importing {name} fails: {type(error).__name__}: {error}"
-        ) from error
+        raise _import_error(reference, name, error) from error
     finally:
         sys.dont_write_bytecode = writes_bytecode
     return module
+
+
+def _import_error(reference: str, name: str, error: BaseException) -> PmdError:
+    if not isinstance(error, ModuleNotFoundError):
+        return PmdError(f"{reference}: importing {name} fails: {type(error).__name__}: {error}")
+    if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+        return _no_module(reference, name)
+    return PmdError(f"{reference}: importing {name} fails: {error}")
+
+
+def _no_module(reference: str, name: str) -> PmdError:
+    return PmdError(f"{reference}: there is no module {name!r} in {Path.cwd()} or installed")
 
 
 def _digest_of(path: str) -> str:

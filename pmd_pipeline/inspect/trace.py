@@ -196,7 +196,7 @@ def _find_by_address(
 
 
 def _trace(data: str, index: Index, key: str) -> Trace:
-    number, kind = part_of(key, len(index.parts)), _source_of(index).info.kind
+    number = part_of(key, len(index.parts))
     part, folder = index.parts[number], join(data, "index", index.source)
     kept = [
         IndexRecord(**row) for row in _rows_with_key(join(folder, part.kept.name), key).to_pylist()
@@ -206,8 +206,9 @@ def _trace(data: str, index: Index, key: str) -> Trace:
         for row in _rows_with_key(join(folder, part.dropped.name), key).to_pylist()
     ]
     paths = ShardPaths.in_folder(join(data, "shards", index.source), number)
-    shard = paths.ledger if kind == "text" else paths.tar
     built = size_of(paths.report) is not None
+    kind = _kind_of(index, paths)
+    shard = paths.ledger if kind == "text" else paths.tar
     ledger = _ledger_row(paths.ledger, key) if built and kind != "text" else None
     texts = read_texts(shard) if built and kind == "text" else ()
     return Trace(
@@ -228,8 +229,17 @@ def _trace(data: str, index: Index, key: str) -> Trace:
     )
 
 
-def _source_of(index: Index, module_sha256: str | None = None) -> Source:
-    return sources.load(index.source, index.rules.get("module"), module_sha256)
+def _kind_of(index: Index, paths: ShardPaths) -> Kind:
+    try:
+        return _source_of(index).info.kind
+    except PmdError:  # a missing or changed module of the user's does not end the trace
+        is_text = size_of(paths.report) is not None and size_of(paths.tar) is None
+        return "text" if is_text else "pairs"
+
+
+def _source_of(index: Index) -> Source:
+    rules = index.rules
+    return sources.load(index.source, rules.get("module"), rules.get("module_sha256"))
 
 
 def _rows_with_key(address: str, key: str, mend: str = MEND_INDEX) -> pa.Table:
@@ -270,8 +280,7 @@ def _upstream_rows(
 
 def _read_again(index: Index, span: Span, numbers: list[int], key: str) -> dict[int, Row | BadRow]:
     """The rows of these numbers that belong to `key`; reads the span up to the last of them."""
-    source = _source_of(index, index.rules.get("module_sha256"))
-    read = source.read(span, **index.rules["options"])
+    read = _source_of(index).read(span, **index.rules["options"])
     return {
         number: row
         for number, row in enumerate(islice(read, numbers[-1] + 1))

@@ -139,11 +139,10 @@ def load(name: str, module: str | None = None, module_sha256: str | None = None)
 
     Raises:
         PmdError: there is no such source; or the module is missing, cannot be imported, has no
-            `INFO` or `read`, or is another than the one whose SHA-256 is given.
+            `INFO` or `read`, or is not of the file whose SHA-256 is given.
     """
     if module is not None:
-        if module_sha256 is not None:
-            check_digest(module, module_sha256)
+        check_digest(module, module_sha256)
         return _users_source(name, module)
     if name not in names():
         raise PmdError(f"no source {name!r}; {suggestion(name, names())}")

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,77 +16,12 @@ from pmd_pipeline.cli import app
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
 
-SOURCE = '''
-"""Birds out of a CSV with the columns id, file, caption."""
+PAGE = Path(__file__).parents[2] / "docs" / "sources" / "your_own.md"
 
-import csv
-import io
-
-from pmd_pipeline.base.record import BadRow, Candidate, Row
-from pmd_pipeline.sources import Info, PublishedFile
-from pmd_pipeline.sources.upstream.files import open_upstream
-
-INFO = Info(
-    title="Birds of our garden",
-    homepage="https://birds.example",
-    licence="CC0 1.0",
-    citation="Us, 2026",
-    files=(PublishedFile(pattern="birds*.csv", description="id, file, caption"),),
-    images="ours",
-    by_hand="take pictures",
+SOURCE, FILTERS, RECIPE = re.findall(
+    r"^```(?:python|toml)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
 )
-
-
-def read(span, *, prefix: str = ""):
-    with open_upstream(span.file) as file, io.TextIOWrapper(file, encoding="utf-8") as text:
-        for fields in csv.DictReader(text):
-            if fields["file"]:
-                caption = Candidate(prefix + fields["caption"], "caption")
-                yield Row(id=fields["id"], file=fields["file"], candidates=[caption])
-            else:
-                yield BadRow(f"bird {fields['id']} has no file")
-'''
-
-FILTERS = '''
-"""Filters of birds."""
-
-
-def names_colour(caption: str, *, colours: list[str]) -> bool:
-    """Keep captions with one of the colours."""
-    return any(colour in caption.split() for colour in colours)
-
-
-def is_wide(size, *, least: float = 1.0) -> bool:
-    """Keep images at least so many times as wide as high."""
-    return size[0] >= least * size[1]
-
-
-def is_reddish(pixels, *, least: int = 0) -> bool:
-    """Keep images whose mean red is at least `least`."""
-    return pixels[..., 0].mean() >= least
-'''
-
-RECIPE = """
-# Birds of our garden.
-source = "garden"
-module = "my_birds"
-part_records = 10
-
-[options]
-prefix = "a bird: "
-
-[captions.filters.has_words]
-least = 3
-
-[captions.filters."my_filters:names_colour"]
-colours = ["red", "blue"]
-
-[images.filters."my_filters:is_wide"]
-least = 0.5
-
-[images.pixel_filters."my_filters:is_reddish"]
-least = 30
-"""
+"""The files of the page, so that what it shows is what runs."""
 
 COLOURS = ("red", "blue", "grey")
 COUNT = 60
@@ -276,6 +213,31 @@ def test_a_changed_filter_of_sizes_leaves_the_index_alone(folder):
 
     assert times(folder, "data/index/*/index.json") == index
     assert not times(folder, "data/shards/**/*.json").items() & shards.items()
+
+
+def test_a_lock_file_of_it_rebuilds_the_same_dataset(folder):
+    digest = build_here().digest
+    places = ["--images", "pictures", "--runner", "local", "--workers", "1", "--quiet"]
+
+    for words in (
+        ["lock", "manifests/garden.json", "--out", "locked"],
+        ["rebuild", "locked", "--out", "again", "--manifests", "again", *places],
+    ):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.exception
+
+    assert load_manifest("again/garden.json").digest == digest
+
+
+def test_why_goes_on_where_the_users_module_is_gone(folder):
+    build_here()
+    (folder / "my_birds.py").unlink()
+    del sys.modules["my_birds"]
+
+    done = CliRunner().invoke(app, ["why", "30"])
+
+    assert "kept: 1 pair" in done.stdout
+    assert "there is no module 'my_birds'" in done.stdout
 
 
 def test_a_digest_that_a_recipe_states_is_held(folder):

@@ -17,7 +17,7 @@ from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.image_format import FORMATS, open_stored, stored_format
 from pmd_pipeline.contract.names import Address, FileName, RelativePath, Sha256
 from pmd_pipeline.contract.paths import ShardPaths
-from pmd_pipeline.contract.plugins import load_reference, source_digest
+from pmd_pipeline.contract.plugins import check_digest, load_reference, source_digest
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.contract.schemas import (
     LEDGER_SCHEMA,
@@ -194,18 +194,14 @@ def test_a_changed_module_has_another_digest_and_is_imported_anew(user_module):
     assert source_digest("own_rule") == source_digest("own_rule:keep")
 
 
-def test_the_digest_of_a_decorated_function_is_that_of_its_own_file(user_module):
-    user_module(
-        "own_decorator",
-        "from functools import wraps\ndef twice(f):\n    @wraps(f)\n    def g(x):\n"
-        "        return f(f(x))\n    return g\n",
-    )
-    user_module(
-        "own_double", "import own_decorator\n@own_decorator.twice\ndef double(x): return 2*x\n"
-    )
+@pytest.mark.parametrize("stated", [None, "0" * 64])
+def test_a_module_of_another_digest_is_not_even_imported(user_module, stated):
+    user_module("own_bomb", "raise SystemExit\n")
 
-    assert load_reference("own_double:double")(3) == 12
-    assert source_digest("own_double:double") == source_digest("own_double")
+    with pytest.raises(
+        PmdError, match=r"own_bomb:f: (its file has another|the rules state no) SHA"
+    ):
+        check_digest("own_bomb:f", stated)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pmd_pipeline import sources
 from pmd_pipeline.base.parallel import Pool, WorkerDied
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.storage import remove, sizes, sweep
@@ -27,7 +28,7 @@ from pmd_pipeline.publish.lockfile.restore_part import (
     missing_name,
     restore_part,
 )
-from pmd_pipeline.recipe import Recipe, load_recipe
+from pmd_pipeline.recipe import Fetch, Recipe, load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +271,10 @@ def _run(
 
 def _recipe(entry: SourceEntry, source: str, changes: Mapping[str, Any]) -> Recipe:
     """The recipe behind a source of the kit, with the manners of today's."""
-    fetch = load_recipe(source, changes)[0].fetch
+    if source in sources.names():
+        fetch = load_recipe(source, changes)[0].fetch
+    else:
+        fetch = Fetch.model_validate(changes.get("fetch", {}))
     try:
         return Recipe.model_validate({**entry.rules, "source": source, "fetch": fetch})
     except ValidationError as error:
