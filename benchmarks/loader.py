@@ -1,14 +1,15 @@
-"""Samples per CPU-second of our loader and of webdataset's pipeline, doing the same work.
+"""Samples per CPU-second of this loader and of webdataset's pipeline, with the same work.
 
-The same photographs and captions through each, in turn: read, decode, crop by a stored box to 224,
-one of the captions to 77 tokens, 75 of 196 patches masked with their codes, whole words masked. All
-in one process, so nothing is gained or lost by transport; CPU time, since others may be using the
-machine. Only the ratios mean anything elsewhere. Theirs is written as webdataset's users do: Pillow
-decodes, transformers' BertTokenizer takes a caption at a time, BEiT's and BERT's masks are drawn
-sample by sample in Python; and once more with our tokenizer and our masks, a batch at a time. Then,
-how long the first samples take at step 100,000 of 70 million pairs.
+Both read the same photographs and captions: decode, crop by a stored box to 224 pixels, tokenize
+one of the captions to 77 tokens, mask 75 of 196 patches with their codes, mask whole words. Each
+runs in one process, so transport costs nothing, and CPU time is measured, since other processes may
+use the machine. Only the ratios are comparable between machines. The webdataset pipeline is written
+as its users do: Pillow decodes, transformers' BertTokenizer takes a caption at a time, the masks of
+BEiT and BERT are drawn sample by sample in Python. A second one uses this loader's tokenizer and
+masks, a batch at a time. Last, the time to the first samples at step 100,000 of 70 million pairs.
 
     python benchmarks/loader.py --photos ../shared/samples/photos
+    python benchmarks/loader.py --only-ours --images 600
 """
 
 import argparse
@@ -23,6 +24,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -54,8 +56,10 @@ from flava_train.model.flava import FlavaConfig
 from flava_train.objective.losses import Objective
 from pmd_pipeline.build.shard_writer import ByteRange, DigestingFile, ShardWriter
 from pmd_pipeline.contract.digests import canonical_json
+from pmd_pipeline.contract.manifest import save_manifest, sealed
 from pmd_pipeline.contract.models import CodeRules, Manifest, ShardEntry
-from pmd_pipeline.contract.paths import part_name
+from pmd_pipeline.contract.paths import ShardPaths
+from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.contract.schemas import LedgerRow, ledger_bytes
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
@@ -65,70 +69,67 @@ OBJECTIVE = Objective(itm_rate=0.0, streams=StreamShares(1.0, 0.0, 0.0))
 SHARDS = 8
 
 
-# Shards: ours, and the same samples with their codes inside for webdataset.
+# Shards of this loader, and tars for webdataset with the codes among the members.
 
 
-def photographs(folder: Path) -> list[tuple[bytes, list[str]]]:
+def read_photographs(folder: Path) -> list[tuple[bytes, list[str]]]:
     """Every photograph with its captions."""
-    described = json.loads((folder / "captions.json").read_text())
+    content = json.loads((folder / "captions.json").read_text())
     captions: dict[int, list[str]] = {}
-    for one in described["annotations"]:
+    for one in content["annotations"]:
         captions.setdefault(one["image_id"], []).append(one["caption"])
     with zipfile.ZipFile(folder / "photos.zip") as archive:
-        return [
-            (archive.read(one["file_name"]), captions[one["id"]]) for one in described["images"]
-        ]
+        return [(archive.read(one["file_name"]), captions[one["id"]]) for one in content["images"]]
 
 
-def write_shards(folder: Path, found: list[tuple[bytes, list[str]]]) -> tuple[str, list[str]]:
-    """Our manifest, and webdataset's list of tars."""
+def write_shards(folder: Path, photos: list[tuple[bytes, list[str]]]) -> tuple[str, list[str]]:
+    """Write both kinds of shards; a manifest, and the list of tars for webdataset."""
     rng = np.random.default_rng(0)
     entries, tars = [], []
     for part in range(SHARDS):
-        rows, views = [], []
+        rows, crops = [], []
         ours, theirs = (folder / f"{name}{part}.tar" for name in ("ours", "theirs"))
         with ours.open("wb") as our_file, theirs.open("wb") as their_file:
             writers = [ShardWriter(DigestingFile(file)) for file in (our_file, their_file)]
-            for number, (jpeg, captions) in enumerate(found[part::SHARDS]):
+            for number, (jpeg, captions) in enumerate(photos[part::SHARDS]):
                 key = f"{part:04x}{number:012x}"
                 x, y = rng.uniform(0, 0.04, 2)
                 boxes = np.array([[0, 0, 1, 1], [x, y, x + 0.95, y + 0.95]], np.float32)
                 codes = rng.integers(0, RULES.vocabulary, (2, 14, 14), np.uint16)
-                views.append((boxes, codes))
-                described = canonical_json({"captions": captions}).encode()
-                members = {"jpg": jpeg, "json": described, "txt": captions[0].encode()}
+                crops.append((boxes, codes))
+                text = canonical_json({"captions": captions}).encode()
+                members = {"jpg": jpeg, "json": text, "txt": captions[0].encode()}
                 rows.append(ledger_row(key, jpeg, len(captions), writers[0].add(key, members)))
                 arrays = {"boxes.npy": npy(boxes), "codes.npy": npy(codes)}
-                writers[1].add(key, {"jpg": jpeg, "json": described} | arrays)
+                writers[1].add(key, {"jpg": jpeg, "json": text} | arrays)
             for writer in writers:
                 writer.close()
         entries.append(shard_entry(ours, part, rows))
-        write_codes(ours, views)
+        write_codes(ours, crops)
         tars.append(str(theirs))
     return write_manifest(folder / "photos.json", entries), tars
 
 
-def ledger_row(
-    key: str, jpeg: bytes, num_pairs: int, places: dict[str, ByteRange]
-) -> dict[str, Any]:
+def ledger_row(key: str, jpeg: bytes, num_pairs: int, ranges: dict[str, ByteRange]) -> LedgerRow:
     image = Image.open(BytesIO(jpeg))
-    return {
-        "key": key,
-        "num_pairs": num_pairs,
-        "status": "success",
-        "width": image.width,
-        "height": image.height,
-        "sha256": hashlib.sha256(key.encode()).hexdigest(),
-        "image_offset": places["jpg"].offset,
-        "image_size": places["jpg"].size,
-        "json_offset": places["json"].offset,
-        "json_size": places["json"].size,
-    }
+    return LedgerRow(
+        key=key,
+        id=key,
+        num_pairs=num_pairs,
+        status=Status.SUCCESS,
+        width=image.width,
+        height=image.height,
+        sha256=hashlib.sha256(key.encode()).hexdigest(),
+        image_offset=ranges["jpg"].offset,
+        image_size=ranges["jpg"].size,
+        json_offset=ranges["json"].offset,
+        json_size=ranges["json"].size,
+    )
 
 
-def shard_entry(tar: Path, part: int, rows: list[dict[str, Any]]) -> ShardEntry:
-    """The ledger beside the tar, and what the manifest says of both."""
-    tar.with_suffix(".parquet").write_bytes(ledger_bytes([LedgerRow(**row) for row in rows]))
+def shard_entry(tar: Path, part: int, rows: list[LedgerRow]) -> ShardEntry:
+    """Write the ledger beside the tar; the manifest's entry of both."""
+    Path(ShardPaths.of(str(tar)).ledger).write_bytes(ledger_bytes(rows))
     return ShardEntry(
         source="photos",
         part=part,
@@ -138,27 +139,26 @@ def shard_entry(tar: Path, part: int, rows: list[dict[str, Any]]) -> ShardEntry:
         ledger_sha256="0" * 64,
         records=len(rows),
         images=len(rows),
-        pairs=sum(row["num_pairs"] for row in rows),
+        pairs=sum(row.num_pairs for row in rows),
         codes_sha256="0" * 64,
         views=RULES.views * len(rows),
     )
 
 
-def write_codes(tar: Path, views: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def write_codes(tar: Path, crops: list[tuple[np.ndarray, np.ndarray]]) -> None:
     save_file(
         {
-            "boxes": np.concatenate([boxes for boxes, _ in views]),
-            "codes": np.concatenate([codes for _, codes in views]),
-            "first": np.arange(0, RULES.views * len(views) + 1, RULES.views),
+            "boxes": np.concatenate([boxes for boxes, _ in crops]),
+            "codes": np.concatenate([codes for _, codes in crops]),
+            "first": np.arange(0, RULES.views * len(crops) + 1, RULES.views),
         },
-        tar.with_suffix(".codes.safetensors"),
+        ShardPaths.of(str(tar)).codes,
     )
 
 
 def write_manifest(path: Path, entries: list[ShardEntry]) -> str:
     manifest = Manifest(name=path.stem, sources={}, shards=entries, versions={}, codes=RULES)
-    sealed = manifest.model_copy(update={"digest": manifest.computed_digest()})
-    path.write_text(sealed.model_dump_json())
+    save_manifest(str(path), sealed(manifest))
     return str(path)
 
 
@@ -172,7 +172,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def beit_mask(rng: random.Random, rule: PatchMasking) -> np.ndarray:
-    """BEiT's algorithm 1, patch by patch, as its users have it."""
+    """BEiT's algorithm 1, patch by patch, as its users implement it."""
     mask = np.zeros((rule.grid, rule.grid), bool)
     count = 0
     while count < rule.num_masked:
@@ -199,33 +199,33 @@ def beit_mask(rng: random.Random, rule: PatchMasking) -> np.ndarray:
 def word_mask(
     rng: random.Random, tokens: list[int], starts: list[bool], rule: TokenMasking
 ) -> tuple[list[int], list[int]]:
-    """BERT's whole-word masking of one caption, word by word; and the places masked."""
+    """BERT's whole-word masking of one caption, word by word; and the masked positions."""
     words: list[list[int]] = []
-    for place, token in enumerate(tokens):
+    for position, token in enumerate(tokens):
         if token in rule.never:
             continue
         if starts[token] or not words:
-            words.append([place])
+            words.append([position])
         else:
-            words[-1].append(place)
+            words[-1].append(position)
     most = max(1, round(0.15 * sum(map(len, words))))
     rng.shuffle(words)
-    masked, places = list(tokens), []
+    masked, positions = list(tokens), []
     for word in words:
-        if len(places) + len(word) > most:
+        if len(positions) + len(word) > most:
             continue
-        places += word
-        for place in word:
+        positions += word
+        for position in word:
             action = rng.random()
             if action < 0.8:
-                masked[place] = rule.mask_id
+                masked[position] = rule.mask_id
             elif action < 0.9:
-                masked[place] = rng.randrange(rule.vocabulary_size)
-    return masked, sorted(places)
+                masked[position] = rng.randrange(rule.vocabulary_size)
+    return masked, sorted(positions)
 
 
-class Theirs:
-    """Samples to rows: what a user of webdataset writes."""
+class WebDatasetPipeline:
+    """Samples to batches, as a user of webdataset writes it."""
 
     def __init__(self, vocabulary: Path, *, vectorised: bool) -> None:
         wordpiece = load_wordpiece(str(vocabulary))
@@ -242,7 +242,7 @@ class Theirs:
 
     def pipeline(self, tars: list[str]) -> Iterable[Any]:
         """One epoch of batches."""
-        collate = self.vectorised_batch if self.vectorised else self.batch
+        collate = self.collate_vectorised if self.vectorised else self.collate
         return (
             wds.WebDataset(tars, shardshuffle=SHARDS, seed=0)
             .shuffle(1000, initial=100)
@@ -253,13 +253,13 @@ class Theirs:
 
     def row(self, sample: dict[str, Any]) -> dict[str, Any]:
         """One sample, with its masks unless they are drawn a batch at a time."""
-        image, view = sample["jpg"], 1
-        x0, y0, x1, y1 = sample["boxes.npy"][view].tolist()
+        image, crop = sample["jpg"], 1
+        x0, y0, x1, y1 = sample["boxes.npy"][crop].tolist()
         sides = (x0 * image.width, y0 * image.height, x1 * image.width, y1 * image.height)
         made = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=sides)
         row = {
             "pixels": torch.from_numpy(np.array(made)).permute(2, 0, 1).contiguous(),
-            "codes": sample["codes.npy"][view].reshape(-1).astype(np.int64),
+            "codes": sample["codes.npy"][crop].reshape(-1).astype(np.int64),
         }
         caption = self.rng.choice(sample["json"]["captions"])
         if self.vectorised:
@@ -272,49 +272,49 @@ class Theirs:
             np.flatnonzero(mask), row["codes"], self.patches.num_masked
         )
         short = tokens[: row["length"]].tolist()
-        masked, places = word_mask(self.rng, short, self.starts_list, self.tokens)
+        masked, positions = word_mask(self.rng, short, self.starts_list, self.tokens)
         row["masked_tokens"] = np.zeros(TOKENS, np.int64)
         row["masked_tokens"][: len(masked)] = masked
         row["words_at"], row["labels"] = padded(
-            np.array(places, np.int64), tokens, max_masked_tokens(TOKENS)
+            np.array(positions, np.int64), tokens, max_masked_tokens(TOKENS)
         )
         return row
 
-    def batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Rows one below the other."""
-        found: dict[str, Any] = {"keys": [row["__key__"] for row in rows]}
-        found["pixels"] = torch.stack([row["pixels"] for row in rows])
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of rows."""
+        batch: dict[str, Any] = {"keys": [row["__key__"] for row in rows]}
+        batch["pixels"] = torch.stack([row["pixels"] for row in rows])
         for name, value in rows[0].items():
             if isinstance(value, np.ndarray):
-                found[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
-        return found
+                batch[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
+        return batch
 
-    def vectorised_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """The same, with our tokenizer and our masks."""
-        found = self.batch(rows)
-        tokens, found["length"] = self.wordpiece.encode([row["caption"] for row in rows], TOKENS)
+    def collate_vectorised(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The same, with this loader's tokenizer and masks."""
+        batch = self.collate(rows)
+        tokens, batch["length"] = self.wordpiece.encode([row["caption"] for row in rows], TOKENS)
         numbers = self.drawn + np.arange(len(rows))
         self.drawn += len(rows)
         mask = mask_patches(0, numbers, self.patches)
         seen, hidden = mask_tokens(0, numbers, tokens, self.tokens, starts=self.starts)
-        found["masked_positions"] = gather_masked(
-            mask, found["codes"].numpy(), self.patches.num_masked
+        batch["masked_positions"] = gather_masked(
+            mask, batch["codes"].numpy(), self.patches.num_masked
         )
-        found["labels"] = gather_masked(hidden, tokens, max_masked_tokens(TOKENS))
-        found["masked_tokens"] = torch.from_numpy(seen)
-        return found
+        batch["labels"] = gather_masked(hidden, tokens, max_masked_tokens(TOKENS))
+        batch["masked_tokens"] = torch.from_numpy(seen)
+        return batch
 
 
-def padded(places: np.ndarray, labels: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(positions: np.ndarray, labels: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     at, kept = np.zeros(width, np.int64), np.full(width, -100, np.int64)
-    at[: len(places)], kept[: len(places)] = places, labels[places]
+    at[: len(positions)], kept[: len(positions)] = positions, labels[positions]
     return at, kept
 
 
 # Measuring.
 
 
-def seconds_a_sample(loaded: Iterator[Any], num_batches: int) -> float:
+def cpu_seconds_per_sample(loaded: Iterator[Any], num_batches: int) -> float:
     """CPU seconds; the first batch warms up."""
     next(loaded)
     started = time.process_time()
@@ -323,59 +323,73 @@ def seconds_a_sample(loaded: Iterator[Any], num_batches: int) -> float:
     return (time.process_time() - started) / (num_batches * BATCH)
 
 
-def endless(make: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+def repeat(make: Callable[[], Iterable[Any]]) -> Iterator[Any]:
     while True:
         yield from make()
 
 
-def compare(folder: Path, photos: Path, vocabulary: Path, rounds: int) -> None:
-    manifest, tars = write_shards(folder, photographs(photos))
+def compare_loaders(
+    folder: Path,
+    photos: list[tuple[bytes, list[str]]],
+    vocabulary: Path,
+    rounds: int,
+    *,
+    only_ours: bool,
+) -> None:
+    """Samples per CPU-second of each loader, in turn, and the ratios."""
+    manifest, tars = write_shards(folder, photos)
     config = DataConfig(pairs=manifest, tokenizer=str(vocabulary), verify=False)
-    streams = TrainingData(config, OBJECTIVE.data_needs, FlavaConfig(), seed=0, batch=BATCH)
-    plain, vectorised = (Theirs(vocabulary, vectorised=one) for one in (False, True))
+    data = TrainingData(config, OBJECTIVE.data_needs, FlavaConfig(), seed=0, batch=BATCH)
+    plain, vectorised = (WebDatasetPipeline(vocabulary, vectorised=one) for one in (False, True))
     loaders = {
-        "ours": load_batches(streams, 0, 10**6),
-        "webdataset": endless(lambda: plain.pipeline(tars)),
-        "webdataset, our masks": endless(lambda: vectorised.pipeline(tars)),
+        "ours": load_batches(data, 0, 10**6),
+        "webdataset": repeat(lambda: plain.pipeline(tars)),
+        "webdataset, our masks": repeat(lambda: vectorised.pipeline(tars)),
     }
+    if only_ours:
+        loaders = {"ours": loaders["ours"]}
     seconds: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(rounds):
         for name, loaded in loaders.items():
-            seconds[name].append(seconds_a_sample(loaded, 2))
+            seconds[name].append(cpu_seconds_per_sample(loaded, 2))
     for name, taken in seconds.items():
         ratio = statistics.median(
             theirs / ours for theirs, ours in zip(taken, seconds["ours"], strict=True)
         )
         rate = 1 / statistics.median(taken)
-        print(f"{name:21} {rate:6.0f} samples/s a core, ours is {ratio:.2f}x as fast", flush=True)
+        print(
+            f"{name:21} {rate:6.0f} samples per CPU-second, ours is {ratio:.2f}x as fast",
+            flush=True,
+        )
 
 
-def far_in(folder: Path, photos: Path, vocabulary: Path, *, step: int = 100_000) -> None:
-    """Time to the first samples, far into a run over 70 million pairs.
+def time_first_samples(
+    folder: Path, photos: list[tuple[bytes, list[str]]], vocabulary: Path, *, step: int = 100_000
+) -> None:
+    """Time to the first samples of a late step of a run over 70 million pairs.
 
-    Only the shards of the window are there: real ledgers and codes, and sparse tars with a few
-    photographs at their head, to which all rows of the ledger point.
+    Only the shards of the window exist: real ledgers and codes, and sparse tars that begin with a
+    few photographs, to which all rows of the ledger point.
     """
     records, batch, shards = 10_000, 8192, 7_000
     head = folder / "head.tar"
     with head.open("wb") as file:
         writer = ShardWriter(DigestingFile(file))
         rows = []
-        for number, (jpeg, captions) in enumerate(photographs(photos)[:50]):
-            described = canonical_json({"captions": captions[:1]}).encode()
+        for number, (jpeg, captions) in enumerate(photos[:50]):
+            text = canonical_json({"captions": captions[:1]}).encode()
             key = f"{number:016x}"
-            rows.append(ledger_row(key, jpeg, 1, writer.add(key, {"jpg": jpeg, "json": described})))
+            rows.append(ledger_row(key, jpeg, 1, writer.add(key, {"jpg": jpeg, "json": text})))
         writer.close()
     num_bytes = 300 << 20
     rng = np.random.default_rng(0)
     boxes = np.tile(np.array([[0, 0, 1, 1]], np.float32), (2 * records, 1))
     codes = rng.integers(0, RULES.vocabulary, (2 * records, 14, 14), np.uint16)
-    write_codes(head, [(boxes, codes)])
     first = np.arange(0, 2 * records + 1, 2)
-    save_file({"boxes": boxes, "codes": codes, "first": first}, folder / "head.codes.safetensors")
+    save_file({"boxes": boxes, "codes": codes, "first": first}, ShardPaths.of(str(head)).codes)
     entries = [
         ShardEntry(
-            source="photos", part=part, path=f"{part_name(part)}.tar", sha256="0" * 64,
+            source="photos", part=part, path=ShardPaths.in_folder("", part).tar, sha256="0" * 64,
             num_bytes=num_bytes, ledger_sha256="0" * 64, records=records, images=records,
             pairs=records, codes_sha256="0" * 64, views=2 * records,
         )
@@ -384,26 +398,25 @@ def far_in(folder: Path, photos: Path, vocabulary: Path, *, step: int = 100_000)
     manifest = write_manifest(folder / "far.json", entries)
     order = SampleOrder((records,) * shards, batch, 0)
     window = order.window(*order.position(step)[:2])
-    for piece in window.ranges:
-        tar = folder / entries[piece.shard].path
-        many = [
-            rows[n % len(rows)]
-            | {"key": f"{piece.shard:08x}{n:08x}", "sha256": rng.bytes(32).hex()}
+    for shard in {one.shard for one in window.ranges}:
+        paths = ShardPaths.of(str(folder / entries[shard].path))
+        ledger = [
+            replace(rows[n % len(rows)], key=f"{shard:08x}{n:08x}", sha256=rng.bytes(32).hex())
             for n in range(records)
         ]
-        tar.with_suffix(".parquet").write_bytes(ledger_bytes([LedgerRow(**row) for row in many]))
-        tar.write_bytes(head.read_bytes())
-        os.truncate(tar, num_bytes)
-        os.link(folder / "head.codes.safetensors", tar.with_suffix(".codes.safetensors"))
+        Path(paths.ledger).write_bytes(ledger_bytes(ledger))
+        Path(paths.tar).write_bytes(head.read_bytes())
+        os.truncate(paths.tar, num_bytes)
+        os.link(ShardPaths.of(str(head)).codes, paths.codes)
 
     began, cpu = time.perf_counter(), time.process_time()
     config = DataConfig(pairs=manifest, tokenizer=str(vocabulary), verify=False)
-    streams = TrainingData(config, OBJECTIVE.data_needs, FlavaConfig(), seed=0, batch=batch)
+    data = TrainingData(config, OBJECTIVE.data_needs, FlavaConfig(), seed=0, batch=batch)
     opened = time.perf_counter()
-    streams.load(step, range(1))
+    data.load(step, range(1))
     ready = time.perf_counter()
     ranks = batch // BATCH
-    next(load_batches(streams, step, step + 1, ranks=ranks))
+    next(load_batches(data, step, step + 1, ranks=ranks))
     done = time.perf_counter()
     print(
         f"step {step:,} of {records * shards:,} pairs in batches of {batch:,}: manifest and "
@@ -418,15 +431,20 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, default=SAMPLES / "photos")
     parser.add_argument("--vocabulary", type=Path, default=SAMPLES / "bert_vocab" / "vocab.txt")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, help="use only so many photographs")
+    parser.add_argument("--only-ours", action="store_true", help="measure this loader alone")
     given = parser.parse_args()
     if not (given.photos / "photos.zip").exists():
         parser.error(f"{given.photos}: no photos.zip there; name its folder with --photos")
     torch.set_num_threads(1)
     versions = f"webdataset {wds.__version__}, torch {torch.__version__}"
     print(f"{platform.machine()}, Python {platform.python_version()}, {versions}")
+    photos = read_photographs(given.photos)[: given.images]
     with tempfile.TemporaryDirectory() as temporary:
-        far_in(Path(temporary), given.photos, given.vocabulary)
-        compare(Path(temporary), given.photos, given.vocabulary, given.rounds)
+        folder = Path(temporary)
+        if not given.only_ours:
+            time_first_samples(folder, photos, given.vocabulary)
+        compare_loaders(folder, photos, given.vocabulary, given.rounds, only_ours=given.only_ours)
 
 
 if __name__ == "__main__":

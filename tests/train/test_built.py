@@ -1,4 +1,4 @@
-"""What the pipeline builds is what the trainer reads: the sample world, from the web to batches."""
+"""The sample world from the web to batches: the trainer reads what the pipeline builds."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def built(tmp_path_factory):
 
 
 @pytest.fixture
-def streams(built, tmp_path, monkeypatch):
+def data(built, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = DataConfig(
         pairs=str(built / "manifests" / "pmd.json"),
@@ -73,8 +73,8 @@ def streams(built, tmp_path, monkeypatch):
     return TrainingData(config, TRUE_PAIRS.data_needs, model, seed=3, batch=BATCH)
 
 
-def test_an_epoch_is_every_pair_of_the_shards_but_for_a_rest(built, streams):
-    manifest, found = check_manifest(built / "manifests" / "pmd.json")
+def test_an_epoch_has_every_pair_once_except_less_than_a_batch(built, data):
+    manifest, sources = check_manifest(built / "manifests" / "pmd.json")
     pairs = Counter()
     for shard in manifest.shards:
         with tarfile.open(built / "manifests" / shard.path) as tar:
@@ -82,10 +82,10 @@ def test_an_epoch_is_every_pair_of_the_shards_but_for_a_rest(built, streams):
                 if member.name.endswith(".json"):
                     captions = json.load(tar.extractfile(member))["captions"]
                     pairs.update((member.name[:16], caption) for caption in captions)
-    total = sum(one.pairs for one in found)
+    total = sum(one.pairs for one in sources)
 
     seen = Counter(
-        (row.key, row.text) for step in range(total // BATCH) for row in streams.describe(step)
+        (row.key, row.text) for step in range(total // BATCH) for row in data.describe(step)
     )
 
     assert pairs.total() == total
@@ -93,8 +93,8 @@ def test_an_epoch_is_every_pair_of_the_shards_but_for_a_rest(built, streams):
     assert seen.total() == total - total % BATCH
 
 
-def test_regions_of_visual_genome_have_a_view_each(streams):
-    rows = [row for step in range(40) for row in streams.describe(step)]
+def test_regions_of_visual_genome_have_a_crop_each(data):
+    rows = [row for step in range(40) for row in data.describe(step)]
 
     regions = Counter((row.key, row.crop) for row in rows if row.source == "visual_genome")
     assert regions
@@ -102,23 +102,21 @@ def test_regions_of_visual_genome_have_a_view_each(streams):
     assert {row.crop for row in rows if row.source == "cc12m"} == {1, 2}
 
 
-def test_workers_read_it_as_one_process_does(streams):
-    with closing(load_batches(streams, 5, 12, workers=2, chunk=5)) as found:
-        for batch in found:
-            expected = streams.load(batch.step, range(BATCH))
+def test_workers_load_the_same_batches_as_one_process(data):
+    with closing(load_batches(data, 5, 12, workers=2, chunk=5)) as loaded:
+        for batch in loaded:
+            expected = data.load(batch.step, range(BATCH))
             assert batch.keys == expected.keys
             assert torch.equal(batch.rows.images.pixels, expected.rows.images.pixels)
             assert torch.equal(batch.rows.images.codes, expected.rows.images.codes)
             assert torch.equal(batch.rows.texts.masked_tokens, expected.rows.texts.masked_tokens)
 
 
-def test_evaluation_sees_every_image_and_region(built, streams):
-    _, found = check_manifest(built / "manifests" / "pmd.json")
-    expected = sum(one.pairs if one.source == "visual_genome" else one.images for one in found)
+def test_evaluation_has_every_image_and_region(built, data):
+    _, sources = check_manifest(built / "manifests" / "pmd.json")
+    expected = sum(one.pairs if one.source == "visual_genome" else one.images for one in sources)
 
-    images = list(
-        evaluation_batches(str(built / "manifests" / "pmd.json"), streams.wordpiece, 32, 20)
-    )
+    images = list(evaluation_batches(str(built / "manifests" / "pmd.json"), data.wordpiece, 32, 20))
 
     assert sum(len(one.keys) for one in images) == expected
-    assert sum(len(one.tokens) for one in images) == sum(one.pairs for one in found)
+    assert sum(len(one.tokens) for one in images) == sum(one.pairs for one in sources)

@@ -30,17 +30,17 @@ from flava_train.train import train
 from pmd_pipeline.contract.errors import PmdError
 
 
-def brute_force(likeness, targets, rank):
-    """Share of queries with a target among the first, over all orders of what is equally near."""
+def brute_force(similarity, targets, rank):
+    """Share of queries with a target among the first, over all orders of equal candidates."""
     hits = 0.0
-    for row, good in zip(likeness, targets, strict=True):
+    for row, good in zip(similarity, targets, strict=True):
         orders = {
             order
             for order in permutations(range(len(row)))
             if all(row[a] >= row[b] for a, b in pairwise(order))
         }
         hits += sum(bool(good & set(order[:rank])) for order in orders) / len(orders)
-    return hits / len(likeness)
+    return hits / len(similarity)
 
 
 @given(
@@ -52,56 +52,56 @@ def brute_force(likeness, targets, rank):
     st.integers(0, 2**32),
     st.integers(1, 3),
 )
-def test_recall_is_what_brute_force_says(shape, seed, levels):
+def test_recall_equals_brute_force(shape, seed, levels):
     images, more = shape
     numbers = torch.tensor([*range(images), *more])
     rng = np.random.default_rng(seed)
-    # few levels, so that many candidates are equally near
+    # few levels, so that many candidates have equal similarity
     image = torch.from_numpy(rng.integers(-levels, levels + 1, (images, 2))).float()
     text = torch.from_numpy(rng.integers(-levels, levels + 1, (len(numbers), 2))).float()
 
-    found = retrieval_recall(image, text, numbers)
+    result = retrieval_recall(image, text, numbers)
 
-    likeness = (text @ image.T).tolist()
+    similarity = (text @ image.T).tolist()
     to_image = [{int(number)} for number in numbers]
     to_text = [set(torch.nonzero(numbers == one)[:, 0].tolist()) for one in range(images)]
     for rank in RECALL_AT:
-        expected = brute_force(likeness, to_image, rank)
-        assert found.metrics[f"text_to_image_r{rank}"] == pytest.approx(expected)
+        expected = brute_force(similarity, to_image, rank)
+        assert result.metrics[f"text_to_image_r{rank}"] == pytest.approx(expected)
         expected = brute_force((image @ text.T).tolist(), to_text, rank)
-        assert found.metrics[f"image_to_text_r{rank}"] == pytest.approx(expected)
+        assert result.metrics[f"image_to_text_r{rank}"] == pytest.approx(expected)
 
 
-def test_chance_is_what_a_model_gets_that_finds_all_alike():
+def test_equal_similarities_give_chance_level():
     numbers = torch.arange(100).repeat_interleave(5)
     alike = torch.ones(500, 3) / math.sqrt(3)
 
-    found = retrieval_recall(alike[:100], alike, numbers)
+    result = retrieval_recall(alike[:100], alike, numbers)
 
-    assert found.metrics == found.chance
-    assert found.chance["text_to_image_r5"] == pytest.approx(5 / 100)
+    assert result.metrics == result.chance
+    assert result.chance["text_to_image_r5"] == pytest.approx(5 / 100)
     # one of five right ones among ten of five hundred
     miss = math.comb(495, 10) / math.comb(500, 10)
-    assert found.chance["image_to_text_r10"] == pytest.approx(1 - miss)
+    assert result.chance["image_to_text_r10"] == pytest.approx(1 - miss)
 
 
-def test_a_perfect_model_finds_all(monkeypatch):
+def test_a_perfect_model_has_full_recall(monkeypatch):
     monkeypatch.setattr(retrieval, "_QUERIES_AT_ONCE", 7)  # more than one cut
     image = torch.eye(40)
     numbers = torch.arange(40).repeat_interleave(2)
 
-    found = retrieval_recall(image, image[numbers], numbers)
+    result = retrieval_recall(image, image[numbers], numbers)
 
-    assert set(found.metrics.values()) == {1.0}
+    assert set(result.metrics.values()) == {1.0}
 
 
-def test_captions_need_not_lie_in_the_order_of_their_images():
+def test_captions_may_be_in_any_order():
     image = torch.eye(12)
     numbers = torch.randperm(24, generator=torch.Generator().manual_seed(0)) % 12
 
-    found = retrieval_recall(image, image[numbers], numbers)
+    result = retrieval_recall(image, image[numbers], numbers)
 
-    assert set(found.metrics.values()) == {1.0}
+    assert set(result.metrics.values()) == {1.0}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoder(world):
+def embedder(world):
     wordpiece = load_wordpiece(str(world / "vocab.txt"))
     tower = TowerConfig(**TOWER)
     config = FlavaConfig(
@@ -132,67 +132,69 @@ def encoder(world):
     return Embedder(model, wordpiece, 16, 5, None)
 
 
-def test_held_out_pairs_are_embedded_whole_and_unmasked(world, encoder):
+def test_held_out_pairs_are_embedded_without_masks(world, embedder):
     batches = list(
-        evaluation_batches(str(world / "held-out.json"), encoder.wordpiece, 32, 16, batch=5)
+        evaluation_batches(str(world / "held-out.json"), embedder.wordpiece, 32, 16, batch=5)
     )
 
-    images, texts, numbers = encoder.images_and_captions(batches)
+    images, texts, numbers = embedder.images_and_captions(batches)
 
     assert images.shape == (12, 24)
     assert numbers.tolist() == [number // 2 for number in range(24)]
     one = batches[1]
     with torch.no_grad():
-        image = encoder.model.embed_images(one.pixels)
-        text = encoder.model.embed_texts(one.tokens, one.lengths)
+        image = embedder.model.embed_images(one.pixels)
+        text = embedder.model.embed_texts(one.tokens, one.lengths)
     assert torch.allclose(images[5:10], image, atol=1e-5)
     assert torch.allclose(texts[10:20], text, atol=1e-5)
 
 
-def picture(path, number):
+def write_image(path, number):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tiny_datasets.jpeg(number))
 
 
-def test_classes_are_told_by_the_mean_of_80_sentences(tmp_path, encoder):
+def test_a_class_is_the_mean_of_its_80_templates(tmp_path, embedder):
     for number in range(14):
-        picture(tmp_path / f"big_{'abcdefg'[number % 7]}" / f"{number}.jpg", number)
+        write_image(tmp_path / f"big_{'abcdefg'[number % 7]}" / f"{number}.jpg", number)
     names = [f"big {letter}" for letter in "abcdefg"]
 
-    found = zero_shot_accuracy(encoder, tmp_path)
+    result = zero_shot_accuracy(embedder, tmp_path)
 
     vectors = []
     for name in names:
-        sentences = encoder.texts([template.replace("{}", name) for template in IMAGENET_TEMPLATES])
+        sentences = embedder.texts(
+            [template.replace("{}", name) for template in IMAGENET_TEMPLATES]
+        )
         vectors.append(sentences.mean(0) / sentences.mean(0).norm())
     for name, vector in zip(names, vectors, strict=True):
-        assert torch.allclose(zero_shot._class_vector(encoder, name), vector, atol=1e-6)
+        assert torch.allclose(zero_shot._class_vector(embedder, name), vector, atol=1e-6)
     hits = {1: 0, 5: 0}
     for number in range(14):
         path = tmp_path / names[number % 7].replace(" ", "_") / f"{number}.jpg"
         square = Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
-        order = (encoder.images(pixels) @ torch.stack(vectors).T)[0].argsort(descending=True)
+        order = (embedder.images(pixels) @ torch.stack(vectors).T)[0].argsort(descending=True)
         for rank in hits:
             hits[rank] += number % 7 in order[:rank].tolist()
-    assert found.metrics == {"zero_shot_top1": hits[1] / 14, "zero_shot_top5": hits[5] / 14}
-    assert found.chance == {"zero_shot_top1": 1 / 7, "zero_shot_top5": 5 / 7}
+    assert result.metrics == {"zero_shot_top1": hits[1] / 14, "zero_shot_top5": hits[5] / 14}
+    assert result.chance == {"zero_shot_top1": 1 / 7, "zero_shot_top5": 5 / 7}
 
 
-def test_there_are_80_templates_and_each_has_one_place():
+def test_there_are_80_templates_with_one_placeholder_each():
     assert len(set(IMAGENET_TEMPLATES)) == 80
     assert all(template.count("{}") == 1 for template in IMAGENET_TEMPLATES)
 
 
-def test_what_is_no_image_is_left_out_and_told(tmp_path, encoder):
-    picture(tmp_path / "cat" / "a.jpg", 1)
-    picture(tmp_path / "dog" / "b.jpg", 2)
-    (tmp_path / "dog" / "c.jpg").write_bytes(b"no picture")
+def test_unreadable_images_are_left_out_and_counted(tmp_path, embedder):
+    write_image(tmp_path / "cat" / "a.jpg", 1)
+    write_image(tmp_path / "dog" / "b.jpg", 2)
+    (tmp_path / "dog" / "c.jpg").write_bytes(b"no write_image")
     (tmp_path / "dog" / "d.jpg").write_bytes(tiny_datasets.jpeg(3)[:200])
 
-    found = zero_shot_accuracy(encoder, tmp_path)
+    result = zero_shot_accuracy(embedder, tmp_path)
 
-    assert found.metrics["zero_shot_unreadable"] == 0.5
+    assert result.metrics["zero_shot_unreadable"] == 0.5
 
 
 def test_classes_may_have_names_in_a_table(tmp_path):
@@ -207,7 +209,7 @@ def test_classes_may_have_names_in_a_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("section", "says"),
+    ("section", "message"),
     [
         ({"retrieval": "none.json"}, "cannot read none.json"),
         ({"classes": "nowhere"}, "no such folder of classes"),
@@ -215,35 +217,35 @@ def test_classes_may_have_names_in_a_table(tmp_path):
         ({"classes": "full"}, "evaluation.metric = text_to_image_r1 needs evaluation.retrieval"),
     ],
 )
-def test_what_cannot_be_evaluated_is_known_before_the_first_step(
-    tmp_path, monkeypatch, section, says
+def test_an_impossible_evaluation_is_refused_before_the_first_step(
+    tmp_path, monkeypatch, section, message
 ):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("full/cat").mkdir(parents=True)
 
-    with pytest.raises(PmdError, match=says):
+    with pytest.raises(PmdError, match=message):
         check_evaluation(EvaluationConfig(**section))
 
 
 @pytest.mark.parametrize(
-    ("manifest", "says"),
+    ("manifest", "message"),
     [
         ("images", "holds no pairs to evaluate on, but 30 images of kind images"),
         ("texts", "holds no pairs to evaluate on"),
         ("empty", "but 0 images of kind pairs"),
     ],
 )
-def test_a_manifest_without_pairs_is_refused_before_the_first_step(tmp_path, manifest, says):
+def test_a_manifest_without_pairs_is_refused_before_the_first_step(tmp_path, manifest, message):
     write_world(tmp_path)
     tiny_datasets.write_pairs(tmp_path / "empty.json", [])
 
-    with pytest.raises(PmdError, match=says):
+    with pytest.raises(PmdError, match=message):
         check_evaluation(EvaluationConfig(retrieval=str(tmp_path / f"{manifest}.json")))
 
 
 @pytest.mark.parametrize("suffix", ["tar", "parquet"])
-def test_held_out_shards_that_are_missing_are_known_before_the_first_step(tmp_path, suffix):
+def test_missing_held_out_shards_are_refused_before_the_first_step(tmp_path, suffix):
     write_world(tmp_path)
     config = EvaluationConfig(retrieval=str(tmp_path / "held-out.json"))
     check_evaluation(config)
@@ -254,11 +256,11 @@ def test_held_out_shards_that_are_missing_are_known_before_the_first_step(tmp_pa
         check_evaluation(config)
 
 
-def test_classes_without_any_image_are_refused(tmp_path, encoder):
+def test_classes_without_any_image_are_refused(tmp_path, embedder):
     (tmp_path / "cat").mkdir()
 
     with pytest.raises(PmdError, match="no images in the folders"):
-        zero_shot_accuracy(encoder, tmp_path)
+        zero_shot_accuracy(embedder, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +271,7 @@ def trained(world, tmp_path_factory):
     return out
 
 
-def test_the_command_finds_what_the_run_found(trained, world, capsys):
+def test_the_command_gives_the_metrics_of_the_run(trained, world, capsys):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
 
     cli.evaluate(trained, None, None, as_json=True)
@@ -282,14 +284,14 @@ def test_the_command_finds_what_the_run_found(trained, world, capsys):
 
 
 def test_a_run_is_evaluated_on_classes_too(trained, tmp_path, capsys):
-    picture(tmp_path / "a" / "a.jpg", 1)
-    picture(tmp_path / "b" / "b.jpg", 2)
+    write_image(tmp_path / "a" / "a.jpg", 1)
+    write_image(tmp_path / "b" / "b.jpg", 2)
 
     cli.evaluate(trained, None, str(tmp_path), as_json=True)
 
-    found = json.loads(capsys.readouterr().out)
-    assert found["zero_shot_top5"] == 1.0
-    assert found["chance"] == {"zero_shot_top1": 0.5, "zero_shot_top5": 1.0}
+    result = json.loads(capsys.readouterr().out)
+    assert result["zero_shot_top5"] == 1.0
+    assert result["chance"] == {"zero_shot_top1": 0.5, "zero_shot_top5": 1.0}
 
 
 def test_an_exported_run_has_the_weights_and_the_vocabulary(trained, tmp_path):
@@ -304,7 +306,7 @@ def state(folder):
     return load_hf(folder).state_dict()
 
 
-def test_held_out_shards_are_looked_for_where_all_others_are(tmp_path):
+def test_held_out_shards_use_the_same_cache(tmp_path):
     files = DataConfig(cache=str(tmp_path), cache_gib=2.0, verify=False).file_cache()
 
     assert (files.folder, files.max_bytes, files.verify) == (tmp_path, 2 << 30, False)

@@ -1,5 +1,3 @@
-"""Search: words in, the nearest images out."""
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,28 +20,28 @@ QUERIES = [WORDS[7], " ".join(WORDS[5:9]), WORDS[-1]]
 def trained(tmp_path):
     wordpiece = load_wordpiece(write_vocabulary(tmp_path / "vocab.txt"))
     shape = replace(TINY, text_vocab=len(wordpiece.vocabulary))
-    told = {"steps": 1, "batch": 1, "micro": 1, "optimizer": {"warmup": 0}}
-    config = checked({**told, "data": {"caption_tokens": 16}}, where="test")
+    content = {"steps": 1, "batch": 1, "micro": 1, "optimizer": {"warmup": 0}}
+    config = checked({**content, "data": {"caption_tokens": 16}}, where="test")
     return TrainedModel(Path("nowhere"), config, flava(shape, dtype=torch.float32), wordpiece)
 
 
-def test_the_images_found_are_the_nearest_of_all_and_come_in_order(trained, tmp_path):
+def test_hits_are_the_most_similar_images_in_order(trained, tmp_path):
     manifest = write_pairs(tmp_path / "pairs.json", [samples(5), samples(6, start=5)])
 
-    found = search(trained, manifest, QUERIES, 4)
+    results = search(trained, manifest, QUERIES, 4)
 
     [batch] = evaluation_batches(manifest, trained.wordpiece, TINY.image_size, 16)
     tokens, lengths = map(torch.from_numpy, trained.wordpiece.encode(QUERIES, 16))
     with torch.no_grad():
         texts = trained.model.embed_texts(tokens, lengths)
-        likeness = texts @ trained.model.embed_images(batch.pixels).T
-    for row, hits in zip(likeness, found, strict=True):
+        similarity = texts @ trained.model.embed_images(batch.pixels).T
+    for row, hits in zip(similarity, results, strict=True):
         ranked = sorted(zip(row.tolist(), batch.keys, strict=True), reverse=True)[:4]
         assert [hit.key for hit in hits] == [key for _, key in ranked]
         assert [hit.similarity for hit in hits] == pytest.approx([x for x, _ in ranked], abs=1e-5)
 
 
-def test_no_more_images_are_found_than_there_are(trained, tmp_path):
+def test_a_manifest_with_fewer_images_gives_all_of_them(trained, tmp_path):
     manifest = write_pairs(tmp_path / "pairs.json", [samples(3)])
 
     [hits] = search(trained, manifest, QUERIES[:1], 10)
@@ -51,7 +49,7 @@ def test_no_more_images_are_found_than_there_are(trained, tmp_path):
     assert len({hit.key for hit in hits}) == 3
 
 
-def test_texts_have_no_images_to_search(trained, tmp_path):
+def test_texts_are_refused(trained, tmp_path):
     manifest = write_texts(tmp_path / "texts.json", [["some words"]])
 
     with pytest.raises(PmdError, match="needs pairs"):

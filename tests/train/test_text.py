@@ -23,7 +23,7 @@ def samples(pytestconfig):
     return folder
 
 
-def test_a_row_is_cls_pieces_sep_and_padding():
+def test_a_row_is_cls_tokens_sep_and_padding():
     tokens, lengths = WordPiece(PLAIN).encode(["A dogs", "", "zebra b"], 6)
 
     assert tokens.tolist() == [
@@ -34,7 +34,7 @@ def test_a_row_is_cls_pieces_sep_and_padding():
     assert lengths.tolist() == [5, 2, 4]
 
 
-def test_what_does_not_fit_is_cut_and_still_ends_with_sep():
+def test_a_truncated_row_still_ends_with_sep():
     tokens, lengths = WordPiece(PLAIN).encode(["a b a b a b", "a b"], 4)
 
     assert tokens.tolist() == [[CLS, 5, 6, SEP], [CLS, 5, 6, SEP]]
@@ -49,13 +49,13 @@ def test_documents_have_a_sep_between_them():
 
 
 @pytest.mark.parametrize("text", ["[SEP]", "a [SEP] b", "[CLS][MASK]", "[PAD]", "[ SEP ]"])
-def test_special_tokens_are_never_read_out_of_a_text(text):
+def test_special_tokens_are_never_parsed_from_a_text(text):
     wordpiece = WordPiece(PLAIN)
 
     assert not set(wordpiece.token_ids(text)) & (set(wordpiece.special_ids) - {UNKNOWN})
 
 
-def test_half_a_surrogate_pair_is_a_text_too():
+def test_half_a_surrogate_pair_is_an_unknown_token():
     assert WordPiece(PLAIN).token_ids("\ud800") == [UNKNOWN]
 
 
@@ -75,7 +75,7 @@ def test_captions_get_the_tokens_of_bert(samples):
     assert lengths.tolist() == [sum(mask) for mask in expected["attention_mask"]]
 
 
-def test_one_vocabulary_is_one_tokenizer_in_either_file(tmp_path):
+def test_both_file_formats_give_the_same_tokenizer(tmp_path):
     lines = tmp_path / "vocab.txt"
     lines.write_text("\n".join(PLAIN) + "\n")
     numbers = {piece: number for number, piece in enumerate(PLAIN)}
@@ -91,7 +91,7 @@ def test_one_vocabulary_is_one_tokenizer_in_either_file(tmp_path):
     assert one.sha256 == other.sha256 == hashlib.sha256(lines.read_bytes()).hexdigest()
 
 
-def test_a_tokenizer_survives_the_way_to_a_worker(tmp_path):
+def test_a_pickled_tokenizer_gives_the_same_tokens(tmp_path):
     wordpiece = load_wordpiece(write_vocabulary(tmp_path / "vocab.txt"))
 
     again = pickle.loads(pickle.dumps(wordpiece))  # noqa: S301  # our own
@@ -101,7 +101,7 @@ def test_a_tokenizer_survives_the_way_to_a_worker(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
         ("vocab.txt", "[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n", "is not its first token"),
         ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n", r"no \[MASK\]"),
@@ -121,14 +121,14 @@ def test_a_tokenizer_survives_the_way_to_a_worker(tmp_path):
         ),
     ],
 )
-def test_what_is_no_vocabulary_is_refused_in_one_sentence(tmp_path, name, content, says):
+def test_an_invalid_vocabulary_is_one_sentence(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
 
-    with pytest.raises(PmdError, match=says):
+    with pytest.raises(PmdError, match=message):
         load_wordpiece(str(tmp_path / name))
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_bytes_that_are_not_utf_8_are_refused(tmp_path):
     (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe")
 
     with pytest.raises(PmdError, match="cannot read the tokenizer"):

@@ -1,4 +1,4 @@
-"""The command of the trainer, as far as it goes: the model, and the shards it is to learn from."""
+"""The command `flava-train`: manifests, models, errors."""
 
 import subprocess
 import sys
@@ -47,10 +47,10 @@ def write(path, manifest):
     return path
 
 
-def test_a_whole_stock_is_counted(manifest):
-    loaded, found = check_manifest(manifest)
+def test_a_complete_manifest_is_summed_by_source(manifest):
+    loaded, sources = check_manifest(manifest)
 
-    assert [(one.source, one.pairs, one.images, one.shards) for one in found] == [
+    assert [(one.source, one.pairs, one.images, one.shards) for one in sources] == [
         ("coco", 20, 4, 1)
     ]
     printed = run("shards", "--shards", manifest)
@@ -60,7 +60,7 @@ def test_a_whole_stock_is_counted(manifest):
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lambda path: (path.parent / "00000.tar").write_bytes(b"ta"), "00000.tar is not the shard"),
         (lambda path: (path.parent / "00000.parquet").unlink(), "has no ledger"),
@@ -69,14 +69,14 @@ def test_a_whole_stock_is_counted(manifest):
         (lambda path: path.unlink(), "cannot read"),
     ],
 )
-def test_a_stock_that_is_not_what_the_manifest_says_is_one_sentence(manifest, damage, says):
+def test_a_missing_or_changed_file_is_one_sentence(manifest, damage, message):
     damage(manifest)
 
-    with pytest.raises(PmdError, match=says):
+    with pytest.raises(PmdError, match=message):
         check_manifest(manifest)
 
 
-def test_a_dataset_with_holes_is_refused(manifest):
+def test_a_manifest_with_missing_parts_is_refused(manifest):
     loaded = load_manifest(manifest)
 
     write(manifest, loaded.model_copy(update={"missing": {"coco": [3, 4]}}))
@@ -85,14 +85,14 @@ def test_a_dataset_with_holes_is_refused(manifest):
         check_manifest(manifest)
 
 
-def test_the_model_of_the_paper_has_its_parameters():
+def test_the_model_of_the_paper_has_302_million_parameters():
     printed = run("model")
 
     assert printed.returncode == 0
     assert printed.stdout.splitlines()[-1].split() == ["parameters", "302,087,287"]
 
 
-def test_a_mistake_is_one_line_and_exit_2(tmp_path):
+def test_a_wrong_argument_is_one_line_and_exit_2(tmp_path):
     refused = run("model", tmp_path / "nothing")
 
     assert refused.returncode == 2
@@ -102,7 +102,7 @@ def test_a_mistake_is_one_line_and_exit_2(tmp_path):
 def test_help_loads_no_torch():
     code = "import sys, flava_train.cli; print('torch' in sys.modules)"
 
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
 
-    assert found.stdout.strip() == "False"
+    assert done.stdout.strip() == "False"
     assert "Example: flava-train shards" in run("shards", "--help").stdout
