@@ -20,11 +20,12 @@ from pmd_pipeline.build.tar_reader import TarReader
 from pmd_pipeline.codes.tensors import Tensors, code_tensors
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, open_read, read_bytes, whole_file
+from pmd_pipeline.contract.image_format import EXTENSIONS
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.contract.models import CodeRules, ShardEntry
 from pmd_pipeline.contract.paths import part_name
 
-_MEMBERS = {"jpg", "json", "txt"}
+_MEMBERS = {"json", "txt"} | EXTENSIONS
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter
 from pmd_pipeline.contract.digests import canonical_json
+from pmd_pipeline.contract.image_format import JPEG, WEBP, ImageFormat
 from pmd_pipeline.contract.manifest import save_manifest
 from pmd_pipeline.contract.models import Counts, Manifest, ShardEntry, SourceEntry
 from pmd_pipeline.contract.reasons import Status
@@ -45,6 +46,13 @@ def jpeg(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+def webp(image: np.ndarray) -> bytes:
+    """The image as WebP without loss."""
+    out = BytesIO()
+    Image.fromarray(image).save(out, "WEBP", lossless=True)
+    return out.getvalue()
+
+
 def png(image: np.ndarray) -> bytes:
     """The image as PNG."""
     out = BytesIO()
@@ -57,8 +65,15 @@ def tiles(colours: np.ndarray, side: int = 8) -> np.ndarray:
     return np.asarray(colours, dtype=np.uint8).repeat(side, 0).repeat(side, 1)
 
 
-def write_shard(folder: Path, source: str, part: int, records: Sequence[Hand]) -> ShardEntry:
+def write_shard(
+    folder: Path,
+    source: str,
+    part: int,
+    records: Sequence[Hand],
+    stored: ImageFormat = JPEG,
+) -> ShardEntry:
     """A tar with its ledger; failed records are those without an image."""
+    encode = {JPEG: jpeg, WEBP: webp}[stored]
     folder.mkdir(parents=True, exist_ok=True)
     out = BytesIO()
     tar = DigestingFile(out)
@@ -68,20 +83,24 @@ def write_shard(folder: Path, source: str, part: int, records: Sequence[Hand]) -
         row = dict.fromkeys(("width", "height", "image_offset", "image_size"))
         if record.image is not None:
             is_array = isinstance(record.image, np.ndarray)
-            content = jpeg(record.image) if is_array else record.image
+            content = encode(record.image) if is_array else record.image
             described = {"captions": list(record.captions), **record.described}
             if record.boxes is not None:
                 described["boxes"] = [list(box) for box in record.boxes]
             places = writer.add(
                 record.key,
-                {"jpg": content, "json": canonical_json(described).encode(), "txt": b"a caption"},
+                {
+                    stored.extension: content,
+                    "json": canonical_json(described).encode(),
+                    "txt": b"a caption",
+                },
             )
             height, width = record.image.shape[:2] if is_array else (8, 8)
             row |= {
                 "width": width,
                 "height": height,
-                "image_offset": places["jpg"].offset,
-                "image_size": places["jpg"].size,
+                "image_offset": places[stored.extension].offset,
+                "image_size": places[stored.extension].size,
                 "json_offset": places["json"].offset,
                 "json_size": places["json"].size,
             }

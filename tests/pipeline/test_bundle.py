@@ -324,6 +324,29 @@ def test_records_are_read_through_croissant(described, manifest):
     assert sum(map(len, captions)) == manifest.sources["cc3m"].counts.kept
 
 
+def with_format(manifest, name):
+    """The manifest with rules that store images in this format; JPEG is the format of none."""
+    [(source, stated)] = manifest.sources.items()
+    images = {**stated.rules["images"], "format": name}
+    changed = stated.model_copy(update={"rules": {**stated.rules, "images": images}})
+    return manifest.model_copy(update={"sources": {source: changed}})
+
+
+def test_croissant_describes_images_in_their_format(manifest):
+    described = croissant(with_format(manifest, "webp"), None, None)
+
+    [images] = [one for one in described["distribution"] if one["@id"] == "cc3m/pictures"]
+    assert (images["encodingFormat"], images["includes"]) == ("image/webp", ["*.webp"])
+    [by_key] = [one for one in described["recordSet"] if one["@id"] == "cc3m/pictures-by-key"]
+    assert by_key["field"][0]["source"]["transform"] == {"regex": r"^(.*)\.webp$"}
+    assert croissant(with_format(manifest, "jpeg"), None, None) == croissant(manifest, None, None)
+
+
+def test_a_stored_format_of_another_version_is_one_sentence(manifest):
+    with pytest.raises(PmdError, match="the rules of cc3m store images as avif"):
+        croissant(with_format(manifest, "avif"), None, None)
+
+
 @pytest.mark.parametrize("far", [False, True], ids=["here", "at an address"])
 @pytest.mark.parametrize("kind", ["pairs", "images", "text"])
 def test_croissant_is_valid_for_every_kind_of_dataset(manifest, kind, far, tmp_path):

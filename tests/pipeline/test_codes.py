@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from hand import Hand, jpeg, png, tiles, write_manifest, write_shard
+from hand import Hand, jpeg, png, tiles, webp, write_manifest, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
@@ -27,6 +27,7 @@ from pmd_pipeline.codes.tensors import code_tensors
 from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
 from pmd_pipeline.codes.weights import tensor_bytes
 from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.image_format import WEBP
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import CodesReport
 from pmd_pipeline.dataset.manifest import merge_manifests
@@ -96,6 +97,14 @@ def test_codes_say_which_patch_is_where(tmp_path, order):
     assert tensors(shard)["codes"].tolist() == [NAMES.tolist()]
     assert tensors(shard)["boxes"].tolist() == [[0, 0, 1, 1]]
     assert tensors(shard)["first"].tolist() == [0, 1]
+
+
+def test_codes_of_webp_images_are_those_of_their_pixels(tmp_path, order):
+    shard = write_shard(tmp_path, "toy", 0, [Hand(key(1), painted(NAMES))], WEBP)
+
+    coded(order(shard))
+
+    assert tensors(shard)["codes"].tolist() == [NAMES.tolist()]
 
 
 def test_an_image_with_boxes_has_a_view_for_each_caption_and_none_drawn(tmp_path, order):
@@ -294,6 +303,10 @@ def test_a_ledger_with_a_flipped_byte_is_refused_by_its_name(tmp_path, order):
 HOSTILE = {
     "no image": ({"image": b"<html>"}, "cannot be decoded"),
     "a PNG": ({"image": png(painted(NAMES)), "row": {"width": 16, "height": 16}}, "cannot be dec"),
+    "a WebP cut short": (
+        {"image": webp(painted(NAMES))[:-20], "row": {"width": 16, "height": 16}},
+        "cannot be decoded",
+    ),
     "an image cut short": ({"image": None, "cut": 40}, "cannot be decoded"),
     "another size": ({"row": {"width": 15}}, "is 16 x 16 pixels"),
     "a bomb": ({"row": {"width": 1 << 30, "height": 1 << 30}}, "is 16 x 16 pixels"),

@@ -17,6 +17,7 @@ from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.codes.tensors import code_tensors
 from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
 from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.image_format import JPEG, WEBP
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
 from pmd_pipeline.contract.models import ShardEntry
 from pmd_pipeline.publish.codes_export import export
@@ -30,12 +31,11 @@ def records(part):
         yield Hand(f"{part * 100 + number:016x}", image, ("one", "two"), boxes)
 
 
-@pytest.fixture
-def manifest(tmp_path):
+@pytest.fixture(params=[JPEG, WEBP], ids=lambda stored: stored.name)
+def manifest(tmp_path, request):
     """The path of a manifest of two shards with codes by k-means."""
-    shards = [
-        write_shard(tmp_path / "data" / "toy", "toy", part, list(records(part))) for part in (0, 1)
-    ]
+    folder, stored = tmp_path / "data" / "toy", request.param
+    shards = [write_shard(folder, "toy", part, list(records(part)), stored) for part in (0, 1)]
     path = write_manifest(tmp_path / "hand.json", shards)
     code_manifest(
         CodesRequest(path, vocabulary=16, grid=2, views=2, runner="local", workers=1), QUIET

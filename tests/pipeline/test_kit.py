@@ -1,5 +1,6 @@
 """Lock and rebuild: the same dataset from a kit without images, or exactly what is missing."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from hand import Hand, tiles, webp, write_manifest, write_shard
 from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline import cli
@@ -21,6 +23,7 @@ from pmd_pipeline.build import shard as shard_build
 from pmd_pipeline.codes.tensors import code_tensors
 from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
 from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.image_format import WEBP
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.contract.models import FileDigest
 from pmd_pipeline.images.decode import stored_image
@@ -106,6 +109,16 @@ def kit(original, tmp_path):
 def pictures(original, tmp_path):
     """A copy of the pictures, which a test may change."""
     return Path(shutil.copytree(original.parents[1] / "pictures", tmp_path / "pictures"))
+
+
+def test_webp_images_are_locked_by_their_stored_bytes(tmp_path):
+    image = tiles([[[250, 20, 20], [20, 250, 20]]])
+    shard = write_shard(tmp_path / "toy", "toy", 0, [Hand("1" * 16, image)], WEBP)
+
+    locked(write_manifest(tmp_path / "hand.json", [shard]), tmp_path / "kit")
+
+    [row] = pq.read_table(tmp_path / "kit" / "toy" / "00000.parquet").to_pylist()
+    assert row["stored_sha256"] == hashlib.sha256(webp(image)).hexdigest()
 
 
 def test_over_an_unchanged_web_the_digest_is_the_same(original, kit, pictures, tmp_path):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.image_format import FORMATS, ImageFormat
 from pmd_pipeline.contract.models import Manifest, ShardEntry
 from pmd_pipeline.inspect.stats import remarks
 
@@ -142,6 +144,17 @@ def _file(path: str, encoding: str, sha256: str, num_bytes: int | None) -> dict[
     }
 
 
+def _image_format(manifest: Manifest, source: str) -> ImageFormat:
+    """The format of the images in the tars of a source; rules without one mean JPEG."""
+    name = manifest.sources[source].rules.get("images", {}).get("format", "jpeg")
+    if name not in FORMATS:
+        raise PmdError(
+            f"the rules of {source} store images as {name}, which this version does not have: "
+            "bundle with the version that built it"
+        )
+    return FORMATS[name]
+
+
 def _sources(manifest: Manifest) -> set[str]:
     return {shard.source for shard in manifest.shards}
 
@@ -153,8 +166,9 @@ def _groups(manifest: Manifest, source: str) -> list[dict[str, Any]]:
     groups = [_group(f"{source}/ledgers", _PARQUET, here)] if here else []
     if manifest.kind != "text":
         tars = [{"@id": shard.path} for shard in shards]
+        stored = _image_format(manifest, source)
         for name, encoding, pattern in (
-            ("pictures", "image/jpeg", "*.jpg"),
+            ("pictures", stored.mime, f"*.{stored.extension}"),
             ("descriptions", "application/json", "*.json"),
         ):
             group = _group(f"{source}/{name}", encoding, [pattern])
@@ -201,7 +215,13 @@ def _records(manifest: Manifest, source: str) -> list[dict[str, Any]]:
     }
     return [
         *([records] if has_ledgers else []),
-        _members(source, "pictures", "jpg", "sc:ImageObject", "the pictures in the shards"),
+        _members(
+            source,
+            "pictures",
+            _image_format(manifest, source).extension,
+            "sc:ImageObject",
+            "the pictures in the shards",
+        ),
         _members(
             source,
             "descriptions",

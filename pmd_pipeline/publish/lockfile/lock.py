@@ -20,6 +20,7 @@ from pmd_pipeline.build.tar_reader import TarReader
 from pmd_pipeline.contract.digests import canonical_json, digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, open_read, read_bytes, write_whole
+from pmd_pipeline.contract.image_format import EXTENSIONS
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.contract.models import (
     FORMAT,
@@ -215,7 +216,7 @@ def _samples(
         members = TarReader(tar)
         for member, content in members:
             key, _, extension = member.name.partition(".")
-            if extension == "jpg":
+            if extension in EXTENSIONS:
                 pictures[key] = hashlib.sha256(content).hexdigest()
             elif extension == "json":
                 described[key] = content
