@@ -1,4 +1,4 @@
-"""Commands of the image-free kit: `pmd lock`, `pmd rebuild`."""
+"""Commands of the lock file: `pmd lock`, `pmd rebuild`."""
 
 import json
 from typing import Annotated
@@ -23,32 +23,35 @@ from pmd_pipeline.cli.options import (
 @expand_options()
 def lock(
     manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="The dataset's manifest.")],
-    out: Annotated[str, typer.Option("--out", metavar="KIT", help="Folder for the kit.")] = "kit",
+    out: Annotated[str, typer.Option("--out", metavar="KIT", help="Folder of the lock file.")] = (
+        "kit"
+    ),
     hash_captions: Annotated[
         bool,
         typer.Option(
             "--hash-captions",
-            help="Put only the sha256 of captions in; a rebuild then needs --raw.",
+            help="Write the sha256 of captions instead of captions; a rebuild then needs --raw.",
         ),
     ] = False,
     run: RunOptions = ON_PROCESSES,
     quiet: Quiet = False,
 ) -> None:
-    """Write the kit of a dataset: all that it takes to fetch its images again and prove them.
+    """Write a lock file, from which others rebuild the dataset and prove that it is the same.
 
     Example: pmd lock manifests/pmd.json --out kit
     """
-    from pmd_pipeline.publish.lockfile.lock import lock as write_kit
+    from pmd_pipeline.publish.lockfile.lock import lock as write_lockfile
 
     with interruptible(), run.open_pool() as pool:
-        kit = write_kit(manifest, out, pool, make_reporter(quiet=quiet), hashed=hash_captions)
-    typer.echo(f"{out}  {kit.digest}")
+        reporter = make_reporter(quiet=quiet)
+        lockfile = write_lockfile(manifest, out, pool, reporter, hashed=hash_captions)
+    typer.echo(f"{out}  {lockfile.digest}")
 
 
 @app.command()
 @expand_options()
 def rebuild(
-    kit: Annotated[str, typer.Argument(metavar="KIT", help="A folder that pmd lock has written.")],
+    kit: Annotated[str, typer.Argument(metavar="KIT", help="The folder that pmd lock wrote.")],
     out: Annotated[
         str, typer.Option("--out", metavar="DIR", help="Folder or fsspec address for the shards.")
     ] = "data",
@@ -57,7 +60,7 @@ def rebuild(
     raw: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="Folder of annotation files, for a kit of hashed captions."
+            metavar="DIR", help="Folder of annotation files, for a lock file of hashed captions."
         ),
     ] = None,
     run: RunOptions = ON_RAY,
@@ -65,15 +68,15 @@ def rebuild(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a dataset again from its kit, image by image of the same sha256, and say what lacks.
+    """Rebuild a dataset from its lock file, with images of the same sha256, and list missing ones.
 
     Example: pmd rebuild kit --out data
     """
     from pmd_pipeline.publish.lockfile.rebuild import RebuildRequest
-    from pmd_pipeline.publish.lockfile.rebuild import rebuild as make
+    from pmd_pipeline.publish.lockfile.rebuild import rebuild as rebuild_dataset
 
-    order = RebuildRequest(
-        kit=kit,
+    request = RebuildRequest(
+        lockfile=kit,
         out=out,
         manifests=manifests,
         places=tuple(images or ("web",)),
@@ -81,15 +84,15 @@ def rebuild(
         changes={"fetch": {"contact": contact}} if contact else {},
     )
     with interruptible(), run.open_pool() as pool:
-        made = make(order, pool, make_reporter(quiet=quiet))
+        result = rebuild_dataset(request, pool, make_reporter(quiet=quiet))
     if as_json:
-        typer.echo(json.dumps(made.facts(), indent=1))
+        typer.echo(json.dumps(result.facts(), indent=1))
     else:
-        typer.echo("\n".join(map(str, made.coverage)))
-        typer.echo(f"{made.path}  {made.manifest.digest}")
-    if made.is_same:
-        say("the same dataset: the digest is that of the kit")
+        typer.echo("\n".join(map(str, result.coverage)))
+        typer.echo(f"{result.path}  {result.manifest.digest}")
+    if result.is_same:
+        say("the same dataset: the digest is that of the lock file")
         return
-    for sentence in made.reasons():
+    for sentence in result.reasons():
         say(sentence)
     raise typer.Exit(1)

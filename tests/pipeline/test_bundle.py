@@ -46,7 +46,7 @@ from pmd_pipeline.publish.bundle.provenance import provenance
 from pmd_pipeline.publish.bundle.recipes import _table, recipe_toml
 from pmd_pipeline.publish.bundle.requirements import pins, requirements_text, with_hashes
 from pmd_pipeline.publish.bundle.wheel import wheel
-from pmd_pipeline.publish.lockfile.format import load_kit
+from pmd_pipeline.publish.lockfile.format import load_lockfile
 from pmd_pipeline.publish.lockfile.lock import lock
 from pmd_pipeline.recipe import load_recipe
 
@@ -508,7 +508,7 @@ def test_a_kit_is_packed_as_it_is(built, kit, tmp_path):
     made = contents(BundleRequest(path, kit=str(kit)))
     pack(made, str(tmp_path / "bundle"))
 
-    assert load_kit(str(tmp_path / "bundle" / "kit")) == load_kit(str(kit))
+    assert load_lockfile(str(tmp_path / "bundle" / "kit")) == load_lockfile(str(kit))
     assert "pmd rebuild kit --out data\n" in made["README.md"].decode()
     assert not [name for name in made if name.endswith(".tmp")]
     digests_agree(tmp_path / "bundle")

@@ -97,7 +97,7 @@ def test_a_rebuild_tells_the_same_and_counts_what_is_missing(order, tmp_path):
     with open_pool("local", 1, None) as pool:
         lock(order.manifest, str(tmp_path / "kit"), pool, QUIET, hashed=False)
         again = RebuildRequest(
-            kit=str(tmp_path / "kit"),
+            lockfile=str(tmp_path / "kit"),
             out=str(tmp_path / "again"),
             manifests=str(tmp_path / "again"),
             places=order.images,
@@ -133,7 +133,7 @@ def test_a_rebuild_tells_those_that_move_up_when_others_are_missing(tmp_path, mo
         for number in (0, 2, 4):
             (folder / f"{number}.jpg").unlink()
         again = RebuildRequest(
-            kit=str(tmp_path / "kit"),
+            lockfile=str(tmp_path / "kit"),
             out=str(tmp_path / "again" / "data"),
             manifests=str(tmp_path / "again"),
             places=order.images,

@@ -118,7 +118,7 @@ def test_images_without_captions_are_locked_and_rebuilt(classes, tmp_path):
         lock(classes.manifest, str(tmp_path / "kit"), pool, QUIET)
         again = tmp_path / "again"
         order = RebuildRequest(
-            kit=str(tmp_path / "kit"),
+            lockfile=str(tmp_path / "kit"),
             out=str(again / "data"),
             manifests=str(again / "manifests"),
             images=(str(tmp_path / "raw"),),

@@ -257,7 +257,7 @@ def kit(manifest, out):
 
 def rebuild_at(origin, world, kit, folder, runner="local"):
     order = RebuildRequest(
-        kit=str(kit),
+        lockfile=str(kit),
         out=str(folder / "data"),
         manifests=str(folder / "manifests"),
         images=(WEB, *(str(path) for paths in world.images.values() for path in paths)),

@@ -22,7 +22,7 @@ from pmd_pipeline.publish.bundle.provenance import provenance
 from pmd_pipeline.publish.bundle.recipes import recipe_toml
 from pmd_pipeline.publish.bundle.requirements import pins, requirements_text, with_hashes
 from pmd_pipeline.publish.bundle.wheel import wheel
-from pmd_pipeline.publish.lockfile.format import Kit, load_kit
+from pmd_pipeline.publish.lockfile.format import LockFile, load_lockfile
 from pmd_pipeline.recipe import recipe_folder
 
 CONFIGS = "flava*.toml"
@@ -84,7 +84,7 @@ def contents(wanted: BundleRequest) -> dict[str, Content]:
         **_recipes(manifest),
         **_configs(wanted.configs),
     }
-    kit = load_kit(wanted.kit) if wanted.kit else None
+    kit = load_lockfile(wanted.kit) if wanted.kit else None
     if wanted.kit and kit:
         members |= _kit(wanted.kit, kit, manifest)
     facts = _facts(manifest, members, kit, has_hashes=wanted.hashes is not None)
@@ -174,7 +174,7 @@ def _configs(given: Sequence[str]) -> dict[str, Content]:
     return {f"configs/{name}": read_bytes(path) for name, path in zip(names, paths, strict=True)}
 
 
-def _kit(folder: str, kit: Kit, manifest: Manifest) -> dict[str, Content]:
+def _kit(folder: str, kit: LockFile, manifest: Manifest) -> dict[str, Content]:
     """The kit's files, as it names them; what else lies in its folder stays there."""
     if kit.manifest.digest != manifest.digest:
         raise PmdError(
@@ -194,7 +194,7 @@ def _kit(folder: str, kit: Kit, manifest: Manifest) -> dict[str, Content]:
 
 
 def _facts(
-    manifest: Manifest, members: dict[str, Content], kit: Kit | None, *, has_hashes: bool
+    manifest: Manifest, members: dict[str, Content], kit: LockFile | None, *, has_hashes: bool
 ) -> dict[str, Any]:
     """What the pages say."""
     rows = lengths(manifest)

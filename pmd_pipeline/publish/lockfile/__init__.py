@@ -1,1 +1,1 @@
-"""A dataset without its images: what it takes to fetch them again, and to prove them the same."""
+"""Lock files: a dataset without its images, and the rebuild of the dataset from one."""

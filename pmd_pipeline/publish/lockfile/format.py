@@ -1,13 +1,14 @@
-"""The image-free kit of a dataset: what it takes to fetch it again, and to prove it the same.
+"""The lock file of a dataset: everything to fetch its images again and to prove them the same.
 
-A folder with `kit.json`, written last, and for each shard a Parquet file (`ROWS`) and, where there
-are any, its image codes.
+A folder with `kit.json`, written last, and for each shard a Parquet file (`LOCKED_SCHEMA`) and,
+where the dataset has them, its image codes. It contains no image.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import zip_longest
 from typing import Any, Literal
@@ -18,29 +19,107 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.base.tables import read_table
+from pmd_pipeline.build.report import counts_of
 from pmd_pipeline.contract.boxes import are_boxes
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, read_bytes
 from pmd_pipeline.contract.models import FORMAT, CodesReport, Counts, FileDigest, Manifest
-from pmd_pipeline.contract.paths import part_name
+from pmd_pipeline.contract.names import FileName
+from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.contract.reasons import Status
-from pmd_pipeline.contract.schemas import LEDGER_SCHEMA
+from pmd_pipeline.contract.schemas import LEDGER_SCHEMA, LedgerRow
+from pmd_pipeline.index.records import IndexRecord
 
-KIT = "kit.json"
+LOCKFILE_NAME = "kit.json"
 
 DEPENDENCY = b"pmd.dependency"
-"""Name in the metadata of a part's rows."""
+"""Name in the metadata of a part's rows: digest of everything that they depend on."""
 
-_NAME = re.compile("[a-z0-9_]+")
+_SOURCE = re.compile("[a-z0-9_]+")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
-UNKNOWABLE = ("image_offset", "image_size", "json_offset", "json_size")
-"""Columns of the ledger that follow from the rest once the images are there."""
+_BYTE_RANGES = frozenset({"image_offset", "image_size", "json_offset", "json_size"})
+"""Columns of the ledger that follow from the rest once the images are fetched."""
 
-ROWS = pa.schema(
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockedRow:
+    """One row of a ledger without byte ranges, with what else it takes to make its sample again.
+
+    Other columns are those of `LedgerRow`. Columns that describe a stored image are None where the
+    shard has none.
+
+    Args:
+        caption: the first caption; where captions are hashed, its SHA-256 as hex.
+        sha256: SHA-256 of the fetched bytes.
+        file: name of the image in upstream's archives.
+        licence: that upstream states for the image.
+        meta: JSON object of the sample.
+        captions: of the record; where captions are hashed, the SHA-256 of each as hex.
+        fields: upstream field of each caption.
+        boxes: box of each caption; None where captions have none.
+        stored_sha256: SHA-256 of the image in the tar.
+    """
+
+    key: str
+    id: str
+    url: str | None
+    caption: str | None
+    num_pairs: int
+    status: str
+    reason: str | None
+    error_message: str | None
+    width: int | None
+    height: int | None
+    original_width: int | None
+    original_height: int | None
+    sha256: str | None
+    final_url: str | None
+    file: str | None
+    licence: str | None
+    meta: str | None
+    captions: list[str] | None
+    fields: list[str] | None
+    boxes: list[list[float]] | None
+    stored_sha256: str | None
+
+    @property
+    def has_image(self) -> bool:
+        """Whether the shard has the image."""
+        return self.status == Status.SUCCESS
+
+    def ledger_row(self) -> LedgerRow:
+        """The row of the ledger, without byte ranges."""
+        names = (name for name in LEDGER_SCHEMA.names if name not in _BYTE_RANGES)
+        return LedgerRow(**{name: getattr(self, name) for name in names})
+
+    def index_record(self) -> IndexRecord:
+        """The record to fetch, whose `sha256` the fetched bytes must have.
+
+        An image without captions has one empty caption, as in an index.
+        """
+        return IndexRecord(
+            key=self.key,
+            id=self.id,
+            url=self.url,
+            file=self.file,
+            licence=self.licence,
+            width=None,
+            height=None,
+            sha256=self.sha256,
+            meta=self.meta,
+            captions=self.captions or [""],
+            fields=(self.fields or []) if self.captions else [""],
+            boxes=self.boxes,
+            spans=[],
+            rows=[],
+        )
+
+
+LOCKED_SCHEMA = pa.schema(
     [
-        *(field for field in LEDGER_SCHEMA if field.name not in UNKNOWABLE),
+        *(field for field in LEDGER_SCHEMA if field.name not in _BYTE_RANGES),
         ("file", pa.string()),
         ("licence", pa.string()),
         ("meta", pa.string()),
@@ -50,108 +129,113 @@ ROWS = pa.schema(
         ("stored_sha256", pa.string()),
     ]
 )
-"""One row per row of the ledger, in its order. `sha256` is of the bytes as fetched, `stored_sha256`
-of the JPEG that was made of them. What belongs to an image that is not in the shard is null. In a
-kit of hashes, `caption` and `captions` hold the sha256 of each caption as hex."""
+"""One `LockedRow` per row of the ledger, in its order."""
 
 
 class _Stored(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class KitPart(_Stored):
+class LockedPart(_Stored):
     """One shard, without its images.
 
     Args:
         counts: pairs of the shard.
         rows: the Parquet file.
-        codes: the report of its image codes, without times; the file has the name that it says.
+        codes: the report of its image codes, without times. It names the file of codes.
     """
 
-    source: str
+    source: FileName
     part: int
     counts: Counts
     rows: FileDigest
     codes: CodesReport | None = None
 
 
-class Kit(_Stored):
-    """What `kit.json` holds. `digest` covers all of it, and through it every file of the kit.
+class LockFile(_Stored):
+    """Content of `kit.json`. `digest` covers all of it, and through it every other file.
 
     Args:
-        captions: whether the kit holds captions, or only their sha256.
-        manifest: of the dataset, with the paths that its shards have by default.
+        captions: whether rows have captions, or the SHA-256 of captions.
+        manifest: of the dataset, with the default paths of its shards.
         parts: in the order of the manifest's shards.
     """
 
     format: int = FORMAT
     captions: Literal["text", "sha256"]
     manifest: Manifest
-    parts: list[KitPart]
+    parts: list[LockedPart]
     digest: str = ""
 
     def computed_digest(self) -> str:
-        """sha256 of the canonical JSON of all but `digest`."""
+        """SHA-256 of the canonical JSON of everything but `digest`."""
         return digest(self.model_dump(mode="json", exclude={"digest"}))
 
 
-def load_kit(folder: str) -> Kit:
-    """The kit in `folder`, its own digest checked; its files are checked as they are read.
+def load_lockfile(folder: str) -> LockFile:
+    """The lock file in `folder`, its digest checked; other files are checked when they are read.
 
     Raises:
-        PmdError: there is no kit of this version, or somebody has changed it.
+        PmdError: there is no lock file of this version, or it was changed.
     """
-    address = join(folder, KIT)
+    address = join(folder, LOCKFILE_NAME)
     try:
-        kit = Kit.model_validate_json(read_bytes(address))
+        lockfile = LockFile.model_validate_json(read_bytes(address))
     except ValidationError as error:
-        said = error.errors()[0]["msg"].lower()
-        raise PmdError(f"{address} is no kit of this version: {said}") from error
-    if kit.digest != kit.computed_digest():
+        reason = error.errors()[0]["msg"].lower()
+        raise PmdError(f"{address} is not a lock file of this version: {reason}") from error
+    if lockfile.digest != lockfile.computed_digest():
         raise PmdError(
             f"{address} was changed: its digest is not that of its content; get it again"
         )
-    if kit.manifest.digest != kit.manifest.computed_digest():
+    if lockfile.manifest.digest != lockfile.manifest.computed_digest():
         raise PmdError(f"{address} has a manifest whose digest is not that of its content")
-    for part, shard in zip_longest(kit.parts, kit.manifest.shards):
+    for part, shard in zip_longest(lockfile.parts, lockfile.manifest.shards):
         if not (part and shard) or (part.source, part.part) != (shard.source, shard.part):
             raise PmdError(f"{address} has other parts than its manifest has shards")
-        name = part_name(part.part)
+        paths = ShardPaths.in_folder("", part.part)
         names = [part.rows.name, *([part.codes.file.name] if part.codes else [])]
-        if not _NAME.fullmatch(part.source) or set(names) - {
-            f"{name}.parquet",
-            f"{name}.codes.safetensors",
-        }:
-            raise PmdError(f"{address} names files that no kit has: {part.source}, {names}")
-    return kit
+        if not _SOURCE.fullmatch(part.source) or set(names) - {paths.ledger, paths.codes}:
+            raise PmdError(f"{address} names files that no lock file has: {part.source}, {names}")
+    return lockfile
 
 
-def kit_rows(folder: str, part: KitPart) -> list[dict[str, Any]]:
-    """The rows of one shard, as `pmd lock` writes them.
+def locked_rows(folder: str, part: LockedPart) -> list[LockedRow]:
+    """The rows of one shard, each of them checked.
 
     Raises:
-        PmdError: the file is not the one that the kit was made with, or somebody made it up.
+        PmdError: the file is not the one in the lock file, or `pmd lock` cannot have written it.
     """
-    content = kit_file(folder, part, part.rows)
+    content = locked_file(folder, part, part.rows)
     address = join(folder, part.source, part.rows.name)
     try:
         table = read_table(BytesIO(content))
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
-        raise PmdError(f"{address} is no whole Parquet file: get the kit again") from error
-    if not table.schema.equals(ROWS):
-        raise PmdError(f"{address} has other columns than a kit has: get the kit again")
-    rows: list[dict[str, Any]] = table.to_pylist()
-    keys = [row["key"] for row in rows]
-    wrong = next((row for row in rows if not _is_sound(part.source, row)), None)
-    if wrong or keys != sorted(set(keys)) or counts_of(rows) != part.counts:
-        what = f"the row of {wrong['key']}" if wrong else "order or counts"
-        raise PmdError(f"{address}: {what} is not what pmd lock writes, so nobody can rebuild it")
+        raise PmdError(
+            f"{address} is not a complete Parquet file: get the lock file again"
+        ) from error
+    if not table.schema.equals(LOCKED_SCHEMA):
+        raise PmdError(f"{address} has other columns than a lock file: get the lock file again")
+    values = table.to_pylist()
+    invalid = next((row for row in values if not _is_valid(part.source, row)), None)
+    if invalid:
+        raise _not_written_by_lock(address, f"the row of {invalid['key']}")
+    rows = [LockedRow(**row) for row in values]
+    keys = [row.key for row in rows]
+    if keys != sorted(set(keys)) or counts_of(rows) != part.counts:
+        raise _not_written_by_lock(address, "order or counts")
     return rows
 
 
-def _is_sound(source: str, row: Mapping[str, Any]) -> bool:
-    """Say whether a row, which may come from a stranger, can be one of a kit.
+def _not_written_by_lock(address: str, subject: str) -> PmdError:
+    return PmdError(
+        f"{address}: {subject} is not what pmd lock writes, so the dataset cannot be rebuilt"
+    )
+
+
+def _is_valid(source: str, row: Mapping[str, Any]) -> bool:
+    """Whether a row of a stranger's file can be a `LockedRow`.
 
     Keys become names in a tar, and the JSON of samples is made of the rest.
     """
@@ -161,7 +245,7 @@ def _is_sound(source: str, row: Mapping[str, Any]) -> bool:
         return isinstance(row["status"], str) and isinstance(row["reason"], str)
     hashes = (row["sha256"] or "", row["stored_sha256"] or "")
     captions, boxes, fields = row["captions"], row["boxes"], row["fields"]
-    if captions is None or fields is None or None in captions or None in fields:
+    if captions is None or fields is None or None in [*captions, *fields]:
         return False
     try:
         meta = json.loads(row["meta"] or "")
@@ -175,49 +259,36 @@ def _is_sound(source: str, row: Mapping[str, Any]) -> bool:
     )
 
 
-def kit_file(folder: str, part: KitPart, file: FileDigest) -> bytes:
-    """The content of one of the files of a part.
+def locked_file(folder: str, part: LockedPart, file: FileDigest) -> bytes:
+    """The content of a file of a part.
 
     Raises:
-        PmdError: it is not the one that the kit was made with.
+        PmdError: its SHA-256 is not the one in the lock file.
     """
-    return checked(join(folder, part.source, file.name), file.sha256)
+    return checked_bytes(join(folder, part.source, file.name), file.sha256)
 
 
-def rows_bytes(rows: Sequence[Mapping[str, Any]], dependency: str) -> bytes:
-    """The rows as Parquet, which says what they depend on."""
+def rows_bytes(rows: Sequence[LockedRow], dependency: str) -> bytes:
+    """The rows as Parquet, with the digest of what they depend on in the metadata."""
     out = BytesIO()
-    schema = ROWS.with_metadata({DEPENDENCY: dependency})
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), out, compression="zstd")
+    schema = LOCKED_SCHEMA.with_metadata({DEPENDENCY: dependency})
+    columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
+    pq.write_table(pa.table(columns, schema=schema), out, compression="zstd")
     return out.getvalue()
 
 
-def counts_of(rows: Sequence[Mapping[str, Any]]) -> Counts:
-    """Pairs of the rows of a ledger, by what became of them."""
-    each = []
-    for row in rows:
-        pairs, lost = row["num_pairs"], {row["reason"]: row["num_pairs"]}
-        if row["status"] == Status.SUCCESS:
-            each.append(Counts(pairs_in=pairs, kept=pairs))
-        elif row["status"] == "dropped":
-            each.append(Counts(pairs_in=pairs, dropped=lost))
-        else:
-            each.append(Counts(pairs_in=pairs, failed=lost))
-    return Counts.total(each)
-
-
 def caption_sha256(caption: str) -> str:
-    """What a kit of hashes has in place of a caption."""
+    """What a lock file of hashed captions has in place of a caption."""
     return hashlib.sha256(caption.encode()).hexdigest()
 
 
-def checked(address: str, sha256: str) -> bytes:
+def checked_bytes(address: str, sha256: str) -> bytes:
     """The content of the file at `address`.
 
     Raises:
-        PmdError: its sha256 is another.
+        PmdError: its SHA-256 is another.
     """
     content = read_bytes(address)
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise PmdError(f"{address} has other bytes than it should; pmd verify says more")
+        raise PmdError(f"{address} has other bytes than it should; pmd verify reports details")
     return content
