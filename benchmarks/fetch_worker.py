@@ -1,7 +1,7 @@
-"""One build of a benchmark's addresses by us, measured; see `fetch.py`.
+"""One build of a benchmark's URLs by this package, measured; see `fetch.py`.
 
-Reads a line of JSON, builds one part from the addresses it names, and prints a line of JSON with
-the seconds of CPU and of the clock, the images, and the most memory that the process ever had.
+Reads a request as one line of JSON, builds one part from its URLs, and prints one line of JSON with
+CPU seconds, wall-clock seconds, number of images, and peak memory of the process.
 """
 
 import json
@@ -20,12 +20,14 @@ from pmd_pipeline.index.build import build_index
 from pmd_pipeline.recipe import Images, load_recipe
 
 
-def build(urls: list[str], places: dict[str, str], folder: Path, manners: dict[str, int]) -> dict:
-    """Seconds of CPU and of the clock, images and failures by reason of one part."""
-    rows = "".join(f"a caption of make_stored_image {n}\t{url}\n" for n, url in enumerate(urls))
+def build(
+    urls: list[str], connect_to: dict[str, str], folder: Path, politeness: dict[str, int]
+) -> dict:
+    """Build one part: CPU and wall-clock seconds, images, and failures by reason."""
+    rows = "".join(f"a caption of picture {n}\t{url}\n" for n, url in enumerate(urls))
     (folder / "raw").mkdir()
     (folder / "raw" / "GCC-training.tsv").write_text(rows)
-    fetch = {"connect_to": places, **manners}
+    fetch = {"connect_to": connect_to, **politeness}
     (recipe,) = load_recipe("cc3m", {"part_records": 1_000_000, "fetch": fetch})
     with open_pool("local", 1, None) as pool:
         index = build_index(
@@ -46,7 +48,7 @@ def build(urls: list[str], places: dict[str, str], folder: Path, manners: dict[s
 
 
 def pure_seconds(photographs: list[Path], weights: list[int]) -> float:
-    """Seconds of CPU to decode, resize and encode each photograph so many times."""
+    """CPU seconds to decode, resize and encode all photographs, each times its weight."""
     rules, seconds = Images(), 0.0
     for path, weight in zip(photographs, weights, strict=True):
         body = path.read_bytes()
@@ -57,15 +59,15 @@ def pure_seconds(photographs: list[Path], weights: list[int]) -> float:
 
 
 def main() -> None:
-    order = json.loads(sys.stdin.readline())
+    request = json.loads(sys.stdin.readline())
     with tempfile.TemporaryDirectory() as folder:
-        found = build(order["urls"], order["places"], Path(folder), order["manners"])
-    found["mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    if order["photographs"]:
-        photographs = [Path(path) for path in order["photographs"]]
-        pure_seconds(photographs, order["weights"])  # warms up
-        found["pure"] = pure_seconds(photographs, order["weights"])
-    print(json.dumps(found))
+        result = build(request["urls"], request["connect_to"], Path(folder), request["politeness"])
+    result["mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    if request["photographs"]:
+        photographs = [Path(path) for path in request["photographs"]]
+        pure_seconds(photographs, request["weights"])  # warm-up
+        result["pure"] = pure_seconds(photographs, request["weights"])
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

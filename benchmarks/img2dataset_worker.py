@@ -1,7 +1,7 @@
-"""img2dataset on a benchmark's addresses; runs in the environment that `make bench-env` makes.
+"""img2dataset on a benchmark's URLs; runs in the environment of `make bench-env`.
 
-Reads a line of JSON with addresses and prints a line of JSON with the seconds of CPU (its own and
-its children's) and of the clock, and the images.
+Reads a request as one line of JSON and prints one line of JSON with CPU seconds (of this process
+and its children), wall-clock seconds, and the number of images.
 """
 
 import json
@@ -15,20 +15,20 @@ import img2dataset
 
 
 def cpu() -> float:
-    """Seconds of CPU so far, of this process and of its children that have ended."""
+    """CPU seconds so far, of this process and of its finished children."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr
-    order = json.loads(sys.stdin.readline())
+    results, sys.stdout = sys.stdout, sys.stderr
+    request = json.loads(sys.stdin.readline())
     with tempfile.TemporaryDirectory() as folder:
-        addresses = Path(folder) / "urls.txt"
-        addresses.write_text("\n".join(order["urls"]))
+        url_list = Path(folder) / "urls.txt"
+        url_list.write_text("\n".join(request["urls"]))
         started, clock = cpu(), time.monotonic()
         img2dataset.download(
-            url_list=str(addresses),
+            url_list=str(url_list),
             output_folder=f"{folder}/out",
             output_format="webdataset",
             image_size=256,
@@ -41,12 +41,12 @@ def main() -> None:
             timeout=30,
         )
         stats = [json.loads(path.read_text()) for path in Path(folder).glob("out/*_stats.json")]
-    found = {
+    result = {
         "cpu": cpu() - started,
         "clock": time.monotonic() - clock,
         "images": sum(one["successes"] for one in stats),
     }
-    print(json.dumps(found), file=answers)
+    print(json.dumps(result), file=results)
 
 
 if __name__ == "__main__":

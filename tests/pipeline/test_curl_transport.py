@@ -1,4 +1,4 @@
-"""Laws of the engine: bodies wait for memory, not for each other, and that costs them no time."""
+"""Transfers and their budget of bytes: who waits, what is released, and that waiting is free."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -6,18 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fake_host import FakeHost, client_for, failure_kind, response
 
-from pmd_pipeline.images.fetch import client as fetch_client_module
+from pmd_pipeline.images.fetch import client as client_module
 
 LARGE = bytes(range(256)) * 1000
 
 
 @pytest.fixture
-def little_memory(monkeypatch):
-    """Memory for less than one large body."""
-    monkeypatch.setattr(fetch_client_module, "_MAX_BODY_BYTES", len(LARGE) // 2)
+def small_budget(monkeypatch):
+    """A budget below one large body."""
+    monkeypatch.setattr(client_module, "_MAX_BODY_BYTES", len(LARGE) // 2)
 
 
-def test_bodies_that_are_larger_than_the_memory_come_one_after_the_other(little_memory):
+def test_bodies_above_the_budget_arrive_one_after_the_other(small_budget):
     with FakeHost(response(body=LARGE)) as host, ThreadPoolExecutor(8) as pool:
         client = client_for(host, max_bytes=1 << 20)
         urls = [f"http://a.example/{number}.jpg" for number in range(24)]
@@ -27,12 +27,12 @@ def test_bodies_that_are_larger_than_the_memory_come_one_after_the_other(little_
         assert client.is_idle()
 
 
-def test_a_body_waits_for_those_that_are_not_given_back_and_the_time_does_not_count(
-    little_memory,
+def test_a_body_waits_for_the_budget_without_timing_out(
+    small_budget,
 ):
     with FakeHost(response(body=LARGE)) as host, ThreadPoolExecutor(1) as pool:
         client = client_for(host, max_bytes=1 << 20, timeout=0.3)
-        client.byte_budget.acquire(len(LARGE) // 2)  # by somebody who is slow with pictures
+        client.byte_budget.acquire(len(LARGE) // 2)  # as by a slow decoder
         waiting = pool.submit(client.get, "http://a.example/1.jpg")
         threading.Event().wait(0.6)
 
@@ -43,7 +43,7 @@ def test_a_body_waits_for_those_that_are_not_given_back_and_the_time_does_not_co
 
 
 @pytest.mark.parametrize(
-    "one",
+    "failure",
     [
         response(404, LARGE[:5000]),
         response(body=LARGE[:900], Content_Length=1000, Connection="close"),
@@ -53,37 +53,37 @@ def test_a_body_waits_for_those_that_are_not_given_back_and_the_time_does_not_co
         response(302, b"moved", Location="/again"),
     ],
 )
-def test_what_is_refused_gives_all_memory_back(one):
-    with FakeHost(one) as host:
+def test_a_failed_response_releases_all_its_bytes(failure):
+    with FakeHost(failure) as host:
         client = client_for(host, retries=0)
         failure_kind(client)
 
         assert client.is_idle()
 
 
-def test_a_stated_length_takes_no_memory_before_its_bytes():
-    started, go_on = threading.Event(), threading.Event()
+def test_a_stated_length_acquires_no_bytes_in_advance():
+    started, finish = threading.Event(), threading.Event()
 
     def drip(connection):
         connection.sendall(response(body=b"a", Content_Length=60 << 20))
         started.set()
-        go_on.wait(5)
+        finish.wait(5)
 
     with FakeHost(lambda _head: drip) as host, ThreadPoolExecutor(1) as pool:
         client = client_for(host, max_bytes=64 << 20, retries=0)
-        asked = pool.submit(failure_kind, client)
+        future = pool.submit(failure_kind, client)
         started.wait(5)
         while not client.byte_budget.used:
             pass
         used = client.byte_budget.used
-        go_on.set()
+        finish.set()
 
-        assert asked.result(5) == "connect"
+        assert future.result(5) == "connect"
         assert used < 1 << 20
         assert client.is_idle()
 
 
-def test_a_client_that_is_closed_leaves_no_thread_and_asks_nobody():
+def test_a_closed_client_leaves_no_thread():
     before = threading.active_count()
     with FakeHost(response()) as host:
         client = client_for(host)

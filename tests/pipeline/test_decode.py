@@ -1,4 +1,4 @@
-"""Drawn images in every format, real photographs where they are beside the checkout."""
+"""Decoding, resizing and encoding: drawn images in every format, and photographs if present."""
 
 import contextlib
 import gzip
@@ -38,7 +38,7 @@ pytestmark = [
 
 
 def scene(width=60, height=40):
-    """A smooth picture with a bright corner, so that every turn of it is different."""
+    """A smooth image with a bright corner, so that every rotation of it differs."""
     across, down = np.linspace(0, 200, width), np.linspace(0, 200, height)
     red, green = np.meshgrid(across, down)
     pixels = np.stack([red, green, 0 * red + 60], axis=-1)
@@ -46,9 +46,9 @@ def scene(width=60, height=40):
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def encoded(image, form="PNG", **options):
+def encoded(image, name="PNG", **options):
     out = io.BytesIO()
-    image.save(out, form, **options)
+    image.save(out, name, **options)
     return out.getvalue()
 
 
@@ -56,7 +56,7 @@ def stored(body, rules=SMALL):
     return make_stored_image(body, open_image(body, rules), rules)
 
 
-def pixels_of(made):
+def decoded(made):
     image = Image.open(io.BytesIO(made.content))
     assert image.size == (made.width, made.height)
     return np.asarray(image.convert("RGB")).astype(float)
@@ -73,7 +73,7 @@ def psnr(one, other):
     return 10 * np.log10(255**2 / np.mean((one - other) ** 2))
 
 
-IN_EVERY_FORMAT = {
+BODIES = {
     "JPEG": encoded(scene(), "JPEG", quality=95),
     "MPO": encoded(scene(), "MPO", save_all=True, append_images=[scene().rotate(180)], quality=95),
     "PNG": encoded(scene()),
@@ -85,30 +85,30 @@ IN_EVERY_FORMAT = {
 }
 
 
-@pytest.mark.parametrize("form", [*ACCEPTED_FORMATS, "MPO"])
-def test_every_format_is_read(form):
-    body = IN_EVERY_FORMAT[form]
-    assert open_image(body, SMALL).format == form
+@pytest.mark.parametrize("name", [*ACCEPTED_FORMATS, "MPO"])
+def test_every_accepted_format_is_decoded(name):
+    body = BODIES[name]
+    assert open_image(body, SMALL).format == name
 
     made = stored(body)
 
     assert (made.width, made.height) == (48, 32)
     assert upright_size(open_image(body, SMALL)) == (60, 40)
     expected = np.asarray(scene().resize((48, 32), Image.Resampling.LANCZOS)).astype(float)
-    assert psnr(pixels_of(made), expected) > 25
+    assert psnr(decoded(made), expected) > 25
 
 
-def test_what_is_stored_is_a_plain_jpeg():
+def test_a_stored_image_is_a_jpeg_without_metadata():
     exif = Image.Exif()
     exif[0x013B] = "the name of somebody"
-    for form in ("PNG", "WEBP", "TIFF"):
-        image = Image.open(io.BytesIO(stored(encoded(scene(), form, exif=exif)).content))
+    for name in ("PNG", "WEBP", "TIFF"):
+        image = Image.open(io.BytesIO(stored(encoded(scene(), name, exif=exif)).content))
 
         assert (image.format, image.mode) == ("JPEG", "RGB")
         assert set(image.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
 
 
-def test_a_comment_is_not_carried_over_however_long():
+def test_a_comment_is_not_stored_whatever_its_length():
     for comment in (b"hello", b"x" * 70_000):
         made = stored(encoded(scene().quantize(), "GIF", comment=comment))
 
@@ -126,60 +126,60 @@ def test_a_small_upright_jpeg_keeps_its_bytes(mode, progressive):
     assert (made.width, made.height, made.format) == (32, 20, JPEG)
 
 
-def test_a_small_jpeg_that_is_cut_is_not_kept():
+def test_a_truncated_small_jpeg_is_not_kept():
     body = encoded(scene(32, 20), "JPEG")
 
-    open_image(body[:-20], SMALL)  # what is missing is no part of the header
+    open_image(body[:-20], SMALL)  # the header is complete
     assert kind_of(body[:-20]) == "truncated"
 
 
-def test_a_small_jpeg_with_much_else_behind_it_is_made_anew():
+def test_a_small_jpeg_with_many_bytes_after_it_is_encoded_again():
     body = encoded(scene(32, 20), "JPEG") + bytes(1 << 20)
 
     assert len(stored(body).content) < 10_000
 
 
-def test_a_small_picture_of_another_kind_is_made_a_jpeg():
+def test_a_small_image_of_another_format_or_mode_is_encoded_as_rgb_jpeg():
     for image in (scene(32, 20).convert("CMYK"), scene(32, 20)):
         body = encoded(image, "JPEG" if image.mode == "CMYK" else "PNG")
 
         assert Image.open(io.BytesIO(stored(body).content)).mode == "RGB"
 
 
-def turned(image, orientation):
-    """The image as a camera held that way stores it: EXIF's own table, undone."""
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's numbers for turns
+def rotated(image, orientation):
+    """The image as a camera in that orientation stores it: the inverse of EXIF's table."""
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's numbers of the operations
     return image.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else image
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_come_upright(form, orientation):
+def test_images_are_upright(name, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    body = encoded(turned(scene(), orientation), form, exif=exif, quality=95)
+    body = encoded(rotated(scene(), orientation), name, exif=exif, quality=95)
 
     made = stored(body)
 
     assert upright_size(open_image(body, SMALL)) == (60, 40)
     assert (made.width, made.height) == (48, 32)
     expected = np.asarray(scene().resize((48, 32), Image.Resampling.LANCZOS)).astype(float)
-    assert psnr(pixels_of(made), expected) > 25
+    assert psnr(decoded(made), expected) > 25
 
 
 @pytest.mark.parametrize("orientation", [1, 6, 7])
-def test_pictures_come_upright_from_a_coarse_decode(orientation):
+def test_images_are_upright_after_a_scaled_decode(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    body = encoded(turned(scene(600, 400), orientation), "JPEG", exif=exif, quality=95)
+    body = encoded(rotated(scene(600, 400), orientation), "JPEG", exif=exif, quality=95)
 
     made = stored(body)
 
     expected = np.asarray(scene(600, 400).resize((48, 32), Image.Resampling.LANCZOS)).astype(float)
-    assert psnr(pixels_of(made), expected) > 30
+    assert psnr(decoded(made), expected) > 30
 
 
-def test_a_sideways_jpeg_is_not_kept_as_it_is():
+def test_a_rotated_jpeg_is_encoded_again():
     exif = Image.Exif()
     exif[0x0112] = 6
     body = encoded(scene(32, 20), "JPEG", exif=exif)
@@ -191,17 +191,17 @@ def test_a_sideways_jpeg_is_not_kept_as_it_is():
 
 
 @pytest.mark.parametrize("value", [0, 9, 65_535])
-def test_an_orientation_that_does_not_exist_turns_nothing(value):
+def test_an_undefined_orientation_is_ignored(value):
     exif = Image.Exif()
     exif[0x0112] = value
 
     assert stored(encoded(scene(), exif=exif)).width == 48
 
 
-def test_exif_that_is_broken_turns_nothing():
+def test_broken_exif_is_ignored():
     for exif in (b"II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 9, b"not a header", b"II"):
-        for form in ("JPEG", "PNG", "WEBP"):
-            assert stored(encoded(scene(), form, exif=b"Exif\0\0" + exif)).width == 48
+        for name in ("JPEG", "PNG", "WEBP"):
+            assert stored(encoded(scene(), name, exif=b"Exif\0\0" + exif)).width == 48
 
 
 @pytest.mark.parametrize("depth", ["grey", "rgb"])
@@ -213,7 +213,7 @@ def test_sixteen_bits_become_eight_of_the_same_brightness(depth, side):
 
     made = stored(png_of(levels))
 
-    assert pixels_of(made).mean() == pytest.approx(levels.mean() / 257, abs=1)
+    assert decoded(made).mean() == pytest.approx(levels.mean() / 257, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -225,23 +225,23 @@ def test_sixteen_bits_become_eight_of_the_same_brightness(depth, side):
         np.linspace(0, 1, 400).reshape(20, 20).astype(np.float32),
         np.linspace(0, 255, 400).reshape(20, 20).astype(np.float32),
     ],
-    ids=["uint16", "int32", "int32 of bytes", "float of fractions", "float of bytes"],
+    ids=["uint16", "int32", "int32 up to 255", "float up to 1", "float up to 255"],
 )
 def test_deep_tiffs_keep_their_brightness(levels):
     made = stored(encoded(Image.fromarray(levels), "TIFF"))
 
-    assert pixels_of(made).mean() == pytest.approx(127.5, abs=1)
+    assert decoded(made).mean() == pytest.approx(127.5, abs=1)
 
 
-def test_levels_that_are_no_numbers_are_black():
+def test_nan_and_infinity_become_black():
     levels = np.full((20, 20), np.nan, dtype=np.float32)
     levels[0] = np.inf
 
-    assert pixels_of(stored(encoded(Image.fromarray(levels), "TIFF"))).mean() == 0
+    assert decoded(stored(encoded(Image.fromarray(levels), "TIFF"))).mean() == 0
 
 
 def png_of(levels):
-    """A PNG of 16-bit samples: Pillow writes none in colour."""
+    """A PNG of 16-bit samples, which Pillow does not write in colour."""
     height, width = levels.shape[:2]
     colour = 0 if levels.ndim == 2 else 2
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
@@ -256,43 +256,43 @@ def chunk(name, content):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA"])
-def test_what_is_transparent_becomes_white(mode):
+def test_transparent_pixels_become_white(mode):
     image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 20, 40))
     body = encoded(image.convert(mode), "TIFF" if mode == "PA" else "PNG")
 
-    pixels = pixels_of(stored(body))
+    pixels = decoded(stored(body))
 
     assert pixels[:, 2:14].max() < 10
     assert pixels[:, 18:30].min() > 245
 
 
 @pytest.mark.parametrize("transparent", [0, b"\0\xff", b"\0"])
-def test_a_palette_may_say_what_is_transparent(transparent):
+def test_a_palette_may_have_transparent_entries(transparent):
     image = Image.new("P", (40, 40), 0)
     image.putpalette([0, 0, 0, 90, 90, 90])
     image.paste(1, (0, 0, 20, 40))
 
-    pixels = pixels_of(stored(encoded(image, transparency=transparent)))
+    pixels = decoded(stored(encoded(image, transparency=transparent)))
 
     assert abs(pixels[:, 2:14] - 90).max() < 10
     assert pixels[:, 18:30].min() > 245
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
-def test_a_grey_picture_is_as_grey_in_every_mode(mode):
+def test_a_grey_image_has_the_same_brightness_in_every_mode(mode):
     grey = Image.new("RGB", (40, 40), (255, 255, 255) if mode == "1" else (90, 90, 90))
     body = encoded(grey.convert(mode), "TIFF" if mode in {"CMYK", "YCbCr"} else "PNG")
 
-    assert pixels_of(stored(body)).mean() == pytest.approx(255 if mode == "1" else 90, abs=3)
+    assert decoded(stored(body)).mean() == pytest.approx(255 if mode == "1" else 90, abs=3)
 
 
-@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
-def test_of_a_moving_picture_the_first_frame_is_taken(form):
+@pytest.mark.parametrize("name", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation_is_stored(name):
     frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue", "green")]
-    body = encoded(frames[0], form, save_all=True, append_images=frames[1:], duration=50)
+    body = encoded(frames[0], name, save_all=True, append_images=frames[1:], duration=50)
 
-    assert pixels_of(stored(body)).mean(axis=(0, 1)) == pytest.approx([255, 0, 0], abs=5)
+    assert decoded(stored(body)).mean(axis=(0, 1)) == pytest.approx([255, 0, 0], abs=5)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_of_a_moving_picture_the_first_frame_is_taken(form):
         ((10_000, 300), Images(size=256, mode="shorter"), (8533, 256)),
     ],
 )
-def test_pictures_are_made_smaller_and_never_larger(size, rules, target):
+def test_images_are_downsampled_and_never_enlarged(size, rules, target):
     assert target_size(size, rules) == target
 
     made = stored(encoded(Image.new("RGB", size, "red")), rules)
@@ -336,7 +336,7 @@ def test_a_side_longer_than_a_jpeg_can_have_is_refused():
         gzip.compress(b"<svg>" + bytes(1 << 20))[:800],
     ],
 )
-def test_a_drawing_is_called_one(body):
+def test_an_svg_is_reported_as_svg(body):
     assert kind_of(body) == "svg"
 
 
@@ -358,41 +358,41 @@ def test_a_drawing_is_called_one(body):
         b"P6 2 2 255\n" + bytes(12),
     ],
 )
-def test_what_is_no_image_is_called_that(body):
+def test_other_bytes_are_reported_as_not_an_image(body):
     assert kind_of(body) == "not_an_image"
 
 
-def test_a_zip_with_the_name_of_a_picture_is_none():
+def test_a_zip_with_an_image_in_it_is_not_an_image():
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("1.jpg", IN_EVERY_FORMAT["JPEG"])
+        archive.writestr("1.jpg", BODIES["JPEG"])
 
     assert kind_of(out.getvalue()) == "not_an_image"
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "AVIF"])
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "GIF", "AVIF"])
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8, 0.95])
-def test_an_image_that_ends_early_is_truncated(form, share):
-    body = encoded(scene().effect_spread(20), form)
+def test_an_image_that_ends_early_is_truncated(name, share):
+    body = encoded(scene().effect_spread(20), name)
 
     assert kind_of(body[: int(len(body) * share)]) == "truncated"
 
 
-@pytest.mark.parametrize("form", ["BMP", "TIFF"])
-def test_pixels_that_end_early_are_truncated(form):
-    body = IN_EVERY_FORMAT["BMP"] if form == "BMP" else tiff_with_pixels_last()
+@pytest.mark.parametrize("name", ["BMP", "TIFF"])
+def test_pixels_that_end_early_are_truncated(name):
+    body = BODIES["BMP"] if name == "BMP" else tiff_with_pixels_last()
 
     assert kind_of(body[: len(body) // 2]) == "truncated"
 
 
 def tiff_with_pixels_last():
     body = encoded(scene(), "TIFF")
-    assert struct.unpack("<I", body[4:8])[0] < 100  # so does Pillow write them
+    assert struct.unpack("<I", body[4:8])[0] < 100  # Pillow writes the directory first
     return body
 
 
-@pytest.mark.parametrize("form", ["PNG", "GIF", "BMP", "WEBP"])
-def test_too_many_pixels_are_refused_from_the_header(form):
+@pytest.mark.parametrize("name", ["PNG", "GIF", "BMP", "WEBP"])
+def test_too_many_pixels_are_refused_by_the_header(name):
     bodies = {
         "PNG": b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
@@ -405,21 +405,21 @@ def test_too_many_pixels_are_refused_from_the_header(form):
         "WEBP": encoded(Image.new("RGB", (400, 400)), "WEBP"),
     }  # fmt: skip
 
-    assert kind_of(bodies[form], Images(max_pixels=100_000)) == "bomb"
+    assert kind_of(bodies[name], Images(max_pixels=100_000)) == "bomb"
 
 
-def test_the_limit_of_pixels_is_the_recipe_s():
+def test_the_limit_of_pixels_is_that_of_the_recipe():
     body = encoded(Image.new("L", (100, 100)))
 
     assert stored(body, Images(max_pixels=10_000)).width == 100
     assert kind_of(body, Images(max_pixels=9_999)) == "bomb"
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
-def test_a_size_is_known_before_any_pixel_is_decoded(form, monkeypatch):
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_the_upright_size_needs_no_pixels(name, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6
-    for body in (IN_EVERY_FORMAT[form], encoded(scene(40, 60), form, exif=exif)):
+    for body in (BODIES[name], encoded(scene(40, 60), name, exif=exif)):
         with monkeypatch.context() as patched:
             patched.setattr(ImageFile.ImageFile, "load", pytest.fail)
 
@@ -427,18 +427,18 @@ def test_a_size_is_known_before_any_pixel_is_decoded(form, monkeypatch):
 
 
 def ssim(one, other):
-    """Mean structural similarity of the brightness, with the window of Wang et al. (2004)."""
+    """Mean structural similarity of luma, with the window of Wang et al. (2004)."""
     one, other = (pixels @ [0.299, 0.587, 0.114] for pixels in (one, other))
 
-    def smooth(pixels):
+    def smoothed(pixels):
         return cv2.GaussianBlur(pixels, (11, 11), 1.5)[5:-5, 5:-5]
 
-    means = smooth(one), smooth(other)
-    spread = smooth(one * one) + smooth(other * other) - means[0] ** 2 - means[1] ** 2
-    shared = smooth(one * other) - means[0] * means[1]
+    means = smoothed(one), smoothed(other)
+    variances = smoothed(one * one) + smoothed(other * other) - means[0] ** 2 - means[1] ** 2
+    covariance = smoothed(one * other) - means[0] * means[1]
     light, contrast = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    alike = (2 * means[0] * means[1] + light) * (2 * shared + contrast)
-    return (alike / ((means[0] ** 2 + means[1] ** 2 + light) * (spread + contrast))).mean()
+    numerator = (2 * means[0] * means[1] + light) * (2 * covariance + contrast)
+    return (numerator / ((means[0] ** 2 + means[1] ** 2 + light) * (variances + contrast))).mean()
 
 
 def size_of(path):
@@ -452,8 +452,8 @@ def enlarged(path, factor):
     return encoded(image.resize(size, Image.Resampling.LANCZOS), "JPEG", quality=90)
 
 
-def wall(paths):
-    """Photographs side by side at their own sharpness, as one of 2450 x 1800."""
+def collage(paths):
+    """Photographs side by side, not enlarged, as one image of 2450 x 1800."""
     whole = Image.new("RGB", (2450, 1800))
     for number, path in enumerate(paths * 2):
         whole.paste(Image.open(path).convert("RGB"), (number % 4 * 613, number // 4 * 450))
@@ -468,13 +468,13 @@ def photographs(kind):
         return [enlarged(path, 768 / min(size_of(path))) for path in PHOTOGRAPHS[:6]]
     if kind == "large":
         return [enlarged(path, 1800 / min(size_of(path))) for path in PHOTOGRAPHS[:4]]
-    return [wall(PHOTOGRAPHS)]
+    return [collage(PHOTOGRAPHS)]
 
 
 def quality(body, size, *, fast=False):
-    """PSNR and SSIM of our picture and of img2dataset's, against Lanczos from a whole decode.
+    """PSNR and SSIM of our image and of img2dataset's, against Lanczos from a full decode.
 
-    img2dataset's Resizer is a whole decode, INTER_AREA and a JPEG of quality 95.
+    img2dataset's Resizer is a full decode, INTER_AREA and a JPEG of quality 95.
     """
     made = stored(body, Images(size=size, fast=fast))
     whole = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
@@ -483,17 +483,17 @@ def quality(body, size, *, fast=False):
     theirs = cv2.imencode(".jpg", theirs, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
     whole = Image.open(io.BytesIO(body)).convert("RGB")
     reference = np.asarray(whole.resize(target, Image.Resampling.LANCZOS)).astype(float)
-    pictures = [
+    images = [
         np.asarray(Image.open(io.BytesIO(one)).convert("RGB")).astype(float)
         for one in (made.content, theirs)
     ]
-    return [(psnr(one, reference), ssim(one, reference)) for one in pictures]
+    return [(psnr(one, reference), ssim(one, reference)) for one in images]
 
 
 @pytest.mark.skipif(not PHOTOGRAPHS, reason="no ../shared/samples here")
 @pytest.mark.parametrize("kind", ["as they are", "a little larger", "large", "large and sharp"])
 @pytest.mark.parametrize("size", [224, 256, 384, 512])
-def test_cheap_pixels_are_as_good_as_those_of_img2dataset(kind, size):
+def test_quality_is_not_below_that_of_img2dataset(kind, size):
     bodies = [one for one in photographs(kind) if min(open_image(one, SMALL).size) > size]
     if not bodies:
         assert (kind, size) == ("as they are", 512)
@@ -508,7 +508,7 @@ def test_cheap_pixels_are_as_good_as_those_of_img2dataset(kind, size):
 @pytest.mark.skipif(not PHOTOGRAPHS, reason="no ../shared/samples here")
 @pytest.mark.parametrize("kind", ["as they are", "a little larger", "large", "large and sharp"])
 @pytest.mark.parametrize("size", [112, 224, 320])
-def test_fast_pixels_are_worse_by_little_more_than_a_decibel(kind, size):
+def test_fast_decoding_loses_little_more_than_one_decibel(kind, size):
     bodies = photographs(kind)
 
     ours, theirs = np.mean([quality(body, size, fast=True) for body in bodies], axis=0)
@@ -518,94 +518,94 @@ def test_fast_pixels_are_worse_by_little_more_than_a_decibel(kind, size):
 
 
 @pytest.mark.parametrize("size", [(1601, 1203), (1607, 1199), (2555, 1927)])
-def test_a_coarse_decode_moves_nothing(size):
-    """Nor does it stretch: a whole number of coarse pixels may be wider than the picture."""
+def test_a_scaled_decode_shifts_no_pixel(size):
+    """Nor does it stretch: the pixels of a scaled decode may extend beyond the image."""
     image = scene(*size)
 
     made = stored(encoded(image, "JPEG", quality=95), Images(size=64))
 
-    best = image.resize((made.width, made.height), Image.Resampling.LANCZOS)
-    assert psnr(pixels_of(made), np.asarray(best).astype(float)) > 37
+    reference = image.resize((made.width, made.height), Image.Resampling.LANCZOS)
+    assert psnr(decoded(made), np.asarray(reference).astype(float)) > 37
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}])
-def test_what_is_behind_the_end_of_a_jpeg_does_not_matter(mode, options):
+def test_bytes_after_the_end_of_a_jpeg_have_no_effect(mode, options):
     body = encoded(scene(600, 400).convert(mode), "JPEG", **options)
 
-    for behind in (b"\0" * 999, b"<html>", body[:2000], b"\xff\xd9"):
-        assert stored(body + behind) == stored(body)
-        kept = stored(body + behind, Images(size=400))
-        assert kept.content == body + behind
+    for tail in (b"\0" * 999, b"<html>", body[:2000], b"\xff\xd9"):
+        assert stored(body + tail) == stored(body)
+        kept = stored(body + tail, Images(size=400))
+        assert kept.content == body + tail
 
 
 @pytest.mark.parametrize("size", [32, 300, 400])
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.99])
-@pytest.mark.parametrize("glued", [b"", b"\xff\xd9", b"<html>", b"\0" * 99])
-def test_a_jpeg_that_ends_early_is_found_at_every_scale(size, options, share, glued):
-    """Kept as it is or decoded coarsely, and even if something has put an end to it."""
+@pytest.mark.parametrize("tail", [b"", b"\xff\xd9", b"<html>", b"\0" * 99])
+def test_a_truncated_jpeg_is_detected_at_every_scale(size, options, share, tail):
+    """Whether its bytes are kept or it is decoded at a scale, and whatever bytes follow."""
     body = encoded(scene(600, 400).effect_spread(20), "JPEG", **options)
 
-    assert kind_of(body[: int(len(body) * share)] + glued, Images(size=size)) == "truncated"
+    assert kind_of(body[: int(len(body) * share)] + tail, Images(size=size)) == "truncated"
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 20])
-def test_not_even_the_last_bytes_of_a_jpeg_may_lack(cut):
+def test_a_jpeg_without_its_last_bytes_is_truncated(cut):
     body = encoded(scene(600, 400), "JPEG")[:-cut]
 
     assert kind_of(body, Images(size=32)) == "truncated"
     assert kind_of(body, Images(size=400)) == "truncated"
 
 
-def test_a_jpeg_with_a_flaw_is_decoded_in_silence(capfd):
+def test_a_damaged_jpeg_is_decoded_without_output(capfd):
     noise = np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)
     body = encoded(Image.fromarray(noise), "JPEG")
     middle = len(body) // 2
-    flawed = body[:middle] + b"\x12\x34\x56" + body[middle + 3 :]
+    damaged = body[:middle] + b"\x12\x34\x56" + body[middle + 3 :]
 
-    with contextlib.suppress(RecordError):  # what follows is read wrongly, and may not be enough
-        stored(flawed)
+    with contextlib.suppress(RecordError):  # the rest is decoded wrongly and may be too short
+        stored(damaged)
     assert stored(body[:-2] + b"more" + body[-2:]).width == 48
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_every_kind_of_jpeg_comes_out_alike(mode, options):
+def test_every_kind_of_jpeg_gives_the_same_pixels(mode, options):
     image = scene(600, 400).convert(mode)
 
     made = stored(encoded(image, "JPEG", quality=95, **options))
 
-    best = image.convert("RGB").resize((48, 32), Image.Resampling.LANCZOS)
-    assert psnr(pixels_of(made), np.asarray(best).astype(float)) > 30
+    reference = image.convert("RGB").resize((48, 32), Image.Resampling.LANCZOS)
+    assert psnr(decoded(made), np.asarray(reference).astype(float)) > 30
 
 
 @pytest.mark.skipif(not PHOTOGRAPHS, reason="no ../shared/samples here")
-def test_real_photographs_come_out_as_they_look():
+def test_photographs_keep_their_brightness():
     for path in PHOTOGRAPHS:
         made = stored(path.read_bytes(), Images(size=256))
 
         assert min(made.width, made.height) == 256
         mean = np.asarray(Image.open(path).convert("RGB")).mean()
-        assert pixels_of(made).mean() == pytest.approx(mean, abs=1)
+        assert decoded(made).mean() == pytest.approx(mean, abs=1)
 
 
-def test_the_same_bytes_make_the_same_bytes_in_many_threads():
-    bodies = [*IN_EVERY_FORMAT.values(), encoded(scene(600, 400), "JPEG")] * 8
+def test_the_same_bytes_give_the_same_image_in_many_threads():
+    bodies = [*BODIES.values(), encoded(scene(600, 400), "JPEG")] * 8
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(stored, bodies))
 
     assert made == [stored(body) for body in bodies[: len(bodies) // 8]] * 8
 
 
-@pytest.mark.parametrize("form", [*ACCEPTED_FORMATS, "MPO"])
-def test_no_damage_is_more_than_a_record_error(form):
-    body = IN_EVERY_FORMAT[form]
+@pytest.mark.parametrize("name", [*ACCEPTED_FORMATS, "MPO"])
+def test_damage_raises_at_most_a_record_error(name):
+    body = BODIES[name]
 
     @settings(max_examples=60, deadline=None)
     @given(st.data())
-    def damage(data):
+    def check(data):
         broken = bytearray(body)
         for _ in range(data.draw(st.integers(1, 4))):
             broken[data.draw(st.integers(0, min(len(body) - 1, 400)))] = data.draw(
@@ -617,22 +617,22 @@ def test_no_damage_is_more_than_a_record_error(form):
         except RecordError as error:
             assert error.kind in FAILURE_REASONS  # noqa: PT017 - one of two ways
         else:
-            pixels_of(made)
+            decoded(made)
 
-    damage()
+    check()
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=300), st.sampled_from(["JPEG", "PNG", "WEBP"]))
-def test_no_exif_is_more_than_ignored(exif, form):
-    body = encoded(scene(), form, exif=b"Exif\0\0II*\0\x08\0\0\0" + exif)
+def test_arbitrary_exif_raises_no_exception(exif, name):
+    body = encoded(scene(), name, exif=b"Exif\0\0II*\0\x08\0\0\0" + exif)
 
     made = stored(body)
 
     assert {made.width, made.height} == {48, 32}
 
 
-def test_what_is_beside_the_pixels_may_be_anything():
+def test_arbitrary_metadata_raises_no_exception():
     text = PngImagePlugin.PngInfo()
     text.add(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(80 << 20)))
     profile = b"not a profile" * 5000
@@ -643,10 +643,10 @@ def test_what_is_beside_the_pixels_may_be_anything():
     assert kind_of(encoded(scene(), pnginfo=text)) == "not_an_image"
 
 
-def test_pillow_is_heard_of_neither_as_noise_nor_as_a_failure(tmp_path):
+def test_warnings_of_pillow_are_neither_printed_nor_raised(tmp_path):
     exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0" + b"\x12\x01\x03\0\x01\0\0\0" * 3
     (tmp_path / "1").write_bytes(encoded(scene(), "JPEG", exif=exif))
-    (tmp_path / "2").write_bytes(IN_EVERY_FORMAT["MPO"].replace(b"MPF\0", b"MPF\0xx", 1))
+    (tmp_path / "2").write_bytes(BODIES["MPO"].replace(b"MPF\0", b"MPF\0xx", 1))
     palette = Image.new("P", (40, 40))
     (tmp_path / "3").write_bytes(encoded(palette, transparency=b"\0\x80"))
     code = (

@@ -1,4 +1,4 @@
-"""What hosts do to those who ask them: each behaviour, what becomes of it, and how soon."""
+"""Hostile hosts: each behaviour, its result, and that it ends within the timeout."""
 
 import gzip
 import io
@@ -26,10 +26,10 @@ from pmd_pipeline.recipe import Fetch, Images
 TIMEOUT = 0.5
 MOST_BYTES = 100_000
 SOON = 1.0
-"""Seconds beyond the time allowed that anything may take."""
+"""Seconds above the timeout that any fetch may take."""
 
 
-def drawn(form="JPEG", size=(40, 30), mode="RGB"):
+def image_file(form="JPEG", size=(40, 30), mode="RGB"):
     out = io.BytesIO()
     Image.new(mode, size, 9).save(out, form)
     return out.getvalue()
@@ -38,12 +38,12 @@ def drawn(form="JPEG", size=(40, 30), mode="RGB"):
 def zipped():
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("1.jpg", drawn())
+        archive.writestr("1.jpg", image_file())
     return out.getvalue()
 
 
 def header_only_png(side):
-    """A PNG that says how large it is, and then little more."""
+    """A PNG whose header states a size that its pixels do not have."""
 
     def chunk(name, content):
         checksum = struct.pack(">I", zlib.crc32(name + content))
@@ -54,8 +54,8 @@ def header_only_png(side):
 
 
 def png_with(name, content):
-    """A PNG with a chunk more."""
-    body, head = drawn("PNG"), 8 + 25
+    """A PNG with an additional chunk."""
+    body, head = image_file("PNG"), 8 + 25
     checksum = struct.pack(">I", zlib.crc32(name + content))
     return body[:head] + struct.pack(">I", len(content)) + name + content + checksum + body[head:]
 
@@ -63,27 +63,29 @@ def png_with(name, content):
 def jpeg_with_exif(entries):
     """A JPEG whose EXIF is a directory with `entries`."""
     exif = b"Exif\0\0II*\0\x08\0\0\0" + entries
-    body = drawn()
+    body = image_file()
     return body[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + body[2:]
 
 
 def tiff_of_many_strips():
-    """A TIFF that says it has 2**32 - 1 strips."""
+    """A TIFF that states 2**32 - 1 strips."""
     tags = [(256, 1, 40), (257, 1, 30), (273, 2**32 - 1, 8), (279, 2**32 - 1, 8)]
     entries = b"".join(struct.pack("<HHII", tag, 4, count, at) for tag, count, at in tags)
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 BOMB = zlib.compress(bytes(50 << 20), 9)
-CIRCLE = struct.pack("<HHHII", 1, 0x8769, 4, 1, 8) + struct.pack("<I", 8)
-CROWD = struct.pack("<H", 65_535) + struct.pack("<HHII", 0x0112, 3, 2**32 - 1, 2**32 - 16) * 5000
+CYCLE = struct.pack("<HHHII", 1, 0x8769, 4, 1, 8) + struct.pack("<I", 8)
+MANY_ENTRIES = (
+    struct.pack("<H", 65_535) + struct.pack("<HHII", 0x0112, 3, 2**32 - 1, 2**32 - 16) * 5000
+)
 
-JPEG = drawn()
+JPEG = image_file()
 CHUNKED = response(body=b"", Content_Length="", Transfer_Encoding="chunked")
 
 
 def forever(head, block):
-    """Sends `head`, then `block` again and again, as fast as it is taken."""
+    """Sends `head`, then `block` without end."""
 
     def send(connection):
         connection.sendall(head)
@@ -118,18 +120,20 @@ def silent(content=b""):
     return lambda _head: send
 
 
-def first(*contents):
-    """Sends each content and ends the connection, then a picture."""
-    left = list(contents)
+def then_image(*contents):
+    """Sends one content for each connection and closes it; at last an image."""
+    remaining = list(contents)
     return lambda _head: (
-        lambda connection: connection.sendall(left.pop(0) if left else response(body=JPEG))
+        lambda connection: connection.sendall(
+            remaining.pop(0) if remaining else response(body=JPEG)
+        )
     )
 
 
 class Behaviour(NamedTuple):
     name: str
-    answer: object
-    becomes: str
+    respond: object
+    result: str
     requests: int | None = None
 
 
@@ -156,7 +160,7 @@ BEHAVIOURS = [
     B("silence", silent, "timeout", 1),
     B("silence after the head", lambda: silent(response(body=b"", Content_Length=9)), "timeout", 1),
     B("silence in the head", lambda: silent(HEAD + b"Content-Le"), "timeout", 1),
-    # without end
+    # endless
     B("endless body", lambda: forever(response(body=b"", Content_Length=""), b"x"), "too_large", 1),
     B("endless chunks", lambda: forever(CHUNKED, b"4\r\nabcd\r\n"), "too_large", 1),
     B("endless headers", lambda: forever(HEAD, b"X: y\r\n"), "connect", 3),
@@ -212,7 +216,7 @@ BEHAVIOURS = [
     B("chunk of no size", lambda: last(CHUNKED + b"\r\nabcde\r\n0\r\n\r\n"), "connect"),
     B("chunk of a wrong size", lambda: last(CHUNKED + b"zz\r\nabcde\r\n0\r\n\r\n"), "connect"),
     B("chunk of a huge size", lambda: last(CHUNKED + b"f" * 30 + b"\r\nabcde"), "connect", 3),
-    # packing
+    # compression
     B(
         "gzip bomb",
         lambda: response(body=gzip.compress(bytes(50 << 20)), Content_Encoding="gzip"),
@@ -226,13 +230,13 @@ BEHAVIOURS = [
         1,
     ),
     B(
-        "gzip unasked",
+        "gzip without request",
         lambda: response(body=gzip.compress(JPEG), Content_Encoding="gzip"),
         Status.SUCCESS,
     ),
-    B("gzip only said", lambda: response(body=JPEG, Content_Encoding="gzip"), Status.SUCCESS),
+    B("gzip stated wrongly", lambda: response(body=JPEG, Content_Encoding="gzip"), Status.SUCCESS),
     B(
-        "gzip cut",
+        "gzip truncated",
         lambda: response(body=gzip.compress(JPEG)[:-60], Content_Encoding="gzip"),
         "truncated",
         1,
@@ -249,15 +253,20 @@ BEHAVIOURS = [
         lambda: response(body=b"\x28\xb5\x2f\xfd\0", Content_Encoding="zstd"),
         "not_an_image",
     ),
-    # no HTTP
+    # not HTTP
     B("nothing", lambda: last(b""), "connect", 3),
     B("HTTP/0.9", lambda: last(b"<html>hello</html>"), "connect", 3),
-    B("TLS where none is due", lambda: last(b"\x15\x03\x01\x00\x02\x02\x28"), "connect", 3),
+    B("TLS on a plain port", lambda: last(b"\x15\x03\x01\x00\x02\x02\x28"), "connect", 3),
     B("another protocol", lambda: last(b"220 mail.example ESMTP\r\n"), "connect", 3),
     B("status of letters", lambda: last(b"HTTP/1.1 2x0 OK\r\n\r\n"), "connect", 3),
     B("status of two digits", lambda: last(b"HTTP/1.1 99 x\r\n\r\n"), "connect", 3),
     B("status of a million", lambda: last(b"HTTP/1.1 1000000 x\r\n\r\n"), "connect", 3),
-    B("status without words", lambda: last(b"HTTP/1.1 200\r\n\r\n" + JPEG), Status.SUCCESS, 1),
+    B(
+        "status without a reason phrase",
+        lambda: last(b"HTTP/1.1 200\r\n\r\n" + JPEG),
+        Status.SUCCESS,
+        1,
+    ),
     B("HTTP/1.0", lambda: last(GOOD.replace(b"1.1", b"1.0", 1)), Status.SUCCESS, 1),
     B("HTTP/9.9", lambda: last(GOOD.replace(b"1.1", b"9.9", 1)), "connect", 3),
     B(
@@ -271,18 +280,28 @@ BEHAVIOURS = [
     B("header with a null", lambda: last(HEAD + b"X: \x00\r\n\r\n" + JPEG), "connect", 3),
     B("lines without CR", lambda: last(GOOD.replace(b"\r\n", b"\n")), Status.SUCCESS, 1),
     # redirects
-    B("circle", lambda: in_sequence(*[redirect("/1.jpg")] * 6), "redirects", 6),
-    B("chain", lambda: in_sequence(*[redirect(f"/{n}.jpg") for n in range(6)]), "redirects", 6),
+    B("redirect cycle", lambda: in_sequence(*[redirect("/1.jpg")] * 6), "redirects", 6),
+    B(
+        "redirect chain",
+        lambda: in_sequence(*[redirect(f"/{n}.jpg") for n in range(6)]),
+        "redirects",
+        6,
+    ),
     B("redirect to nowhere", lambda: response(302), "http_4xx", 1),
     B(
-        "redirect to a long place",
+        "redirect to a long URL",
         lambda: in_sequence(redirect("/" + "x" * 60_000), GOOD),
         Status.SUCCESS,
         2,
     ),
     *(
-        B(f"redirect to {place}", lambda place=place: redirect(place), "blocked_address", 1)
-        for place in (
+        B(
+            f"redirect to {location}",
+            lambda location=location: redirect(location),
+            "blocked_address",
+            1,
+        )
+        for location in (
             "http://127.0.0.1/",
             "http://10.0.0.1/",
             "http://192.168.1.1/",
@@ -313,7 +332,7 @@ BEHAVIOURS = [
         2,
     ),
     B("placeholder", lambda: redirect("https://i.imgur.com/removed.png"), "placeholder", 1),
-    # connections that end too soon
+    # connections that end early
     B("reset", reset, "connect", 3),
     B("reset in the head", lambda: reset(HEAD + b"Content-"), "connect", 3),
     B(
@@ -322,8 +341,13 @@ BEHAVIOURS = [
         "connect",
         3,
     ),
-    B("closed, then success", lambda: first(b"", b""), Status.SUCCESS, 3),
-    B("cut, then success", lambda: first(response(body=b"", Content_Length=99)), Status.SUCCESS, 2),
+    B("closed, then success", lambda: then_image(b"", b""), Status.SUCCESS, 3),
+    B(
+        "truncated, then success",
+        lambda: then_image(response(body=b"", Content_Length=99)),
+        Status.SUCCESS,
+        2,
+    ),
     B(
         "429, then success",
         lambda: in_sequence(response(429, Retry_After="30"), GOOD),
@@ -337,45 +361,50 @@ BEHAVIOURS = [
         3,
     ),
     B("429 for an hour", lambda: response(429, Retry_After="3600"), "http_429", 1),
-    # bodies that are not what they say
+    # bodies of another type
     B("empty", lambda: response(body=b""), "empty", 1),
     B("no content", lambda: response(204, b""), "empty", 1),
     B("HTML", lambda: response(body=b"<!doctype html><p>gone"), "not_an_image", 1),
     B(
-        "HTML that says JPEG",
+        "HTML stated as JPEG",
         lambda: response(body=b"<html>", Content_Type="image/jpeg"),
         "not_an_image",
         1,
     ),
     B("zip", lambda: response(body=zipped(), Content_Type="image/jpeg"), "not_an_image", 1),
     B("SVG", lambda: response(body=b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "svg", 1),
-    B("JPEG cut", lambda: response(body=JPEG[:-30]), "truncated", 1),
+    B("JPEG truncated", lambda: response(body=JPEG[:-30]), "truncated", 1),
     B("JPEG with a tail", lambda: response(body=JPEG + b"<script>" * 99), Status.SUCCESS, 1),
     B("JPEG and a zip", lambda: response(body=JPEG + zipped()), Status.SUCCESS, 1),
     B(
-        "PNG that says JPEG",
-        lambda: response(body=drawn("PNG"), Content_Type="image/jpeg"),
+        "PNG stated as JPEG",
+        lambda: response(body=image_file("PNG"), Content_Type="image/jpeg"),
         Status.SUCCESS,
         1,
     ),
     B(
-        "JPEG that says HTML",
+        "JPEG stated as HTML",
         lambda: response(body=JPEG, Content_Type="text/html"),
         Status.SUCCESS,
         1,
     ),
     B("ICC bomb", lambda: response(body=png_with(b"iCCP", b"x\0\0" + BOMB)), "not_an_image", 1),
     B("text bomb", lambda: response(body=png_with(b"zTXt", b"x\0\0" + BOMB)), "not_an_image", 1),
-    B("EXIF that is a circle", lambda: response(body=jpeg_with_exif(CIRCLE)), Status.SUCCESS, 1),
-    B("EXIF of a crowd", lambda: response(body=jpeg_with_exif(CROWD)), Status.SUCCESS, 1),
+    B("EXIF with a cycle", lambda: response(body=jpeg_with_exif(CYCLE)), Status.SUCCESS, 1),
+    B(
+        "EXIF with many entries",
+        lambda: response(body=jpeg_with_exif(MANY_ENTRIES)),
+        Status.SUCCESS,
+        1,
+    ),
     B("TIFF of 2**32 strips", lambda: response(body=tiff_of_many_strips()), "not_an_image", 1),
     B("PNG of 65,500 a side", lambda: response(body=header_only_png(65_500)), "bomb", 1),
     B("PNG of 2**31 - 1 a side", lambda: response(body=header_only_png(2**31 - 1)), "bomb", 1),
 ]
 
 
-def outcome(client, url="http://a.example/1.jpg"):
-    """What becomes of a record with this address, as in `build`."""
+def result_of(client, url="http://a.example/1.jpg"):
+    """What result of a record with this address, as in `build`."""
     rules = Images()
     try:
         body = client.get(url).body
@@ -386,22 +415,23 @@ def outcome(client, url="http://a.example/1.jpg"):
     return Status.SUCCESS
 
 
-def client_of(host, **manners):
-    manners = {"connect_to": {"*.example": host.origin}, "timeout": TIMEOUT, **manners}
-    return new_client(Fetch(**manners), MOST_BYTES)
+def hostile_client(host, **politeness):
+    overrides = {"*.example": host.origin}
+    politeness = {"connect_to": overrides, "timeout": TIMEOUT, **politeness}
+    return new_client(Fetch(**politeness), MOST_BYTES)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as `images` has it outside of tests
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as `decoder` has it outside of tests
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
-def test_whatever_a_host_does_it_has_its_reason_and_soon(behaviour):
-    with FakeHost(behaviour.answer()) as host:
-        client = client_of(host)
+def test_every_behaviour_of_a_host_has_its_reason_within_the_timeout(behaviour):
+    with FakeHost(behaviour.respond()) as host:
+        client = hostile_client(host)
         started = time.monotonic()
 
-        found = outcome(client)
+        result = result_of(client)
 
         assert time.monotonic() - started < TIMEOUT + SOON
-    assert found == behaviour.becomes
+    assert result == behaviour.result
     assert behaviour.requests in {None, len(host.requests)}
     assert not any("\r\nX-Evil" in request for request in host.requests)
 
@@ -429,7 +459,7 @@ def run(*command):
 
 
 @pytest.mark.parametrize(
-    ("name", "trusted", "url", "becomes"),
+    ("name", "trusted", "url", "result"),
     [
         ("good", True, "https://a.example/1.jpg", Status.SUCCESS),
         ("good", True, "https://b.example/1.jpg", "tls"),
@@ -438,7 +468,9 @@ def run(*command):
         ("expired", True, "https://a.example/1.jpg", "tls"),
     ],
 )
-def test_a_certificate_must_be_right(monkeypatch, certificates, name, trusted, url, becomes):
+def test_a_certificate_must_be_valid_and_for_the_host(
+    monkeypatch, certificates, name, trusted, url, result
+):
     if trusted:
         monkeypatch.setenv("SSL_CERT_FILE", str(certificates / f"{name}.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -446,57 +478,60 @@ def test_a_certificate_must_be_right(monkeypatch, certificates, name, trusted, u
     with FakeHost(response(body=JPEG), tls=context) as host:
         started = time.monotonic()
 
-        assert outcome(client_of(host, connect_to={"*": host.origin}), url) == becomes
+        assert result_of(hostile_client(host, connect_to={"*": host.origin}), url) == result
 
         assert time.monotonic() - started < TIMEOUT + SOON
-    assert bool(host.requests) == (becomes == Status.SUCCESS)
+    assert bool(host.requests) == (result == Status.SUCCESS)
 
 
-@pytest.mark.parametrize("becomes", ["timeout", "connect"])
-def test_a_handshake_that_stops_is_soon_over(becomes):
+@pytest.mark.parametrize("result", ["timeout", "connect"])
+def test_a_handshake_that_stops_ends_at_the_timeout(result):
     def wait(connection):
         connection.recv(1 << 16)
-        if becomes == "timeout":
+        if result == "timeout":
             connection.recv(1)
 
     with FakeHost(b"") as host:
-        host._serve = lambda connection: talk(connection, wait)
+        host._serve = lambda connection: serve(connection, wait)
         origin = host.origin.replace("http:", "https:")
         started = time.monotonic()
 
-        assert outcome(client_of(host, connect_to={"*": origin}), "https://a.example/") == becomes
+        assert (
+            result_of(hostile_client(host, connect_to={"*": origin}), "https://a.example/")
+            == result
+        )
 
         assert time.monotonic() - started < TIMEOUT + SOON
 
 
-def talk(connection, wait):
+def serve(connection, wait):
     with connection:
         wait(connection)
 
 
-def test_a_connection_that_the_host_closes_early_costs_no_picture():
+def test_a_connection_that_the_host_closes_loses_no_image():
     with FakeHost(last(GOOD)) as host:
-        client = client_of(host)
+        client = hostile_client(host)
 
-        assert [outcome(client, f"http://a.example/{n}.jpg") for n in range(5)] == [
+        assert [result_of(client, f"http://a.example/{n}.jpg") for n in range(5)] == [
             Status.SUCCESS
         ] * 5
 
 
-def test_a_hostile_host_leaves_the_others_alone():
-    drips, well = drip(HEAD), response(body=JPEG)
+def test_a_hostile_host_delays_no_other():
+    drips, good = drip(HEAD), response(body=JPEG)
 
     def either(head):
-        return drips(head) if "Host: bad.example\r" in head else well
+        return drips(head) if "Host: bad.example\r" in head else good
 
     with FakeHost(either) as host:
-        client = client_of(host, per_host=1, retries=0)
-        bad = threading.Thread(target=outcome, args=(client, "http://bad.example/"))
+        client = hostile_client(host, per_host=1, retries=0)
+        bad = threading.Thread(target=result_of, args=(client, "http://bad.example/"))
         bad.start()
         started = time.monotonic()
-        found = {outcome(client, f"http://{n}.example/") for n in range(10)}
+        results = {result_of(client, f"http://{n}.example/") for n in range(10)}
         seconds = time.monotonic() - started
         bad.join()
 
-    assert found == {Status.SUCCESS}
+    assert results == {Status.SUCCESS}
     assert seconds < SOON

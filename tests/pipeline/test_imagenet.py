@@ -1,4 +1,4 @@
-"""ImageNet in the layouts in which people have it: the same images, the same shards."""
+"""ImageNet in its usual layouts: the same images give the same shards."""
 
 import io
 import json
@@ -29,11 +29,13 @@ CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius 
 BAD = {"empty": b"", "torn": b"\xff\xd8\xff", "text": b"GIF? no"}
 
 
-def drawn(name):
+def image_file(name):
     dice = random.Random(name)
     image = Image.new("RGB", (60, 48), tuple(dice.randrange(256) for _ in range(3)))
     out = io.BytesIO()
-    image.save(out, "PNG" if dice.random() < 0.2 else "JPEG")  # upstream has a PNG by that name
+    image.save(
+        out, "PNG" if dice.random() < 0.2 else "JPEG"
+    )  # upstream has a PNG with the extension JPEG
     return out.getvalue()
 
 
@@ -41,7 +43,7 @@ def images(count=12):
     """Name without ending, class, content."""
     names = list(CLASSES)
     return [
-        (f"{names[n % 2]}_{n * 7}", names[n % 2], drawn(f"{names[n % 2]}_{n * 7}"))
+        (f"{names[n % 2]}_{n * 7}", names[n % 2], image_file(f"{names[n % 2]}_{n * 7}"))
         for n in range(count)
     ]
 
@@ -52,13 +54,13 @@ def write_folder(root, entries, train="train"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(body)
     root.mkdir(exist_ok=True)
-    listed = "".join(f"{wordnet} {name}\n" for wordnet, name in CLASSES.items())
-    (root / "LOC_synset_mapping.txt").write_text(listed)
+    lines = "".join(f"{wordnet} {name}\n" for wordnet, name in CLASSES.items())
+    (root / "LOC_synset_mapping.txt").write_text(lines)
     return root
 
 
-def write_tables(root, entries, at="data"):
-    """As the hub's ILSVRC/imagenet-1k: image {bytes, path}, label; the class behind the name."""
+def write_parquet(root, entries, at="data"):
+    """The hub's layout: image {bytes, path} and label; the path ends with the class."""
     labels = list(CLASSES)
     (root / at).mkdir(parents=True)
     for number, some in enumerate([entries[:5], entries[5:]]):
@@ -70,12 +72,12 @@ def write_tables(root, entries, at="data"):
         pq.write_table(pa.Table.from_pylist(rows), root / at / name, row_group_size=3)
     held_out = root / at / "validation-00000-of-00001.parquet"
     shutil.copy(root / at / "train-00000-of-00002.parquet", held_out)
-    listed = "".join(f"{wordnet} {name}\n" for wordnet, name in CLASSES.items())
-    (root / "LOC_synset_mapping.txt").write_text(listed)
+    lines = "".join(f"{wordnet} {name}\n" for wordnet, name in CLASSES.items())
+    (root / "LOC_synset_mapping.txt").write_text(lines)
     return root
 
 
-def order_of(folder, raw, **changes):
+def source_build(folder, raw, **changes):
     return SourceBuild(
         recipe=load_recipe("imagenet1k", {"part_records": 5, **changes})[0],
         raw=str(raw),
@@ -84,36 +86,36 @@ def order_of(folder, raw, **changes):
     )
 
 
-def samples(order, manifest):
+def samples(build, manifest):
     """Members of every sample, by key and ending."""
     found = {}
     for shard in manifest.shards:
-        with tarfile.open(Path(order.manifest).parent / shard.path) as tar:
+        with tarfile.open(Path(build.manifest).parent / shard.path) as tar:
             found |= {member.name: tar.extractfile(member).read() for member in tar}
     return found
 
 
-def test_a_row_per_image_without_captions(tmp_path):
-    order = order_of(tmp_path, write_folder(tmp_path / "raw", images()))
+def test_each_image_is_one_row_without_captions(tmp_path):
+    build = source_build(tmp_path, write_folder(tmp_path / "raw", images()))
 
-    manifest = built(order)
+    manifest = built(build)
 
-    found = samples(order, manifest)
-    told = [json.loads(body) for name, body in found.items() if name.endswith(".json")]
+    found = samples(build, manifest)
+    described = [json.loads(body) for name, body in found.items() if name.endswith(".json")]
     ledgers = [
         row
         for shard in manifest.shards
         for row in pq.read_table(tmp_path / "manifests" / shard.ledger_path).to_pylist()
     ]
     assert manifest.kind == "images"
-    assert manifest.sources["imagenet1k"].counts.kept == 12 == len(told)
+    assert manifest.sources["imagenet1k"].counts.kept == 12 == len(described)
     assert Counter(name.rpartition(".")[2] for name in found) == {"jpg": 12, "json": 12}
-    assert {one["id"] for one in told} == {stem for stem, _, _ in images()}
-    assert all(one["captions"] == one["fields"] == [] for one in told)
+    assert {one["id"] for one in described} == {stem for stem, _, _ in images()}
+    assert all(one["captions"] == one["fields"] == [] for one in described)
     assert [row["caption"] for row in ledgers] == [None] * 12
     assert {row["num_pairs"] for row in ledgers} == {1}
     assert sum(shard.pairs for shard in manifest.shards) == 12
-    for one in told:
+    for one in described:
         wordnet = one["id"].partition("_")[0]
         label = list(CLASSES).index(wordnet)
         assert one["meta"] == {"class": wordnet, "class_name": CLASSES[wordnet], "label": label}
@@ -121,19 +123,19 @@ def test_a_row_per_image_without_captions(tmp_path):
 
 @pytest.mark.parametrize("train", ["ILSVRC/Data/CLS-LOC/train", "."])
 def test_every_layout_gives_the_same_shards(tmp_path, train):
-    orders = [
-        order_of(tmp_path / "a", write_folder(tmp_path / "raw_a", images())),
-        order_of(tmp_path / "b", write_folder(tmp_path / "raw_b", images(), train)),
-        order_of(tmp_path / "c", write_tables(tmp_path / "raw_c", images())),
-        order_of(tmp_path / "d", write_tables(tmp_path / "raw_d", images(), ".")),
+    builds = [
+        source_build(tmp_path / "a", write_folder(tmp_path / "raw_a", images())),
+        source_build(tmp_path / "b", write_folder(tmp_path / "raw_b", images(), train)),
+        source_build(tmp_path / "c", write_parquet(tmp_path / "raw_c", images())),
+        source_build(tmp_path / "d", write_parquet(tmp_path / "raw_d", images(), ".")),
     ]
 
-    found = [[shard.sha256 for shard in built(order).shards] for order in orders]
+    found = [[shard.sha256 for shard in built(build).shards] for build in builds]
 
     assert found == found[:1] * 4
 
 
-def test_bad_images_are_counted_and_stop_nothing(tmp_path):
+def test_bad_images_are_counted_and_the_build_continues(tmp_path):
     hostile = [(f"n01440764_{name}", "n01440764", body) for name, body in BAD.items()]
     raw = write_folder(tmp_path / "raw", [*images(), *hostile])
     folder = raw / "train" / "n01440764"
@@ -143,7 +145,7 @@ def test_bad_images_are_counted_and_stop_nothing(tmp_path):
     (folder / "n01440764_dir.JPEG").mkdir()
     Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.JPEG")).write_bytes(b"x")
 
-    counts = built(order_of(tmp_path, raw)).sources["imagenet1k"].counts
+    counts = built(source_build(tmp_path, raw)).sources["imagenet1k"].counts
 
     assert counts.unaccounted() == 0
     assert counts.pairs_in == 12 + 3 + 4
@@ -155,11 +157,11 @@ def test_bad_images_are_counted_and_stop_nothing(tmp_path):
 def test_rows_of_the_hub_without_bytes_or_path_are_counted_or_named(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
-    body = drawn("a")
+    body = image_file("a")
     rows = [
         {"image": {"bytes": body, "path": None}, "label": 1},
-        {"image": {"bytes": drawn("b"), "path": "../../etc/passwd"}, "label": 7},
-        {"image": {"bytes": drawn("c"), "path": "/etc/x.JPEG"}, "label": None},
+        {"image": {"bytes": image_file("b"), "path": "../../etc/passwd"}, "label": 7},
+        {"image": {"bytes": image_file("c"), "path": "/etc/x.JPEG"}, "label": None},
         {"image": {"bytes": None, "path": "a.JPEG"}, "label": 1},
         {"image": None, "label": 1},
     ]
@@ -168,41 +170,41 @@ def test_rows_of_the_hub_without_bytes_or_path_are_counted_or_named(tmp_path):
         ("label", pa.int64()),
     ])  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows, schema=kind), raw / "train-00000-of-00001.parquet")
-    order = order_of(tmp_path, raw)
+    build = source_build(tmp_path, raw)
 
-    manifest = built(order)
+    manifest = built(build)
 
     assert manifest.sources["imagenet1k"].counts.dropped == {"bad_row": 2}
-    told = [json.loads(b) for name, b in samples(order, manifest).items() if "json" in name]
+    described = [json.loads(b) for name, b in samples(build, manifest).items() if "json" in name]
     stem = "train-00000-of-00001"
-    assert {one["id"] for one in told} == {f"{stem}-0", f"{stem}-1", "x"}
+    assert {one["id"] for one in described} == {f"{stem}-0", f"{stem}-1", "x"}
     unpacked = tmp_path / "data" / "index" / "imagenet1k" / "images" / "train"
     assert {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*.*")} == {
         f"unknown/{name}.JPEG" for name in (f"{stem}-0", f"{stem}-1", "x")
     }
 
 
-def test_an_image_that_is_there_twice_is_kept_once(tmp_path):
-    raw = write_tables(tmp_path / "raw", [*images(), images()[0]])
+def test_a_repeated_image_is_kept_once(tmp_path):
+    raw = write_parquet(tmp_path / "raw", [*images(), images()[0]])
 
-    counts = built(order_of(tmp_path, raw)).sources["imagenet1k"].counts
+    counts = built(source_build(tmp_path, raw)).sources["imagenet1k"].counts
 
     assert (counts.kept, counts.dropped) == (12, {"repeat": 1})
 
 
-def test_unpacked_once_and_again_only_where_a_table_has_changed(tmp_path):
-    raw = write_tables(tmp_path / "raw", images())
-    order = order_of(tmp_path, raw)
-    first = built(order)
+def test_a_parquet_file_is_unpacked_again_only_after_a_change(tmp_path):
+    raw = write_parquet(tmp_path / "raw", images())
+    build = source_build(tmp_path, raw)
+    first = built(build)
     unpacked = tmp_path / "data" / "index" / "imagenet1k" / "images"
     before = {path: path.stat().st_mtime_ns for path in unpacked.rglob("*") if path.is_file()}
 
-    assert built(order) == first
+    assert built(build) == first
     assert before == {p: p.stat().st_mtime_ns for p in unpacked.rglob("*") if p.is_file()}
 
     shutil.rmtree(raw)
-    write_tables(raw, images(11))
-    assert built(order).sources["imagenet1k"].counts.kept == 11
+    write_parquet(raw, images(11))
+    assert built(build).sources["imagenet1k"].counts.kept == 11
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_unpacked_once_and_again_only_where_a_table_has_changed(tmp_path):
         ("val/n01440764/a.JPEG", b"x", "has neither train/n01440764"),
     ],
 )
-def test_a_folder_of_something_else_is_refused_in_a_sentence(tmp_path, name, content, words):
+def test_a_folder_without_imagenet_is_refused(tmp_path, name, content, words):
     (tmp_path / "raw" / "imagenet1k").mkdir(parents=True)
     if name:
         path = tmp_path / "raw" / "imagenet1k" / name
@@ -232,41 +234,41 @@ def test_a_folder_of_something_else_is_refused_in_a_sentence(tmp_path, name, con
         build_all(request, QUIET)
 
 
-def test_a_table_of_something_else_is_refused_in_a_sentence(tmp_path):
+def test_a_parquet_file_with_other_columns_is_refused(tmp_path):
     (tmp_path / "raw").mkdir()
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "raw" / "train-0.parquet")
 
     with pytest.raises(PmdError, match="no column image with bytes"):
-        built(order_of(tmp_path, tmp_path / "raw"))
+        built(source_build(tmp_path, tmp_path / "raw"))
 
 
 @needs_samples
-def test_real_photographs_are_read(tmp_path):
+def test_photographs_are_stored_at_the_recipes_size(tmp_path):
     photos = sorted((SAMPLES / "coco" / "mini" / "train2017").glob("*.jpg"))[:3]
     entries = [(f"n01440764_{n}", "n01440764", p.read_bytes()) for n, p in enumerate(photos)]
-    order = order_of(tmp_path, write_folder(tmp_path / "raw", entries))
+    build = source_build(tmp_path, write_folder(tmp_path / "raw", entries))
 
-    found = samples(order, built(order))
+    found = samples(build, built(build))
 
     sizes = [Image.open(io.BytesIO(b)).size for name, b in found.items() if "jpg" in name]
     assert [min(size) for size in sizes] == [256] * 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("write", [write_folder, write_tables])
+@pytest.mark.parametrize("write", [write_folder, write_parquet])
 @pytest.mark.parametrize("runner", ["local", "ray"])
 def test_any_number_of_workers_gives_the_same_manifest(tmp_path, runner, write):
     raw = write(tmp_path / "raw", images(40))
-    alone = built(order_of(tmp_path / "a", raw))
+    alone = built(source_build(tmp_path / "a", raw))
 
     with open_pool(runner, 2, None) as pool:
-        together = built(order_of(tmp_path / "b", raw), pool)
+        together = built(source_build(tmp_path / "b", raw), pool)
 
     assert together.digest == alone.digest
 
 
-def test_statistics_are_those_of_images(tmp_path):
-    manifest = built(order_of(tmp_path, write_folder(tmp_path / "raw", images())))
+def test_statistics_of_images_have_no_words(tmp_path):
+    manifest = built(source_build(tmp_path, write_folder(tmp_path / "raw", images())))
     console = Console(width=120, file=io.StringIO())
 
     [row] = statistics.lengths(manifest)
@@ -279,9 +281,9 @@ def test_statistics_are_those_of_images(tmp_path):
         statistics.plot([row], manifest, str(tmp_path / "a.png"))
 
 
-def test_another_layout_in_the_same_place_leaves_nothing_of_the_first(tmp_path):
-    built(order_of(tmp_path, write_tables(tmp_path / "tables", images())))
+def test_another_layout_in_the_same_folder_replaces_the_first(tmp_path):
+    built(source_build(tmp_path, write_parquet(tmp_path / "tables", images())))
 
-    manifest = built(order_of(tmp_path, write_folder(tmp_path / "folder", images()[:3])))
+    manifest = built(source_build(tmp_path, write_folder(tmp_path / "folder", images()[:3])))
 
     assert manifest.sources["imagenet1k"].counts.pairs_in == 3

@@ -1,4 +1,4 @@
-"""Shards exactly as img2dataset lays them out, right ones and wrong ones."""
+"""Shards in the layout of img2dataset, intact and damaged."""
 
 import hashlib
 import io
@@ -22,41 +22,42 @@ COLUMNS = (
 
 
 def record(number, **changes):
-    known = {
+    values = {
         "key": f"{number:016x}", "id": str(number), "url": url(number), "file": None,
         "licence": None, "width": None, "height": None, "sha256": None, "meta": None,
         "captions": ["another caption", f"a dog, number {number}"], "fields": ["caption"] * 2,
         "boxes": None, "spans": [0, 0], "rows": [0, 1],
     }  # fmt: skip
-    return IndexRecord(**{**known, **changes})
+    return IndexRecord(**{**values, **changes})
 
 
 def url(number):
     return f"http://Host{number}.example/a b/{number}.jpg?x=y"
 
 
-def fetched(number):
+def fetched_sha256(number):
     return hashlib.sha256(f"as fetched {number}".encode()).hexdigest()
 
 
 def row(number, key, **changes):
-    known = {
+    values = {
         "url": url(number), "caption": f"  a dog,\nnumber {number}", "key": key,
         "status": "success", "error_message": None, "width": 256, "height": 192,
-        "original_width": 1024, "original_height": 768, "exif": "{}", "sha256": fetched(number),
+        "original_width": 1024, "original_height": 768, "exif": "{}",
+        "sha256": fetched_sha256(number),
     }  # fmt: skip
-    return {**known, **changes}
+    return {**values, **changes}
 
 
 def failed(number, key, status="failed_to_download"):
-    nothing = dict.fromkeys(["width", "height", "original_width", "original_height", "exif"])
-    return row(number, key, **nothing, sha256=None, status=status, error_message="HTTP Error 404")
+    unknown = dict.fromkeys(["width", "height", "original_width", "original_height", "exif"])
+    return row(number, key, **unknown, sha256=None, status=status, error_message="HTTP Error 404")
 
 
-def write_shard(place, shard, rows, samples=None, image="jpg"):
-    """A tar with its Parquet file and its stats; `samples` says otherwise what the json holds."""
-    place.mkdir(exist_ok=True)
-    with tarfile.open(place / f"{shard:05d}.tar", "w") as tar:
+def write_shard(shards, shard, rows, samples=None, image="jpg"):
+    """A tar with its Parquet file and its stats; `samples` replaces JSON files by key."""
+    shards.mkdir(exist_ok=True)
+    with tarfile.open(shards / f"{shard:05d}.tar", "w") as tar:
         for one in rows:
             if one["status"] != "success":
                 continue
@@ -70,25 +71,25 @@ def write_shard(place, shard, rows, samples=None, image="jpg"):
                 entry = tarfile.TarInfo(f"{one['key']}.{extension}")
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
-    pq.write_table(pa.Table.from_pylist(rows), place / f"{shard:05d}.parquet")
-    (place / f"{shard:05d}_stats.json").write_text(json.dumps({"count": len(rows)}))
+    pq.write_table(pa.Table.from_pylist(rows), shards / f"{shard:05d}.parquet")
+    (shards / f"{shard:05d}_stats.json").write_text(json.dumps({"count": len(rows)}))
 
 
-def opened(place, records, folder=None):
-    catalogues = str(folder or place.parent / "catalogue")
+def look_up_in(shards, records, folder=None):
+    catalogues = str(folder or shards.parent / "catalogue")
     with open_pool("local", 1, None) as pool:
-        build_catalogue(str(place), catalogues, pool)
+        build_catalogue(str(shards), catalogues, pool)
     return open_img2dataset(catalogues, records)
 
 
-def refusal(place, wanted):
+def failure_kind(shards, record):
     with pytest.raises(RecordError) as caught:
-        opened(place, [wanted])(wanted)
+        look_up_in(shards, [record])(record)
     return caught.value.kind
 
 
 @pytest.fixture
-def place(tmp_path):
+def shards(tmp_path):
     return tmp_path / "shards"
 
 
@@ -96,49 +97,49 @@ def test_the_columns_of_these_tests_are_those_of_img2dataset():
     assert tuple(row(1, "000000000")) == COLUMNS
 
 
-def test_a_folder_of_shards_is_known_by_their_stats(place):
-    write_shard(place, 0, [row(1, "000000000")])
-    assert is_img2dataset(str(place))
+def test_a_folder_of_shards_is_recognised_by_their_stats(shards):
+    write_shard(shards, 0, [row(1, "000000000")])
+    assert is_img2dataset(str(shards))
 
-    (place / "00000_stats.json").unlink()
-    assert not is_img2dataset(str(place))
-    assert not is_img2dataset(str(place / "00000.tar"))
-    assert not is_img2dataset(str(place / "nowhere"))
+    (shards / "00000_stats.json").unlink()
+    assert not is_img2dataset(str(shards))
+    assert not is_img2dataset(str(shards / "00000.tar"))
+    assert not is_img2dataset(str(shards / "nowhere"))
 
 
 @pytest.mark.parametrize("image", ["jpg", "png", "webp"])
-def test_images_are_taken_with_what_is_known_of_them_as_fetched(place, image):
-    write_shard(place, 0, [row(n, f"00000000{n}") for n in (3, 1)], image=image)
-    write_shard(place, 1, [row(n, f"00001000{n}") for n in (2, 4)], image=image)
+def test_images_come_with_their_original_sha256_and_size(shards, image):
+    write_shard(shards, 0, [row(n, f"00000000{n}") for n in (3, 1)], image=image)
+    write_shard(shards, 1, [row(n, f"00001000{n}") for n in (2, 4)], image=image)
     records = [record(number) for number in (1, 2, 3, 4)]
 
-    shelf = opened(place, records)
+    look_up = look_up_in(shards, records)
 
-    for number, wanted in enumerate(records, start=1):
-        found = shelf(wanted)
-        assert found.body == f"stored {url(number)}".encode()
-        assert found.sha256 == fetched(number)
-        assert found.original_size == (1024, 768)
-        assert found.final_url is None
-
-
-def test_a_catalogue_may_lie_in_a_folder_of_any_name(place, tmp_path):
-    write_shard(place, 0, [row(1, "000000000")])
-    write_shard(place, 1, [row(2, "000010000")])
-    wanted = [record(1), record(2)]
-
-    shelf = opened(place, wanted, tmp_path / "data[1-2] {a,b} *?" / "catalogue")
-
-    assert [shelf(one).body for one in wanted] == [f"stored {url(n)}".encode() for n in (1, 2)]
+    for number, target in enumerate(records, start=1):
+        fetched_image = look_up(target)
+        assert fetched_image.body == f"stored {url(number)}".encode()
+        assert fetched_image.sha256 == fetched_sha256(number)
+        assert fetched_image.original_size == (1024, 768)
+        assert fetched_image.final_url is None
 
 
-def test_what_the_shards_do_not_have_is_left_to_other_places(place):
-    write_shard(place, 0, [row(1, "000000000")])
+def test_the_folder_of_a_catalogue_may_have_any_name(shards, tmp_path):
+    write_shard(shards, 0, [row(1, "000000000")])
+    write_shard(shards, 1, [row(2, "000010000")])
+    target = [record(1), record(2)]
+
+    look_up = look_up_in(shards, target, tmp_path / "data[1-2] {a,b} *?" / "catalogue")
+
+    assert [look_up(one).body for one in target] == [f"stored {url(n)}".encode() for n in (1, 2)]
+
+
+def test_images_that_the_shards_do_not_have_are_none(shards):
+    write_shard(shards, 0, [row(1, "000000000")])
     others = [record(2), record(3, url=None)]
 
-    shelf = opened(place, [record(1), *others])
+    look_up = look_up_in(shards, [record(1), *others])
 
-    assert [shelf(other) for other in others] == [None, None]
+    assert [look_up(other) for other in others] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -148,106 +149,106 @@ def test_what_the_shards_do_not_have_is_left_to_other_places(place):
         "HTTP://HOST1.EXAMPLE:80/a b/1.jpg?x=y#top",
     ],
 )
-def test_an_address_is_known_in_every_spelling(place, spelling):
-    write_shard(place, 0, [row(1, "000000000")])
-    wanted = record(1, url=spelling)
+def test_a_url_is_found_in_every_spelling(shards, spelling):
+    write_shard(shards, 0, [row(1, "000000000")])
+    target = record(1, url=spelling)
 
-    assert opened(place, [wanted])(wanted).sha256 == fetched(1)
+    assert look_up_in(shards, [target])(target).sha256 == fetched_sha256(1)
 
 
-def test_one_caption_of_the_record_is_enough_and_none_is_no_contradiction(place):
+def test_one_matching_caption_is_enough_and_a_missing_caption_is_accepted(shards):
     without = row(2, "000000001")
     del without["caption"]
     write_shard(
-        place,
+        shards,
         0,
         [row(1, "000000000"), row(2, "000000001", caption=None)],
         samples={"000000001": without},
     )
     records = [record(1), record(2)]
-    shelf = opened(place, records)
+    look_up = look_up_in(shards, records)
 
-    assert all(shelf(wanted) for wanted in records)
-
-
-def test_another_caption_is_refused(place):
-    write_shard(place, 0, [row(1, "000000000", caption="a cat")])
-
-    assert refusal(place, record(1)) == "caption_mismatch"
+    assert all(look_up(target) for target in records)
 
 
-@pytest.mark.parametrize("stated", [fetched(2), None, 7])
-def test_a_json_with_another_sha256_than_its_parquet_is_refused(place, stated):
+def test_another_caption_is_refused(shards):
+    write_shard(shards, 0, [row(1, "000000000", caption="a cat")])
+
+    assert failure_kind(shards, record(1)) == "caption_mismatch"
+
+
+@pytest.mark.parametrize("stated", [fetched_sha256(2), None, 7])
+def test_a_json_with_another_sha256_than_its_parquet_is_refused(shards, stated):
     sample = row(1, "000000000", sha256=stated)
-    write_shard(place, 0, [row(1, "000000000")], samples={"000000000": sample})
+    write_shard(shards, 0, [row(1, "000000000")], samples={"000000000": sample})
 
-    assert refusal(place, record(1)) == "changed"
+    assert failure_kind(shards, record(1)) == "changed"
 
 
 @pytest.mark.parametrize("stated", [None, "", "abc", "G" * 64])
-def test_a_shard_that_states_no_sha256_is_refused(place, stated):
-    write_shard(place, 0, [row(1, "000000000", sha256=stated), row(2, "000000001")])
+def test_a_shard_that_states_no_sha256_is_refused(shards, stated):
+    write_shard(shards, 0, [row(1, "000000000", sha256=stated), row(2, "000000001")])
 
-    assert refusal(place, record(1)) == "changed"
+    assert failure_kind(shards, record(1)) == "changed"
 
 
-def test_other_bytes_than_upstream_s_are_refused(place):
-    write_shard(place, 0, [row(1, "000000000")])
+def test_bytes_other_than_upstreams_are_refused(shards):
+    write_shard(shards, 0, [row(1, "000000000")])
 
-    assert refusal(place, record(1, sha256=fetched(2))) == "changed"
-    wanted = record(1, sha256=fetched(1))
-    assert opened(place, [wanted])(wanted).sha256 == fetched(1)
+    assert failure_kind(shards, record(1, sha256=fetched_sha256(2))) == "changed"
+    target = record(1, sha256=fetched_sha256(1))
+    assert look_up_in(shards, [target])(target).sha256 == fetched_sha256(1)
 
 
 @pytest.mark.parametrize("status", ["failed_to_download", "failed_to_resize", None])
-def test_a_row_that_failed_is_not_in_the_archive(place, status):
-    write_shard(place, 0, [failed(1, "000000000", status), row(2, "000000001")])
+def test_a_row_that_failed_is_not_in_the_archive(shards, status):
+    write_shard(shards, 0, [failed(1, "000000000", status), row(2, "000000001")])
 
-    assert refusal(place, record(1)) == "not_in_archive"
+    assert failure_kind(shards, record(1)) == "not_in_archive"
 
 
-def test_of_two_rows_of_an_address_the_one_that_worked_is_taken(place):
-    write_shard(place, 0, [failed(1, "000000000"), row(1, "000000001"), failed(1, "000000002")])
+def test_of_several_rows_of_a_url_the_successful_one_is_taken(shards):
+    write_shard(shards, 0, [failed(1, "000000000"), row(1, "000000001"), failed(1, "000000002")])
 
-    assert opened(place, [record(1)])(record(1)).sha256 == fetched(1)
+    assert look_up_in(shards, [record(1)])(record(1)).sha256 == fetched_sha256(1)
 
 
 @pytest.mark.parametrize("lost", ["jpg", "json"])
-def test_a_row_without_its_members_is_not_in_the_archive(place, lost):
-    write_shard(place, 0, [row(1, "000000000")])
-    with tarfile.open(place / "00000.tar") as tar:
+def test_a_row_without_its_members_is_not_in_the_archive(shards, lost):
+    write_shard(shards, 0, [row(1, "000000000")])
+    with tarfile.open(shards / "00000.tar") as tar:
         kept = {name: tar.extractfile(name).read() for name in tar.getnames()}
     del kept[f"000000000.{lost}"]
-    with tarfile.open(place / "00000.tar", "w") as tar:
+    with tarfile.open(shards / "00000.tar", "w") as tar:
         for name, content in kept.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
 
-    assert refusal(place, record(1)) == "not_in_archive"
+    assert failure_kind(shards, record(1)) == "not_in_archive"
 
 
-def test_the_tar_of_another_shard_is_found_out(place):
-    write_shard(place, 0, [row(1, "000000000")])
-    write_shard(place, 1, [row(2, "000010000")])
-    swap(place / "00000.tar", place / "00001.tar")
+def test_the_tar_of_another_shard_is_detected(shards):
+    write_shard(shards, 0, [row(1, "000000000")])
+    write_shard(shards, 1, [row(2, "000010000")])
+    swap(shards / "00000.tar", shards / "00001.tar")
 
-    assert refusal(place, record(1)) == "not_in_archive"
+    assert failure_kind(shards, record(1)) == "not_in_archive"
 
 
-def test_the_tar_of_another_run_is_found_out(place, tmp_path):
-    write_shard(place, 0, [row(1, "000000000")])
+def test_the_tar_of_another_run_is_detected(shards, tmp_path):
+    write_shard(shards, 0, [row(1, "000000000")])
     write_shard(tmp_path / "other", 0, [row(2, "000000000")])
-    swap(place / "00000.tar", tmp_path / "other" / "00000.tar")
+    swap(shards / "00000.tar", tmp_path / "other" / "00000.tar")
 
-    assert refusal(place, record(1)) == "caption_mismatch"
+    assert failure_kind(shards, record(1)) == "caption_mismatch"
 
 
-def test_a_json_about_another_address_is_refused(place):
+def test_a_json_with_another_url_is_refused(shards):
     sample = row(1, "000000000", url=url(2))
-    write_shard(place, 0, [row(1, "000000000")], samples={"000000000": sample})
+    write_shard(shards, 0, [row(1, "000000000")], samples={"000000000": sample})
 
-    assert refusal(place, record(1)) == "caption_mismatch"
+    assert failure_kind(shards, record(1)) == "caption_mismatch"
 
 
 def swap(one, other):
@@ -257,43 +258,43 @@ def swap(one, other):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
-def test_a_json_that_is_damaged_is_refused(place, content):
-    write_shard(place, 0, [row(1, "000000000")], samples={"000000000": content})
+def test_a_damaged_json_is_refused(shards, content):
+    write_shard(shards, 0, [row(1, "000000000")], samples={"000000000": content})
 
-    assert refusal(place, record(1)) == "truncated"
+    assert failure_kind(shards, record(1)) == "truncated"
 
 
 @pytest.mark.parametrize("size", [0, -1, None, "1024"])
-def test_a_size_that_cannot_be_is_not_known(place, size):
+def test_an_impossible_size_is_ignored(shards, size):
     sample = row(1, "000000000", original_width=size)
-    write_shard(place, 0, [row(1, "000000000")], samples={"000000000": sample})
+    write_shard(shards, 0, [row(1, "000000000")], samples={"000000000": sample})
 
-    assert opened(place, [record(1)])(record(1)).original_size is None
+    assert look_up_in(shards, [record(1)])(record(1)).original_size is None
 
 
-def test_a_tar_that_was_cut_since_loses_a_record(place):
-    write_shard(place, 0, [row(1, "000000000")])
-    shelf = opened(place, [record(1)])
-    (place / "00000.tar").write_bytes((place / "00000.tar").read_bytes()[:520])
+def test_a_tar_that_was_truncated_after_opening_fails_one_record(shards):
+    write_shard(shards, 0, [row(1, "000000000")])
+    look_up = look_up_in(shards, [record(1)])
+    (shards / "00000.tar").write_bytes((shards / "00000.tar").read_bytes()[:520])
 
     with pytest.raises(RecordError) as caught:
-        shelf(record(1))
+        look_up(record(1))
     assert caught.value.kind == "truncated"
 
 
-def test_a_tar_that_went_away_is_named(place):
-    write_shard(place, 0, [row(1, "000000000")])
-    shelf = opened(place, [record(1)])
-    (place / "00000.tar").unlink()
+def test_a_deleted_tar_is_named_in_the_error(shards):
+    write_shard(shards, 0, [row(1, "000000000")])
+    look_up = look_up_in(shards, [record(1)])
+    (shards / "00000.tar").unlink()
 
     with pytest.raises(PmdError, match=r"00000\.tar"):
-        shelf(record(1))
+        look_up(record(1))
 
 
 @pytest.mark.parametrize("damage", ["no parquet", "cut parquet", "cut tar", "no sha256"])
-def test_a_shard_that_cannot_be_checked_is_named(place, damage):
-    write_shard(place, 0, [row(1, "000000000")])
-    table, tar = place / "00000.parquet", place / "00000.tar"
+def test_an_unreadable_shard_is_named_in_the_error(shards, damage):
+    write_shard(shards, 0, [row(1, "000000000")])
+    table, tar = shards / "00000.parquet", shards / "00000.tar"
     if damage == "no parquet":
         table.unlink()
     elif damage == "cut parquet":
@@ -304,22 +305,22 @@ def test_a_shard_that_cannot_be_checked_is_named(place, damage):
         pq.write_table(pq.read_table(table).drop(["sha256"]), table)
 
     with pytest.raises(PmdError, match="sha256" if damage == "no sha256" else "00000"):
-        opened(place, [])
+        look_up_in(shards, [])
 
 
-def test_shards_that_went_away_are_forgotten(place):
+def test_deleted_shards_leave_the_catalogue(shards):
     for shard in (0, 1):
-        write_shard(place, shard, [row(shard, f"0000{shard}0000")])
-    assert opened(place, [record(1)])(record(1))
+        write_shard(shards, shard, [row(shard, f"0000{shard}0000")])
+    assert look_up_in(shards, [record(1)])(record(1))
 
-    for path in place.glob("00001*"):
+    for path in shards.glob("00001*"):
         path.unlink()
 
-    assert opened(place, [record(1)])(record(1)) is None
+    assert look_up_in(shards, [record(1)])(record(1)) is None
 
 
-def test_shards_are_found_from_any_folder(place, tmp_path, monkeypatch):
-    write_shard(place, 0, [row(1, "000000000")])
+def test_shards_are_found_from_any_working_directory(shards, tmp_path, monkeypatch):
+    write_shard(shards, 0, [row(1, "000000000")])
     monkeypatch.chdir(tmp_path)
     with open_pool("local", 1, None) as pool:
         build_catalogue("shards", "catalogue", pool)
@@ -329,8 +330,8 @@ def test_shards_are_found_from_any_folder(place, tmp_path, monkeypatch):
     assert open_img2dataset(str(tmp_path / "catalogue"), [record(1)])(record(1))
 
 
-def test_an_empty_shard_is_no_trouble(place):
-    write_shard(place, 0, [row(1, "000000000")])
-    write_shard(place, 1, [failed(2, "000010000"), row(3, "000010001", url=None, status="failed")])
+def test_a_shard_without_images_is_accepted(shards):
+    write_shard(shards, 0, [row(1, "000000000")])
+    write_shard(shards, 1, [failed(2, "000010000"), row(3, "000010001", url=None, status="failed")])
 
-    assert opened(place, [record(1)])(record(1)).sha256 == fetched(1)
+    assert look_up_in(shards, [record(1)])(record(1)).sha256 == fetched_sha256(1)

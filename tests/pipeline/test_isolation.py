@@ -1,4 +1,4 @@
-"""A picture that kills its decoder costs that picture, and no other."""
+"""An image that crashes the decoder fails alone."""
 
 import random
 import subprocess
@@ -16,34 +16,34 @@ from pmd_pipeline.images.decode.processor import ImageProcessor
 from pmd_pipeline.images.fetch.client import FetchedImage
 from pmd_pipeline.recipe import Images
 
-MARK = b"this one kills"
+MARK = b"this one crashes"
 
-DEADLY = f"""
+CRASHING_DECODER = f"""
 import ctypes
 import simplejpeg
 
 decode = simplejpeg.decode_jpeg
 
-def deadly(body, *args, **keywords):
+def crashing(body, *args, **keywords):
     if {MARK!r} in bytes(body):
-        ctypes.string_at(0)  # as a decoder does: at once, in the thread that is at it
+        ctypes.string_at(0)  # a segmentation fault
     return decode(body, *args, **keywords)
 
-simplejpeg.decode_jpeg = deadly
+simplejpeg.decode_jpeg = crashing
 """
-"""A decoder with a hole in it: Python runs a module of this name in every process it starts."""
+"""Python imports `sitecustomize` at the start of every process."""
 
 
 @pytest.fixture
-def deadly(tmp_path, monkeypatch):
-    folder = tmp_path / "deadly"
+def crashing_decoder(tmp_path, monkeypatch):
+    folder = tmp_path / "crashing_decoder"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(DEADLY)
+    (folder / "sitecustomize.py").write_text(CRASHING_DECODER)
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
 def mark(path: Path) -> None:
-    """Write the mark into a JPEG, as a comment."""
+    """Insert the mark into a JPEG as a comment."""
     body = path.read_bytes()
     comment = b"\xff\xfe" + (2 + len(MARK)).to_bytes(2, "big") + MARK
     path.write_bytes(body[:2] + comment + body[2:])
@@ -55,33 +55,35 @@ def body(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_suspect_is_made_apart_and_only_what_kills_again_is_a_crash(tmp_path, deadly, body):
+def test_a_suspect_is_decoded_in_a_subprocess_and_fails_only_if_that_crashes_too(
+    tmp_path, crashing_decoder, body
+):
     keys = ["0" * _KEY_BYTES, "1" * _KEY_BYTES]
     marked = tmp_path / "marked.jpg"
     marked.write_bytes(body)
     mark(marked)
     (tmp_path / ".part.first.note.tmp").write_text(keys[0])
     (tmp_path / ".part.second.note.tmp").write_text(keys[1])
-    maker = ImageProcessor(Images())
+    processor = ImageProcessor(Images())
 
-    with isolated_processor(maker, str(tmp_path), "part") as careful:
-        well = careful.process(keys[0], FetchedImage(body))
-        killed = careful.process(keys[1], FetchedImage(marked.read_bytes()))
+    with isolated_processor(processor, str(tmp_path), "part") as isolated:
+        intact = isolated.process(keys[0], FetchedImage(body))
+        crashed = isolated.process(keys[1], FetchedImage(marked.read_bytes()))
 
-    assert well == maker.process(FetchedImage(body))
-    assert (killed.status, killed.reason) == ("failed_to_resize", "crash")
+    assert intact == processor.process(FetchedImage(body))
+    assert (crashed.status, crashed.reason) == ("failed_to_resize", "crash")
     assert not list(tmp_path.glob(".part*"))
 
 
-def test_who_dies_leaves_the_key_of_what_it_was_at(tmp_path, body):
-    class Dying(ImageProcessor):
-        def process(self, found):
+def test_the_note_holds_the_key_of_the_record_in_progress(tmp_path, body):
+    class Recording(ImageProcessor):
+        def process(self, fetched):
             notes.append([path.read_bytes().decode() for path in tmp_path.glob(".part*")])
-            return super().process(found)
+            return super().process(fetched)
 
     notes = []
-    with isolated_processor(Dying(Images()), str(tmp_path), "part") as careful:
-        careful.process("a" * _KEY_BYTES, FetchedImage(body))
+    with isolated_processor(Recording(Images()), str(tmp_path), "part") as isolated:
+        isolated.process("a" * _KEY_BYTES, FetchedImage(body))
         notes.append([path.read_bytes().decode() for path in tmp_path.glob(".part*")])
 
     assert notes == [["a" * _KEY_BYTES], ["-" * _KEY_BYTES]]
@@ -89,16 +91,18 @@ def test_who_dies_leaves_the_key_of_what_it_was_at(tmp_path, body):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runner", ["local", "ray"])
-def test_a_build_loses_the_pictures_that_kill_and_no_others(tmp_path, deadly, runner):
+def test_a_build_loses_the_images_that_crash_the_decoder_and_no_others(
+    tmp_path, crashing_decoder, runner
+):
     write_rows(tmp_path / "raw", toy_rows(60))
     pictures = write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(60)])
     recipe = tmp_path / "toy.toml"
     recipe.write_text('source = "cc3m"\npart_records = 20\n')
-    killers = random.Random(0).sample(range(60), 1)
-    for number in killers:
+    crashing = random.Random(0).sample(range(60), 1)
+    for number in crashing:
         mark(pictures / f"{number}.jpg")
 
-    done = subprocess.run(
+    process = subprocess.run(
         [
             *(sys.executable, "-m", "pmd_pipeline.cli", "build", "--recipe", str(recipe)),
             *("--raw", str(tmp_path / "raw"), "--images", str(pictures)),
@@ -110,13 +114,13 @@ def test_a_build_loses_the_pictures_that_kill_and_no_others(tmp_path, deadly, ru
         text=True,
     )
 
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     manifest = load_manifest(str(tmp_path / "manifests" / "cc3m.json"))
     pairs = Counter(address for _, address in toy_rows(60))
-    lost = sum(pairs[f"http://a.test/{number}.jpg"] for number in killers)
-    assert manifest.sources["cc3m"].counts.failed == {"crash": lost}
+    num_lost = sum(pairs[f"http://a.test/{number}.jpg"] for number in crashing)
+    assert manifest.sources["cc3m"].counts.failed == {"crash": num_lost}
     ledgers = (tmp_path / "out" / "shards" / "cc3m").glob("*.parquet")
     rows = pl.concat([pl.read_parquet(path) for path in sorted(ledgers)])
-    crashed = rows.filter(pl.col("reason") == "crash")["url"].to_list()
-    assert crashed == [f"http://a.test/{number}.jpg" for number in killers]
+    crashed_urls = rows.filter(pl.col("reason") == "crash")["url"].to_list()
+    assert crashed_urls == [f"http://a.test/{number}.jpg" for number in crashing]
     assert not list((tmp_path / "out").rglob("*.note.tmp"))

@@ -1,3 +1,5 @@
+"""Local images in folders, zips and tars, intact and damaged."""
+
 import io
 import struct
 import tarfile
@@ -53,19 +55,19 @@ def make_tar(path, files, mode="w"):
 
 
 @pytest.fixture(params=["folder", "zip", "tar"])
-def shelf(request, tmp_path):
+def look_up(request, tmp_path):
     path = tmp_path / f"images.{request.param}"
     {"folder": make_folder, "zip": make_zip, "tar": make_tar}[request.param](path, FILES)
     return open_archive(str(path))
 
 
-def body_of(found):
-    return found.body if found else None
+def body_of(fetched):
+    return fetched.body if fetched else None
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_image_is_found_by_its_path(shelf, name):
-    assert shelf(record(file=name)).body == FILES[name]
+def test_an_image_is_found_by_its_path(look_up, name):
+    assert look_up(record(file=name)).body == FILES[name]
 
 
 @pytest.mark.parametrize(
@@ -79,30 +81,30 @@ def test_an_image_is_found_by_its_path(shelf, name):
         ("1", None),
     ],
 )
-def test_an_image_is_found_without_the_folder_around_it(shelf, file, body):
-    assert body_of(shelf(record(file=file))) == body
+def test_an_image_is_found_without_the_folder_around_it(look_up, file, body):
+    assert body_of(look_up(record(file=file))) == body
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_an_image_in_an_archive_is_found_by_a_name_that_only_it_has(tmp_path, kind):
+def test_an_image_in_a_zip_or_tar_is_found_by_a_unique_base_name(tmp_path, kind):
     path = tmp_path / f"images.{kind}"
     {"zip": make_zip, "tar": make_tar}[kind](path, FILES)
-    shelf = open_archive(str(path))
+    look_up = open_archive(str(path))
 
-    assert shelf(record(file="other/3.jpg")).body == b"three"
-    assert shelf(record(url="https://a.example/x/3.jpg?size=z#top")).body == b"three"
-    assert shelf(record(file="other/2.jpg")) is None  # which of the two, nobody can say
+    assert look_up(record(file="other/3.jpg")).body == b"three"
+    assert look_up(record(url="https://a.example/x/3.jpg?size=z#top")).body == b"three"
+    assert look_up(record(file="other/2.jpg")) is None  # two files have that name
 
 
-def test_a_leading_dot_in_a_tar_is_no_folder(tmp_path):
+def test_a_leading_dot_in_a_tar_is_ignored(tmp_path):
     make_tar(tmp_path / "images.tar", {f"./{name}": content for name, content in FILES.items()})
-    shelf = open_archive(str(tmp_path / "images.tar"))
+    look_up = open_archive(str(tmp_path / "images.tar"))
 
-    assert shelf(record(file="train2014/2.jpg")).body == b"two"
-    assert shelf(record(file="4.jpg")).body == b"four"
+    assert look_up(record(file="train2014/2.jpg")).body == b"two"
+    assert look_up(record(file="4.jpg")).body == b"four"
 
 
-def test_the_candidate_names_an_image_go_from_exact_to_bare():
+def test_candidate_names_go_from_exact_to_bare():
     both = record(file="a/b/c.jpg", url="http://a.example/x/d%20e.jpg?f/g#h")
 
     assert candidate_names(both) == ["a/b/c.jpg", "d%20e.jpg", "d e.jpg", "b/c.jpg", "c.jpg"]
@@ -125,39 +127,39 @@ def test_the_candidate_names_an_image_go_from_exact_to_bare():
         "/".join(["n" * 200] * 30),
     ],
 )
-def test_a_hostile_name_stays_in_its_folder(tmp_path, name):
+def test_a_hostile_name_does_not_leave_the_folder(tmp_path, name):
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     make_folder(tmp_path / "images", FILES)
-    shelf = open_archive(str(tmp_path / "images"))
+    look_up = open_archive(str(tmp_path / "images"))
 
-    assert shelf(record(file=name)) is None
-    assert shelf(record(file=str(tmp_path / "secret.jpg"))) is None
-    assert shelf(record(url=f"http://a.example/{name.replace('/', '%2F')}")) is None
+    assert look_up(record(file=name)) is None
+    assert look_up(record(file=str(tmp_path / "secret.jpg"))) is None
+    assert look_up(record(url=f"http://a.example/{name.replace('/', '%2F')}")) is None
 
 
-def test_a_folder_may_be_made_of_links(tmp_path):
+def test_a_folder_may_have_symbolic_links(tmp_path):
     make_folder(tmp_path / "disk", FILES)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "train2014").symlink_to(tmp_path / "disk" / "train2014")
 
-    shelf = open_archive(str(tmp_path / "images"))
+    look_up = open_archive(str(tmp_path / "images"))
 
-    assert shelf(record(file="train2014/1.jpg")).body == b"one"
+    assert look_up(record(file="train2014/1.jpg")).body == b"one"
 
 
-def test_links_and_folders_in_a_tar_are_no_images(tmp_path):
+def test_links_and_folders_in_a_tar_are_skipped(tmp_path):
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
             entry = tarfile.TarInfo(f"{kind.decode()}.jpg")
             entry.type, entry.linkname = kind, "/etc/passwd"
             tar.addfile(entry)
-    shelf = open_archive(str(tmp_path / "images.tar"))
+    look_up = open_archive(str(tmp_path / "images.tar"))
 
-    assert [shelf(record(file=f"{kind}.jpg")) for kind in "2156"] == [None] * 4
+    assert [look_up(record(file=f"{kind}.jpg")) for kind in "2156"] == [None] * 4
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_damaged_member_of_a_zip_is_one_lost_record(tmp_path, compression):
+def test_a_damaged_member_of_a_zip_fails_one_record(tmp_path, compression):
     path = tmp_path / "images.zip"
     make_zip(path, {"1.jpg": b"one" * 50, "2.jpg": b"two" * 50}, compression=compression)
     with zipfile.ZipFile(path) as archive:
@@ -165,65 +167,65 @@ def test_a_damaged_member_of_a_zip_is_one_lost_record(tmp_path, compression):
     content = bytearray(path.read_bytes())
     content[start : start + 4] = b"\xff\xff\xff\xff"
     path.write_bytes(content)
-    shelf = open_archive(str(path))
+    look_up = open_archive(str(path))
 
     with pytest.raises(RecordError) as caught:
-        shelf(record(file="1.jpg"))
+        look_up(record(file="1.jpg"))
 
     assert caught.value.kind == "truncated"
-    assert shelf(record(file="2.jpg")).body == b"two" * 50
+    assert look_up(record(file="2.jpg")).body == b"two" * 50
 
 
-def test_a_tar_that_lost_its_end_since_is_one_lost_record(tmp_path):
+def test_a_tar_that_was_truncated_after_opening_fails_one_record(tmp_path):
     path = tmp_path / "images.tar"
     make_tar(path, {"1.jpg": b"one", "2.jpg": b"two" * 500})
-    shelf = open_archive(str(path))
+    look_up = open_archive(str(path))
     path.write_bytes(path.read_bytes()[:2000])
 
-    assert shelf(record(file="1.jpg")).body == b"one"
+    assert look_up(record(file="1.jpg")).body == b"one"
     with pytest.raises(RecordError) as caught:
-        shelf(record(file="2.jpg"))
+        look_up(record(file="2.jpg"))
     assert caught.value.kind == "truncated"
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
-def test_a_file_too_large_for_memory_is_not_read(tmp_path, kind, monkeypatch):
+def test_a_file_above_the_limit_is_not_read(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(archives, "_MAX_BYTES", 99)
     path = tmp_path / f"images.{kind}"
     make = {"folder": make_folder, "zip": make_zip, "tar": make_tar}[kind]
     make(path, {"1.jpg": bytes(99), "2.jpg": bytes(100)})
-    shelf = open_archive(str(path))
+    look_up = open_archive(str(path))
 
-    assert shelf(record(file="1.jpg")).body == bytes(99)
+    assert look_up(record(file="1.jpg")).body == bytes(99)
     with pytest.raises(RecordError) as caught:
-        shelf(record(file="2.jpg"))
+        look_up(record(file="2.jpg"))
     assert caught.value.kind == "too_large"
 
 
 @pytest.mark.parametrize(
     ("name", "mode"), [("a.tar.gz", "w:gz"), ("a.tgz", "w:gz"), ("a.tar", "w:bz2"), ("a", "w:xz")]
 )
-def test_a_compressed_tar_is_to_be_unpacked_first(tmp_path, name, mode):
+def test_a_compressed_tar_is_refused(tmp_path, name, mode):
     make_tar(tmp_path / name, FILES, mode)
 
     with pytest.raises(PmdError, match="unpack it first"):
         open_archive(str(tmp_path / name))
 
 
-def test_a_place_that_is_not_there_is_named():
+def test_a_missing_archive_is_named_in_the_error():
     with pytest.raises(PmdError, match="--images nowhere/x: there is no such folder"):
         open_archive("nowhere/x")
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8\xff", b"PKtext" * 99, b"x" * 5000])
-def test_a_place_that_is_no_archive_is_named(tmp_path, content):
+def test_another_file_is_named_in_the_error(tmp_path, content):
     (tmp_path / "images").write_bytes(content)
 
     with pytest.raises(PmdError, match="no whole zip" if content[:2] == b"PK" else "neither"):
         open_archive(str(tmp_path / "images"))
 
 
-def test_a_zip_that_is_cut_is_named(tmp_path):
+def test_a_truncated_zip_is_named_in_the_error(tmp_path):
     make_zip(tmp_path / "images.zip", FILES)
     (tmp_path / "images.zip").write_bytes((tmp_path / "images.zip").read_bytes()[:-30])
 
@@ -231,7 +233,7 @@ def test_a_zip_that_is_cut_is_named(tmp_path):
         open_archive(str(tmp_path / "images.zip"))
 
 
-def test_a_member_without_a_name_disturbs_nobody(tmp_path):
+def test_a_member_without_a_name_is_skipped(tmp_path):
     make_zip(tmp_path / "images.zip", {"x": b"none", "1.jpg": b"one"})
     content = (tmp_path / "images.zip").read_bytes()
     (tmp_path / "images.zip").write_bytes(content[::-1].replace(b"x", b"\0", 1)[::-1])
@@ -239,7 +241,7 @@ def test_a_member_without_a_name_disturbs_nobody(tmp_path):
     assert open_archive(str(tmp_path / "images.zip"))(record(file="1.jpg")).body == b"one"
 
 
-def test_a_zip_that_is_encrypted_is_to_be_unpacked(tmp_path):
+def test_an_encrypted_zip_is_refused(tmp_path):
     path = tmp_path / "images.zip"
     make_zip(path, {"1.jpg": b"one"})
     content = bytearray(path.read_bytes())
@@ -251,7 +253,7 @@ def test_a_zip_that_is_encrypted_is_to_be_unpacked(tmp_path):
         open_archive(str(path))
 
 
-def test_a_zip_that_is_packed_in_a_rare_way_is_to_be_unpacked(tmp_path):
+def test_a_zip_with_an_unsupported_compression_is_refused(tmp_path):
     path = tmp_path / "images.zip"
     make_zip(path, {"1.jpg": b"one"})
     content = bytearray(path.read_bytes())
@@ -264,7 +266,7 @@ def test_a_zip_that_is_packed_in_a_rare_way_is_to_be_unpacked(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "header"])
-def test_a_tar_that_is_not_whole_is_named_rather_than_half_read(tmp_path, damage):
+def test_a_damaged_tar_is_refused(tmp_path, damage):
     path = tmp_path / "images.tar"
     make_tar(path, {f"{n}.jpg": b"n" * 1000 for n in range(9)})
     content = bytearray(path.read_bytes())
@@ -287,25 +289,25 @@ def test_a_tar_with_a_zip_inside_is_a_tar(tmp_path):
     assert open_archive(str(tmp_path / "images.tar"))(record(file="1.jpg")).body == b"1"
 
 
-def test_many_threads_get_each_their_own_member(shelf):
+def test_many_threads_each_get_their_own_member(look_up):
     names = [*FILES] * 100
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda name: shelf(record(file=name)).body, names))
+        bodies = list(pool.map(lambda name: look_up(record(file=name)).body, names))
 
-    assert found == [FILES[name] for name in names]
+    assert bodies == [FILES[name] for name in names]
 
 
-def test_many_threads_may_read_one_packed_zip_at_once(tmp_path):
+def test_many_threads_may_read_one_compressed_zip(tmp_path):
     files = {f"{n}.jpg": bytes([n]) * 50_000 for n in range(20)}
     make_zip(tmp_path / "images.zip", files, compression=zipfile.ZIP_DEFLATED)
-    shelf = open_archive(str(tmp_path / "images.zip"))
+    look_up = open_archive(str(tmp_path / "images.zip"))
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda name: shelf(record(file=name)).body, [*files] * 10))
+        bodies = list(pool.map(lambda name: look_up(record(file=name)).body, [*files] * 10))
 
-    assert found == [*files.values()] * 10
+    assert bodies == [*files.values()] * 10
 
 
-def test_a_changed_archive_is_read_anew(tmp_path):
+def test_a_changed_archive_is_opened_again(tmp_path):
     path = tmp_path / "images.tar"
     make_tar(path, {"1.jpg": b"one"})
     assert open_archive(str(path))(record(file="1.jpg")).body == b"one"
@@ -314,7 +316,7 @@ def test_a_changed_archive_is_read_anew(tmp_path):
     assert open_archive(str(path))(record(file="1.jpg")).body == b"another one"
 
 
-def test_a_place_is_known_by_its_name_and_size_wherever_it_lies(tmp_path):
+def test_the_stamp_of_an_archive_is_its_name_and_size(tmp_path):
     for folder in ("a", "b"):
         make_folder(tmp_path / folder, {"images.zip": b"12345"})
 
@@ -325,7 +327,7 @@ def test_a_place_is_known_by_its_name_and_size_wherever_it_lies(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_no_damage_is_more_than_an_error_in_words(tmp_path, kind):
+def test_damage_raises_at_most_an_error_with_a_message(tmp_path, kind):
     make = {"zip": make_zip, "tar": make_tar}[kind]
     files = {f"{n}.jpg": b"image" * 20 for n in range(3)}
     whole = tmp_path / f"whole.{kind}"
@@ -334,7 +336,7 @@ def test_no_damage_is_more_than_an_error_in_words(tmp_path, kind):
 
     @settings(max_examples=150, deadline=None)
     @given(st.data())
-    def damage(data):
+    def check(data):
         content = bytearray(whole.read_bytes())
         for _ in range(data.draw(st.integers(1, 3))):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -342,14 +344,14 @@ def test_no_damage_is_more_than_an_error_in_words(tmp_path, kind):
         path = tmp_path / f"{next(numbers)}.{kind}"
         path.write_bytes(content)
         try:
-            shelf = open_archive(str(path))
+            look_up = open_archive(str(path))
         except PmdError:
             return
         for name in files:
             try:
-                shelf(record(file=name))
+                look_up(record(file=name))
             except PmdError as error:
                 assert str(error)  # noqa: PT017 - one of two ways
         path.unlink()
 
-    damage()
+    check()

@@ -1,4 +1,4 @@
-"""One picture under many addresses is told, since it often stands for removed ones."""
+"""One image under many URLs is reported, since it is often a placeholder for removed images."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.build.optout import REASON, add_to_list
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
-from pmd_pipeline.dataset import manifest as manifest_room
+from pmd_pipeline.dataset import manifest as manifest_module
 from pmd_pipeline.dataset.build import build_source
 from pmd_pipeline.dataset.manifest import MANY, same_bytes
 from pmd_pipeline.inspect.diff import as_lines, compare
@@ -30,82 +30,84 @@ NUM, SAME = 40, 12
 
 
 @pytest.fixture
-def order(tmp_path):
-    """Forty addresses in five parts, of which twelve in several parts give one picture."""
+def source_build(tmp_path):
+    """Forty URLs in five parts, of which twelve, in several parts, have the same image."""
     names = [f"{number}.jpg" for number in range(NUM)]
     folder = write_pictures(tmp_path / "pictures", names)
     for name in names[:SAME]:
         (folder / name).write_bytes((folder / "0.jpg").read_bytes())
-    for name in names[SAME : SAME + MANY - 1]:  # one record too few to be told
+    for name in names[SAME : SAME + MANY - 1]:  # one record below the threshold
         (folder / name).write_bytes((folder / f"{SAME}.jpg").read_bytes())
     write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}.jpg") for n in range(NUM)])
     return toy_order(tmp_path, toy_recipe(part_records=8), pictures=folder)
 
 
-def sha256(order, number):
-    return hashlib.sha256(Path(order.images[0], f"{number}.jpg").read_bytes()).hexdigest()
+def sha256(source_build, number):
+    return hashlib.sha256(Path(source_build.images[0], f"{number}.jpg").read_bytes()).hexdigest()
 
 
-def test_the_manifest_and_the_build_tell_a_picture_that_many_records_share(order):
-    said = io.StringIO()
+def test_the_manifest_and_the_build_report_an_image_that_many_records_share(source_build):
+    output = io.StringIO()
     with open_pool("local", 1, None) as pool:
-        manifest, _ = build_source(order, pool, Reporter(Console(file=said, width=300), quiet=True))
+        manifest, _ = build_source(
+            source_build, pool, Reporter(Console(file=output, width=300), quiet=True)
+        )
 
-    assert manifest.sources["cc3m"].repeated == {sha256(order, 0): SAME}
+    assert manifest.sources["cc3m"].repeated == {sha256(source_build, 0): SAME}
     [sentence] = remarks(manifest)[-1:]
     assert sentence == (
         f"cc3m: 12 records share one picture; if it stands for removed ones, give --optout a file "
-        f"with the line {sha256(order, 0)}"
+        f"with the line {sha256(source_build, 0)}"
     )
-    assert sentence in said.getvalue()
+    assert sentence in output.getvalue()
 
 
-def test_the_line_that_is_told_leaves_the_picture_out(order, tmp_path):
-    before = toy_build(order)
+def test_the_line_that_is_printed_excludes_the_image(source_build, tmp_path):
+    before = toy_build(source_build)
     save_manifest(str(tmp_path / "manifests" / "before.json"), before)
-    (tmp_path / "list.txt").write_text(sha256(order, 0))
-    add_to_list(order.data, str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_text(sha256(source_build, 0))
+    add_to_list(source_build.data, str(tmp_path / "list.txt"))
 
-    now = toy_build(order)
+    now = toy_build(source_build)
 
     entry = now.sources["cc3m"]
     assert entry.counts.dropped[REASON] == SAME
     assert (entry.images, entry.repeated) == (before.sources["cc3m"].images - SAME, {})
     with QUIET.stage("diff", "records") as stage:
-        found = compare(str(tmp_path / "manifests" / "before.json"), order.manifest, stage)
+        found = compare(str(tmp_path / "manifests" / "before.json"), source_build.manifest, stage)
     assert not any("repeated" in line for line in as_lines(found))
 
 
-def test_verify_counts_them_again(order):
-    manifest = toy_build(order)
+def test_verify_counts_repeated_images_again(source_build):
+    manifest = toy_build(source_build)
     entry = manifest.sources["cc3m"]
-    lie = entry.model_copy(update={"repeated": {sha256(order, 0): SAME + 1}})
-    changed = manifest.model_copy(update={"sources": {"cc3m": lie}, "digest": ""})
+    wrong = entry.model_copy(update={"repeated": {sha256(source_build, 0): SAME + 1}})
+    changed = manifest.model_copy(update={"sources": {"cc3m": wrong}, "digest": ""})
     changed = changed.model_copy(update={"digest": changed.computed_digest()})
 
     with open_pool("local", 1, None) as pool:
-        assert [str(one) for one in verify(order.manifest, pool, QUIET)] == []
-        save_manifest(order.manifest, changed)
-        [fault] = [str(one) for one in verify(order.manifest, pool, QUIET)]
+        assert [str(one) for one in verify(source_build.manifest, pool, QUIET)] == []
+        save_manifest(source_build.manifest, changed)
+        [fault] = [str(one) for one in verify(source_build.manifest, pool, QUIET)]
 
-    name = sha256(order, 0)[:16]
+    name = sha256(source_build, 0)[:16]
     assert fault.endswith(f"the manifest states 13 images of sha256 {name}..., the shards have 12")
 
 
-def test_a_rebuild_tells_the_same_and_counts_what_is_missing(order, tmp_path):
-    made = toy_build(order)
+def test_a_rebuild_reports_the_same_and_counts_missing_images(source_build, tmp_path):
+    made = toy_build(source_build)
     with open_pool("local", 1, None) as pool:
-        lock(order.manifest, str(tmp_path / "kit"), pool, QUIET, hashed=False)
+        lock(source_build.manifest, str(tmp_path / "kit"), pool, QUIET, hashed=False)
         again = RebuildRequest(
             lockfile=str(tmp_path / "kit"),
             out=str(tmp_path / "again"),
             manifests=str(tmp_path / "again"),
-            places=order.images,
+            places=source_build.images,
         )
         assert rebuild(again, pool, QUIET).manifest.digest == made.digest
 
         less = write_pictures(tmp_path / "less", [])
-        for number in range(1, NUM):  # one of the twelve is gone
+        for number in range(1, NUM):  # one of the twelve is missing
             name = f"{number}.jpg"
             (less / name).write_bytes((tmp_path / "pictures" / name).read_bytes())
         fewer = replace(
@@ -115,31 +117,33 @@ def test_a_rebuild_tells_the_same_and_counts_what_is_missing(order, tmp_path):
             places=(str(less),),
         )
         counted = rebuild(fewer, pool, QUIET).manifest.sources["cc3m"].repeated
-    assert counted == {sha256(order, 1): SAME - 1}
-    assert load_manifest(order.manifest).digest == made.digest
+    assert counted == {sha256(source_build, 1): SAME - 1}
+    assert load_manifest(source_build.manifest).digest == made.digest
 
 
-def test_a_rebuild_tells_those_that_move_up_when_others_are_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest_room, "_MOST_REPEATED", 1)
+def test_a_rebuild_reports_images_that_are_the_most_repeated_after_others_are_missing(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(manifest_module, "_MOST_REPEATED", 1)
     names = [f"{number}.jpg" for number in range(25)]
     folder = write_pictures(tmp_path / "pictures", names)
     for number, name in enumerate(names):  # thirteen of one, twelve of another
         (folder / name).write_bytes((folder / f"{number % 2}.jpg").read_bytes())
     write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}.jpg") for n in range(25)])
-    order = toy_order(tmp_path, toy_recipe(part_records=8), pictures=folder)
-    assert toy_build(order).sources["cc3m"].repeated == {sha256(order, 0): 13}
+    source_build = toy_order(tmp_path, toy_recipe(part_records=8), pictures=folder)
+    assert toy_build(source_build).sources["cc3m"].repeated == {sha256(source_build, 0): 13}
     with open_pool("local", 1, None) as pool:
-        lock(order.manifest, str(tmp_path / "kit"), pool, QUIET, hashed=False)
+        lock(source_build.manifest, str(tmp_path / "kit"), pool, QUIET, hashed=False)
         for number in (0, 2, 4):
             (folder / f"{number}.jpg").unlink()
         again = RebuildRequest(
             lockfile=str(tmp_path / "kit"),
             out=str(tmp_path / "again" / "data"),
             manifests=str(tmp_path / "again"),
-            places=order.images,
+            places=source_build.images,
         )
         made = rebuild(again, pool, QUIET)
-        assert made.manifest.sources["cc3m"].repeated == {sha256(order, 1): 12}
+        assert made.manifest.sources["cc3m"].repeated == {sha256(source_build, 1): 12}
         assert [str(one) for one in verify(made.path, pool, QUIET)] == []
 
 
@@ -154,11 +158,11 @@ def test_copies_are_counted_over_all_shards(shards):
     assert copies == {f"{n:016x}": flat.count(n) for n in range(10) if flat.count(n) >= MANY}
 
 
-def test_only_the_commonest_are_told():
+def test_only_the_most_repeated_are_reported():
     copies = [np.repeat(np.arange(30, dtype=np.uint64), MANY + np.arange(30))]
 
-    _, told = same_bytes(copies)
+    _, reported = same_bytes(copies)
 
-    assert told == {f"{n:016x}": MANY + n for n in range(10, 30)}
-    assert list(told) == sorted(told)
-    assert json.dumps(told)
+    assert reported == {f"{n:016x}": MANY + n for n in range(10, 30)}
+    assert list(reported) == sorted(reported)
+    assert json.dumps(reported)

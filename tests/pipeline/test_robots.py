@@ -1,4 +1,4 @@
-"""What the signals of publishers mean, and that it is obeyed before and after asking."""
+"""Opt-out signals of publishers: how they are parsed, and that they are obeyed."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +66,7 @@ DATE = "unavailable_after: Wednesday, 25-Jun-10 15:00:00 PST"
         ["²: x", "noai"],
     ],
 )
-def test_a_tag_that_speaks_to_us_is_heard(headers):
+def test_a_directive_for_us_is_found(headers):
     assert opt_out_directive(headers)
 
 
@@ -96,12 +96,12 @@ def test_a_tag_that_speaks_to_us_is_heard(headers):
         ["\x00\xff"],
     ],
 )
-def test_a_tag_that_says_nothing_to_us_is_passed_over(headers):
+def test_a_directive_for_others_or_about_other_uses_is_ignored(headers):
     assert opt_out_directive(headers) is None
 
 
 @given(st.lists(st.text(alphabet="noaindex:,;* -/_", max_size=40) | st.text(max_size=20)))
-def test_no_tag_is_too_strange(headers):
+def test_no_header_raises_an_exception(headers):
     opt_out_directive(headers)
     is_tdm_reserved(headers)
 
@@ -120,11 +120,11 @@ def test_no_tag_is_too_strange(headers):
         (["11"], False),
     ],
 )
-def test_mining_is_reserved_by_a_one(headers, reserved):
+def test_mining_is_reserved_by_the_value_1(headers, reserved):
     assert is_tdm_reserved(headers) is reserved
 
 
-def everybody(*lines):
+def for_all(*lines):
     return "\n".join(["User-agent: *", *lines]).encode()
 
 
@@ -138,7 +138,7 @@ def everybody(*lines):
         (["Disallow: /a"], "/abc", False),
         (["Disallow: /a/"], "/a", True),
         (["Disallow: /A"], "/a", True),
-        # the longest match decides, wherever it stands, and allowing wins a draw
+        # the longest match decides, in any order; of equal ones, Allow wins
         (["Disallow: /a", "Allow: /a/b"], "/a/b.jpg", True),
         (["Allow: /a/b", "Disallow: /a"], "/a/c.jpg", False),
         (["Allow: /a", "Disallow: /a/b"], "/a/b.jpg", False),
@@ -149,7 +149,7 @@ def everybody(*lines):
         (["Allow: /page", "Disallow: /*.ph"], "/page.php5", True),
         (["Allow: /$", "Disallow: /"], "/", True),
         (["Allow: /$", "Disallow: /"], "/page.htm", False),
-        # wildcards and ends
+        # wildcards and anchors
         (["Disallow: /*.gif$"], "/a/b.gif", False),
         (["Disallow: /*.gif$"], "/a/b.gif?x", True),
         (["Disallow: /*.gif$"], "/a.gif/b.gif", False),
@@ -161,7 +161,7 @@ def everybody(*lines):
         (["Disallow: /*$"], "/1.jpg", False),
         (["Disallow: /?x="], "/?x=1", False),
         (["Disallow: images"], "/images", True),
-        # one spelling for all that mean the same
+        # equivalent spellings
         (["Disallow: /a%3cd"], "/a%3Cd.jpg", False),
         (["Disallow: /%61"], "/abc", False),
         (["Disallow: /a"], "/%61bc", False),
@@ -175,15 +175,15 @@ def everybody(*lines):
         (["Disallow: /a%24"], "/a$", False),
         (["Disallow: /a$b"], "/a$b", False),
         (["Disallow: /%"], "/%zz", False),
-        # lines
+        # syntax of lines
         (["DISALLOW : /a # why"], "/a", False),
         (["Disallow /a"], "/a", True),
         (["Sitemap: x", "Disallow: /a"], "/a", False),
         (["Disallow: /a#b"], "/a", False),
     ],
 )
-def test_robots_allow_by_the_longest_match(lines, path, allowed):
-    assert RobotsRules.parse(everybody(*lines)).allows(path) is allowed
+def test_the_longest_match_decides(lines, path, allowed):
+    assert RobotsRules.parse(for_all(*lines)).allows(path) is allowed
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -209,7 +209,7 @@ def test_robots_allow_by_the_longest_match(lines, path, allowed):
         ("<html>|<body>User-agent: *|Disallow: /", True),
     ],
 )
-def test_the_group_for_us_speaks_before_that_for_everybody(lines, allowed, before, end):
+def test_the_groups_with_our_name_replace_those_for_all(lines, allowed, before, end):
     content = (before + lines.replace("|", "\n")).replace("\n", end).encode()
 
     assert RobotsRules.parse(content).allows("/1.jpg") is allowed
@@ -230,12 +230,12 @@ def test_the_group_for_us_speaks_before_that_for_everybody(lines, allowed, befor
         ("Crawl-delay: 9||User-agent: pmd-flava|Disallow: /x", 0),
     ],
 )
-def test_a_host_may_ask_for_time_between_requests(lines, seconds):
-    assert RobotsRules.parse(everybody(*lines.split("|"))).delay == seconds
+def test_crawl_delay_is_parsed_and_limited(lines, seconds):
+    assert RobotsRules.parse(for_all(*lines.split("|"))).delay == seconds
 
 
-def test_what_lies_beyond_the_limit_is_not_read_and_half_a_rule_is_none():
-    start = everybody("Disallow: /a", "")
+def test_lines_beyond_the_limit_and_an_incomplete_last_rule_are_ignored():
+    start = for_all("Disallow: /a", "")
     rule = b"Disallow: /private\n"
     padding = b"#" * (MAX_ROBOTS_BYTES - len(start) - len("Disallow: /") - 1) + b"\n"
 
@@ -246,19 +246,19 @@ def test_what_lies_beyond_the_limit_is_not_read_and_half_a_rule_is_none():
     assert robots.allows("/1.jpg")
 
 
-def test_no_pattern_takes_long():
-    robots = RobotsRules.parse(everybody("Disallow: /" + "*a" * 5000 + "$"))
+def test_matching_time_is_linear():
+    robots = RobotsRules.parse(for_all("Disallow: /" + "*a" * 5000 + "$"))
 
     assert robots.allows("/" + "a" * 4999 + "b")
 
 
 @given(st.binary(max_size=300), st.text(alphabet="/a%2*$?é".replace("é", ""), max_size=20))
-def test_no_robots_txt_is_too_strange(content, path):
+def test_no_robots_txt_raises_an_exception(content, path):
     RobotsRules.parse(content).allows("/" + path)
     RobotsRules.parse(b"User-agent: *\nDisallow: " + content).allows("/" + path)
 
 
-def test_robots_are_kept_for_a_day():
+def test_rules_are_cached_for_a_day():
     cache, robots = RobotsCache(), RobotsRules()
     cache.put("known", robots, 100)
 
@@ -268,7 +268,7 @@ def test_robots_are_kept_for_a_day():
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 12)), max_size=60))
-def test_the_cache_never_holds_more_than_it_may(entries):
+def test_the_cache_stays_within_its_limit(entries):
     cache = RobotsCache(max_rules=10)
     for origin, size in entries:
         cache.put(str(origin), RobotsRules(((b"/", True),) * size), 0)
@@ -279,15 +279,15 @@ def test_the_cache_never_holds_more_than_it_may(entries):
         assert sum(weights) <= 10 or len(weights) == 1
 
 
-def host_with(robots, image=None):
+def host_with_robots(robots, image=None):
     return FakeHost(by_path({"/robots.txt": robots, "/1.jpg": image or response()}))
 
 
-FORBIDDEN = everybody("Disallow: /*.jpg$")
+FORBIDDEN = for_all("Disallow: /*.jpg$")
 
 
-def test_what_robots_txt_forbids_is_not_asked():
-    with host_with(response(body=FORBIDDEN)) as host:
+def test_a_url_that_robots_txt_forbids_is_not_requested():
+    with host_with_robots(response(body=FORBIDDEN)) as host:
         client = client_for(host, respect=SIGNALS)
 
         assert failure_kind(client) == "robots"
@@ -296,7 +296,7 @@ def test_what_robots_txt_forbids_is_not_asked():
     assert host.paths == ["/robots.txt"]
 
 
-def test_robots_txt_is_asked_once_for_all_images_of_a_host():
+def test_robots_txt_is_requested_once_for_all_images_of_a_host():
     with FakeHost(lambda head: response(404 if "robots" in head else 200)) as host:
         with ThreadPoolExecutor(8) as pool:
             client = client_for(host, respect=SIGNALS)
@@ -308,19 +308,19 @@ def test_robots_txt_is_asked_once_for_all_images_of_a_host():
         assert len(host.requests) == 22
 
 
-def test_each_host_on_the_way_is_asked_for_its_consent():
+def test_the_robots_txt_of_each_redirect_is_obeyed():
     pages = {
         "/1.jpg": redirect("http://b.example/2.jpg"),
         "/2.jpg": response(),
     }
 
-    def speak(head):
+    def respond(head):
         path = head.split(" ")[1]
         if path == "/robots.txt":
             return response(body=FORBIDDEN) if "Host: b.example\r" in head else response(404)
         return pages[path]
 
-    with FakeHost(speak) as host:
+    with FakeHost(respond) as host:
         assert failure_kind(client_for(host, respect=SIGNALS)) == "robots"
 
     assert host.paths == ["/robots.txt", "/1.jpg", "/robots.txt"]
@@ -342,11 +342,11 @@ def test_each_host_on_the_way_is_asked_for_its_consent():
     ],
 )
 def test_a_host_without_rules_forbids_nothing(robots):
-    with host_with(robots) as host:
+    with host_with_robots(robots) as host:
         assert client_for(host, respect=SIGNALS).get("http://a.example/1.jpg").body == BODY
 
 
-def test_robots_txt_may_be_elsewhere():
+def test_robots_txt_may_be_redirected():
     with FakeHost(
         by_path(
             {"/robots.txt": redirect("http://b.example/x"), "/x": response(body=FORBIDDEN)},
@@ -364,33 +364,33 @@ def test_robots_txt_may_be_elsewhere():
         (response(Content_Length=1 << 20, Connection="close"), "connect"),
     ],
 )
-def test_while_the_rules_cannot_be_had_nothing_is_asked(robots, kind):
-    with host_with(robots) as host:
+def test_without_an_answer_for_robots_txt_no_image_is_requested(robots, kind):
+    with host_with_robots(robots) as host:
         assert failure_kind(client_for(host, respect=SIGNALS)) == kind
 
     assert host.paths == ["/robots.txt"] * 3
 
 
-def test_rules_that_can_be_had_later_are_obeyed_then():
-    answers = in_sequence(response(503), response(404), response())
-    with FakeHost(answers) as host:
+def test_robots_txt_is_retried():
+    responses = in_sequence(response(503), response(404), response())
+    with FakeHost(responses) as host:
         assert client_for(host, respect=SIGNALS).get("http://a.example/1.jpg").body == BODY
 
     assert host.paths == ["/robots.txt", "/robots.txt", "/1.jpg"]
 
 
-def test_those_who_wait_for_rules_that_do_not_come_do_not_wait_in_turn():
-    asked, go_on = threading.Event(), threading.Event()
+def test_concurrent_fetches_share_one_failure_of_robots_txt():
+    requested, go_on = threading.Event(), threading.Event()
 
-    def silent(_head):
-        asked.set()
+    def respond_late(_head):
+        requested.set()
         go_on.wait(5)
         return response(503)
 
-    with FakeHost(silent) as host, ThreadPoolExecutor(4) as pool:
+    with FakeHost(respond_late) as host, ThreadPoolExecutor(4) as pool:
         client = client_for(host, respect=SIGNALS, retries=0)
         kinds = [pool.submit(failure_kind, client) for _ in range(4)]
-        asked.wait(5)
+        requested.wait(5)
         while "http://a.example" not in client._robots_tasks:
             pass
         go_on.set()
@@ -400,7 +400,7 @@ def test_those_who_wait_for_rules_that_do_not_come_do_not_wait_in_turn():
     assert len(host.requests) <= 4
 
 
-def test_a_robots_txt_without_end_is_read_to_its_limit():
+def test_an_endless_robots_txt_is_read_to_the_limit():
     def send(connection):
         connection.sendall(response(body=FORBIDDEN, Content_Length=""))
         while True:
@@ -422,14 +422,14 @@ def test_a_robots_txt_without_end_is_read_to_its_limit():
         ),
     ],
 )
-def test_an_image_whose_answer_opts_out_is_not_entries(headers, detail):
-    with host_with(response(404), response(**headers)) as host:
+def test_an_image_whose_response_opts_out_is_not_kept(headers, detail):
+    with host_with_robots(response(404), response(**headers)) as host:
         client = client_for(host, respect=SIGNALS)
 
         assert failure_kind(client) == "opt_out"
         assert failure_detail(client) == detail
 
-    assert host.paths == ["/robots.txt", "/1.jpg", "/1.jpg"]  # final: each was asked once
+    assert host.paths == ["/robots.txt", "/1.jpg", "/1.jpg"]  # final, so without a retry
 
 
 @pytest.mark.parametrize(
@@ -440,16 +440,16 @@ def test_an_image_whose_answer_opts_out_is_not_entries(headers, detail):
         (("tdm",), "opt_out"),
     ],
 )
-def test_a_recipe_may_respect_less(respect, kind):
+def test_a_recipe_may_respect_fewer_signals(respect, kind):
     image = {"tdm": response(TDM_Reservation="1")}.get(respect[0], response(X_Robots_Tag="noai"))
-    with host_with(response(body=FORBIDDEN), image) as host:
+    with host_with_robots(response(body=FORBIDDEN), image) as host:
         assert failure_kind(client_for(host, respect=respect)) == kind
         assert client_for(host).get("http://a.example/1.jpg").body == BODY
 
 
-def test_requests_keep_the_distance_that_the_host_asks_for():
+def test_requests_respect_the_crawl_delay():
     waits = []
-    with host_with(response(body=everybody("Crawl-delay: 2"))) as host:
+    with host_with_robots(response(body=for_all("Crawl-delay: 2"))) as host:
         client = client_for(host, waits, respect=SIGNALS)
         for _ in range(3):
             client.get("http://a.example/1.jpg")

@@ -1,4 +1,4 @@
-"""Who is connected to, by which way, and for how long."""
+"""Which server a client connects to: addresses, overrides, proxies, TLS."""
 
 import shutil
 import socket
@@ -17,7 +17,7 @@ from pmd_pipeline.recipe import Fetch
 
 
 @pytest.mark.parametrize(
-    "place",
+    "authority",
     [
         "127.0.0.1",
         "2130706433",
@@ -25,7 +25,7 @@ from pmd_pipeline.recipe import Fetch
         "0177.0.0.1",
         "127.1",
         "0",
-        "0.0.0.0",  # noqa: S104 - asked, not bound
+        "0.0.0.0",  # noqa: S104 - requested, not bound
         "①②⑦.0.0.1",
         "localhost",
         "LOCALHOST.",
@@ -38,26 +38,26 @@ from pmd_pipeline.recipe import Fetch
         "[2002:7f00:1::]",
     ],
 )
-def test_this_machine_is_never_asked(place):
+def test_this_machine_is_never_connected_to(authority):
     with FakeHost(response()) as host:
         client = new_client()
 
-        kind = failure_kind(client, f"http://{place}:{host.port}/1.jpg")
+        kind = failure_kind(client, f"http://{authority}:{host.port}/1.jpg")
 
     assert kind in {"blocked_address", "dns"}
     assert host.connections == 0
 
 
-def test_a_name_that_leads_to_a_private_place_is_never_asked(monkeypatch):
+def test_a_name_with_a_private_address_is_never_connected_to(monkeypatch):
     with FakeHost(response()) as host:
-        leading_to(monkeypatch, "127.0.0.1")
+        resolve_to(monkeypatch, "127.0.0.1")
 
         assert failure_kind(new_client(), f"http://a.example:{host.port}/") == "blocked_address"
 
     assert host.connections == 0
 
 
-def test_a_redirect_to_a_private_place_is_never_asked():
+def test_a_redirect_to_a_private_address_is_never_followed():
     with FakeHost(response()) as inside:
         with FakeHost(redirect(f"http://127.0.0.1:{inside.port}/")) as outside:
             client = client_for(outside, connect_to={"*.example": outside.origin})
@@ -89,15 +89,15 @@ def test_a_redirect_to_a_private_place_is_never_asked():
         ("2002:c0a8:1::", False),
     ],
 )
-def test_only_the_public_internet_is_public(address, public):
+def test_which_ip_addresses_are_public(address, public):
     assert is_public(address) is public
 
 
-def test_an_unknown_name_is_asked_once_and_a_silent_name_server_again(monkeypatch):
-    asked = []
+def test_an_unknown_name_is_final_and_a_name_server_without_answer_is_retried(monkeypatch):
+    lookups = []
 
     def fail(host, *_args, **_keywords):
-        asked.append(host)
+        lookups.append(host)
         raise socket.gaierror(errors[host], "in the words of this system")
 
     errors = {"gone.example": socket.EAI_NONAME, "later.example": socket.EAI_AGAIN}
@@ -106,28 +106,30 @@ def test_an_unknown_name_is_asked_once_and_a_silent_name_server_again(monkeypatc
 
     assert failure_kind(client, "http://gone.example/") == "dns"
     assert failure_kind(client, "http://later.example/") == "dns"
-    assert asked == ["gone.example"] + ["later.example"] * 3
+    assert lookups == ["gone.example"] + ["later.example"] * 3
 
 
 def test_the_second_address_of_a_host_is_tried(monkeypatch):
     with FakeHost(response()) as host:
-        leading_to(monkeypatch, "127.0.0.2", "127.0.0.1")
-        places = {"*": f"http://somewhere.example:{host.port}"}
+        resolve_to(monkeypatch, "127.0.0.2", "127.0.0.1")
+        overrides = {"*": f"http://somewhere.example:{host.port}"}
 
-        assert client_for(host, connect_to=places).get("http://a.example/1.jpg").body == BODY
+        assert client_for(host, connect_to=overrides).get("http://a.example/1.jpg").body == BODY
 
 
-def test_a_place_without_a_scheme_is_asked_by_that_of_the_address(tls_host):
+def test_an_override_without_a_scheme_keeps_that_of_the_url(tls_host):
     client = client_for(tls_host, connect_to={"*": f"127.0.0.1:{tls_host.port}"})
 
     assert client.get("https://a.example/1.jpg").body == BODY
     assert failure_kind(client, "http://a.example/1.jpg") == "connect"
 
 
-@pytest.mark.parametrize("place", ["", "nowhere", "ftp://a:1", "http://", "a:x", "a:1/b", "[::1"])
-def test_a_place_that_is_none_is_a_mistake_of_the_recipe(place):
+@pytest.mark.parametrize(
+    "authority", ["", "nowhere", "ftp://a:1", "http://", "a:x", "a:1/b", "[::1"]
+)
+def test_a_malformed_override_is_a_mistake_of_the_recipe(authority):
     with pytest.raises(PmdError, match=r"fetch\.connect_to"):
-        new_client(Fetch(connect_to={"*": place}))
+        new_client(Fetch(connect_to={"*": authority}))
 
 
 def test_a_certificate_for_another_host_is_refused(tls_host):
@@ -135,22 +137,22 @@ def test_a_certificate_for_another_host_is_refused(tls_host):
     assert failure_kind(client_for(tls_host), "https://b.example/1.jpg") == "tls"
 
 
-def test_a_host_that_speaks_no_tls_is_refused():
-    def talk():
+def test_a_server_without_tls_is_refused_for_https():
+    def refuse_tls():
         connection, _ = listener.accept()
         with connection:
             connection.sendall(response(400))
             connection.recv(1 << 16)
 
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
-        pool.submit(talk)
+        pool.submit(refuse_tls)
         origin = f"https://127.0.0.1:{listener.getsockname()[1]}"
         client = new_client(Fetch(connect_to={"*": origin}))
 
         assert failure_kind(client) == "tls"
 
 
-def test_a_dripping_host_behind_tls_costs_no_more_than_the_time_allowed(certificate):
+def test_a_slow_response_over_tls_ends_at_the_timeout(certificate):
     with FakeHost(drip(response(body=b"", Content_Length=1000)), tls=certificate) as host:
         client = client_for(host, timeout=0.5)
         started = time.monotonic()
@@ -160,7 +162,7 @@ def test_a_dripping_host_behind_tls_costs_no_more_than_the_time_allowed(certific
         assert time.monotonic() - started < 1.5
 
 
-def test_a_silent_handshake_costs_no_more_than_the_time_allowed():
+def test_a_handshake_without_answer_ends_at_the_timeout():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         origin = f"https://127.0.0.1:{silent.getsockname()[1]}"
         client = new_client(Fetch(connect_to={"*": origin}, timeout=0.3))
@@ -171,7 +173,7 @@ def test_a_silent_handshake_costs_no_more_than_the_time_allowed():
         assert time.monotonic() - started < 1.3
 
 
-def test_a_proxy_of_the_environment_is_asked(monkeypatch):
+def test_a_proxy_of_the_environment_is_used(monkeypatch):
     with FakeHost(response()) as proxy:
         monkeypatch.setenv("http_proxy", f"http://me:my%20secret@127.0.0.1:{proxy.port}")
 
@@ -182,7 +184,7 @@ def test_a_proxy_of_the_environment_is_asked(monkeypatch):
     assert "Proxy-Authorization: Basic bWU6bXkgc2VjcmV0\r\n" in proxy.requests[0]
 
 
-def test_a_proxy_is_asked_to_let_tls_through(monkeypatch, tls_host):
+def test_https_goes_through_a_tunnel_of_the_proxy(monkeypatch, tls_host):
     with FakeHost(lambda _head: lambda connection: tunnel(connection, tls_host.port)) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"127.0.0.1:{proxy.port}")
 
@@ -192,17 +194,19 @@ def test_a_proxy_is_asked_to_let_tls_through(monkeypatch, tls_host):
     assert proxy.paths == ["a.example:443"]
 
 
-@pytest.mark.parametrize("place", ["127.0.0.1", "2130706433", "[::1]", "localhost", "a.localhost"])
-def test_a_proxy_is_not_asked_for_this_machine(monkeypatch, place):
+@pytest.mark.parametrize(
+    "authority", ["127.0.0.1", "2130706433", "[::1]", "localhost", "a.localhost"]
+)
+def test_a_proxy_gets_no_request_for_this_machine(monkeypatch, authority):
     with FakeHost(response()) as proxy:
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
 
-        assert failure_kind(new_client(), f"http://{place}/1.jpg") == "blocked_address"
+        assert failure_kind(new_client(), f"http://{authority}/1.jpg") == "blocked_address"
 
     assert proxy.connections == 0
 
 
-def test_the_recipe_comes_before_the_proxy(monkeypatch):
+def test_an_override_of_the_recipe_has_priority_over_the_proxy(monkeypatch):
     with FakeHost(response()) as proxy, FakeHost(response()) as host:
         monkeypatch.setenv("http_proxy", proxy.origin)
 
@@ -211,7 +215,7 @@ def test_the_recipe_comes_before_the_proxy(monkeypatch):
         assert proxy.connections == 0
 
 
-def test_a_proxy_that_speaks_no_http_is_a_mistake_of_the_environment(monkeypatch):
+def test_a_proxy_of_another_protocol_is_a_mistake_of_the_environment(monkeypatch):
     monkeypatch.setenv("all_proxy", "socks5://me:secret@127.0.0.1:1080")
 
     with pytest.raises(PmdError, match="socks5") as caught:
@@ -220,27 +224,29 @@ def test_a_proxy_that_speaks_no_http_is_a_mistake_of_the_environment(monkeypatch
     assert "secret" not in str(caught.value)
 
 
-def leading_to(monkeypatch, *places):
-    """Make every name lead to `places`."""
+def resolve_to(monkeypatch, *addresses):
+    """Resolve every name to `addresses`."""
 
-    def lead(_host, port, **_keywords):
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (place, port)) for place in places]
+    def resolve(_host, port, **_keywords):
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses
+        ]
 
-    monkeypatch.setattr(socket, "getaddrinfo", lead)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
 
 
 def tunnel(connection, port):
     connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-    with socket.create_connection(("127.0.0.1", port)) as there, ThreadPoolExecutor(1) as pool:
-        pool.submit(pump, there, connection)
-        pump(connection, there)
-        there.shutdown(socket.SHUT_RDWR)
+    with socket.create_connection(("127.0.0.1", port)) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(pump, server, connection)
+        pump(connection, server)
+        server.shutdown(socket.SHUT_RDWR)
 
 
-def pump(one, other):
+def pump(source, sink):
     with suppress(OSError):
-        while content := one.recv(1 << 16):
-            other.sendall(content)
+        while content := source.recv(1 << 16):
+            sink.sendall(content)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +265,7 @@ def certificate_files(tmp_path_factory):
 
 @pytest.fixture
 def certificate(certificate_files, monkeypatch):
-    """A host's side of TLS, with a certificate for a.example that clients made here trust."""
+    """The server's TLS context, with a certificate for a.example that clients trust."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate_files / "cert.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate_files / "cert.pem", certificate_files / "key.pem")
