@@ -1,15 +1,15 @@
-# Everything sets itself up: `make quickstart` and `make test` need python3, pip and make alone.
+# Every target installs what it needs into $(VENV); python3, pip and make must be there.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# What the environment depends on; a change of any installs anew, and installs what is missing only.
+# A change of any of these files, or of the folder, runs pip again.
 INPUTS := $(shell cat requirements.lock pyproject.toml | cat - Makefile | cksum | tr -d ' ')
 HERE := $(shell printf %s "$(CURDIR)" | cksum | tr -d ' ')
 STAMP := $(VENV)/.installed-$(INPUTS)-$(HERE)
 
 .PHONY: quickstart test unit slow golden mutations check docs format bare bench bench-env lock clean
 
-# STEPS=600 trains half as long; it fails if what was learned is not ten times chance.
+# STEPS=600 trains half as long. The target fails if R@1 is below ten times chance.
 quickstart: $(STAMP)
 	$(BIN)/pmd quickstart $(if $(STEPS),--steps $(STEPS))
 
@@ -21,11 +21,11 @@ unit: $(STAMP)
 slow: $(STAMP)
 	$(BIN)/pytest -m slow
 
-# Plants one bug after another in a copy of the tree; a unit test must find each. Half an hour.
+# Plants one bug at a time in a copy of the tree; a unit test must fail for each. Half an hour, not in CI.
 mutations: $(STAMP)
 	$(BIN)/python tests/mutations/mutate.py
 
-# Writes anew what tests/golden compare with: review the diff, and say in the commit why it changed.
+# Rewrites the files that tests/golden compares with. Review the diff; the commit states the reason.
 golden: $(STAMP)
 	$(BIN)/pytest -q tests/golden --golden-rewrite
 
@@ -35,7 +35,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layers.py
 
-# The pages that the code knows: commands and reasons. Fails if one was stale; commit it then.
+# Writes docs/cli.md and docs/reasons.md from the code. Fails if one has changed; commit it then.
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
@@ -43,7 +43,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# A download node: no extras, no torch. Builds the sample world with what `pip install .` brings.
+# An environment without extras and torch, as on a download node; builds the sample world in it.
 bare:
 	test -x $(VENV)-bare/bin/python || $(PYTHON) -m venv $(VENV)-bare
 	$(VENV)-bare/bin/pip install --quiet -c requirements.lock .
@@ -55,13 +55,13 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/pools.py
 	$(BIN)/python benchmarks/pixels.py
 
-# img2dataset, which pins what we cannot live beside, in an environment of its own.
+# img2dataset in an environment of its own, since it pins versions that conflict with ours.
 bench-env:
 	test -x .bench-venv/bin/python || $(PYTHON) -m venv .bench-venv
 	.bench-venv/bin/pip install --quiet "img2dataset==1.47.0"
 
-# Versions that CI and `make` install; `make lock` takes the newest that pyproject.toml allows.
-# torch is left to its range: on a machine without a GPU, pip then takes the CPU build it offers.
+# Writes requirements.lock, the versions that CI and `make` install: the newest that pyproject.toml allows.
+# torch is not pinned, so that pip can take the build for this machine.
 lock:
 	rm -rf .lock-venv
 	$(PYTHON) -m venv .lock-venv

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from typer.main import get_command
 
 from flava_train.cli import app as flava_train
@@ -239,35 +238,12 @@ def test_python_in_the_readme_uses_public_names():
             assert name in modules[module].__all__, f"{module}.{name}"
 
 
-def test_the_example_of_a_source_of_ones_own_builds(tmp_path):
-    for language in ("python", "toml"):
-        for block in blocks(DOCS / "own_data.md", language):
-            name = block.partition("\n")[0].removeprefix("# ")
-            (tmp_path / name).write_text(block, encoding="utf-8")
-    (tmp_path / "photos").mkdir()
-    for number, level in enumerate((10, 100, 200, 250)):
-        Image.new("RGB", (90, 60), (level,) * 3).save(tmp_path / "photos" / f"{number}.jpg")
-    (tmp_path / "annotations").mkdir()
-    lines = ["0.jpg,too dark to keep", "1.jpg,a grey square here", "1.jpg,only 5 EUR today"]
-    lines += ["2.jpg,two words", "2.jpg,a light grey square", ",no file at all"]
-    lines += ["3.jpg,a square that is nearly white"]
-    captions = "\n".join(["file,caption,licence", *(f"{line},CC0" for line in lines)])
-    (tmp_path / "annotations" / "captions.csv").write_text(captions, encoding="utf-8")
+def test_the_recipe_in_own_data_loads(tmp_path):
+    [content] = blocks(DOCS / "own_data.md", "toml")
+    path = tmp_path / "my_cc12m.toml"
+    path.write_text(content, encoding="utf-8")
 
-    def run(*words):
-        command = [sys.executable, "-m", "pmd_pipeline.cli", *words]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
-        ).stdout
+    [recipe] = load_recipe(str(path))
 
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = next(block for block in blocks(DOCS / "own_data.md", "bash") if "pmd why" in block)
-    build, *others = calls(script)
-    run(*build[1:], "--runner", "local", "--workers", "1", "--quiet")
-
-    assert "kept: 1 pair" in run("why", "1.jpg")
-    stats = run("stats", "manifests/my_photos.json", "--format", "csv").splitlines()
-    counts = dict(zip(stats[0].split(","), stats[1].split(","), strict=True))
-    assert (counts["pairs"], counts["dropped"], counts["failed"]) == ("3", "4", "0")
-    for call in others:
-        run(*call[1:])
+    assert (recipe.source, recipe.images.format) == ("cc12m", "webp")
+    assert recipe.captions.clean.html
