@@ -1,6 +1,6 @@
-"""Write the pages that the code already knows: `cli.md` and `reasons.md`. `make docs` runs it.
+"""Write the generated pages: `cli.md` and `reasons.md`. `make docs` runs it.
 
-A folder may be given, which they are written to instead.
+An argument names another folder to write to.
 """
 
 import sys
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def cli_page() -> str:
-    """Every command's `--help`, as it is."""
+    """The output of `--help` of every command."""
     blocks = [
         f"## {' '.join(words)}\n\n```\n{_help(app, words)}```\n"
         for app, name in ((pmd, "pmd"), (flava_train, "flava-train"))
@@ -29,7 +29,7 @@ def cli_page() -> str:
 
 
 def reasons_page() -> str:
-    """The words under which pairs are counted that are not kept."""
+    """The reasons under which pairs are counted that are not kept."""
     text = (
         "# Reasons\n\nWritten by `make docs` from `pmd_pipeline/contract/reasons.py`. "
         "Every pair that is not "
@@ -67,7 +67,7 @@ def _help(app: typer.Typer, words: tuple[str, ...]) -> str:
 
 
 def main() -> None:
-    """Write what has changed, and fail if anything has."""
+    """Write the pages that changed, and exit with a message if there are any."""
     folder = Path(*sys.argv[1:2]) if sys.argv[1:] else HERE
     changed = [name for name, page in PAGES.items() if _write(folder / name, page())]
     if changed:

@@ -52,7 +52,7 @@ def anchors(page):
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory):
-    """The generated pages, by a process of its own, in which nothing watches the types of typer."""
+    """The generated pages, written by a process without beartype, which rejects Typer's types."""
     folder = tmp_path_factory.mktemp("docs")
     subprocess.run([sys.executable, DOCS / "generate.py", folder], check=False, capture_output=True)
     return folder

@@ -34,12 +34,10 @@ def sources(
 
     Example: pmd sources wit
     """
-    from pmd_pipeline.inspect import source_table as listing
+    from pmd_pipeline.inspect.source_listing import describe_source, list_sources
 
     for paragraph in (
-        [listing.one_source(name, out_console.width)]
-        if name
-        else listing.all_sources(out_console.width)
+        [describe_source(name, out_console.width)] if name else list_sources(out_console.width)
     ):
         typer.echo(paragraph + "\n")
 

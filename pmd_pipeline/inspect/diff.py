@@ -1,4 +1,4 @@
-"""What one dataset has and another has not: manifests against each other, ledgers key by key."""
+"""Differences between two datasets: of their manifests, and of their ledgers key by key."""
 
 import json
 from collections import Counter
@@ -17,22 +17,23 @@ from pmd_pipeline.contract.files import open_read
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.contract.models import Manifest, ShardEntry, SourceEntry
 from pmd_pipeline.contract.reasons import Status
+from pmd_pipeline.contract.schemas import LedgerColumn
 
-EXAMPLES = 5
-"""Keys that are named of each kind of change, the first ones."""
+NUM_EXAMPLES = 5
+"""Keys that are listed for each kind of change, the first ones."""
 
 ABSENT = "absent"
-"""Stands where a record of one dataset is not in the other's ledgers at all."""
+"""The reason of a record that the other dataset's ledgers do not have."""
 
-_COLUMNS = (
+_COLUMNS: tuple[LedgerColumn, ...] = (
     "key", "caption", "num_pairs", "status", "reason", "width", "height", "sha256", "image_size"
 )  # fmt: skip
-_ROWS = 1 << 16
+_BATCH_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Change:
-    """One value that is another in the other manifest; None where it has none."""
+    """One value that differs; None on the side that does not have it."""
 
     name: str
     before: Any
@@ -44,18 +45,19 @@ class Change:
 
 @dataclass
 class SourceChanges:
-    """How a source of one dataset differs from that of another.
+    """Differences of one source between two datasets.
 
     Args:
-        there: `both`, or which of the two has the source: `before`, `after`.
-        changes: of what the manifests say, its rules and upstream files value by value.
-        images: `gained`, `lost`, `changed` (other bytes as fetched), `stored otherwise` (the same
-            bytes, but another picture made of them), `caption` (another first caption).
-        pairs: `gained` and `lost`.
-        gained: images gained, by the reason for which the first dataset lacks them.
-        lost: images lost, by the reason for which the second lacks them.
-        moved: records that neither has, by both reasons, where those differ.
-        shards: `other` shards: their bytes differ, or only one dataset has the part.
+        there: `both`, or the dataset that has the source: `before` or `after`.
+        changes: differences of the manifests; of rules and upstream files value by value.
+        images: numbers of images `gained`, `lost`, `changed` (other fetched bytes), `stored
+            otherwise` (same fetched bytes, another stored image), `with another caption` (another
+            first caption).
+        pairs: numbers of pairs `gained` and `lost`.
+        gained: images gained, by the reason for which the first dataset does not have them.
+        lost: images lost, by the reason for which the second does not have them.
+        moved: records that neither has, by both reasons, if these differ.
+        shards: shards whose bytes or codes differ, or that only one dataset has.
         examples: the first keys of each kind of change.
     """
 
@@ -72,14 +74,14 @@ class SourceChanges:
 
     @property
     def is_empty(self) -> bool:
-        """Say whether there is no difference."""
-        found = (self.changes, self.images, self.pairs, self.moved, self.shards)
-        return self.there == "both" and not any(found)
+        """Whether there is no difference."""
+        differences = (self.changes, self.images, self.pairs, self.moved, self.shards)
+        return self.there == "both" and not any(differences)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two manifests: where they lie, their digests, and what sets them apart."""
+    """Two manifests: their addresses, their digests and their differences."""
 
     before: str
     after: str
@@ -89,16 +91,16 @@ class Comparison:
 
     @property
     def are_equal(self) -> bool:
-        """Say whether both are the same dataset."""
+        """Whether both are the same dataset."""
         return self.digests[0] == self.digests[1]
 
 
 def compare(before: str, after: str, stage: Stage) -> Comparison:
-    """How the dataset of the manifest at `after` differs from that at `before`.
+    """Differences between the datasets of the manifests at `before` and `after`.
 
-    Ledgers are read side by side, a few thousand rows at a time, and only those that differ. They
-    hold the first caption of a record and the number of its pairs; a change of a later caption
-    shows as a shard with other bytes.
+    Only ledgers with different digests are read, in batches. A ledger has the first caption of a
+    record and the number of its pairs, so a change of a later caption is only seen as a shard with
+    other bytes.
 
     Raises:
         PmdError: one of them is no manifest, a ledger cannot be read, or the kinds differ.
@@ -121,21 +123,21 @@ def compare(before: str, after: str, stage: Stage) -> Comparison:
     )
 
 
-def as_json(found: Comparison) -> str:
+def as_json(comparison: Comparison) -> str:
     """The comparison for programs."""
-    content = {"equal": found.are_equal, **to_jsonable_python(found)}
+    content = {"equal": comparison.are_equal, **to_jsonable_python(comparison)}
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 
-def as_lines(found: Comparison) -> Iterator[str]:
-    """The comparison for people, a source after the other; equal sources in one line."""
-    yield f"before  {found.before}  {found.digests[0]}"
-    yield f"after   {found.after}  {found.digests[1]}"
-    if found.are_equal:
+def as_lines(comparison: Comparison) -> Iterator[str]:
+    """The comparison for people, source by source; an equal source takes one line."""
+    yield f"before  {comparison.before}  {comparison.digests[0]}"
+    yield f"after   {comparison.after}  {comparison.digests[1]}"
+    if comparison.are_equal:
         yield "the same dataset"
-    for change in found.changes:
+    for change in comparison.changes:
         yield str(change)
-    for one in found.sources:
+    for one in comparison.sources:
         if one.there != "both":
             yield f"{one.source}: only {one.there}"
             continue
@@ -147,13 +149,13 @@ def as_lines(found: Comparison) -> Iterator[str]:
             if counts := getattr(one, name):
                 yield f"  {title}: " + ", ".join(f"{key} {n:,}" for key, n in counts.items())
         for kind, keys in one.examples.items():
-            yield f"  {kind}, such as: {' '.join(keys)}"
+            yield f"  {kind}, for example: {' '.join(keys)}"
         for change in one.changes:
             yield f"  {change}"
 
 
 def _manifest_changes(old: Manifest, new: Manifest) -> Iterator[Change]:
-    """What the manifests say of the whole: its name, codes, versions."""
+    """Differences that concern no single source: name, versions, codes."""
     parts = ("format", "name", "versions", "codes")
     yield from _changes(
         old.model_dump(mode="json", include=set(parts)),
@@ -167,36 +169,36 @@ def _source_changes(
     old, new = (manifest.sources.get(source) for _, manifest in (before, after))
     if old is None or new is None:
         return SourceChanges(source, there="before" if new is None else "after")
-    found = SourceChanges(source)
-    found.changes += _changes(_said(old), _said(new))
+    changes = SourceChanges(source)
+    changes.changes += _changes(_comparable(old), _comparable(new))
     missing = [manifest.missing.get(source, []) for _, manifest in (before, after)]
-    found.changes += _changes({"parts missing": missing[0]}, {"parts missing": missing[1]})
-    left, right = (_shards(manifest, source) for _, manifest in (before, after))
+    changes.changes += _changes({"parts missing": missing[0]}, {"parts missing": missing[1]})
+    left, right = (_shards_by_part(manifest, source) for _, manifest in (before, after))
     for part in sorted(left.keys() | right.keys()):
-        found.shards.update(_shard_changes(left.get(part), right.get(part)))
+        changes.shards.update(_shard_changes(left.get(part), right.get(part)))
     if before[1].kind == "text":
-        return found  # their shards have no keys: a text is where it is
+        return changes  # shards of texts have no keys to compare
     for part in left.keys() & right.keys():
         if left[part].ledger_sha256 == right[part].ledger_sha256:
-            del left[part], right[part]  # the same rows, which no other part can hold
+            del left[part], right[part]  # the same rows, and no other part has rows with these keys
     sides = (
-        _ledgers([located(path, shard.ledger_path) for shard in shards.values()])
+        _read_ledgers([located(path, shard.ledger_path) for shard in shards.values()])
         for path, shards in ((before[0], left), (after[0], right))
     )
     for rows in _side_by_side(*sides):
-        _count(rows, found)
+        _count(rows, changes)
         stage.resume_from({"records": len(rows)})
-    return found
+    return changes
 
 
-def _said(entry: SourceEntry) -> dict[str, Any]:
-    """What a manifest says of a source, in a shape in which every difference has a short name."""
-    follows = {"rules_sha256", "words", "upstream", "unique_images", "repeated"}
-    said = entry.model_dump(mode="json", exclude=follows)
-    return {**said, "upstream": {file.name: file.sha256 for file in entry.upstream}}
+def _comparable(entry: SourceEntry) -> dict[str, Any]:
+    """The entry of a source without what follows from other values; upstream files by name."""
+    derived = {"rules_sha256", "words", "upstream", "unique_images", "repeated"}
+    content = entry.model_dump(mode="json", exclude=derived)
+    return {**content, "upstream": {file.name: file.sha256 for file in entry.upstream}}
 
 
-def _shards(manifest: Manifest, source: str) -> dict[int, ShardEntry]:
+def _shards_by_part(manifest: Manifest, source: str) -> dict[int, ShardEntry]:
     return {shard.part: shard for shard in manifest.shards if shard.source == source}
 
 
@@ -210,22 +212,22 @@ def _shard_changes(old: ShardEntry | None, new: ShardEntry | None) -> Iterator[s
         yield "with other codes"
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") -> Iterator[Change]:
-    """The values that differ, by their dotted names."""
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[Change]:
+    """The values that differ, with dotted names."""
     for name in [*old, *(name for name in new if name not in old)]:
         before, after = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from _changes(before, after, f"{above}{name}.")
+            yield from _changes(before, after, f"{prefix}{name}.")
         elif before != after:
-            yield Change(above + name, before, after)
+            yield Change(prefix + name, before, after)
 
 
-def _ledgers(addresses: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """The rows of ledgers one after the other, some thousand at a time, none empty."""
+def _read_ledgers(addresses: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """The rows of ledgers, one after the other, in batches that are not empty."""
     for address in addresses:
         with open_read(address) as file:
             try:
-                for batch in read_batches(file, _COLUMNS, _ROWS):
+                for batch in read_batches(file, _COLUMNS, _BATCH_ROWS):
                     if batch.num_rows:
                         yield pl.DataFrame(batch.select(_COLUMNS))
             except (pa.ArrowException, KeyError) as error:
@@ -235,17 +237,17 @@ def _ledgers(addresses: Sequence[str]) -> Iterator[pl.DataFrame]:
 def _side_by_side(
     left: Iterator[pl.DataFrame], right: Iterator[pl.DataFrame]
 ) -> Iterator[pl.DataFrame]:
-    """Rows of both sides by key, which both are sorted by; those of the right end in `_right`."""
+    """Full join by key, by which both sides are sorted; columns of the right end in `_right`."""
     one, two = next(left, None), next(right, None)
     while one is not None or two is not None:
         ends = [frame["key"][-1] for frame in (one, two) if frame is not None]
         until = pl.col("key") <= min(ends)
-        heads = [_NONE if frame is None else frame.filter(until) for frame in (one, two)]
+        heads = [_NO_ROWS if frame is None else frame.filter(until) for frame in (one, two)]
         yield heads[0].join(heads[1], on="key", how="full", coalesce=True).sort("key")
-        one, two = (_rest(frame, until, side) for frame, side in ((one, left), (two, right)))
+        one, two = (_after(frame, until, side) for frame, side in ((one, left), (two, right)))
 
 
-def _rest(
+def _after(
     frame: pl.DataFrame | None, until: pl.Expr, side: Iterator[pl.DataFrame]
 ) -> pl.DataFrame | None:
     if frame is None:
@@ -254,7 +256,7 @@ def _rest(
     return rest if len(rest) else next(side, None)
 
 
-_NONE = pl.DataFrame(
+_NO_ROWS = pl.DataFrame(
     schema={
         name: pl.Int64 if name == "image_size" else pl.Int32
         if name in {"num_pairs", "width", "height"} else pl.String
@@ -263,8 +265,8 @@ _NONE = pl.DataFrame(
 )  # fmt: skip
 
 
-def _count(rows: pl.DataFrame, found: SourceChanges) -> None:
-    """Add what the rows tell."""
+def _count(rows: pl.DataFrame, changes: SourceChanges) -> None:
+    """Add the differences of joined rows."""
     kept, kept_now = (
         (pl.col(name) == Status.SUCCESS).fill_null(False) for name in ("status", "status_right")
     )
@@ -285,15 +287,15 @@ def _count(rows: pl.DataFrame, found: SourceChanges) -> None:
     }
     for kind, some in kinds.items():
         if len(some):
-            found.images[kind] += len(some)
-            keys = found.examples.setdefault(kind, [])
-            keys += some["key"].head(EXAMPLES - len(keys)).to_list()
+            changes.images[kind] += len(some)
+            keys = changes.examples.setdefault(kind, [])
+            keys += some["key"].head(NUM_EXAMPLES - len(keys)).to_list()
     more = both["num_pairs_right"] - both["num_pairs"]
-    found.pairs["gained"] += _sum(gained["num_pairs_right"]) + _sum(more.filter(more > 0))
-    found.pairs["lost"] += _sum(lost["num_pairs"]) - _sum(more.filter(more < 0))
-    found.pairs = +found.pairs  # without zeros
-    found.gained.update(_reasons(gained, "status", "reason"))
-    found.lost.update(_reasons(lost, "status_right", "reason_right"))
+    changes.pairs["gained"] += _sum(gained["num_pairs_right"]) + _sum(more.filter(more > 0))
+    changes.pairs["lost"] += _sum(lost["num_pairs"]) - _sum(more.filter(more < 0))
+    changes.pairs = +changes.pairs  # removes zeros
+    changes.gained.update(_reasons(gained, "status", "reason"))
+    changes.lost.update(_reasons(lost, "status_right", "reason_right"))
     neither = rows.filter(~kept & ~kept_now)
     for before, after in zip(
         _reasons(neither, "status", "reason"),
@@ -301,11 +303,11 @@ def _count(rows: pl.DataFrame, found: SourceChanges) -> None:
         strict=True,
     ):
         if before != after:
-            found.moved[f"{before} -> {after}"] += 1
+            changes.moved[f"{before} -> {after}"] += 1
 
 
 def _reasons(rows: pl.DataFrame, status: str, reason: str) -> list[str]:
-    """Why each row is not kept on one side."""
+    """The reason for which each row is not kept on one side."""
     known = pl.when(pl.col(status).is_null()).then(pl.lit(ABSENT)).otherwise(pl.col(reason))
     return rows.select(known.fill_null("?").alias("reason"))["reason"].to_list()
 
@@ -315,5 +317,5 @@ def _sum(counts: pl.Series) -> int:
 
 
 def _brief(value: object) -> str:
-    said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return said if len(said) <= 60 else f"{said[:60]}..."
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}..."

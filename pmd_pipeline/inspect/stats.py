@@ -1,4 +1,4 @@
-"""Text lengths and counts of a manifest, beside the paper's."""
+"""Caption lengths and counts of a manifest, beside those of the paper."""
 
 import csv
 import io
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 PERCENTILES = (5, 50, 95)
 
 PAPER_WORDS = 12.1
-"""Mean caption length of all nine in the same table, which is not the mean of its rows: 12.2."""
+"""Mean caption length of all nine sources in FLAVA's table of PMD; the mean of its rows is 12.2."""
 
 
-_THINGS = {
+_COUNTED = {
     "pairs": ("pairs", "caption"),
     "images": ("images", "caption"),
     "text": ("documents", "document"),
 }
-"""What is counted, and whose words are, by the kind of the manifest."""
+"""Names of what is counted and of the text whose words are counted, by kind of manifest."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """One dataset's row: pairs by fate, images, and the lengths of kept captions in words.
+    """One row: pairs kept, dropped and failed, images, and lengths of kept captions in words.
 
-    Of images alone the pairs are images, of texts alone documents, whose pieces fill `sequences`;
-    `tokens` counts [CLS] and [SEP]s too. `paper_*` are the columns of FLAVA's table of PMD, None
-    where it has none; `difference` is `words_mean` minus the paper's.
+    For images alone the pairs are images; for texts alone they are documents, and `tokens` includes
+    [CLS] and [SEP]. `paper_*` are the columns of FLAVA's table of PMD, None for other sources;
+    `difference` is `words_mean` minus the paper's.
     """
 
     dataset: str
@@ -62,15 +62,15 @@ class Lengths:
 
 
 def lengths(manifest: Manifest) -> list[Lengths]:
-    """A row per source, in the order of the paper's table, and their sum if there are several."""
+    """A row per source in the order of the paper's table, and their total if there are several."""
     table = paper_order()
     listed = [name for name in table if name in manifest.sources]
     order = [*listed, *sorted(manifest.sources.keys() - set(listed))]
-    rows = [_row(name, manifest, [name], *_paper(name)) for name in order]
+    rows = [_summarize(name, manifest, [name], *_paper_columns(name)) for name in order]
     if len(rows) > 1:
         pairs = sum(row.paper_pairs or 0 for row in rows) or None
         words = PAPER_WORDS if len(listed) == len(table) == len(order) else None
-        rows.append(_row("total", manifest, order, pairs, words))
+        rows.append(_summarize("total", manifest, order, pairs, words))
     return rows
 
 
@@ -96,73 +96,75 @@ def percentile(histogram: Mapping[int, int], share: float) -> int | None:
 
 
 def remarks(manifest: Manifest) -> list[str]:
-    """What a reader of the numbers must know: parts missing, limits, leakage not checked."""
-    found = []
+    """Warnings about the numbers: missing parts, limits, leakage that was not checked."""
+    warnings = []
     for name, entry in sorted(manifest.sources.items()):
         if entry.limit is not None:
-            found.append(f"{name} was built with --limit {entry.limit:,}")
+            warnings.append(f"{name} was built with --limit {entry.limit:,}")
         if missing := manifest.missing.get(name):
-            found.append(f"{name} lacks {len(missing)} parts: run its build again")
+            warnings.append(f"{name} lacks {len(missing)} parts: run its build again")
         if entry.leakage == "not checked":
-            found.append(f"{name} may hold evaluation images: there was no {KARPATHY_FILE}")
-    return found + repeated_images(manifest)
+            warnings.append(f"{name} may hold evaluation images: there was no {KARPATHY_FILE}")
+    return warnings + repeated_images(manifest)
 
 
 def as_table(rows: Sequence[Lengths], manifest: Manifest) -> list[Table]:
-    """Tables for a terminal, from 80 columns on: lengths, fates of the pairs, and reasons."""
-    thing, text = _THINGS[manifest.kind]
-    lengths_table = _table(f"{manifest.name}: words in a {text}, digest {manifest.digest[:16]}")
+    """Tables for a terminal of 80 columns or more: lengths, counts and reasons."""
+    thing, text = _COUNTED[manifest.kind]
+    lengths_table = _empty_table(
+        f"{manifest.name}: words in a {text}, digest {manifest.digest[:16]}"
+    )
     names = ("dataset", thing, "paper", "words", "paper", "diff")
     for name in (*names, *(f"p{share}" for share in PERCENTILES), "max"):
         _add_column(lengths_table, name)
-    fates = _table(f"what became of the {thing}")
-    made = ("sequences", "tokens") if manifest.kind == "text" else ("images",)
-    for name in ("dataset", *made, "kept", "dropped", "failed"):
-        _add_column(fates, name)
-    reasons = _table(f"{thing} not kept, by reason")
+    counts_table = _empty_table(f"{thing} by outcome")
+    products = ("sequences", "tokens") if manifest.kind == "text" else ("images",)
+    for name in ("dataset", *products, "kept", "dropped", "failed"):
+        _add_column(counts_table, name)
+    reasons = _empty_table(f"{thing} not kept, by reason")
     _add_column(reasons, "dataset")
-    reasons.add_column("decided by the recipe, then the world's fault")
+    reasons.add_column("dropped by the recipe; failed")
     for number, row in enumerate(rows):
-        ends = number == len(rows) - 2  # the line above the total
+        ends = number == len(rows) - 2  # a line above the total
         lengths_table.add_row(
             row.dataset,
             f"{row.pairs:,}",
-            _short(row.paper_pairs),
+            _millions(row.paper_pairs),
             _decimal(row.words_mean),
             _decimal(row.paper_words),
             _signed(row.difference),
-            *(_whole(value) for value in (row.words_p5, row.words_p50, row.words_p95)),
-            _whole(row.words_max),
+            *(_integer(value) for value in (row.words_p5, row.words_p50, row.words_p95)),
+            _integer(row.words_max),
             end_section=ends,
         )
-        fates.add_row(
+        counts_table.add_row(
             row.dataset,
-            *(f"{asdict(row)[name]:,}" for name in made),
+            *(f"{asdict(row)[name]:,}" for name in products),
             f"{row.pairs:,}",
             f"{row.dropped:,}",
             f"{row.failed:,}",
             end_section=ends,
         )
         if entry := manifest.sources.get(row.dataset):
-            both = (_listed(entry.counts.dropped), _listed(entry.counts.failed))
+            both = (_format_counts(entry.counts.dropped), _format_counts(entry.counts.failed))
             reasons.add_row(row.dataset, "; ".join(one for one in both if one))
     if manifest.kind != "images":
-        return [lengths_table, fates, reasons]
-    fates.title = f"{manifest.name}: {fates.title}, digest {manifest.digest[:16]}"
-    return [fates, reasons]
+        return [lengths_table, counts_table, reasons]
+    counts_table.title = f"{manifest.name}: {counts_table.title}, digest {manifest.digest[:16]}"
+    return [counts_table, reasons]
 
 
 def as_json(rows: Sequence[Lengths], manifest: Manifest) -> str:
     """The rows with their reasons, for programs."""
-    found = []
+    datasets = []
     for row in rows:
         entry = manifest.sources.get(row.dataset)
         reasons = (
             {"dropped_by": entry.counts.dropped, "failed_by": entry.counts.failed} if entry else {}
         )
-        found.append({**asdict(row), **reasons})
+        datasets.append({**asdict(row), **reasons})
     return json.dumps(
-        {"manifest": manifest.name, "digest": manifest.digest, "datasets": found}, indent=1
+        {"manifest": manifest.name, "digest": manifest.digest, "datasets": datasets}, indent=1
     )
 
 
@@ -186,7 +188,7 @@ def as_markdown(rows: Sequence[Lengths]) -> str:
 
 
 def plot(rows: Sequence[Lengths], manifest: Manifest, path: str) -> None:
-    """Write histograms of caption lengths, one panel per source, the paper's mean marked, as PNG.
+    """Write a PNG with a histogram of caption lengths per source, with its mean and the paper's.
 
     Raises:
         PmdError: matplotlib is not installed, there is nothing to plot, or `path` cannot be
@@ -196,26 +198,28 @@ def plot(rows: Sequence[Lengths], manifest: Manifest, path: str) -> None:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, and slow to import
     except ImportError as error:
         raise PmdError('--plot needs matplotlib: pip install "pmd-flava[plot]"') from error
-    shown = [row for row in rows if row.dataset in manifest.sources and row.words_max]
-    if not shown:
-        thing = "captions" if manifest.kind == "images" else _THINGS[manifest.kind][0]
+    plotted = [row for row in rows if row.dataset in manifest.sources and row.words_max]
+    if not plotted:
+        thing = "captions" if manifest.kind == "images" else _COUNTED[manifest.kind][0]
         raise PmdError(f"{manifest.name} has no {thing} to plot")
-    columns = min(3, len(shown))
-    lines = -(-len(shown) // columns)
+    columns = min(3, len(plotted))
+    lines = -(-len(plotted) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.6 * lines), layout="constrained")
-    for number, row in enumerate(shown):
+    for number, row in enumerate(plotted):
         axes = figure.add_subplot(lines, columns, number + 1)
-        _histogram(axes, row, manifest.sources[row.dataset].words, _THINGS[manifest.kind])
+        _histogram(axes, row, manifest.sources[row.dataset].words, _COUNTED[manifest.kind])
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
 
 
 def _histogram(
-    axes: "Axes", row: Lengths, words: Mapping[int, int], things: tuple[str, str]
+    axes: "Axes", row: Lengths, words: Mapping[int, int], names: tuple[str, str]
 ) -> None:
-    thing, text = things
-    most = max(2 * (row.words_p95 or 0), 10)
-    inside = {length: 100 * count / row.pairs for length, count in words.items() if length <= most}
+    thing, text = names
+    longest = max(2 * (row.words_p95 or 0), 10)
+    inside = {
+        length: 100 * count / row.pairs for length, count in words.items() if length <= longest
+    }
     axes.bar(list(inside), list(inside.values()), width=1.0, color="#8fb3d9")
     if row.words_mean is not None:
         axes.axvline(row.words_mean, color="#1b2b3a", label=f"mean {row.words_mean:.1f}")
@@ -223,7 +227,7 @@ def _histogram(
         axes.axvline(
             row.paper_words, color="#c44e52", linestyle="--", label=f"paper {row.paper_words}"
         )
-    axes.set_xlim(0, most + 1)
+    axes.set_xlim(0, longest + 1)
     axes.set_title(f"{row.dataset}, {row.pairs:,} {thing}", fontsize=10)
     axes.set_xlabel(f"words in a {text}", fontsize=8)
     axes.set_ylabel(f"% of {text}s", fontsize=8)
@@ -232,7 +236,7 @@ def _histogram(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _table(title: str) -> Table:
+def _empty_table(title: str) -> Table:
     return Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0)
     )
@@ -242,12 +246,12 @@ def _add_column(table: Table, name: str) -> None:
     table.add_column(name, justify="left" if name == "dataset" else "right", no_wrap=True)
 
 
-def _paper(name: str) -> tuple[int | None, float | None]:
+def _paper_columns(name: str) -> tuple[int | None, float | None]:
     row = sources.load(name).info.paper if name in sources.names() else None
     return (row.pairs, row.words) if row else (None, None)
 
 
-def _row(
+def _summarize(
     dataset: str,
     manifest: Manifest,
     names: Sequence[str],
@@ -285,12 +289,12 @@ def _row(
     )
 
 
-def _listed(reasons: Mapping[str, int]) -> str:
+def _format_counts(reasons: Mapping[str, int]) -> str:
     ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{reason} {count:,}" for reason, count in ordered)
 
 
-def _short(count: int | None) -> str:
+def _millions(count: int | None) -> str:
     return "" if count is None else f"{count / 1e6:.1f}M"
 
 
@@ -302,5 +306,5 @@ def _signed(value: float | None) -> str:
     return "" if value is None else f"{round(value, 1) + 0.0:+.1f}"  # no -0.0
 
 
-def _whole(value: int | None) -> str:
+def _integer(value: int | None) -> str:
     return "" if value is None else str(value)

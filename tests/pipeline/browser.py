@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages, driven over its DevTools pipe."""
+"""A headless Chromium for tests of pages, controlled over its DevTools pipe."""
 
 import base64
 import json
@@ -12,20 +12,20 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 CHROMIUM = os.environ.get("PMD_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
-"""The browser to drive; `PMD_BROWSER` names one that is elsewhere."""
+"""Path of the browser; the environment variable `PMD_BROWSER` overrides it."""
 
 
 class Browser:
-    """One tab. `told` are the console's messages, `asked` all addresses that were requested."""
+    """One tab, with the messages of its console and the addresses that it requested."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers = commands, answers
-        self._left = b""
+        self._unread = b""
         self._session: str | None = None
         self._number = 0
         self._loaded = False
-        self.told: list[str] = []
-        self.asked: list[str] = []
+        self.console: list[str] = []
+        self.requested: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
@@ -41,16 +41,16 @@ class Browser:
         self._loaded = False
         self.call("Page.navigate", url=page.resolve().as_uri())
         while not self._loaded:
-            self._take()
+            self._next_message()
 
-    def ask(self, expression: str) -> Any:
+    def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        """Write the page, or what is seen of it, as PNG."""
+        """Write the whole page, or the visible part, as PNG."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
 
@@ -62,34 +62,34 @@ class Browser:
             command["sessionId"] = self._session
         os.write(self._commands, json.dumps(command).encode() + b"\0")
         while True:
-            message = self._take()
+            message = self._next_message()
             if message.get("id") == self._number:
                 assert "error" not in message, message
                 return dict(message["result"])
 
-    def _take(self) -> dict[str, Any]:
-        while b"\0" not in self._left:
+    def _next_message(self) -> dict[str, Any]:
+        while b"\0" not in self._unread:
             read = os.read(self._answers, 1 << 16)
-            assert read, "the browser has gone"
-            self._left += read
-        raw, _, self._left = self._left.partition(b"\0")
+            assert read, "the browser has exited"
+            self._unread += read
+        raw, _, self._unread = self._unread.partition(b"\0")
         message: dict[str, Any] = json.loads(raw)
         params = message.get("params", {})
         match message.get("method"):
             case "Page.loadEventFired":
                 self._loaded = True
             case "Log.entryAdded":
-                self.told.append(params["entry"]["text"])
+                self.console.append(params["entry"]["text"])
             case "Runtime.consoleAPICalled" | "Runtime.exceptionThrown":
-                self.told.append(json.dumps(params))
+                self.console.append(json.dumps(params))
             case "Network.requestWillBeSent":
-                self.asked.append(params["request"]["url"])
+                self.requested.append(params["request"]["url"])
         return message
 
 
 @contextmanager
 def open_browser(profile: Path) -> Iterator[Browser]:
-    """A browser with a profile of its own; gone when the block ends."""
+    """A browser with its own profile, which exits at the end of the block."""
     from_us, commands = os.pipe()
     answers, to_us = os.pipe()
     options = [

@@ -34,7 +34,7 @@ def reasons(chooser, given_row):
     return [pair.reason for pair in chooser.pairs(given_row)]
 
 
-def test_all_makes_each_candidate_a_pair_with_its_own_fate():
+def test_all_makes_each_candidate_a_pair_with_its_own_reason():
     chooser = Chooser(Captions(filters={"has_words": {"least": 2}}))
     box = (1.0, 2.0, 3.0, 4.0)
     two = Row(
@@ -62,7 +62,7 @@ def test_all_makes_each_candidate_a_pair_with_its_own_fate():
         (["two words", "The dog and the sea"], ("The dog and the sea", "title")),
     ],
 )
-def test_first_makes_the_first_candidate_that_passes_the_rows_one_pair(texts, kept):
+def test_first_makes_one_pair_of_the_first_candidate_that_passes(texts, kept):
     [pair] = Chooser(YFCC).pairs(row(*texts))
 
     assert (pair.text, pair.field, pair.reason) == (*kept, None)
@@ -84,7 +84,7 @@ def test_a_row_without_a_passing_candidate_is_dropped_for_its_last_text(texts, d
 
 
 @pytest.mark.parametrize("choose", ["all", "first"])
-def test_a_row_that_only_knows_the_image_gives_no_pair(choose):
+def test_a_row_that_states_only_the_image_gives_no_pair(choose):
     """The index counts the record as `no_caption` if no other row has its captions."""
     chooser = Chooser(Captions(choose=choose))
 
@@ -92,7 +92,7 @@ def test_a_row_that_only_knows_the_image_gives_no_pair(choose):
 
 
 @pytest.mark.parametrize(("choose", "count"), [("all", 2), ("first", 1)])
-def test_a_refused_row_drops_its_pairs_unseen(choose, count):
+def test_a_refused_row_drops_its_pairs_unexamined(choose, count):
     chooser = Chooser(Captions(choose=choose, filters={"has_words": {"least": 9}}))
 
     assert reasons(chooser, row("one", "two", refused="heldout")) == ["heldout"] * count
@@ -107,14 +107,14 @@ def test_a_filtered_row_is_not_filtered_again_but_must_have_text():
     assert reasons(chooser, row(" ", filtered=True)) == ["no_text"]
 
 
-def test_what_the_source_refuses_no_filter_sees():
+def test_no_filter_runs_on_candidates_that_the_source_refuses():
     chooser = Chooser(Captions(filters={"has_words": {"least": 9}}))
     given_row = Row(id="1", candidates=[Candidate("one", "phrase", refused="bad_box")])
 
     assert reasons(chooser, given_row) == ["bad_box"]
 
 
-def test_fields_count_each_candidate_that_was_looked_at():
+def test_fields_count_each_examined_candidate():
     chooser = Chooser(YFCC)
 
     for texts in (["A dog on the beach", "never seen"], ["two words", "The dog and the sea"], [""]):
@@ -140,7 +140,7 @@ def test_decisions_end_with_the_candidate_that_is_chosen():
     assert refused.pairs == refused.decisions == [Pair("one", "description", None, "video")]
 
 
-def test_cleaning_comes_before_the_filters_and_only_when_asked_for():
+def test_cleaning_runs_before_the_filters_if_the_recipe_asks_for_it():
     html = row("<b>two&amp;</b> words http://a.test/b")
     switches = {"entities": True, "html": True, "urls": True}
     filters = {"has_words": {"most": 2}}
@@ -161,7 +161,7 @@ def test_cleaning_comes_before_the_filters_and_only_when_asked_for():
     least=st.integers(0, 3),
     choose=st.sampled_from(["all", "first"]),
 )
-def test_a_row_with_candidates_gives_each_pair_one_fate(texts, least, choose):
+def test_each_pair_of_a_row_is_kept_or_has_a_reason(texts, least, choose):
     chooser = Chooser(Captions(choose=choose, filters={"has_words": {"least": least}}))
     candidates = [Candidate(text, "raw") for text in texts]
 
@@ -180,7 +180,7 @@ def test_a_row_with_candidates_gives_each_pair_one_fate(texts, least, choose):
     least=st.integers(0, 5),
     most=st.integers(0, 5),
 )
-def test_words_are_those_of_split_and_both_bounds_belong(caption, least, most):
+def test_has_words_counts_like_split_with_both_bounds_included(caption, least, most):
     count = len(caption.split())
 
     assert has_words(caption, least=least, most=most) == (count in range(least, most + 1))
@@ -201,7 +201,7 @@ def test_a_script_without_spaces_counts_as_one_word():
         ("كلب يركض على الشاطئ", "ar"),
     ],
 )
-def test_captions_are_of_their_language(caption, language):
+def test_the_language_of_captions_is_identified(caption, language):
     assert identify(caption)[0] == language
     assert is_language(caption, language=language)
     assert is_language(caption) == (language == "en")
@@ -215,7 +215,7 @@ def test_the_threshold_is_the_least_probability_that_passes():
 
 
 @pytest.mark.parametrize("caption", ["", "\ud800 half a character", "a\0b", "x" * 100_000])
-def test_any_text_has_some_language_and_none_breaks_the_model(caption):
+def test_any_text_has_a_language(caption):
     label, score = identify(caption)
 
     assert isinstance(label, str)
@@ -257,7 +257,7 @@ def test_a_wrong_language_model_is_one_sentence(named_model, tmp_path):
     assert str(absent.value).startswith(f"{tmp_path}/none.bin: there is no such language model;")
 
 
-def test_recipes_that_ask_for_no_language_load_no_model():
+def test_recipes_without_a_language_filter_load_no_model():
     code = (
         "import sys; from pmd_pipeline.index.choose import Chooser; "
         "from pmd_pipeline.recipe import load_recipe; "
@@ -270,7 +270,7 @@ def test_recipes_that_ask_for_no_language_load_no_model():
     assert done.stdout == "False\n"
 
 
-def test_images_are_measured_by_their_shorter_and_longer_sides():
+def test_image_filters_compare_shorter_and_longer_sides():
     assert is_large((200, 640), least=200)
     assert not is_large((640, 199), least=200)
     assert is_compact((100, 300), most=3.0)

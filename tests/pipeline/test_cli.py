@@ -20,7 +20,7 @@ from toy import toy_rows, write_pictures, write_rows
 from pmd_pipeline import cli, sources
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.filters.caption import LID_MODEL_VARIABLE
-from pmd_pipeline.inspect import source_table as listing
+from pmd_pipeline.inspect.source_listing import describe_source, list_sources
 
 COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
 PMD = [sys.executable, "-c", "from pmd_pipeline.cli import main; main()"]
@@ -53,7 +53,7 @@ def toy(tmp_path):
 
 
 def is_refused(outcome, *words):
-    """Whether a command has ended as a user's mistake does; the one line that says it."""
+    """Whether a command exited with 2, one line on stderr that has all `words`, and no files."""
     code, out, err = outcome
     assert code == 2
     assert out == ""
@@ -71,9 +71,9 @@ def test_help_is_one_sentence_and_one_example(command, pmd):
     code, out, err = pmd(*command.split(), "--help")
 
     assert (code, err) == (0, "")
-    usage, told, example, *_ = (" ".join(block.split()) for block in out.split("\n\n"))
+    usage, sentence, example, *_ = (" ".join(block.split()) for block in out.split("\n\n"))
     assert usage.startswith("Usage: pmd")
-    assert re.fullmatch(r"[A-Z][^.]*\.", told)
+    assert re.fullmatch(r"[A-Z][^.]*\.", sentence)
     assert example.startswith("Example: pmd ")
     assert (command or "quickstart") in example
 
@@ -105,11 +105,11 @@ def test_help_and_sources_load_neither_torch_nor_ray(arguments):
         (["--source", "cc3m", "--lid-model", "none"], ["/none", "there is no such language model"]),
     ],
 )
-def test_a_build_that_cannot_be_is_one_line_and_writes_nothing(arguments, words, pmd):
+def test_an_impossible_build_is_one_line_and_writes_nothing(arguments, words, pmd):
     assert is_refused(pmd("build", *arguments, "--runner", "local", "--workers", 1), *words)
 
 
-def test_an_unknown_recipe_key_is_one_line_that_names_file_and_near_miss(pmd, tmp_path):
+def test_an_unknown_recipe_key_is_one_line_with_the_file_and_a_suggestion(pmd, tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text('source = "cc3m"\n[image]\nsize = 5')
 
@@ -127,7 +127,7 @@ def test_two_recipes_for_one_source_are_one_line(pmd, tmp_path):
     )
 
 
-def test_what_is_missing_in_raw_is_one_line_that_says_how_to_get_it(pmd, tmp_path):
+def test_missing_annotation_files_are_one_line_with_instructions(pmd, tmp_path):
     assert is_refused(
         pmd("build", "--source", "yfcc100m", "--raw", tmp_path / "here", "--runner", "local"),
         "has no yfcc100m_dataset",
@@ -135,7 +135,7 @@ def test_what_is_missing_in_raw_is_one_line_that_says_how_to_get_it(pmd, tmp_pat
     )
 
 
-def test_images_that_are_not_there_are_one_line(pmd, toy, tmp_path):
+def test_missing_images_are_one_line(pmd, toy, tmp_path):
     arguments = [*toy, "--images", tmp_path / "none.zip"]
 
     assert is_refused(
@@ -163,11 +163,11 @@ def test_an_out_that_is_a_file_is_one_line(pmd, toy, tmp_path):
         (["sources", "coca"], ["'coca'", "coco"]),
     ],
 )
-def test_a_question_that_has_no_answer_is_one_line(arguments, words, pmd):
+def test_a_missing_file_or_record_is_one_line(arguments, words, pmd):
     assert is_refused(pmd(*arguments), *words)
 
 
-def test_what_is_no_manifest_is_one_line(pmd, tmp_path):
+def test_a_file_that_is_no_manifest_is_one_line(pmd, tmp_path):
     for content in ("", "[]", '{"format": 1}', "<html>"):
         (tmp_path / "a.json").write_text(content)
 
@@ -178,13 +178,13 @@ def test_what_is_no_manifest_is_one_line(pmd, tmp_path):
     "arguments",
     [["build", "--limit", "0"], ["build", "--source"], ["stats", "--format", "pdf"], ["bild"], []],
 )
-def test_a_wrong_use_of_the_command_exits_with_two(arguments, pmd):
+def test_wrong_arguments_exit_with_2(arguments, pmd):
     code, _, _ = pmd(*arguments)
 
     assert code == 2
 
 
-def test_a_build_prints_manifests_on_stdout_and_its_talk_on_stderr(pmd, toy):
+def test_a_build_prints_manifests_on_stdout_and_messages_on_stderr(pmd, toy):
     code, out, err = pmd(*toy)
 
     manifest = json.loads(Path("manifests/cc3m.json").read_text())
@@ -196,7 +196,7 @@ def test_a_build_prints_manifests_on_stdout_and_its_talk_on_stderr(pmd, toy):
     assert pmd(*toy, "--quiet") == (0, out, "")
 
 
-def test_statistics_are_alone_on_stdout(pmd, toy):
+def test_only_statistics_are_on_stdout(pmd, toy):
     pmd(*toy, "--limit", 5)
 
     code, out, err = pmd("stats", "manifests/cc3m.json", "--format", "json", "--plot", "a/b.png")
@@ -210,7 +210,7 @@ def test_statistics_are_alone_on_stdout(pmd, toy):
         assert pmd("stats", "manifests/cc3m.json", "--format", form)[1].startswith(start)
 
 
-def test_manifests_are_merged_and_none_twice(pmd, toy):
+def test_manifests_are_merged_and_no_source_twice(pmd, toy):
     pmd(*toy)
 
     code, out, _ = pmd("merge", "manifests/cc3m.json", "--out", "manifests/one.json")
@@ -221,21 +221,21 @@ def test_manifests_are_merged_and_none_twice(pmd, toy):
     assert "cc3m is already in another manifest" in err
 
 
-def test_why_tells_of_kept_dropped_and_failed_records(pmd, toy):
+def test_why_prints_traces_of_kept_dropped_and_failed_records(pmd, toy):
     pmd(*toy)
     bad = key_of("cc3m", "GCC-training.tsv:0:16")
 
-    asked = ("http://a.test/0.jpg", key_of("cc3m", "http://a.test/11.jpg"), bad)
-    told = [pmd("why", one)[1] for one in asked]
+    queries = ("http://a.test/0.jpg", key_of("cc3m", "http://a.test/11.jpg"), bad)
+    printed = [pmd("why", query)[1] for query in queries]
 
     for part in ("kept: 2 pairs in data/shards/cc3m/00000.tar", "read: row 0 of", "also: row 12 of",
                  "'a caption of picture 0': passes", "stored: "):  # fmt: skip
-        assert part in told[0]
-    assert "not fetched: not_in_archive, no local image has this name" in told[1]
-    assert "stored: " not in told[1]
-    assert "dropped by the index: bad_row, the upstream row cannot be parsed" in told[2]
-    assert "column 2 is no http address: 'nowhere'" in told[2]
-    assert "the file has changed" not in "".join(told)
+        assert part in printed[0]
+    assert "not fetched: not_in_archive, no local image has this name" in printed[1]
+    assert "stored: " not in printed[1]
+    assert "dropped by the index: bad_row, the upstream row cannot be parsed" in printed[2]
+    assert "column 2 is no http address: 'nowhere'" in printed[2]
+    assert "the file has changed" not in "".join(printed)
     assert json.loads(pmd("why", bad, "--json")[1])[0]["rows"][0]["reason"] == "bad_row"
     assert pmd("why", "http://a.test/none.jpg")[0] == 2
 
@@ -245,7 +245,7 @@ def test_show_prints_json_and_writes_the_image(pmd, toy):
     kept, failed = (key_of("cc3m", f"http://a.test/{number}.jpg") for number in (0, 11))
 
     code, out, err = pmd("show", kept, "--json", "--image", "a/0.jpg")
-    refused, _, said = pmd("show", failed, "--image", "a/11.jpg")
+    refused, _, message = pmd("show", failed, "--image", "a/11.jpg")
 
     assert code == 0
     assert json.loads(out)["sample"]["captions"] == [
@@ -254,8 +254,8 @@ def test_show_prints_json_and_writes_the_image(pmd, toy):
     assert err == "wrote a/0.jpg, JPEG\n"
     with Image.open("a/0.jpg") as image:
         assert image.size == (48, 40)
-    assert (refused, said.count("\n")) == (2, 1)
-    assert f"run pmd why {failed} for the reason" in said
+    assert (refused, message.count("\n")) == (2, 1)
+    assert f"run pmd why {failed} for the reason" in message
 
 
 def test_stored_webp_images_are_verified_shown_and_on_the_report_page(pmd, toy, tmp_path):
@@ -279,7 +279,7 @@ def test_stored_webp_images_are_verified_shown_and_on_the_report_page(pmd, toy, 
             assert image.get_format_mimetype() == mime
 
 
-def test_show_tells_what_a_shard_holds(pmd, toy):
+def test_show_prints_the_contents_of_a_shard(pmd, toy):
     pmd(*toy)
 
     code, out, _ = pmd("show", "data/shards/cc3m/00000.tar")
@@ -294,7 +294,7 @@ def test_show_tells_what_a_shard_holds(pmd, toy):
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_sources_are_listed_within_the_width_of_the_screen(width):
-    paragraphs = list(listing.all_sources(width))
+    paragraphs = list(list_sources(width))
 
     pmd = sources.names("pmd")
     others = [name for name in sources.names() if name not in pmd]
@@ -303,21 +303,21 @@ def test_sources_are_listed_within_the_width_of_the_screen(width):
         assert len(line) <= width or "http" in line
     for name in sources.names():
         info = sources.load(name).info
-        told = " ".join(listing.one_source(name, width).split())
+        description = " ".join(describe_source(name, width).split())
         for fact in (info.licence, info.citation, info.homepage, info.by_hand):
-            assert " ".join(fact.split()) in told
-        assert all(entry.pattern in told for entry in info.files)
+            assert " ".join(fact.split()) in description
+        assert all(entry.pattern in description for entry in info.files)
 
 
-class _Slow(http.server.BaseHTTPRequestHandler):
-    """Never answers, and tells that it was asked."""
+class _SilentHandler(http.server.BaseHTTPRequestHandler):
+    """Never sends a response; sets an event when a request arrives."""
 
-    def __init__(self, asked, *arguments):
-        self.asked = asked
+    def __init__(self, requested, *arguments):
+        self.requested = requested
         super().__init__(*arguments)
 
     def do_GET(self):
-        self.asked.set()
+        self.requested.set()
         self.rfile.read(1)  # until the other side hangs up
 
     def log_message(self, *_):
@@ -325,15 +325,15 @@ class _Slow(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def slow_host():
-    """`address:port` of a host that never answers, and an event: it was asked."""
-    asked = threading.Event()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Slow, asked))
+def silent_host():
+    """`address:port` of a host that never responds, and the event of its first request."""
+    requested = threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_SilentHandler, requested))
     server.daemon_threads = True
     server.block_on_close = False
     thread = threading.Thread(target=partial(server.serve_forever, 0.01))
     thread.start()
-    yield f"127.0.0.1:{server.server_port}", asked
+    yield f"127.0.0.1:{server.server_port}", requested
     server.shutdown()
     thread.join()
     server.server_close()
@@ -341,21 +341,21 @@ def slow_host():
 
 def marked_processes(mark):
     """Commands of the processes that have `mark` in their environment."""
-    found = []
+    commands = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ")[:100])
+                commands.append((folder / "cmdline").read_bytes().replace(b"\0", b" ")[:100])
         except OSError:  # it has ended meanwhile
             continue
-    return found
+    return commands
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 @pytest.mark.parametrize("runner", ["local", "ray"])
-def test_ctrl_c_ends_a_build_with_all_its_processes(runner, slow_host, tmp_path):
-    address, asked = slow_host
+def test_ctrl_c_ends_a_build_with_all_its_processes(runner, silent_host, tmp_path):
+    address, requested = silent_host
     write_rows(tmp_path / "raw", toy_rows(40))
     recipe = tmp_path / "slow.toml"
     recipe.write_text(
@@ -373,7 +373,7 @@ def test_ctrl_c_ends_a_build_with_all_its_processes(runner, slow_host, tmp_path)
         text=True,
         start_new_session=True,
     ) as build:
-        assert asked.wait(60)
+        assert requested.wait(60)
         os.killpg(build.pid, signal.SIGINT)  # as a terminal does: to all in the foreground
         out, err = build.communicate(timeout=30)
 
@@ -389,7 +389,7 @@ def test_ctrl_c_ends_a_build_with_all_its_processes(runner, slow_host, tmp_path)
 
 
 @pytest.mark.parametrize("command", ["verify", "report"])
-def test_a_command_that_begins_anew_does_not_say_that_it_goes_on(pmd, monkeypatch, command):
+def test_an_interrupted_command_that_cannot_resume_only_stops(pmd, monkeypatch, command):
     def interrupted(*_args, **_keywords):
         raise KeyboardInterrupt
 

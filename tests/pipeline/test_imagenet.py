@@ -275,7 +275,7 @@ def test_statistics_of_images_have_no_words(tmp_path):
     console.print(*statistics.as_table([row], manifest))
 
     assert (row.pairs, row.images, row.words_mean, row.sequences) == (12, 12, None, None)
-    assert "what became of the images" in console.file.getvalue()
+    assert "images by outcome" in console.file.getvalue()
     assert "words in" not in console.file.getvalue()
     with pytest.raises(PmdError, match="no captions to plot"):
         statistics.plot([row], manifest, str(tmp_path / "a.png"))

@@ -19,7 +19,7 @@ from pmd_pipeline.filters.pixels import fills_frame, has_detail
 from pmd_pipeline.images.decode import stored_image
 from pmd_pipeline.images.decode.processor import ImageProcessor
 from pmd_pipeline.images.fetch.client import FetchedImage
-from pmd_pipeline.inspect.report.drop_reasons import meaning
+from pmd_pipeline.inspect.report.funnel import meaning
 from pmd_pipeline.recipe import Images
 
 any_pixels = arrays.arrays(

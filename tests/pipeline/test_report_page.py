@@ -3,6 +3,7 @@ import hashlib
 import io
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,10 +25,17 @@ from pmd_pipeline.contract.manifest import load_manifest, save_manifest
 from pmd_pipeline.contract.models import Counts, Manifest, ShardEntry, SourceEntry
 from pmd_pipeline.demo import quickstart
 from pmd_pipeline.filters import caption as caption_filters
-from pmd_pipeline.inspect.report import charts, gallery, ledgers
-from pmd_pipeline.inspect.report import drop_reasons as losses
-from pmd_pipeline.inspect.report import duplicates as copies
-from pmd_pipeline.inspect.report.page import link, page, percent, short_bytes, source_part, visible
+from pmd_pipeline.inspect.report import charts, duplicates, gallery, ledgers
+from pmd_pipeline.inspect.report.funnel import meaning
+from pmd_pipeline.inspect.report.hosts import host_stats
+from pmd_pipeline.inspect.report.page import (
+    link,
+    page,
+    percent,
+    short_bytes,
+    source_section,
+    visible,
+)
 from pmd_pipeline.inspect.stats import lengths
 
 HOSTILE = [
@@ -47,7 +55,7 @@ ADDRESSES = [
 ]
 
 
-class Seen(HTMLParser):
+class ParsedPage(HTMLParser):
     """Elements with their attributes, and all text, as an HTML parser finds them."""
 
     def __init__(self, html):
@@ -68,7 +76,7 @@ class Seen(HTMLParser):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A build of hostile captions, and of hostile addresses without pictures; its manifest."""
+    """The manifest of a build with hostile captions, and hostile addresses without images."""
     folder = tmp_path_factory.mktemp("report")
     rows = [(caption, f"http://a.test/{n}.jpg") for n, caption in enumerate(HOSTILE)]
     rows += [("a caption of nothing", address) for address in ADDRESSES]
@@ -79,18 +87,18 @@ def built(tmp_path_factory):
     return order.manifest
 
 
-def of_toy(path):
+def section_of(path):
     manifest = load_manifest(path)
-    return source_part(path, manifest, lengths(manifest)[0], ledgers.data_folder(path, manifest))
+    return source_section(path, manifest, lengths(manifest)[0], ledgers.data_folder(path, manifest))
 
 
-def test_what_is_kept_and_every_reason_add_up_to_what_came_in(built):
-    part = of_toy(built)
+def test_kept_pairs_and_loss_reasons_add_up(built):
+    section = section_of(built)
 
-    counts = part.entry.counts
+    counts = section.entry.counts
     assert counts.kept > 0
-    assert counts.kept + sum(reason.pairs for reason in part.reasons) == counts.pairs_in
-    assert [step.count for step in part.steps][1:] == [
+    assert counts.kept + sum(reason.pairs for reason in section.reasons) == counts.pairs_in
+    assert [step.count for step in section.steps][1:] == [
         counts.pairs_in,
         counts.pairs_in - sum(counts.dropped.values()),
         counts.kept,
@@ -98,50 +106,50 @@ def test_what_is_kept_and_every_reason_add_up_to_what_came_in(built):
 
 
 def test_every_reason_has_a_meaning_and_an_example(built):
-    part = of_toy(built)
+    section = section_of(built)
 
-    assert {reason.name for reason in part.reasons} == part.lost.keys()
-    assert all(reason.meaning for reason in part.reasons)
+    assert {reason.name for reason in section.reasons} == section.lost.keys()
+    assert all(reason.meaning for reason in section.reasons)
 
 
 def test_hostile_captions_and_addresses_are_text(built):
-    seen = Seen(page(built, None))
+    parsed = ParsedPage(page(built, None))
 
-    tags = {tag for tag, _ in seen.elements}
+    tags = {tag for tag, _ in parsed.elements}
     assert tags.isdisjoint({"script", "base", "iframe", "object", "form", "link"})
-    names = {name for _, attributes in seen.elements for name in attributes}
+    names = {name for _, attributes in parsed.elements for name in attributes}
     assert not [name for name in names if name.startswith("on") or name == "style"]
-    links = [attributes["href"] for tag, attributes in seen.elements if tag == "a"]
+    links = [attributes["href"] for tag, attributes in parsed.elements if tag == "a"]
     assert all(one.startswith(("http://", "https://", "#")) for one in links)
     for shown in (*HOSTILE[:3], *ADDRESSES, "turned [U+202E] around", "nothing [U+0000] at all"):
-        assert shown in seen.text
+        assert shown in parsed.text
 
 
-def test_links_to_strangers_tell_them_nothing(built):
-    seen = Seen(page(built, None))
+def test_external_links_send_no_referrer(built):
+    parsed = ParsedPage(page(built, None))
 
-    strangers = [a for tag, a in seen.elements if tag == "a" and "//a.test" in a["href"]]
+    strangers = [a for tag, a in parsed.elements if tag == "a" and "//a.test" in a["href"]]
     assert strangers
     assert all({"noreferrer", "nofollow"} <= set(one["rel"].split()) for one in strangers)
 
 
-def test_the_page_asks_nobody_for_anything(built):
+def test_the_page_makes_no_requests(built):
     html = page(built, None)
 
-    seen = Seen(html)
-    policy = next(a["content"] for tag, a in seen.elements if "http-equiv" in a)
+    parsed = ParsedPage(html)
+    policy = next(a["content"] for tag, a in parsed.elements if "http-equiv" in a)
     style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert policy.startswith("default-src 'none'")
     assert f"style-src 'sha256-{digest}'" in policy
     assert "url(" not in style
     assert "@import" not in style
-    pictures = [attributes["src"] for tag, attributes in seen.elements if tag == "img"]
+    pictures = [attributes["src"] for tag, attributes in parsed.elements if tag == "img"]
     assert pictures
     assert all(one.startswith("data:image/jpeg;base64,") for one in pictures)
 
 
-def test_no_control_or_turning_character_is_left_on_the_page(built):
+def test_the_page_has_no_control_or_direction_characters(built):
     html = page(built, None)
 
     assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", html)
@@ -154,25 +162,25 @@ def test_the_same_build_gives_the_same_page(built, monkeypatch, tmp_path):
     assert page(built, None) == first
 
 
-def test_a_sample_of_a_source_says_that_it_is_one(built, monkeypatch):
+def test_the_page_states_how_much_of_a_source_was_sampled(built, monkeypatch):
     assert "Sizes, hosts, languages" not in page(built, None)
-    monkeypatch.setattr(ledgers, "MOST_RECORDS", 5)
+    monkeypatch.setattr(ledgers, "MAX_RECORDS", 5)
 
-    part, html = of_toy(built), page(built, None)
+    section, html = section_of(built), page(built, None)
 
-    looked, records = part.records
-    assert 0 < looked < records
-    assert f"are from {looked} of {records} records" in Seen(html).text
+    sampled, records = section.records
+    assert 0 < sampled < records
+    assert f"are from {sampled} of {records} records" in ParsedPage(html).text
 
 
-def test_without_its_index_the_page_says_so(built, tmp_path):
+def test_a_page_without_an_index_states_that(built, tmp_path):
     html = page(built, str(tmp_path))
 
-    assert "The index of this build is not at hand" in html
+    assert "The index of this build was not found" in html
     assert "rows upstream" not in html
 
 
-def test_the_index_of_another_recipe_is_not_believed(built):
+def test_the_index_of_another_recipe_is_not_used(built):
     manifest = load_manifest(built)
     entry = manifest.sources["cc3m"]
     data = ledgers.data_folder(built, manifest)
@@ -194,22 +202,22 @@ def test_a_ledger_that_the_manifest_does_not_name_is_refused(built, tmp_path):
         page(path, None)
 
 
-def test_a_ledger_that_is_no_parquet_is_a_sentence(tmp_path):
+def test_a_ledger_that_is_no_parquet_is_one_sentence(tmp_path):
     (tmp_path / "00000.parquet").write_bytes(b"PAR1 nothing PAR1")
 
-    with pytest.raises(PmdError, match="is no Parquet"):
+    with pytest.raises(PmdError, match="is no readable Parquet file"):
         ledgers.read_columns(str(tmp_path / "00000.parquet"), ["key"])
 
 
-def test_a_stored_picture_that_cannot_be_read_is_shown_as_trouble(built):
+def test_an_unreadable_stored_image_is_a_sentence_on_the_page(built):
     manifest = load_manifest(built)
-    sampled = ledgers.sample(built, manifest, "cc3m")
-    broken = replace(sampled, rows=sampled.rows.with_columns(image_offset=pl.col("json_offset")))
+    sample = ledgers.sample_ledgers(built, manifest, "cc3m")
+    broken = replace(sample, rows=sample.rows.with_columns(image_offset=pl.col("json_offset")))
 
-    shown = gallery.shown(broken)
+    images = gallery.gallery_images(broken)
 
-    assert shown
-    assert all(one.image is None and "cannot be read" in one.trouble for one in shown)
+    assert images
+    assert all(one.image is None and "cannot be read" in one.problem for one in images)
 
 
 def manifest_of(folder, **changes):
@@ -229,7 +237,7 @@ def manifest_of(folder, **changes):
     return path
 
 
-def test_texts_are_shown_as_texts(tmp_path):
+def test_texts_are_shown_without_images(tmp_path):
     out = io.BytesIO()
     pq.write_table(pa.table({"text": ["one <b>text</b> here", "and another text there"]}), out)
     (tmp_path / "00000.parquet").write_bytes(out.getvalue())
@@ -237,22 +245,24 @@ def test_texts_are_shown_as_texts(tmp_path):
     stated = {"source": "ccnews", "part": 0, "num_bytes": 1, "records": 2, "images": 0, "pairs": 2}
     shard = ShardEntry(path="00000.parquet", sha256=sha256, ledger_sha256=sha256, **stated)
 
-    seen = Seen(page(manifest_of(tmp_path, kind="text", shards=[shard]), None))
+    parsed = ParsedPage(page(manifest_of(tmp_path, kind="text", shards=[shard]), None))
 
-    assert "one <b>text</b> here" in seen.text
-    assert "texts kept" in seen.text
-    assert "caption" not in seen.text.partition("How it was made")[0].partition("To the content")[2]
-    assert "Copies" not in seen.text
+    assert "one <b>text</b> here" in parsed.text
+    assert "texts kept" in parsed.text
+    assert (
+        "caption" not in parsed.text.partition("How it was made")[0].partition("To the content")[2]
+    )
+    assert "Duplicates" not in parsed.text
 
 
 def test_a_manifest_without_shards_has_a_page(tmp_path):
-    seen = Seen(page(manifest_of(tmp_path, shards=[]), None))
+    parsed = ParsedPage(page(manifest_of(tmp_path, shards=[]), None))
 
-    assert "toy" in seen.text
-    assert not [tag for tag, _ in seen.elements if tag == "img"]
+    assert "toy" in parsed.text
+    assert not [tag for tag, _ in parsed.elements if tag == "img"]
 
 
-def test_shards_elsewhere_give_the_same_page(built):
+def test_shards_at_another_address_give_the_same_page(built):
     data, manifest = Path(built).parents[1] / "data", load_manifest(built)
     for path in data.rglob("*"):
         if path.is_file():
@@ -267,7 +277,7 @@ def test_shards_elsewhere_give_the_same_page(built):
     assert page("memory://report/cc3m.json", None) == page(built, None)
 
 
-def test_regions_of_one_box_share_a_tag():
+def test_captions_of_one_box_share_a_region():
     box, other = (0.1, 0.2, 0.5, 0.6), (0.0, 0.0, 1.0, 1.0)
 
     regions = gallery._regions([box, None, other, box])
@@ -278,93 +288,94 @@ def test_regions_of_one_box_share_a_tag():
     ]
 
 
-hashes = st.lists(st.integers(0, copies._HASHES - 1), max_size=30)
+hashes = st.lists(st.integers(0, duplicates._NUM_HASHES - 1), max_size=30)
 
 
 @given(
-    seen=st.lists(st.tuples(st.integers(0, 2), hashes), max_size=6), most=st.sampled_from([4, 1000])
+    shards=st.lists(st.tuples(st.integers(0, 2), hashes), max_size=6),
+    max_hashes=st.sampled_from([4, 1000]),
 )
-def test_an_image_is_looked_at_with_all_its_copies_or_not_at_all(seen, most):
+def test_an_image_is_counted_with_all_its_copies_or_left_out(shards, max_hashes):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copies, "MOST_HASHES", most)
-        held, limit = copies.counted((n, pl.Series(h, dtype=pl.Int64)) for n, h in seen)
+        patch.setattr(duplicates, "MAX_HASHES", max_hashes)
+        copies, limit = duplicates.count_copies(
+            (source, pl.Series(of_shard, dtype=pl.Int64)) for source, of_shard in shards
+        )
 
-    expected = {}
-    for source, found in seen:
-        for one in found:
-            if one < limit:
-                expected[one, source] = expected.get((one, source), 0) + 1
-    assert {(h, source): n for h, source, n in held.iter_rows()} == expected
-    assert limit == copies._HASHES or most == 4
+    expected = Counter(
+        (one, source) for source, of_shard in shards for one in of_shard if one < limit
+    )
+    assert {(one, source): n for one, source, n in copies.iter_rows()} == expected
+    assert limit == duplicates._NUM_HASHES or max_hashes == 4
 
 
-def test_copies_across_sources_are_counted_once_for_each_two():
-    held, limit = copies.counted(
+def test_duplicates_across_sources_are_counted_by_pairs_of_sources():
+    copies, limit = duplicates.count_copies(
         [(0, pl.Series([1, 2, 3, 3])), (1, pl.Series([2, 3])), (2, pl.Series([3]))]
     )
 
-    found = copies._summed((held, limit), ["a", "b", "c"])
+    stats = duplicates._summarize(copies, limit, ["a", "b", "c"])
 
-    assert found.distinct == 3
-    assert found.repeated == 2
-    assert found.shared == {("a", "b"): 2, ("a", "c"): 1, ("b", "c"): 1}
-    assert found.most == ("000000000000003", 4)
+    assert stats.distinct == 3
+    assert stats.repeated == 2
+    assert stats.shared == {("a", "b"): 2, ("a", "c"): 1, ("b", "c"): 1}
+    assert stats.most == ("000000000000003", 4)
 
 
 @given(
     words=st.dictionaries(st.integers(0, 400), st.integers(1, 50), min_size=1),
     paper=st.none() | st.floats(1, 20),
 )
-def test_the_bars_of_a_histogram_hold_every_caption(words, paper):
+def test_the_bars_of_a_histogram_add_up_to_all_captions(words, paper):
     chart = charts.lengths_chart(words, paper)
 
-    scale = chart.up[-1].at  # where the highest tick is
-    percent_there = int(chart.up[-1].text.removesuffix("%"))
+    scale = chart.y_ticks[-1].position  # of the highest tick
+    percent_there = int(chart.y_ticks[-1].text.removesuffix("%"))
     unit = (charts.BOTTOM - scale) / percent_there if percent_there else 0
     assert sum(bar.height for bar in chart.bars) == pytest.approx(100 * unit, rel=0.01)
     for bar in chart.bars:
         assert bar.x >= charts.LEFT
         assert bar.x + bar.width <= charts.RIGHT + 0.1
         assert bar.y >= charts.TOP - 0.1
-    assert all(charts.LEFT <= mark.at <= charts.RIGHT for mark in chart.marks)
-    assert len(chart.bars) <= charts.MOST_BARS + 1
+    assert all(charts.LEFT <= marker.position <= charts.RIGHT for marker in chart.markers)
+    assert len(chart.bars) <= charts.MAX_BARS + 1
 
 
-def test_a_square_stands_in_the_middle_of_the_shapes():
-    chart = charts.shapes_chart(np.array([1.0, 1.0, 1.0]))
+def test_square_images_are_in_the_middle_of_the_aspect_ratios():
+    chart = charts.aspect_ratios_chart(np.array([1.0, 1.0, 1.0]))
 
-    middle = next(tick.at for tick in chart.across if tick.text == "1:1")
+    middle = next(tick.position for tick in chart.x_ticks if tick.text == "1:1")
     assert [bar.x <= middle <= bar.x + bar.width for bar in chart.bars] == [True]
-    assert "0% wider than high" in chart.says
+    assert "0% wider than high" in chart.summary
 
 
-def test_extreme_sides_count_in_the_outer_bars():
+def test_the_outer_bars_include_extreme_sides():
     chart = charts.sides_chart(np.array([1, 60_000]))
 
     assert len(chart.bars) == 2
     assert charts.sides_chart(np.array([], dtype=np.int64)) is None
 
 
-def test_a_filter_is_told_in_its_own_words():
+def test_a_filter_is_described_by_its_docstring():
     rules = {"captions": {"filters": {"has_words": {"least": 3}}}}
 
-    told = losses.meaning("has_words", rules)
+    description = meaning("has_words", rules)
 
-    assert "least = 3" in told
-    assert caption_filters.has_words.__doc__.partition(" ")[0] in told
-    assert losses.meaning("http_404", rules) == "not found"
+    assert "least = 3" in description
+    assert caption_filters.has_words.__doc__.partition(" ")[0] in description
+    assert meaning("http_404", rules) == "not found"
 
 
 def test_a_reason_from_outside_the_package_is_described_without_importing_it():
     rules = {"images": {"filters": {"nowhere:is_wide": {"least": 2.0}}}}
 
-    assert losses.meaning("nowhere:is_wide", rules) == (
+    assert meaning("nowhere:is_wide", rules) == (
         "a filter of the recipe, from outside the package, least = 2.0"
     )
-    assert losses.meaning("no_species", rules) == "the source's own reason"
+    assert meaning("no_species", rules) == "the source's own reason"
 
 
-def test_hosts_are_counted_by_what_came():
+def test_hosts_are_counted_with_their_success_rates():
     rows = pl.DataFrame(
         {
             "url": ["http://A.test/1", "https://u:p@a.test:80/2", "http://b.test/", None, "x"],
@@ -373,7 +384,7 @@ def test_hosts_are_counted_by_what_came():
         }
     )
 
-    found = losses.hosts(ledgers.Sample(rows, (0,), 5))
+    found = host_stats(ledgers.LedgerSample(rows, (0,), 5))
 
     assert [(one.name, one.records, one.share, one.failure) for one in found] == [
         ("a.test", 2, 0.5, "dns"),
@@ -384,17 +395,17 @@ def test_hosts_are_counted_by_what_came():
 @pytest.mark.parametrize(
     "url", ["javascript:alert(1)", "http://", "http://[::1", "http://a b/", "//a.test", "", None]
 )
-def test_what_is_no_web_address_is_no_link(url):
+def test_only_web_addresses_become_links(url):
     assert link(url) is None
 
 
-def test_text_is_cut_and_says_how_long_it_was():
+def test_cut_text_states_its_length():
     assert visible("a" * 10_000, 5) == "aaaaa … (10,000 characters)"
     assert visible("left\u202eright\0") == "left[U+202E]right[U+0000]"
     assert visible("👩‍👩‍👧 שלום") == "👩‍👩‍👧 שלום"
 
 
-def test_shares_and_sizes_are_never_rounded_to_a_lie():
+def test_shares_close_to_0_or_1_are_not_rounded_to_them():
     assert [percent(share) for share in (0, 1e-9, 0.5, 1 - 1e-9, 1)] == [
         "0%",
         "< 0.1%",
@@ -412,7 +423,7 @@ def test_shares_and_sizes_are_never_rounded_to_a_lie():
 
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
-def test_text_and_marks_stand_out_from_their_ground(built, theme):
+def test_text_and_marks_have_enough_contrast(built, theme):
     style = re.search(r"<style>(.*?)</style>", page(built, None), re.DOTALL)[1]
     blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     colours = dict(re.findall(r"--(\w+): (#\w{6})", blocks[theme]))
@@ -454,28 +465,30 @@ def nine(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_nine_sources_make_a_page_of_less_than_three_megabytes(nine):
+def test_the_page_about_nine_sources_has_less_than_3_mb(nine):
     assert nine.stat().st_size < 3_000_000
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; PMD_BROWSER names one")
-def test_the_page_is_sound_in_a_browser(nine, built, tmp_path):
+def test_the_page_fits_and_loads_in_a_browser(nine, built, tmp_path):
     hostile = tmp_path / "hostile.html"
     hostile.write_text(page(built, None), encoding="utf-8")
     with open_browser(tmp_path / "profile") as browser:
         for path in (nine, hostile):
             for width, dark in ((1280, False), (1280, True), (390, False), (390, True)):
                 browser.show(path, width=width, dark=dark)
-                browser.ask("document.querySelectorAll('details').forEach(one => one.open = true)")
+                browser.evaluate(
+                    "document.querySelectorAll('details').forEach(one => one.open = true)"
+                )
 
                 wide = "[document.documentElement.scrollWidth, window.innerWidth]"
-                inside, window = browser.ask(wide)
+                inside, window = browser.evaluate(wide)
                 assert inside <= window == width
                 hidden = "[...document.images].filter(i => !(i.complete && i.naturalWidth > 0))"
-                assert browser.ask("document.images.length") > 0
-                assert browser.ask(f"{hidden}.length") == 0
-                ground = browser.ask("getComputedStyle(document.body).backgroundColor")
+                assert browser.evaluate("document.images.length") > 0
+                assert browser.evaluate(f"{hidden}.length") == 0
+                ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
                 assert ground == ("rgb(19, 21, 25)" if dark else "rgb(250, 249, 246)")
-    assert browser.told == []
-    assert {one.partition(":")[0] for one in browser.asked} == {"file", "data"}
+    assert browser.console == []
+    assert {one.partition(":")[0] for one in browser.requested} == {"file", "data"}

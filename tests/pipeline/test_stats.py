@@ -48,8 +48,8 @@ def entry(words, **known):
 
 
 def manifest(missing=None, **entries):
-    found = Manifest(name="toy", sources=entries, shards=[], versions={}, missing=missing or {})
-    return found.model_copy(update={"digest": found.computed_digest()})
+    unsealed = Manifest(name="toy", sources=entries, shards=[], versions={}, missing=missing or {})
+    return unsealed.model_copy(update={"digest": unsealed.computed_digest()})
 
 
 def nine(count=10_000_000):
@@ -75,7 +75,7 @@ def test_percentiles_are_those_of_numpy(counts, share):
     assert percentile(counts, share) == expected
 
 
-def test_nothing_has_no_percentile():
+def test_no_captions_have_no_percentile():
     assert percentile({}, 50) is None
 
 
@@ -120,7 +120,7 @@ def test_the_total_adds_captions_of_one_length():
     assert (total.pairs, total.words_mean) == (8, 6.0)
 
 
-def test_only_all_nine_have_the_papers_mean_of_all():
+def test_only_all_nine_sources_have_the_papers_total_mean():
     """FLAVA, table of PMD: 70M pairs, 12.1 words."""
     total = lengths(nine())[-1]
 
@@ -141,26 +141,26 @@ def test_the_tables_of_nine_sources_are_readable(width):
     assert "has_words 20, is_language 3; http_404 1" in text
 
 
-def test_a_difference_that_rounds_to_nothing_has_no_minus():
+def test_a_difference_that_rounds_to_zero_has_no_minus_sign():
     made = manifest(coco=entry({12: 61, 13: 39}))
 
     assert lengths(made)[0].difference == -0.01
     assert " +0.0 " in text_of(as_table(lengths(made), made), 80)
 
 
-def test_json_is_for_programs():
+def test_json_has_counts_by_reason():
     made = manifest(coco=entry({10: 3}), sbu=entry({2: 1}))
 
-    found = json.loads(as_json(lengths(made), made))
+    printed = json.loads(as_json(lengths(made), made))
 
-    assert (found["manifest"], found["digest"]) == ("toy", made.digest)
-    assert [row["dataset"] for row in found["datasets"]] == ["coco", "sbu", "total"]
-    assert found["datasets"][0]["dropped_by"] == {"is_language": 3, "has_words": 20}
-    assert found["datasets"][0]["failed_by"] == {"http_404": 1}
-    assert "dropped_by" not in found["datasets"][-1]
+    assert (printed["manifest"], printed["digest"]) == ("toy", made.digest)
+    assert [row["dataset"] for row in printed["datasets"]] == ["coco", "sbu", "total"]
+    assert printed["datasets"][0]["dropped_by"] == {"is_language": 3, "has_words": 20}
+    assert printed["datasets"][0]["failed_by"] == {"http_404": 1}
+    assert "dropped_by" not in printed["datasets"][-1]
 
 
-def test_csv_and_markdown_hold_the_rows():
+def test_csv_and_markdown_have_the_same_rows():
     rows = lengths(manifest(coco=entry({10: 3}), strange=entry({2: 1})))
 
     [coco, strange, total] = csv.DictReader(io.StringIO(as_csv(rows)))
@@ -173,7 +173,7 @@ def test_csv_and_markdown_hold_the_rows():
     assert first.startswith("| coco | 3 | 900000 | ")
 
 
-def test_the_plot_is_a_picture_that_can_be_read(tmp_path):
+def test_the_plot_is_a_readable_png(tmp_path):
     made = manifest(**{name: entry({3: 5, 9: 2}) for name in paper_order()}, empty=entry({}))
 
     plot(lengths(made), made, str(tmp_path / "below" / "lengths.png"))
@@ -184,7 +184,7 @@ def test_the_plot_is_a_picture_that_can_be_read(tmp_path):
         assert len(set(image.convert("L").resize((200, 100)).tobytes())) > 20
 
 
-def test_a_plot_of_nothing_or_into_nowhere_is_one_sentence(tmp_path):
+def test_a_plot_without_captions_or_folder_is_one_sentence(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     empty, made = manifest(coco=entry({})), manifest(coco=entry({3: 1}))
 
@@ -196,7 +196,7 @@ def test_a_plot_of_nothing_or_into_nowhere_is_one_sentence(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+def test_a_plot_without_matplotlib_names_the_package_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     made = manifest(coco=entry({3: 1}))
 
@@ -204,7 +204,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
         plot(lengths(made), made, str(tmp_path / "a.png"))
 
 
-def test_what_is_behind_the_numbers_is_said():
+def test_remarks_name_limits_missing_parts_and_leakage():
     made = manifest(
         missing={"coco": [3, 4]},
         coco=entry({3: 1}, leakage="not checked"),
@@ -234,7 +234,7 @@ def test_the_papers_table_adds_up():
     assert sum(sources.load(name).info.paper.pairs for name in paper_order()) == 70_000_000
 
 
-def test_a_manifest_of_another_version_is_told_from_one_that_was_changed(tmp_path):
+def test_another_version_and_a_changed_manifest_have_different_errors(tmp_path):
     path = tmp_path / "toy.json"
     save_manifest(str(path), manifest(coco=entry({3: 1})))
     path.write_text(path.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
@@ -254,5 +254,5 @@ def test_a_manifest_of_another_version_is_told_from_one_that_was_changed(tmp_pat
         ("s3://bucket/pmd.json", "/data/a.tar", "/data/a.tar"),
     ],
 )
-def test_a_shard_is_where_its_manifest_says_in_a_store_without_dots_too(manifest, path, address):
+def test_shard_addresses_in_object_stores_have_no_dots(manifest, path, address):
     assert located(manifest, path) == address

@@ -1,1 +1,1 @@
-"""The page on a dataset: one HTML file with its numbers, its losses and pictures of both."""
+"""The report page: one HTML file with counts, reasons, charts and samples of a dataset."""

@@ -1,4 +1,4 @@
-"""Languages and words of captions, from a sample of them."""
+"""Languages and words of captions, from a sample."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import polars as pl
 
 from pmd_pipeline.filters.caption import LID_MODELS, identify, lid_model
-from pmd_pipeline.inspect.report.ledgers import Sample
+from pmd_pipeline.inspect.report.ledgers import LedgerSample
 
-LANGUAGE_CAPTIONS = 2_000
-WORD_CAPTIONS = 20_000
-"""Captions of a source that are looked at, from all over its sample."""
+MAX_LANGUAGE_CAPTIONS = 2_000
+MAX_WORD_CAPTIONS = 20_000
+"""Captions of a source that are read, at equal distances in its sample."""
 
-MOST_WORDS = 24
-MOST_LANGUAGES = 5
+MAX_WORDS = 24
+MAX_LANGUAGES = 5
 
 _STOP = """
 a about above after again all along also an and any are around as at away back be because been
@@ -25,11 +25,11 @@ to too top two under until up upon us very was we were what when where which whi
 with within without would you your
 """
 STOP_WORDS = frozenset(_STOP.split())
-"""English words that say little of a picture; they are counted, and left out of the list."""
+"""English words that describe no image; they are counted, but not listed."""
 
 _WORD = r"[\p{L}\p{M}]+(?:['\x{2019}-][\p{L}\p{M}]+)*"
 
-NAMES = {
+LANGUAGE_NAMES = {
     "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "ca": "Catalan", "ceb": "Cebuano",
     "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
     "eo": "Esperanto", "es": "Spanish", "et": "Estonian", "fa": "Persian", "fi": "Finnish",
@@ -40,12 +40,12 @@ NAMES = {
     "sr": "Serbian", "sv": "Swedish", "ta": "Tamil", "th": "Thai", "tl": "Tagalog",
     "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese",
 }  # fmt: skip
-"""Languages by the codes of lid.176; others are shown by their code."""
+"""Names for codes of lid.176; the page shows other languages by their code."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """A name with how often it is met, and that as a share of all."""
+class CountedName:
+    """A name with its count, also as a share of all."""
 
     name: str
     count: int
@@ -53,63 +53,63 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Languages:
-    """The commonest languages of `captions` captions, the others as one, by `model`."""
+class LanguageStats:
+    """The most frequent languages of `captions` captions, and all others as one, by `model`."""
 
     captions: int
     model: str
-    shares: list[Share]
+    shares: list[CountedName]
 
 
 @dataclass(frozen=True)
-class Words:
-    """The commonest words, by the share of `captions` captions that have them.
+class WordStats:
+    """The most frequent words, by the share of `captions` captions that have them.
 
     `stop_share` is the share of stop words among all words.
     """
 
     captions: int
     stop_share: float
-    shares: list[Share]
+    shares: list[CountedName]
 
 
-def languages(sampled: Sample) -> Languages | None:
-    """What fastText's language identifier takes captions for; None where there is no caption."""
-    captions = _captions(sampled, LANGUAGE_CAPTIONS)
+def languages(sample: LedgerSample) -> LanguageStats | None:
+    """Languages of captions by fastText's identifier; None without captions."""
+    captions = _captions(sample, MAX_LANGUAGE_CAPTIONS)
     if not len(captions):
         return None
-    found = Counter(identify(" ".join(caption.split()))[0] for caption in captions)
-    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    counts = Counter(identify(" ".join(caption.split()))[0] for caption in captions)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     shares = [
-        Share(NAMES.get(code, code or "none"), count, count / len(captions))
-        for code, count in ordered[:MOST_LANGUAGES]
+        CountedName(LANGUAGE_NAMES.get(code, code or "none"), count, count / len(captions))
+        for code, count in ordered[:MAX_LANGUAGES]
     ]
-    if rest := sum(count for _, count in ordered[MOST_LANGUAGES:]):
-        name = f"{len(ordered) - MOST_LANGUAGES} others"
-        shares.append(Share(name, rest, rest / len(captions)))
-    return Languages(len(captions), LID_MODELS[lid_model()[1]], shares)
+    if rest := sum(count for _, count in ordered[MAX_LANGUAGES:]):
+        name = f"{len(ordered) - MAX_LANGUAGES} others"
+        shares.append(CountedName(name, rest, rest / len(captions)))
+    return LanguageStats(len(captions), LID_MODELS[lid_model()[1]], shares)
 
 
-def words(sampled: Sample) -> Words | None:
-    """Which words captions have, letters and what joins them; None where there is no word."""
-    captions = _captions(sampled, WORD_CAPTIONS)
+def words(sample: LedgerSample) -> WordStats | None:
+    """Words of captions: letters, and the marks that join them; None without words."""
+    captions = _captions(sample, MAX_WORD_CAPTIONS)
     split = captions.str.to_lowercase().str.extract_all(_WORD)
-    said = split.list.explode(keep_nulls=False, empty_as_null=False)
-    if not len(said):
+    flat = split.list.explode(keep_nulls=False, empty_as_null=False)
+    if not len(flat):
         return None
-    is_stop = said.is_in(sorted(STOP_WORDS))
+    is_stop = flat.is_in(sorted(STOP_WORDS))
     once = split.list.unique().list.explode(keep_nulls=False, empty_as_null=False)
     counts = once.filter(~once.is_in(sorted(STOP_WORDS))).alias("word").value_counts()
-    top = counts.sort(["count", "word"], descending=[True, False]).head(MOST_WORDS)
-    return Words(
+    top = counts.sort(["count", "word"], descending=[True, False]).head(MAX_WORDS)
+    return WordStats(
         captions=len(captions),
-        stop_share=float(is_stop.sum()) / len(said),
-        shares=[Share(word, count, count / len(captions)) for word, count in top.iter_rows()],
+        stop_share=float(is_stop.sum()) / len(flat),
+        shares=[CountedName(word, count, count / len(captions)) for word, count in top.iter_rows()],
     )
 
 
-def _captions(sampled: Sample, most: int) -> pl.Series:
-    """At most `most` captions that are not empty, at equal distances."""
-    captions = sampled.kept["caption"].cast(pl.String).drop_nulls()
+def _captions(sample: LedgerSample, limit: int) -> pl.Series:
+    """At most `limit` captions that are not empty, at equal distances."""
+    captions = sample.kept["caption"].cast(pl.String).drop_nulls()
     captions = captions.filter(captions.str.strip_chars() != "")
-    return captions.gather_every(max(1, -(-len(captions) // most)))
+    return captions.gather_every(max(1, -(-len(captions) // limit)))

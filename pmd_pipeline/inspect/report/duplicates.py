@@ -1,4 +1,4 @@
-"""Images that are there more than once, within a source and in several, in bounded memory."""
+"""Images with several copies, within a source and across sources, counted in bounded memory."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from pmd_pipeline.contract.models import Manifest
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.inspect.report.ledgers import read_columns
 
-MOST_HASHES = 1_000_000
-"""Images that are held at once; a few hundred MB while they are summed."""
+MAX_HASHES = 1_000_000
+"""Images in memory at once; a few hundred MB while they are summed."""
 
 _HEX_DIGITS = 15
-_HASHES = 1 << 4 * _HEX_DIGITS
-"""Values that as many digits have; they fit into a signed integer."""
+_NUM_HASHES = 1 << 4 * _HEX_DIGITS
+"""Different values of so many digits; they fit into a signed integer."""
 
 
 @dataclass(frozen=True)
-class Copies:
-    """What several records have in common: the bytes of their image as fetched.
+class DuplicateStats:
+    """Records whose fetched images have the same bytes.
 
     Args:
-        share: of all different images, those looked at: the ones with the smallest sha256. Counts
-            are of these.
+        share: share of all different images that are counted here: those with the smallest
+            SHA-256.
         distinct: different images.
         repeated: of them, those with more than one copy.
-        shared: different images that two sources both have, by their names; zeros left out.
-        most: the image with most copies, as the first digits of its sha256 and their number.
+        shared: different images that two sources both have, by the sources' names, without zeros.
+        most: the image with most copies, as the first digits of its SHA-256 and their number.
     """
 
     share: float
@@ -40,75 +40,78 @@ class Copies:
     most: tuple[str, int] | None
 
 
-def find_copies(path: str, manifest: Manifest, on_progress: OnProgress) -> Copies:
-    """Look through all ledgers of the manifest at `path`, column by column.
+def find_duplicates(path: str, manifest: Manifest, on_progress: OnProgress) -> DuplicateStats:
+    """Duplicates in all ledgers of the manifest at `path`.
 
     Raises:
-        PmdError: a ledger is not there.
+        PmdError: a ledger is missing.
     """
     names = sorted(manifest.sources)
-    found = counted(_ledgers(path, manifest, names, on_progress))
-    return _summed(found, names)
+    copies, limit = count_copies(_shard_hashes(path, manifest, names, on_progress))
+    return _summarize(copies, limit, names)
 
 
-def counted(ledgers: Iterable[tuple[int, pl.Series]]) -> tuple[pl.DataFrame, int]:
-    """Copies by `hash` and `source`, of hashes below the limit that is also given."""
-    limit = _HASHES
-    held = pl.DataFrame(schema={"hash": pl.Int64, "source": pl.UInt8, "copies": pl.UInt32})
-    waiting = [held]
+def count_copies(ledgers: Iterable[tuple[int, pl.Series]]) -> tuple[pl.DataFrame, int]:
+    """Copies by `hash` and `source`, and the limit below which all hashes are counted.
+
+    Args:
+        ledgers: number of the source and hashes of the images, shard by shard.
+    """
+    limit = _NUM_HASHES
+    totals = pl.DataFrame(schema={"hash": pl.Int64, "source": pl.UInt8, "copies": pl.UInt32})
+    pending = [totals]
     for source, hashes in ledgers:
         below = hashes.filter(hashes < limit)
-        waiting.append(
+        pending.append(
             below.alias("hash")
             .to_frame()
             .with_columns(source=pl.lit(source, dtype=pl.UInt8), copies=pl.lit(1, dtype=pl.UInt32))
         )
-        if sum(map(len, waiting)) > MOST_HASHES:
-            held = _together(waiting)
-            while len(held) > MOST_HASHES // 2:
+        if sum(map(len, pending)) > MAX_HASHES:
+            totals = _add_up(pending)
+            while len(totals) > MAX_HASHES // 2:
                 limit //= 2
-                held = held.filter(pl.col("hash") < limit)
-            waiting = [held]
-    return _together(waiting), limit
+                totals = totals.filter(pl.col("hash") < limit)
+            pending = [totals]
+    return _add_up(pending), limit
 
 
-def _ledgers(
+def _shard_hashes(
     path: str, manifest: Manifest, names: list[str], on_progress: OnProgress
 ) -> Iterator[tuple[int, pl.Series]]:
-    """The number of the source and the hashes of every shard with images."""
+    """The number of the source and the hashes of the images, for every shard with images."""
     number = {name: at for at, name in enumerate(names)}
     for done, shard in enumerate(manifest.shards, 1):
         if shard.images:
-            yield number[shard.source], _hashes(located(path, shard.ledger_path))
+            yield number[shard.source], _image_hashes(located(path, shard.ledger_path))
         on_progress("copies", {"ledgers": done})
 
 
-def _hashes(address: str) -> pl.Series:
+def _image_hashes(address: str) -> pl.Series:
     rows = read_columns(address, ["sha256", "status"]).filter(pl.col("status") == Status.SUCCESS)
     digits = rows["sha256"].cast(pl.String).str.slice(0, _HEX_DIGITS)
     return digits.str.to_integer(base=16, dtype=pl.Int64, strict=False).drop_nulls()
 
 
-def _together(waiting: list[pl.DataFrame]) -> pl.DataFrame:
-    summed = pl.concat(waiting).group_by("hash", "source").agg(pl.col("copies").sum())
+def _add_up(frames: list[pl.DataFrame]) -> pl.DataFrame:
+    summed = pl.concat(frames).group_by("hash", "source").agg(pl.col("copies").sum())
     return summed.sort("hash", "source")
 
 
-def _summed(found: tuple[pl.DataFrame, int], names: list[str]) -> Copies:
-    held, limit = found
-    images = held.group_by("hash").agg(
+def _summarize(copies: pl.DataFrame, limit: int, names: list[str]) -> DuplicateStats:
+    images = copies.group_by("hash").agg(
         pl.col("copies").sum(),
-        pl.lit(2, pl.UInt64).pow(pl.col("source")).sum().alias("sources"),  # a bit for each
+        pl.lit(2, pl.UInt64).pow(pl.col("source")).sum().alias("sources"),  # one bit per source
     )
     repeated = images.filter(pl.col("copies") > 1)
     repeated = repeated.sort(["copies", "hash"], descending=[True, False])
     shared: dict[tuple[str, str], int] = {}
     for sources, count in repeated["sources"].value_counts().iter_rows():
-        there = [name for at, name in enumerate(names) if sources >> at & 1]
-        for pair in combinations(there, 2):
+        holders = [name for at, name in enumerate(names) if sources >> at & 1]
+        for pair in combinations(holders, 2):
             shared[pair] = shared.get(pair, 0) + count
-    return Copies(
-        share=limit / _HASHES,
+    return DuplicateStats(
+        share=limit / _NUM_HASHES,
         distinct=len(images),
         repeated=len(repeated),
         shared=dict(sorted(shared.items(), key=lambda item: (-item[1], item[0]))),

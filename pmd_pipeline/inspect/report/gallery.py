@@ -1,4 +1,4 @@
-"""Samples to look at: pictures that are kept, and what was dropped or failed, with reasons."""
+"""Samples for the page: kept images as thumbnails, and examples of dropped and failed pairs."""
 
 import base64
 from collections.abc import Iterable, Iterator
@@ -16,25 +16,26 @@ from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.images.decode.decoder import open_image
 from pmd_pipeline.images.decode.jpeg import encode_jpeg
 from pmd_pipeline.images.decode.stored_image import make_stored_image
-from pmd_pipeline.inspect.report.ledgers import Sample
+from pmd_pipeline.index.records import DroppedPair
+from pmd_pipeline.inspect.report.ledgers import LedgerSample
 from pmd_pipeline.recipe import Images
 
-KEPT = 8
-"""Samples shown of a source: those with the smallest keys, which are hashes."""
+NUM_KEPT = 8
+"""Samples of a source on the page: those with the smallest keys, which are hashes."""
 
-PER_REASON = 3
-MOST_CAPTIONS = 5
-MOST_MEMBER = 32 << 20
-"""Bytes of a member that are read; a ledger that says more of it is not believed."""
+NUM_PER_REASON = 3
+MAX_CAPTIONS = 5
+MAX_MEMBER_BYTES = 32 << 20
+"""Bytes of a tar member that are read, whatever the ledger states."""
 
 THUMBNAIL = Images(size=320, mode="longer", quality=72)
-MOST_BYTES = 20_000
-"""Bytes of a thumbnail; a small picture keeps its own, and some are heavy."""
+MAX_THUMBNAIL_BYTES = 20_000
+"""A small image keeps its own bytes up to this size; larger ones are encoded again."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A box in hundredths of the picture, with the numbers of its captions (`1`, or `1, 3`)."""
+    """A box in per cent of the image, with the numbers of its captions (`1`, or `1, 3`)."""
 
     numbers: str
     x: float
@@ -44,13 +45,13 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A sample of the shards.
+class GalleryImage:
+    """A kept sample.
 
     Args:
-        image: the thumbnail as a `data:` URI; None with the reason in `trouble`.
-        captions: the first few of `num_captions`.
-        regions: where these captions belong, if the record has boxes.
+        image: the thumbnail as a `data:` URI; None if `problem` has the reason.
+        captions: the first of `num_captions`.
+        regions: the boxes of these captions, if the record has boxes.
     """
 
     key: str
@@ -61,12 +62,12 @@ class Shown:
     captions: list[str]
     num_captions: int
     regions: list[Region] = field(default_factory=list)
-    trouble: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A pair that is not there, or an image with its pairs: what is known of it, and the reason."""
+class LostExample:
+    """A dropped pair, or a record that was dropped or failed, with the reason."""
 
     key: str
     reason: str
@@ -75,34 +76,36 @@ class Lost:
     detail: str | None
 
 
-def shown(sampled: Sample) -> list[Shown]:
-    """The first samples that are kept, in order of key, their pictures read from the shards.
+def gallery_images(sample: LedgerSample) -> list[GalleryImage]:
+    """The first kept samples in order of key, with their images from the shards.
 
     Raises:
-        PmdError: a shard is not there.
+        PmdError: a shard is missing.
     """
-    first = sampled.kept.filter(pl.col("image_offset").is_not_null()).head(KEPT)
-    return [_shown(row) for row in first.iter_rows(named=True)]
+    first = sample.kept.filter(pl.col("image_offset").is_not_null()).head(NUM_KEPT)
+    return [_gallery_image(row) for row in first.iter_rows(named=True)]
 
 
-def texts(sampled: Sample) -> list[str]:
+def sample_texts(sample: LedgerSample) -> list[str]:
     """The first texts of a source without images."""
-    found = sampled.kept.filter(pl.col("image_offset").is_null())["caption"]
-    return found.drop_nulls().head(KEPT).to_list()
+    texts = sample.kept.filter(pl.col("image_offset").is_null())["caption"]
+    return texts.drop_nulls().head(NUM_KEPT).to_list()
 
 
-def lost(sampled: Sample, dropped: Iterable[dict[str, Any]]) -> dict[str, list[Lost]]:
-    """The first few of every reason, by reason: from the ledgers, and `dropped` by the index."""
-    found: dict[str, list[Lost]] = {}
-    for one in (*_from_index(dropped), *_from_ledgers(sampled)):
-        examples = found.setdefault(one.reason, [])
-        if len(examples) < PER_REASON:
+def lost_examples(
+    sample: LedgerSample, dropped: Iterable[DroppedPair]
+) -> dict[str, list[LostExample]]:
+    """The first examples of each reason: `dropped` by the index, then from the ledgers."""
+    by_reason: dict[str, list[LostExample]] = {}
+    for one in (*_from_index(dropped), *_from_ledgers(sample)):
+        examples = by_reason.setdefault(one.reason, [])
+        if len(examples) < NUM_PER_REASON:
             examples.append(one)
-    return found
+    return by_reason
 
 
-class _Described(BaseModel):
-    """What is read of the JSON of a sample, which is a stranger's until checked."""
+class _Description(BaseModel):
+    """The fields of a sample's JSON that the page needs, validated since it may be a stranger's."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -110,38 +113,39 @@ class _Described(BaseModel):
     boxes: list[tuple[float, float, float, float] | None] | None = None
 
 
-def _shown(row: dict[str, Any]) -> Shown:
-    described, image, size, trouble = _Described(captions=[row["caption"] or ""]), None, (4, 3), ""
+def _gallery_image(row: dict[str, Any]) -> GalleryImage:
+    description, image, size = _Description(captions=[row["caption"] or ""]), None, (4, 3)
+    problem = ""
     with open_read(row["shard"]) as file:
         file.seek(row["json_offset"])
-        text = file.read(min(row["json_size"], MOST_MEMBER))
+        text = file.read(min(row["json_size"], MAX_MEMBER_BYTES))
         file.seek(row["image_offset"])
-        body = file.read(min(row["image_size"], MOST_MEMBER))
+        body = file.read(min(row["image_size"], MAX_MEMBER_BYTES))
     try:
-        described = _Described.model_validate_json(text)
+        description = _Description.model_validate_json(text)
         thumbnail = _thumbnail(body)
         image = f"data:{JPEG.mime};base64," + base64.b64encode(thumbnail).decode()
         size = open_image(thumbnail, THUMBNAIL).size
     except RecordError as error:
-        trouble = f"the stored image cannot be read ({error.detail}); see pmd verify"
+        problem = f"the stored image cannot be read ({error.detail}); run pmd verify"
     except ValidationError:
-        trouble = "the stored description cannot be read; see pmd verify"
-    return Shown(
+        problem = "the stored JSON cannot be read; run pmd verify"
+    return GalleryImage(
         key=row["key"],
         url=row["url"],
         image=image,
         width=size[0],
         height=size[1],
-        captions=described.captions[:MOST_CAPTIONS],
-        num_captions=len(described.captions),
-        regions=_regions(described.boxes[:MOST_CAPTIONS]) if image and described.boxes else [],
-        trouble=trouble,
+        captions=description.captions[:MAX_CAPTIONS],
+        num_captions=len(description.captions),
+        regions=_regions(description.boxes[:MAX_CAPTIONS]) if image and description.boxes else [],
+        problem=problem,
     )
 
 
 def _thumbnail(body: bytes) -> bytes:
     small = make_stored_image(body, open_image(body, THUMBNAIL), THUMBNAIL).content
-    if len(small) <= MOST_BYTES:
+    if len(small) <= MAX_THUMBNAIL_BYTES:
         return small
     pixels = np.asarray(open_image(small, THUMBNAIL).convert("RGB"))
     return encode_jpeg(pixels, THUMBNAIL.quality)
@@ -158,13 +162,15 @@ def _regions(boxes: Iterable[tuple[float, ...] | None]) -> list[Region]:
     ]
 
 
-def _from_index(dropped: Iterable[dict[str, Any]]) -> Iterator[Lost]:
+def _from_index(dropped: Iterable[DroppedPair]) -> Iterator[LostExample]:
     for pair in dropped:
-        yield Lost(pair["key"], pair["reason"], pair["url"], pair["text"], pair["field"])
+        yield LostExample(pair.key, pair.reason, pair.url, pair.text, pair.field)
 
 
-def _from_ledgers(sampled: Sample) -> Iterator[Lost]:
-    missed = sampled.rows.filter(pl.col("status") != Status.SUCCESS)
-    first = missed.filter(pl.int_range(pl.len()).over("reason") < PER_REASON)
+def _from_ledgers(sample: LedgerSample) -> Iterator[LostExample]:
+    lost = sample.rows.filter(pl.col("status") != Status.SUCCESS)
+    first = lost.filter(pl.int_range(pl.len()).over("reason") < NUM_PER_REASON)
     for row in first.iter_rows(named=True):
-        yield Lost(row["key"], row["reason"], row["url"], row["caption"], row["error_message"])
+        yield LostExample(
+            row["key"], row["reason"], row["url"], row["caption"], row["error_message"]
+        )

@@ -1,11 +1,10 @@
 """Rows of ledgers and of the index, from a bounded sample of a source's parts.
 
-Keys are hashes, so each part is a random sample of its source, and some parts are one too.
+Keys are hashes, so every part is a random sample of its source.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -16,28 +15,30 @@ from pmd_pipeline.contract.files import join, open_read, sha256_of
 from pmd_pipeline.contract.manifest import located
 from pmd_pipeline.contract.models import Manifest, ShardEntry, SourceEntry
 from pmd_pipeline.contract.reasons import Status
+from pmd_pipeline.contract.schemas import LedgerColumn
 from pmd_pipeline.index.build import Index, load_index
+from pmd_pipeline.index.records import DroppedPair
 
-MOST_RECORDS = 100_000
-"""Records of a source that are looked at one by one; all of them count in the manifest."""
+MAX_RECORDS = 100_000
+"""Records of a source that are read; the counts of the manifest are of all."""
 
-MOST_DROPPED = 50_000
-"""Dropped pairs of a source among which examples are looked for."""
+MAX_DROPPED = 50_000
+"""Dropped pairs of a source that are read for examples."""
 
-COLUMNS = (
+COLUMNS: tuple[LedgerColumn, ...] = (
     "key", "url", "caption", "num_pairs", "status", "reason", "error_message", "original_width",
     "original_height", "sha256", "image_offset", "image_size", "json_offset", "json_size",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Sample:
+class LedgerSample:
     """Ledger rows of some shards of one source, in order of key.
 
     Args:
         rows: `COLUMNS`, and `shard`: the address of the row's tar.
-        parts: numbers of the parts that the rows are of.
-        records: records of the source; `rows` has some or all of them.
+        parts: numbers of the parts that are read.
+        records: records of the source, in all its parts.
     """
 
     rows: pl.DataFrame
@@ -46,54 +47,54 @@ class Sample:
 
     @property
     def is_whole(self) -> bool:
-        """Say whether every record of the source is among the rows."""
+        """Whether the sample has every record of the source."""
         return len(self.rows) == self.records
 
     @property
     def kept(self) -> pl.DataFrame:
-        """The rows that are in the shards."""
+        """The rows whose records are in the shards."""
         return self.rows.filter(pl.col("status") == Status.SUCCESS)
 
 
-def sample(path: str, manifest: Manifest, source: str) -> Sample:
-    """Up to about `MOST_RECORDS` ledger rows of `source`, from parts spread over all of its keys.
+def sample_ledgers(path: str, manifest: Manifest, source: str) -> LedgerSample:
+    """About `MAX_RECORDS` ledger rows of `source` at most, from parts at equal distances.
 
     Args:
-        path: where the manifest lies.
+        path: address of the manifest.
 
     Raises:
-        PmdError: a ledger is not there, or not the one that the manifest names.
+        PmdError: a ledger is missing, or is not the one that the manifest names.
     """
     shards = [shard for shard in manifest.shards if shard.source == source]
-    taken = _spread(shards)
-    frames = [_rows(path, shard) for shard in taken]
+    chosen = _choose_shards(shards)
+    frames = [_ledger_frame(path, shard) for shard in chosen]
     empty = pl.DataFrame(schema={**_TYPES, "shard": pl.String})
-    return Sample(
+    return LedgerSample(
         rows=pl.concat(frames) if frames else empty,
-        parts=tuple(shard.part for shard in taken),
+        parts=tuple(shard.part for shard in chosen),
         records=sum(shard.records for shard in shards),
     )
 
 
 def read_columns(address: str, columns: Sequence[str]) -> pl.DataFrame:
-    """These columns of a Parquet file, those it lacks as nulls.
+    """The columns of a Parquet file; those that it does not have are null.
 
     Raises:
-        PmdError: it is not there, or no Parquet.
+        PmdError: it is missing, or is no Parquet.
     """
     try:
         with open_read(address) as file:
             table = read_table(file)
-            there = [name for name in columns if name in table.schema.names]
-            frame = pl.DataFrame(table.select(there))
+            present = [name for name in columns if name in table.schema.names]
+            frame = pl.DataFrame(table.select(present))
     except pa.ArrowException as error:
-        raise PmdError(f"{address} is no Parquet that can be read: build its part again") from error
-    missing = [pl.lit(None).alias(name) for name in columns if name not in there]
+        raise PmdError(f"{address} is no readable Parquet file: build its part again") from error
+    missing = [pl.lit(None).alias(name) for name in columns if name not in present]
     return frame.with_columns(missing).select(columns)
 
 
 def matching_index(data: str, source: str, entry: SourceEntry) -> Index | None:
-    """The index under `data` that `source` was built from; None where there is none, or another."""
+    """The index under `data` from which `source` was built; None if it is missing or another."""
     index = load_index(join(data, "index", source))
     rules = {name: value for name, value in entry.rules.items() if name != "images"}
     if index and index.upstream == entry.upstream and index.rules == rules:
@@ -102,35 +103,35 @@ def matching_index(data: str, source: str, entry: SourceEntry) -> Index | None:
 
 
 def data_folder(path: str, manifest: Manifest) -> str | None:
-    """Where `pmd build` put the index of these shards: beside the folder `shards`."""
+    """The folder in which `pmd build` put index and shards; None without shards."""
     if not manifest.shards:
         return None
-    data, found, _ = located(path, manifest.shards[0].path).rpartition("/shards/")
-    return data if found else None
+    data, separator, _ = located(path, manifest.shards[0].path).rpartition("/shards/")
+    return data if separator else None
 
 
-def dropped_pairs(data: str, index: Index, parts: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Up to `MOST_DROPPED` pairs that the index dropped from `parts`, in order of key."""
-    left = MOST_DROPPED
+def dropped_pairs(data: str, index: Index, parts: Sequence[int]) -> Iterator[DroppedPair]:
+    """About `MAX_DROPPED` pairs at most that the index dropped from `parts`, in order of key."""
+    remaining = MAX_DROPPED
     for part in parts:
         address = join(data, "index", index.source, index.parts[part].dropped.name)
         with open_read(address) as file:
             for batch in read_batches(file, rows=1000, address=address, mend=MEND_INDEX):
-                yield from batch.to_pylist()
-                left -= len(batch)
-                if left <= 0:
+                yield from (DroppedPair(**row) for row in batch.to_pylist())
+                remaining -= len(batch)
+                if remaining <= 0:
                     return
 
 
-def licences(data: str, index: Index, sampled: Sample) -> pl.DataFrame:
-    """How many of the sampled images that are kept come under each `licence`, most first."""
+def licences(data: str, index: Index, sample: LedgerSample) -> pl.DataFrame:
+    """Kept images of the sample by `licence`, the most frequent first."""
     frames = [
         read_columns(join(data, "index", index.source, index.parts[part].kept.name), _LICENCE)
-        for part in sampled.parts
+        for part in sample.parts
     ]
     if not frames:
         return pl.DataFrame(schema={"licence": pl.String, "count": pl.UInt32})
-    known = pl.concat(frames).join(sampled.kept.select("key"), on="key", how="semi")
+    known = pl.concat(frames).join(sample.kept.select("key"), on="key", how="semi")
     counted = known.drop_nulls("licence")["licence"].value_counts()
     return counted.sort(["count", "licence"], descending=[True, False])
 
@@ -138,30 +139,30 @@ def licences(data: str, index: Index, sampled: Sample) -> pl.DataFrame:
 _LICENCE = ("key", "licence")
 
 
-def _spread(shards: Sequence[ShardEntry]) -> list[ShardEntry]:
-    """Some of `shards`, at equal distances, with about `MOST_RECORDS` records together."""
+def _choose_shards(shards: Sequence[ShardEntry]) -> list[ShardEntry]:
+    """Shards at equal distances, with about `MAX_RECORDS` records together."""
     records = sum(shard.records for shard in shards)
-    if records <= MOST_RECORDS:
+    if records <= MAX_RECORDS:
         return list(shards)
-    count = max(1, len(shards) * MOST_RECORDS // records)
+    count = max(1, len(shards) * MAX_RECORDS // records)
     return [shards[number * len(shards) // count] for number in range(count)]
 
 
-def _rows(path: str, shard: ShardEntry) -> pl.DataFrame:
+def _ledger_frame(path: str, shard: ShardEntry) -> pl.DataFrame:
     address = located(path, shard.ledger_path)
     if sha256_of(address) != shard.ledger_sha256:
         raise PmdError(
-            f"{address} is not the ledger that {path} names: build its part again, or take the "
+            f"{address} is not the ledger that {path} names: build its part again, or use the "
             "manifest that was written with it"
         )
     if shard.path.endswith(".parquet"):
-        return _texts(address, shard)
+        return _text_frame(address, shard)
     rows = read_columns(address, COLUMNS).cast(pl.Schema(_TYPES))
     return rows.with_columns(shard=pl.lit(located(path, shard.path)))
 
 
-def _texts(address: str, shard: ShardEntry) -> pl.DataFrame:
-    """The rows of a shard of texts, which is its own ledger, as if they were a ledger's."""
+def _text_frame(address: str, shard: ShardEntry) -> pl.DataFrame:
+    """The rows of a shard of texts, which is its own ledger, with the columns of a ledger."""
     texts = read_columns(address, ["text"]).with_row_index("row")
     return texts.select(
         pl.format("{}, row {}", pl.lit(shard.path), "row").alias("key"),

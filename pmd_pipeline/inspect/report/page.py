@@ -1,4 +1,4 @@
-"""Numbers, charts and pictures become one HTML file that asks nobody for anything."""
+"""The page itself: one HTML file without scripts, which requests nothing from other hosts."""
 
 import base64
 import hashlib
@@ -17,33 +17,33 @@ from pmd_pipeline.base.parallel import OnProgress
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import Manifest, SourceEntry
 from pmd_pipeline.index.build import Index
-from pmd_pipeline.inspect.report import captions as texts
-from pmd_pipeline.inspect.report import charts, gallery, ledgers
-from pmd_pipeline.inspect.report import drop_reasons as losses
+from pmd_pipeline.inspect.report import captions, charts, gallery, ledgers
 from pmd_pipeline.inspect.report.charts import Histogram
-from pmd_pipeline.inspect.report.duplicates import Copies, find_copies
-from pmd_pipeline.inspect.report.ledgers import Sample
+from pmd_pipeline.inspect.report.duplicates import DuplicateStats, find_duplicates
+from pmd_pipeline.inspect.report.funnel import FunnelStep, LossReason, funnel, loss_reasons
+from pmd_pipeline.inspect.report.hosts import HostStats, host_stats
+from pmd_pipeline.inspect.report.ledgers import LedgerSample
 from pmd_pipeline.inspect.stats import Lengths, lengths, remarks
 
-MOST_LICENCES = 8
-MOST_CHARACTERS = 320
-"""Of a caption or an address on the page; longer ones say how long they are."""
+MAX_LICENCES = 8
+MAX_CHARACTERS = 320
+"""Of a caption or an address on the page; longer ones are cut, and their length is added."""
 
 _KNOWN = frozenset(sources.names())
 _UNITS = ("kB", "MB", "GB", "TB")
 _HIDDEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that are no text, or that turn the text around them: shown by their number."""
+"""Control characters, and those that change the direction of text; their numbers are shown."""
 
 
 @dataclass(frozen=True)
-class SourcePart:
-    """All that the page says of one source.
+class SourceSection:
+    """The section of the page about one source.
 
     Args:
-        records: how many records of the source the sampled numbers are from, and of how many.
-        licences: kept images by licence, where the index knows it.
-        lost: examples of what is not there, by reason.
+        records: number of records in the sample, and in the source.
+        licences: kept images by licence, if the index states it.
         texts: samples of a source without images.
+        lost: examples of dropped and failed pairs, by reason.
     """
 
     name: str
@@ -52,82 +52,86 @@ class SourcePart:
     entry: SourceEntry
     row: Lengths
     records: tuple[int, int]
-    steps: list[losses.Step]
-    reasons: list[losses.Reason]
-    hosts: list[losses.Host]
+    steps: list[FunnelStep]
+    reasons: list[LossReason]
+    hosts: list[HostStats]
     lengths: Histogram | None
     sides: Histogram | None
-    shapes: Histogram | None
-    languages: texts.Languages | None
-    words: texts.Words | None
-    licences: list[texts.Share]
-    shown: list[gallery.Shown]
+    aspect_ratios: Histogram | None
+    languages: captions.LanguageStats | None
+    words: captions.WordStats | None
+    licences: list[captions.CountedName]
+    images: list[gallery.GalleryImage]
     texts: list[str]
-    lost: dict[str, list[gallery.Lost]]
+    lost: dict[str, list[gallery.LostExample]]
     has_index: bool
 
 
 def page(path: str, data: str | None, on_progress: OnProgress = lambda *_: None) -> str:
-    """The page on the manifest at `path`, as HTML; ledgers are told to `watch` as they are read.
+    """The page about the manifest at `path`, as HTML; `on_progress` counts ledgers.
 
     Args:
-        data: folder or address with the `index` that the shards were built from; None looks for it
-            beside the shards. Without it the page lacks upstream rows, licences, and examples of
-            what the index dropped, and says so.
+        data: folder or address with the `index` of the shards; None takes the folder in which
+            `pmd build` put them. Without an index the page has no upstream rows, no licences and no
+            examples of pairs that the index dropped, which it states.
 
     Raises:
-        PmdError: the manifest, a ledger or a shard is not there, or not what the manifest names.
+        PmdError: the manifest, a ledger or a shard is missing, or is not what the manifest names.
     """
     manifest = load_manifest(path)
     rows = lengths(manifest)
     by_name = {row.dataset: row for row in rows}
     folder = data or ledgers.data_folder(path, manifest)
-    parts = []
+    sections = []
     for name in (row.dataset for row in rows if row.dataset in manifest.sources):
-        parts.append(source_part(path, manifest, by_name[name], folder))
+        sections.append(source_section(path, manifest, by_name[name], folder))
         on_progress(name, {"ledgers": sum(shard.source == name for shard in manifest.shards)})
-    copies = find_copies(path, manifest, on_progress) if manifest.kind != "text" else None
-    return render(manifest, rows, parts, copies)
+    is_text = manifest.kind == "text"
+    duplicates = None if is_text else find_duplicates(path, manifest, on_progress)
+    return render(manifest, rows, sections, duplicates)
 
 
-def source_part(path: str, manifest: Manifest, row: Lengths, data: str | None) -> SourcePart:
-    """What the page on the manifest at `path` says of the source of `row`."""
+def source_section(path: str, manifest: Manifest, row: Lengths, data: str | None) -> SourceSection:
+    """The section about the source of `row` in the manifest at `path`."""
     name = row.dataset
     entry = manifest.sources[name]
     info = sources.load(name).info if name in _KNOWN else None
-    sampled = ledgers.sample(path, manifest, name)
+    sample = ledgers.sample_ledgers(path, manifest, name)
     index = ledgers.matching_index(data, name, entry) if data else None
-    dropped = ledgers.dropped_pairs(data, index, sampled.parts) if data and index else ()
-    sides = sampled.kept.select("original_width", "original_height").drop_nulls()
+    dropped = ledgers.dropped_pairs(data, index, sample.parts) if data and index else ()
+    sides = sample.kept.select("original_width", "original_height").drop_nulls()
     sides = sides.filter(pl.all_horizontal(pl.all() > 0))
     width, height = sides["original_width"].to_numpy(), sides["original_height"].to_numpy()
-    return SourcePart(
+    return SourceSection(
         name=name,
         title=info.title if info else name,
         homepage=info.homepage if info else None,
         entry=entry,
         row=row,
-        records=(len(sampled.rows), sampled.records),
-        steps=losses.funnel(entry, index),
-        reasons=losses.reasons(entry),
-        hosts=losses.hosts(sampled),
+        records=(len(sample.rows), sample.records),
+        steps=funnel(entry, index),
+        reasons=loss_reasons(entry),
+        hosts=host_stats(sample),
         lengths=charts.lengths_chart(entry.words, row.paper_words),
         sides=charts.sides_chart(np.minimum(width, height)),
-        shapes=charts.shapes_chart(width / height),
-        languages=texts.languages(sampled),
-        words=texts.words(sampled),
-        licences=_licences(data, index, sampled),
-        shown=gallery.shown(sampled),
-        texts=gallery.texts(sampled),
-        lost=gallery.lost(sampled, dropped),
+        aspect_ratios=charts.aspect_ratios_chart(width / height),
+        languages=captions.languages(sample),
+        words=captions.words(sample),
+        licences=_licences(data, index, sample),
+        images=gallery.gallery_images(sample),
+        texts=gallery.sample_texts(sample),
+        lost=gallery.lost_examples(sample, dropped),
         has_index=index is not None,
     )
 
 
 def render(
-    manifest: Manifest, rows: Sequence[Lengths], parts: Sequence[SourcePart], copies: Copies | None
+    manifest: Manifest,
+    rows: Sequence[Lengths],
+    sections: Sequence[SourceSection],
+    duplicates: DuplicateStats | None,
 ) -> str:
-    """The HTML of all this."""
+    """The HTML of the page."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("pmd_pipeline.inspect.report"),
         autoescape=True,
@@ -149,8 +153,8 @@ def render(
     return templates.get_template("page.html").render(
         manifest=manifest,
         rows=rows,
-        parts_of=parts,
-        copies=copies,
+        sections=sections,
+        duplicates=duplicates,
         remarks=remarks(manifest),
         chart=charts,
         style=style,
@@ -158,19 +162,19 @@ def render(
     )
 
 
-def visible(text: str, most: int = MOST_CHARACTERS) -> str:
-    """`text` as it can be shown: cut, and with what would hide or turn it named.
+def visible(text: str, limit: int = MAX_CHARACTERS) -> str:
+    """`text` cut to `limit` characters, with the numbers of characters that would hide or turn it.
 
     >>> visible("left\u202eright")
     'left[U+202E]right'
     """
-    cut = text[:most]
-    more = f" … ({len(text):,} characters)" if len(text) > most else ""
-    return _HIDDEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", cut) + more
+    cut = text[:limit]
+    more = f" … ({len(text):,} characters)" if len(text) > limit else ""
+    return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", cut) + more
 
 
 def link(url: str | None) -> str | None:
-    """`url` if it may be a link: http or https, to a host; else None."""
+    """`url` if it is an http or https address with a host; else None."""
     if not url or not url.isprintable() or " " in url:
         return None
     try:
@@ -181,7 +185,7 @@ def link(url: str | None) -> str | None:
 
 
 def percent(share: float) -> str:
-    """A share in a few characters, never rounded to all or nothing.
+    """A share in a few characters; only 0 and 1 become 0% and 100%.
 
     >>> percent(0.9999), percent(0.00001), percent(0.5)
     ('> 99.9%', '< 0.1%', '50.0%')
@@ -205,13 +209,17 @@ def short_bytes(count: int) -> str:
     return f"{count / 1000**power:,.1f} {_UNITS[power - 1]}"
 
 
-def _licences(data: str | None, index: Index | None, sampled: Sample) -> list[texts.Share]:
+def _licences(
+    data: str | None, index: Index | None, sample: LedgerSample
+) -> list[captions.CountedName]:
     if data is None or index is None:
         return []
-    counted = ledgers.licences(data, index, sampled)
-    total = int(counted["count"].sum())
-    shares = [texts.Share(name, count, count / total) for name, count in counted.iter_rows()]
-    rest = sum(share.count for share in shares[MOST_LICENCES:])
-    others = f"{len(shares) - MOST_LICENCES:,} others"
-    more = [texts.Share(others, rest, rest / total)] if rest else []
-    return shares[:MOST_LICENCES] + more
+    counts = ledgers.licences(data, index, sample)
+    total = int(counts["count"].sum())
+    shares = [
+        captions.CountedName(name, count, count / total) for name, count in counts.iter_rows()
+    ]
+    rest = sum(share.count for share in shares[MAX_LICENCES:])
+    others = f"{len(shares) - MAX_LICENCES:,} others"
+    more = [captions.CountedName(others, rest, rest / total)] if rest else []
+    return shares[:MAX_LICENCES] + more

@@ -15,7 +15,8 @@ from pmd_pipeline.base.record import key_of
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
 from pmd_pipeline.dataset.manifest import merge_manifests
-from pmd_pipeline.inspect import diff as compare
+from pmd_pipeline.inspect import diff
+from pmd_pipeline.inspect.diff import as_lines, compare
 
 
 def key(number):
@@ -33,7 +34,7 @@ def build(folder, rows, names, **changes):
 
 def differences(before, after):
     with QUIET.stage("diff", "records") as stage:
-        return compare.compare(str(before), str(after), stage)
+        return compare(str(before), str(after), stage)
 
 
 @pytest.fixture
@@ -42,17 +43,17 @@ def before(tmp_path):
     return build(tmp_path / "before", toy_rows(24), names, part_records=6)
 
 
-def test_a_dataset_is_equal_to_itself_wherever_it_lies(before, tmp_path):
+def test_a_dataset_is_equal_to_its_copy_in_another_folder(before, tmp_path):
     shutil.copytree(tmp_path / "before", tmp_path / "moved")
 
     found = differences(before, tmp_path / "moved" / "manifests" / "cc3m.json")
 
     assert found.are_equal
     assert found.sources == []
-    assert list(compare.as_lines(found))[-1] == "the same dataset"
+    assert list(as_lines(found))[-1] == "the same dataset"
 
 
-def test_images_and_pairs_gained_lost_and_changed_are_counted_and_named(before, tmp_path):
+def test_gained_lost_and_changed_images_and_pairs_are_counted(before, tmp_path):
     folder = tmp_path / "after"
     write_pictures(folder / "other", ["100.jpg"], side=60)
     names = [f"{number}.jpg" for number in (*range(2, 20), 20, 21, 22)]
@@ -79,22 +80,22 @@ def test_images_and_pairs_gained_lost_and_changed_are_counted_and_named(before, 
     assert found.lost["not_in_archive"] == 2
 
 
-def test_rules_and_upstream_files_are_told_value_by_value(before, tmp_path):
+def test_rules_and_upstream_files_are_compared_value_by_value(before, tmp_path):
     shutil.copytree(tmp_path / "before" / "raw", tmp_path / "after" / "raw")
     names = [f"{number}.jpg" for number in range(20)]
     after = build(tmp_path / "after", toy_rows(23), names, images={"size": 32}, part_records=6)
 
     [found] = differences(before, after).sources
 
-    told = [str(change) for change in found.changes]
-    assert "rules.images.size: 256 -> 32" in told
-    assert any(one.startswith("upstream.GCC-training.tsv: ") for one in told)
-    assert "counts.pairs_in: 32 -> 31" in told
+    changes = [str(change) for change in found.changes]
+    assert "rules.images.size: 256 -> 32" in changes
+    assert any(one.startswith("upstream.GCC-training.tsv: ") for one in changes)
+    assert "counts.pairs_in: 32 -> 31" in changes
     assert found.images == {"stored otherwise": 20}
     assert found.moved == {"not_in_archive -> absent": 1}
 
 
-def test_other_borders_of_parts_are_no_other_images(before, tmp_path):
+def test_another_division_into_parts_changes_no_images(before, tmp_path):
     names = [f"{number}.jpg" for number in range(20)]
     after = build(tmp_path / "after", toy_rows(24), names, part_records=9)
 
@@ -105,7 +106,7 @@ def test_other_borders_of_parts_are_no_other_images(before, tmp_path):
     assert found.shards["with other bytes"] > 0
 
 
-def test_a_limit_loses_records_that_are_absent(before, tmp_path):
+def test_records_beyond_a_limit_are_absent(before, tmp_path):
     shutil.copytree(tmp_path / "before", tmp_path / "short")
     recipe, pictures = toy_recipe(part_records=6), tmp_path / "before" / "pictures"
     toy_build(short := toy_order(tmp_path / "short", recipe, pictures=pictures, limit=8))
@@ -117,7 +118,7 @@ def test_a_limit_loses_records_that_are_absent(before, tmp_path):
     assert "limit: null -> 8" in [str(change) for change in found.changes]
 
 
-def test_a_source_that_only_one_has_and_another_version_are_told(before, tmp_path):
+def test_a_missing_source_and_another_version_are_differences(before, tmp_path):
     manifest = load_manifest(before)
     both = merge_manifests("two", before, [(before, manifest)])
     other = both.model_copy(update={"sources": {}, "shards": [], "versions": {"pillow": "1"}})
@@ -128,7 +129,7 @@ def test_a_source_that_only_one_has_and_another_version_are_told(before, tmp_pat
     found = differences(before, tmp_path / "none.json")
 
     assert [one.there for one in found.sources] == ["before"]
-    assert "cc3m: only before" in list(compare.as_lines(found))
+    assert "cc3m: only before" in list(as_lines(found))
     assert any(str(change).startswith("versions.pillow: ") for change in found.changes)
 
 
@@ -153,31 +154,31 @@ def test_a_broken_ledger_is_one_sentence(before, tmp_path):
 
 
 @given(st.integers(0, 2**32))
-def test_ledgers_side_by_side_meet_by_key_however_they_are_cut(seed):
+def test_ledgers_are_joined_by_key_for_any_batches(seed):
     dice = random.Random(seed)
     sides = [sorted(dice.sample(range(100), dice.randrange(100))) for _ in range(2)]
 
     def frames(numbers):
         while numbers:
             cut = dice.randrange(1, 20)
-            rows = {name: [None] * len(numbers[:cut]) for name in compare._COLUMNS}
+            rows = {name: [None] * len(numbers[:cut]) for name in diff._COLUMNS}
             rows |= {"key": [f"{n:03d}" for n in numbers[:cut]], "num_pairs": numbers[:cut]}
-            yield pl.DataFrame(rows, schema=compare._NONE.schema)
+            yield pl.DataFrame(rows, schema=diff._NO_ROWS.schema)
             numbers = numbers[cut:]
 
-    met = [
+    joined = [
         (row["key"], row["num_pairs"], row["num_pairs_right"])
-        for frame in compare._side_by_side(*map(frames, sides))
+        for frame in diff._side_by_side(*map(frames, sides))
         for row in frame.iter_rows(named=True)
     ]
 
     one, two = map(set, sides)
-    assert met == [
+    assert joined == [
         (f"{n:03d}", n if n in one else None, n if n in two else None) for n in sorted(one | two)
     ]
 
 
-def test_the_command_exits_with_one_where_something_differs(before, tmp_path, monkeypatch, capsys):
+def test_the_command_exits_with_1_if_datasets_differ(before, tmp_path, monkeypatch, capsys):
     names = [f"{number}.jpg" for number in range(19)]
     after = build(tmp_path / "after", toy_rows(24), names, part_records=6)
     (tmp_path / "after" / "nothing.json").write_text("{}")
@@ -189,13 +190,13 @@ def test_the_command_exits_with_one_where_something_differs(before, tmp_path, mo
         return left.value.code, capsys.readouterr()
 
     same, printed = pmd("diff", before, before)
-    other, told = pmd("diff", before, after, "--json", "--quiet")
+    other, as_json = pmd("diff", before, after, "--json", "--quiet")
     wrong, refused = pmd("diff", before, tmp_path / "after" / "nothing.json")
 
     assert (same, other, wrong) == (0, 1, 2)
     assert printed.out.endswith("the same dataset\n")
-    [source] = json.loads(told.out)["sources"]
+    [source] = json.loads(as_json.out)["sources"]
     assert source["lost"] == {"not_in_archive": 1}
-    assert told.err == ""
+    assert as_json.err == ""
     assert refused.err.count("\n") == 1
     assert Counter(source["images"]) == {"lost": 1}

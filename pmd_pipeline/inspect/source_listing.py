@@ -1,4 +1,4 @@
-"""What `pmd sources` prints: what each source is, and what a user has to do for it."""
+"""Descriptions of the sources for `pmd sources`: licence, images, files, manual steps."""
 
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -8,17 +8,17 @@ from pmd_pipeline.recipe import load_recipe
 from pmd_pipeline.sources import PublishedFile, Source
 
 Fact = tuple[str, str]
-"""What is known, and its name."""
+"""Name and text of one line of a description."""
 
 
 _UNIMODAL = {
     "images": "images alone, in 15 % of FLAVA's steps",
     "text": "texts alone, in 15 % of FLAVA's steps, CC-News and BookCorpus together",
 }
-"""What FLAVA's joint training takes of it (section 3.4, table of sampling probabilities)."""
+"""Their use in FLAVA's joint training (section 3.4, table of sampling probabilities)."""
 
 
-def all_sources(width: int) -> Iterator[str]:
+def list_sources(width: int) -> Iterator[str]:
     """A paragraph per source, in lines of at most `width` characters.
 
     Those of PMD in alphabetical order, then the others.
@@ -28,22 +28,22 @@ def all_sources(width: int) -> Iterator[str]:
         yield _paragraph(source, _summary(source), width)
 
 
-def one_source(name: str, width: int) -> str:
-    """All that is known of a source, or of those of a recipe file, in lines of `width` characters.
+def describe_source(name: str, width: int) -> str:
+    """Full descriptions of a source, or of the sources of a recipe file, `width` characters wide.
 
     Raises:
         PmdError: there is no such source or file, or the recipe is wrong.
     """
     if not name.endswith(".toml"):
-        return _description(sources.load(name), width)
+        return _full_description(sources.load(name), width)
     loaded = (recipe.load_source() for recipe in load_recipe(name))
-    return "\n\n".join(_description(source, width) for source in loaded)
+    return "\n\n".join(_full_description(source, width) for source in loaded)
 
 
-def _description(source: Source, width: int) -> str:
+def _full_description(source: Source, width: int) -> str:
     info = source.info
     facts = [*_summary(source), ("homepage", info.homepage), ("citation", info.citation)]
-    files = (fact for entry in info.files for fact in _file(source, entry))
+    files = (fact for entry in info.files for fact in _file_facts(source, entry))
     return _paragraph(source, [*facts, *files], width)
 
 
@@ -63,7 +63,7 @@ def _summary(source: Source) -> Iterator[Fact]:
         yield "by hand", info.by_hand
 
 
-def _file(source: Source, entry: PublishedFile) -> Iterator[Fact]:
+def _file_facts(source: Source, entry: PublishedFile) -> Iterator[Fact]:
     traits = [f"form {entry.form}"] if len(source.forms()) > 1 else []
     traits += [] if entry.required else ["not needed"]
     yield (
