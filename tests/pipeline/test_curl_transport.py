@@ -1,4 +1,4 @@
-"""Transfers and their budget of bytes: who waits, what is released, and that waiting is free."""
+"""Transfers and their byte budget: bodies wait for it without timing out, and release all bytes."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -56,9 +56,9 @@ def stored(body, rules=SMALL):
     return make_stored_image(body, open_image(body, rules), rules)
 
 
-def decoded(made):
-    image = Image.open(io.BytesIO(made.content))
-    assert image.size == (made.width, made.height)
+def decoded(result):
+    image = Image.open(io.BytesIO(result.content))
+    assert image.size == (result.width, result.height)
     return np.asarray(image.convert("RGB")).astype(float)
 
 
@@ -90,12 +90,12 @@ def test_every_accepted_format_is_decoded(name):
     body = BODIES[name]
     assert open_image(body, SMALL).format == name
 
-    made = stored(body)
+    result = stored(body)
 
-    assert (made.width, made.height) == (48, 32)
+    assert (result.width, result.height) == (48, 32)
     assert upright_size(open_image(body, SMALL)) == (60, 40)
     expected = np.asarray(scene().resize((48, 32), Image.Resampling.LANCZOS)).astype(float)
-    assert psnr(decoded(made), expected) > 25
+    assert psnr(decoded(result), expected) > 25
 
 
 def test_a_stored_image_is_a_jpeg_without_metadata():
@@ -110,9 +110,9 @@ def test_a_stored_image_is_a_jpeg_without_metadata():
 
 def test_a_comment_is_not_stored_whatever_its_length():
     for comment in (b"hello", b"x" * 70_000):
-        made = stored(encoded(scene().quantize(), "GIF", comment=comment))
+        result = stored(encoded(scene().quantize(), "GIF", comment=comment))
 
-        assert "comment" not in Image.open(io.BytesIO(made.content)).info
+        assert "comment" not in Image.open(io.BytesIO(result.content)).info
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -120,10 +120,10 @@ def test_a_comment_is_not_stored_whatever_its_length():
 def test_a_small_upright_jpeg_keeps_its_bytes(mode, progressive):
     body = encoded(scene(32, 20).convert(mode), "JPEG", quality=60, progressive=progressive)
 
-    made = stored(body)
+    result = stored(body)
 
-    assert made.content is body
-    assert (made.width, made.height, made.format) == (32, 20, JPEG)
+    assert result.content is body
+    assert (result.width, result.height, result.format) == (32, 20, JPEG)
 
 
 def test_a_truncated_small_jpeg_is_not_kept():
@@ -159,12 +159,12 @@ def test_images_are_upright(name, orientation):
     exif[0x0112] = orientation
     body = encoded(rotated(scene(), orientation), name, exif=exif, quality=95)
 
-    made = stored(body)
+    result = stored(body)
 
     assert upright_size(open_image(body, SMALL)) == (60, 40)
-    assert (made.width, made.height) == (48, 32)
+    assert (result.width, result.height) == (48, 32)
     expected = np.asarray(scene().resize((48, 32), Image.Resampling.LANCZOS)).astype(float)
-    assert psnr(decoded(made), expected) > 25
+    assert psnr(decoded(result), expected) > 25
 
 
 @pytest.mark.parametrize("orientation", [1, 6, 7])
@@ -173,10 +173,10 @@ def test_images_are_upright_after_a_scaled_decode(orientation):
     exif[0x0112] = orientation
     body = encoded(rotated(scene(600, 400), orientation), "JPEG", exif=exif, quality=95)
 
-    made = stored(body)
+    result = stored(body)
 
     expected = np.asarray(scene(600, 400).resize((48, 32), Image.Resampling.LANCZOS)).astype(float)
-    assert psnr(decoded(made), expected) > 30
+    assert psnr(decoded(result), expected) > 30
 
 
 def test_a_rotated_jpeg_is_encoded_again():
@@ -184,10 +184,10 @@ def test_a_rotated_jpeg_is_encoded_again():
     exif[0x0112] = 6
     body = encoded(scene(32, 20), "JPEG", exif=exif)
 
-    made = stored(body)
+    result = stored(body)
 
-    assert (made.width, made.height) == (20, 32)
-    assert made.content != body
+    assert (result.width, result.height) == (20, 32)
+    assert result.content != body
 
 
 @pytest.mark.parametrize("value", [0, 9, 65_535])
@@ -211,9 +211,9 @@ def test_sixteen_bits_become_eight_of_the_same_brightness(depth, side):
     shape = (side, side) if depth == "grey" else (side, side, 3)
     levels = rng.integers(0, 1 << 16, shape, dtype=np.uint16)
 
-    made = stored(png_of(levels))
+    result = stored(png_of(levels))
 
-    assert decoded(made).mean() == pytest.approx(levels.mean() / 257, abs=1)
+    assert decoded(result).mean() == pytest.approx(levels.mean() / 257, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -228,9 +228,9 @@ def test_sixteen_bits_become_eight_of_the_same_brightness(depth, side):
     ids=["uint16", "int32", "int32 up to 255", "float up to 1", "float up to 255"],
 )
 def test_deep_tiffs_keep_their_brightness(levels):
-    made = stored(encoded(Image.fromarray(levels), "TIFF"))
+    result = stored(encoded(Image.fromarray(levels), "TIFF"))
 
-    assert decoded(made).mean() == pytest.approx(127.5, abs=1)
+    assert decoded(result).mean() == pytest.approx(127.5, abs=1)
 
 
 def test_nan_and_infinity_become_black():
@@ -312,10 +312,10 @@ def test_the_first_frame_of_an_animation_is_stored(name):
 def test_images_are_downsampled_and_never_enlarged(size, rules, target):
     assert target_size(size, rules) == target
 
-    made = stored(encoded(Image.new("RGB", size, "red")), rules)
+    result = stored(encoded(Image.new("RGB", size, "red")), rules)
 
-    assert (made.width, made.height) == target
-    assert Image.open(io.BytesIO(made.content)).size == target
+    assert (result.width, result.height) == target
+    assert Image.open(io.BytesIO(result.content)).size == target
 
 
 def test_a_side_longer_than_a_jpeg_can_have_is_refused():
@@ -476,16 +476,16 @@ def quality(body, size, *, fast=False):
 
     img2dataset's Resizer is a full decode, INTER_AREA and a JPEG of quality 95.
     """
-    made = stored(body, Images(size=size, fast=fast))
+    result = stored(body, Images(size=size, fast=fast))
     whole = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
-    target = (made.width, made.height)
+    target = (result.width, result.height)
     theirs = cv2.resize(whole, target, interpolation=cv2.INTER_AREA)
     theirs = cv2.imencode(".jpg", theirs, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
     whole = Image.open(io.BytesIO(body)).convert("RGB")
     reference = np.asarray(whole.resize(target, Image.Resampling.LANCZOS)).astype(float)
     images = [
         np.asarray(Image.open(io.BytesIO(one)).convert("RGB")).astype(float)
-        for one in (made.content, theirs)
+        for one in (result.content, theirs)
     ]
     return [(psnr(one, reference), ssim(one, reference)) for one in images]
 
@@ -522,10 +522,10 @@ def test_a_scaled_decode_shifts_no_pixel(size):
     """Nor does it stretch: the pixels of a scaled decode may extend beyond the image."""
     image = scene(*size)
 
-    made = stored(encoded(image, "JPEG", quality=95), Images(size=64))
+    result = stored(encoded(image, "JPEG", quality=95), Images(size=64))
 
-    reference = image.resize((made.width, made.height), Image.Resampling.LANCZOS)
-    assert psnr(decoded(made), np.asarray(reference).astype(float)) > 37
+    reference = image.resize((result.width, result.height), Image.Resampling.LANCZOS)
+    assert psnr(decoded(result), np.asarray(reference).astype(float)) > 37
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -575,28 +575,28 @@ def test_a_damaged_jpeg_is_decoded_without_output(capfd):
 def test_every_kind_of_jpeg_gives_the_same_pixels(mode, options):
     image = scene(600, 400).convert(mode)
 
-    made = stored(encoded(image, "JPEG", quality=95, **options))
+    result = stored(encoded(image, "JPEG", quality=95, **options))
 
     reference = image.convert("RGB").resize((48, 32), Image.Resampling.LANCZOS)
-    assert psnr(decoded(made), np.asarray(reference).astype(float)) > 30
+    assert psnr(decoded(result), np.asarray(reference).astype(float)) > 30
 
 
 @pytest.mark.skipif(not PHOTOGRAPHS, reason="no ../shared/samples here")
 def test_photographs_keep_their_brightness():
     for path in PHOTOGRAPHS:
-        made = stored(path.read_bytes(), Images(size=256))
+        result = stored(path.read_bytes(), Images(size=256))
 
-        assert min(made.width, made.height) == 256
+        assert min(result.width, result.height) == 256
         mean = np.asarray(Image.open(path).convert("RGB")).mean()
-        assert decoded(made).mean() == pytest.approx(mean, abs=1)
+        assert decoded(result).mean() == pytest.approx(mean, abs=1)
 
 
 def test_the_same_bytes_give_the_same_image_in_many_threads():
     bodies = [*BODIES.values(), encoded(scene(600, 400), "JPEG")] * 8
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(stored, bodies))
+        result = list(pool.map(stored, bodies))
 
-    assert made == [stored(body) for body in bodies[: len(bodies) // 8]] * 8
+    assert result == [stored(body) for body in bodies[: len(bodies) // 8]] * 8
 
 
 @pytest.mark.parametrize("name", [*ACCEPTED_FORMATS, "MPO"])
@@ -613,11 +613,11 @@ def test_damage_raises_at_most_a_record_error(name):
             )
         cut = data.draw(st.just(len(broken)) | st.integers(0, len(broken)))
         try:
-            made = stored(bytes(broken[:cut]), Images(size=32, max_pixels=1_000_000))
+            result = stored(bytes(broken[:cut]), Images(size=32, max_pixels=1_000_000))
         except RecordError as error:
             assert error.kind in FAILURE_REASONS  # noqa: PT017 - one of two ways
         else:
-            decoded(made)
+            decoded(result)
 
     check()
 
@@ -627,9 +627,9 @@ def test_damage_raises_at_most_a_record_error(name):
 def test_arbitrary_exif_raises_no_exception(exif, name):
     body = encoded(scene(), name, exif=b"Exif\0\0II*\0\x08\0\0\0" + exif)
 
-    made = stored(body)
+    result = stored(body)
 
-    assert {made.width, made.height} == {48, 32}
+    assert {result.width, result.height} == {48, 32}
 
 
 def test_arbitrary_metadata_raises_no_exception():

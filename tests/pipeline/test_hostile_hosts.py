@@ -445,9 +445,9 @@ def certificates(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tls")
     new = [openssl, "req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     about = ["-subj", "/CN=a.example", "-keyout", folder / "key.pem"]
-    run(*new, *about, "-out", folder / "asked.pem")
+    run(*new, *about, "-out", folder / "request.pem")
     (folder / "names").write_text("subjectAltName=DNS:a.example")
-    sign = [openssl, "x509", "-req", "-in", folder / "asked.pem", "-signkey", folder / "key.pem"]
+    sign = [openssl, "x509", "-req", "-in", folder / "request.pem", "-signkey", folder / "key.pem"]
     for name, days in (("good", "2"), ("expired", "-1")):
         about = ["-days", days, "-extfile", folder / "names"]
         run(*sign, *about, "-out", folder / f"{name}.pem")

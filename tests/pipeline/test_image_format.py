@@ -35,13 +35,13 @@ NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 
 
 def test_a_webp_is_lossy_has_the_stored_size_and_no_metadata():
-    made = stored(encoded(NOISE), format="webp", size=24)
+    result = stored(encoded(NOISE), format="webp", size=24)
 
-    image = open_stored(made.content)
-    assert (made.format, made.width, made.height) == (WEBP, 32, 24)
+    image = open_stored(result.content)
+    assert (result.format, result.width, result.height) == (WEBP, 32, 24)
     assert (image.format, image.mode, image.size) == ("WEBP", "RGB", (32, 24))
     assert not image.info.keys() & {"exif", "icc_profile", "xmp"}
-    assert made.content[12:16] == b"VP8 "  # the lossy form
+    assert result.content[12:16] == b"VP8 "  # the lossy form
 
 
 def test_quality_applies_to_webp():
@@ -118,18 +118,18 @@ def test_a_build_with_webp_stores_members_that_decode_and_a_ledger_that_finds_th
     assert manifest.sources["cc3m"].images == 12
     assert manifest.versions["libwebp"]
     for shard in manifest.shards:
-        found = members(Path(order.manifest), shard)
+        contents = members(Path(order.manifest), shard)
         tar = (Path(order.manifest).parent / shard.path).read_bytes()
         rows = pl.read_parquet(Path(order.manifest).parent / ShardPaths.of(shard.path).ledger)
-        extensions = {name.partition(".")[2] for name in found}
+        extensions = {name.partition(".")[2] for name in contents}
         assert extensions == {"webp", "json", "txt"}
         for row in rows.iter_rows(named=True):
-            content = found[f"{row['key']}.webp"]
+            content = contents[f"{row['key']}.webp"]
             assert tar[row["image_offset"] :][: row["image_size"]] == content
             image = open_stored(content)
             image.load()
             assert (image.format, image.size) == ("WEBP", (row["width"], row["height"]))
-            assert json.loads(found[f"{row['key']}.json"])["width"] == row["width"]
+            assert json.loads(contents[f"{row['key']}.json"])["width"] == row["width"]
 
 
 def test_shards_of_another_format_are_rebuilt_and_known_results_are_reused(tmp_path):

@@ -88,11 +88,11 @@ def source_build(folder, raw, **changes):
 
 def samples(build, manifest):
     """Members of every sample, by key and ending."""
-    found = {}
+    members = {}
     for shard in manifest.shards:
         with tarfile.open(Path(build.manifest).parent / shard.path) as tar:
-            found |= {member.name: tar.extractfile(member).read() for member in tar}
-    return found
+            members |= {member.name: tar.extractfile(member).read() for member in tar}
+    return members
 
 
 def test_each_image_is_one_row_without_captions(tmp_path):
@@ -100,8 +100,8 @@ def test_each_image_is_one_row_without_captions(tmp_path):
 
     manifest = built(build)
 
-    found = samples(build, manifest)
-    described = [json.loads(body) for name, body in found.items() if name.endswith(".json")]
+    members = samples(build, manifest)
+    described = [json.loads(body) for name, body in members.items() if name.endswith(".json")]
     ledgers = [
         row
         for shard in manifest.shards
@@ -109,7 +109,7 @@ def test_each_image_is_one_row_without_captions(tmp_path):
     ]
     assert manifest.kind == "images"
     assert manifest.sources["imagenet1k"].counts.kept == 12 == len(described)
-    assert Counter(name.rpartition(".")[2] for name in found) == {"jpg": 12, "json": 12}
+    assert Counter(name.rpartition(".")[2] for name in members) == {"jpg": 12, "json": 12}
     assert {one["id"] for one in described} == {stem for stem, _, _ in images()}
     assert all(one["captions"] == one["fields"] == [] for one in described)
     assert [row["caption"] for row in ledgers] == [None] * 12
@@ -130,9 +130,9 @@ def test_every_layout_gives_the_same_shards(tmp_path, train):
         source_build(tmp_path / "d", write_parquet(tmp_path / "raw_d", images(), ".")),
     ]
 
-    found = [[shard.sha256 for shard in built(build).shards] for build in builds]
+    digests = [[shard.sha256 for shard in built(build).shards] for build in builds]
 
-    assert found == found[:1] * 4
+    assert digests == digests[:1] * 4
 
 
 def test_bad_images_are_counted_and_the_build_continues(tmp_path):
@@ -248,9 +248,9 @@ def test_photographs_are_stored_at_the_recipes_size(tmp_path):
     entries = [(f"n01440764_{n}", "n01440764", p.read_bytes()) for n, p in enumerate(photos)]
     build = source_build(tmp_path, write_folder(tmp_path / "raw", entries))
 
-    found = samples(build, built(build))
+    members = samples(build, built(build))
 
-    sizes = [Image.open(io.BytesIO(b)).size for name, b in found.items() if "jpg" in name]
+    sizes = [Image.open(io.BytesIO(b)).size for name, b in members.items() if "jpg" in name]
     assert [min(size) for size in sizes] == [256] * 3
 
 

@@ -74,8 +74,10 @@ def test_the_line_that_is_printed_excludes_the_image(source_build, tmp_path):
     assert entry.counts.dropped[REASON] == SAME
     assert (entry.images, entry.repeated) == (before.sources["cc3m"].images - SAME, {})
     with QUIET.stage("diff", "records") as stage:
-        found = compare(str(tmp_path / "manifests" / "before.json"), source_build.manifest, stage)
-    assert not any("repeated" in line for line in as_lines(found))
+        differences = compare(
+            str(tmp_path / "manifests" / "before.json"), source_build.manifest, stage
+        )
+    assert not any("repeated" in line for line in as_lines(differences))
 
 
 def test_verify_counts_repeated_images_again(source_build):
@@ -95,7 +97,7 @@ def test_verify_counts_repeated_images_again(source_build):
 
 
 def test_a_rebuild_reports_the_same_and_counts_missing_images(source_build, tmp_path):
-    made = toy_build(source_build)
+    result = toy_build(source_build)
     with open_pool("local", 1, None) as pool:
         lock(source_build.manifest, str(tmp_path / "kit"), pool, QUIET, hashed=False)
         again = RebuildRequest(
@@ -104,7 +106,7 @@ def test_a_rebuild_reports_the_same_and_counts_missing_images(source_build, tmp_
             manifests=str(tmp_path / "again"),
             places=source_build.images,
         )
-        assert rebuild(again, pool, QUIET).manifest.digest == made.digest
+        assert rebuild(again, pool, QUIET).manifest.digest == result.digest
 
         less = write_pictures(tmp_path / "less", [])
         for number in range(1, NUM):  # one of the twelve is missing
@@ -118,7 +120,7 @@ def test_a_rebuild_reports_the_same_and_counts_missing_images(source_build, tmp_
         )
         counted = rebuild(fewer, pool, QUIET).manifest.sources["cc3m"].repeated
     assert counted == {sha256(source_build, 1): SAME - 1}
-    assert load_manifest(source_build.manifest).digest == made.digest
+    assert load_manifest(source_build.manifest).digest == result.digest
 
 
 def test_a_rebuild_reports_images_that_are_the_most_repeated_after_others_are_missing(
@@ -142,9 +144,9 @@ def test_a_rebuild_reports_images_that_are_the_most_repeated_after_others_are_mi
             manifests=str(tmp_path / "again"),
             places=source_build.images,
         )
-        made = rebuild(again, pool, QUIET)
-        assert made.manifest.sources["cc3m"].repeated == {sha256(source_build, 1): 12}
-        assert [str(one) for one in verify(made.path, pool, QUIET)] == []
+        result = rebuild(again, pool, QUIET)
+        assert result.manifest.sources["cc3m"].repeated == {sha256(source_build, 1): 12}
+        assert [str(one) for one in verify(result.path, pool, QUIET)] == []
 
 
 @given(st.lists(st.lists(st.integers(0, 9)), max_size=6))

@@ -30,7 +30,7 @@ class IsolatedProcessor:
     """An `ImageProcessor` that processes suspect images in subprocesses.
 
     One crash proves nothing: a kill or a lack of memory may end a process during any image. So a
-    suspect is processed again in a subprocess, and the result does not depend on who crashed.
+    suspect is processed again in a subprocess, and the result does not depend on the crash.
 
     Args:
         processor: used by one thread at a time.

@@ -1,7 +1,7 @@
 """Concurrent HTTP requests over libcurl; the only module that uses it.
 
-Everything here runs on the thread of one event loop. The transport knows nothing of robots.txt,
-redirects or rate limits; `FetchClient` does.
+Everything here runs on the thread of one event loop. robots.txt, redirects and rate limits are in
+`FetchClient`.
 """
 
 import asyncio

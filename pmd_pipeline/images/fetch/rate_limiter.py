@@ -60,7 +60,7 @@ class HostUnavailable(Exception):
 class Permit:
     """The right to send one request, or the place in the queue for it.
 
-    Who sends the request sets the result.
+    The caller that sends the request sets the result.
 
     Args:
         kind: failure reason, one of `FAILURE_REASONS`.
