@@ -358,6 +358,25 @@ def swap_shards(copy):
     return "it is the ledger of another part"
 
 
+def share_key(copy):
+    """The first record of a part gets the key of the last one before it."""
+    copy.part = copy.dice.randrange(1, len(load_manifest(str(copy.manifest)).shards))
+    last = pq.read_table(copy.path("parquet", copy.part - 1))["key"][-1].as_py()
+    copy.change_ledger(lambda rows: rows[0].update(key=last))
+    return "it is the ledger of another part"
+
+
+def give_failure_the_reason_of_a_filter(copy):
+    """The damaged part is the first that has one of the three absent images."""
+    for shard in load_manifest(str(copy.manifest)).shards:
+        copy.part = shard.part
+        statuses = set(pq.read_table(copy.path("parquet"))["status"].to_pylist()) - {"success"}
+        if statuses:
+            break
+    copy.change_row("reason", "is_large", status=min(statuses))
+    return f"is {min(statuses)} for the reason 'is_large'"
+
+
 def reorder_ledger(copy):
     copy.change_ledger(lambda rows: rows.reverse())
     return "has rows in another order than that of keys"
@@ -481,6 +500,8 @@ DAMAGE = {
     "row_size": row("json_size", lambda size: size - 1, "by the ledger at"),
     "row_reason": row("reason", "timeout", "is a success, but has the reason timeout"),
     "row_status": row("status", "dropped", "but has a place in the tar"),
+    "row_failed": give_failure_the_reason_of_a_filter,
+    "share_key": share_key,
     "row_unknown": row("status", "lost", "has the unknown status 'lost'"),
     "json_caption": sample("captions", rotated, "has other captions|is not the caption|has other"),
     "json_source": sample("source", "coco", "has source = 'coco'"),
