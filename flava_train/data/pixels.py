@@ -1,7 +1,6 @@
 """Stored images to pixels: decoded, cropped to a box, resized."""
 
 import math
-import struct
 
 import numpy as np
 import simplejpeg
@@ -9,22 +8,10 @@ from PIL import Image
 
 from flava_train.shapes import Array, UInt
 from pmd_pipeline.contract.boxes import Box
-from pmd_pipeline.contract.image_format import JPEG, open_stored, stored_format
+from pmd_pipeline.contract.image_format import JPEG, decode_stored, stored_format
 
 MAX_PIXELS = 1 << 28
 """Pixels of the largest image that is decoded; the pipeline stores none that is larger."""
-
-_DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-"""Errors that Pillow's decoders raise on hostile bytes."""
 
 
 def decode_image(content: bytes, stored_size: tuple[int, int]) -> Image.Image:
@@ -39,20 +26,14 @@ def decode_image(content: bytes, stored_size: tuple[int, int]) -> Image.Image:
     """
     width, height = stored_size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"it has {width} x {height} pixels")
+        raise ValueError(f"has {width} x {height} pixels")
     if stored_format(content) is JPEG:
         try:
             if simplejpeg.decode_jpeg_header(content)[:2] == (height, width):
                 return Image.fromarray(simplejpeg.decode_jpeg(content, colorspace="RGB"))
         except ValueError:
             pass  # it refuses what Pillow accepts, such as stray bytes before the end
-    try:
-        image = open_stored(content)
-        if image.size != stored_size:
-            raise ValueError(f"it has {image.width} x {image.height} pixels")
-        return image.convert("RGB")
-    except _DECODER_ERRORS as error:
-        raise ValueError(str(error)) from error
+    return decode_stored(content, stored_size)
 
 
 def crop_pixels(image: Image.Image, box: Box, size: int) -> UInt[Array, "3 {size} {size}"]:

@@ -132,7 +132,7 @@ class ImageShard:
         except ValueError as error:
             raise PmdError(
                 f"{self.address}: {self.key(sample)} is not the image that its ledger describes: "
-                f"{error}"
+                f"it {error}"
             ) from error
 
     def key(self, sample: int) -> str:

@@ -1,10 +1,7 @@
 """Samples of a shard that a manifest names. A shard may be hostile, so every value is checked."""
 
 import hashlib
-import json
 import re
-import struct
-from collections.abc import Sequence
 from io import BytesIO
 from typing import BinaryIO, NamedTuple
 
@@ -14,13 +11,13 @@ from PIL import Image
 
 from pmd_pipeline.base.tables import read_table
 from pmd_pipeline.build.shard_writer import ByteRange
-from pmd_pipeline.contract.boxes import is_box
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import read_bytes, sha256_of
-from pmd_pipeline.contract.image_format import open_stored
+from pmd_pipeline.contract.image_format import decode_stored
 from pmd_pipeline.contract.models import ShardEntry
 from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.contract.reasons import Status
+from pmd_pipeline.contract.sample_json import SampleCaptions, parse_captions
 from pmd_pipeline.contract.schemas import LedgerColumn
 
 _NUMBERS: tuple[LedgerColumn, ...] = (
@@ -36,11 +33,6 @@ _MAX_BYTES = 1 << 28
 
 _MAX_BOXES = 4096
 """Of one image; Visual Genome has some hundred at most."""
-
-_DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, MemoryError, OverflowError, struct.error,
-)  # fmt: skip
-"""Errors that Pillow's decoders raise on hostile bytes."""
 
 
 class ShardSample(NamedTuple):
@@ -133,34 +125,30 @@ def decode_image(sample: ShardSample, content: bytes) -> Image.Image:
         PmdError: it cannot be decoded, or has another size than the ledger states.
     """
     width, height = sample.size
+    if not 0 < width * height <= _MAX_PIXELS:
+        raise _fault(sample, f"has {width} x {height} pixels by the ledger")
     try:
-        image = open_stored(content)
-        if image.size != sample.size or not 0 < width * height <= _MAX_PIXELS:
-            raise _fault(sample, f"is {image.size[0]} x {image.size[1]} pixels")
-        return image.convert("RGB")
-    except _DECODE_ERRORS as error:
-        raise _fault(sample, f"cannot be decoded ({error})") from error
+        return decode_stored(content, sample.size)
+    except ValueError as error:
+        raise _fault(sample, str(error)) from error
 
 
-def caption_boxes(sample: ShardSample, metadata: bytes) -> Sequence[Sequence[float]]:
-    """The box of each caption as fractions of the stored image; empty where captions have none.
+def sample_captions(sample: ShardSample, metadata: bytes) -> SampleCaptions:
+    """The captions in the JSON member of a sample, and their boxes.
 
     Args:
         metadata: the sample's JSON.
 
     Raises:
-        PmdError: the JSON has another number of boxes than captions, or no valid boxes.
+        PmdError: it has no valid captions and boxes, or other boxes than the ledger has captions.
     """
     try:
-        given = json.loads(metadata).get("boxes", [])
-        boxes = [tuple(float(side) for side in box) for box in given]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise _fault(sample, f"has a JSON that cannot be read ({error})") from error
-    if boxes and not len(boxes) == sample.num_pairs <= _MAX_BOXES:
-        raise _fault(sample, f"has {len(boxes)} boxes for {sample.num_pairs} captions")
-    if not all(is_box(box) for box in boxes):
-        raise _fault(sample, "has a box that is not inside it")
-    return boxes
+        text = parse_captions(metadata)
+    except ValueError as error:
+        raise _fault(sample, str(error)) from error
+    if text.boxes and not len(text.boxes) == sample.num_pairs <= _MAX_BOXES:
+        raise _fault(sample, f"has {len(text.boxes)} boxes for {sample.num_pairs} captions")
+    return text
 
 
 def _fault(sample: ShardSample, what: str) -> PmdError:

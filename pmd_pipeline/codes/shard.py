@@ -20,11 +20,11 @@ from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.storage import remove
 from pmd_pipeline.build.shard_reader import (
     ShardSample,
-    caption_boxes,
     check_tar,
     decode_image,
     read_member,
     read_samples,
+    sample_captions,
 )
 from pmd_pipeline.codes.crops import crop_boxes
 from pmd_pipeline.codes.reports import codes_dependency
@@ -154,8 +154,9 @@ def _decode_crops(
         try:
             for sample in samples:
                 content = read_member(file, sample, sample.image)
-                captioned = caption_boxes(sample, read_member(file, sample, sample.metadata))
-                boxes = crop_boxes(sample.key, sample.size, captioned, rules.views, rules.seed)
+                text = sample_captions(sample, read_member(file, sample, sample.metadata))
+                regions = text.boxes or ()
+                boxes = crop_boxes(sample.key, sample.size, regions, rules.views, rules.seed)
                 queue.append((boxes, pool.submit(crop_pixels, sample, content, boxes, rules.size)))
                 if len(queue) > _PREFETCH * task.threads:
                     boxes, pixels = queue.popleft()

@@ -1,5 +1,6 @@
 """The format of stored images: the only module that knows extensions, MIME types and decoders."""
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -65,6 +66,32 @@ def format_in_rules(rules: Mapping[str, Any]) -> ImageFormat:
     if not isinstance(name, str) or name not in FORMATS:
         raise PmdError(f"there is no image format {name!r}; {suggestion(str(name), FORMATS)}")
     return FORMATS[name]
+
+
+DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, MemoryError, OverflowError,
+    struct.error, Image.DecompressionBombError,
+)  # fmt: skip
+"""Errors that Pillow's decoders raise on hostile bytes."""
+
+
+def decode_stored(content: bytes, size: tuple[int, int]) -> Image.Image:
+    """The stored image in `content` as RGB.
+
+    Args:
+        content: in one of `FORMATS`.
+        size: expected width and height in pixels.
+
+    Raises:
+        ValueError: it cannot be decoded, or has another size.
+    """
+    try:
+        image = open_stored(content)
+        if image.size == size:
+            return image.convert("RGB")
+    except DECODER_ERRORS as error:
+        raise ValueError(f"cannot be decoded ({error})") from error
+    raise ValueError(f"has {image.width} x {image.height} pixels")
 
 
 def open_stored(content: bytes) -> Image.Image:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from pmd_pipeline.contract.boxes import Box, are_boxes
+from pmd_pipeline.contract.boxes import Box, is_box
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,12 @@ def captions_of(sample: object) -> SampleCaptions:
         raise ValueError("has no list of captions")
     if boxes is None:
         return SampleCaptions(captions, None)
-    if not are_boxes(boxes, len(captions)):
-        raise ValueError("has boxes that are not one area within the image for each caption")
+    if not isinstance(boxes, list):
+        raise ValueError("has boxes that are no list")  # noqa: TRY004  # a bad value, as below
+    if len(boxes) != len(captions):
+        raise ValueError(f"has {len(boxes)} boxes for {len(captions)} captions")
+    if not all(is_box(box) for box in boxes):
+        raise ValueError("has a box that is not inside the image")
     return SampleCaptions(
         captions, [(float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes]
     )

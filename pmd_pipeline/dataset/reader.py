@@ -14,17 +14,16 @@ from PIL import Image
 from pmd_pipeline.base.tables import read_table
 from pmd_pipeline.build.shard_reader import (
     ShardSample,
-    caption_boxes,
     decode_image,
     read_member,
     read_samples,
+    sample_captions,
 )
 from pmd_pipeline.contract.boxes import Box
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import open_read, read_bytes
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.contract.models import Manifest, ShardEntry
-from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.contract.schemas import LedgerColumn
 
 _KEPT_LEDGERS = 64
@@ -204,29 +203,15 @@ def open_manifest(path: str) -> Dataset:
 
 
 def _sample(file: Any, stored: ShardSample, source: str) -> Sample:  # noqa: ANN401 - a binary file
-    text = read_member(file, stored, stored.metadata)
-    boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in caption_boxes(stored, text)]
-    metadata = _metadata(stored, text)
+    content = read_member(file, stored, stored.metadata)
+    text = sample_captions(stored, content)
     return Sample(
         key=stored.key,
         source=source,
-        captions=metadata["captions"],
-        boxes=boxes or None,
+        captions=text.captions,
+        boxes=text.boxes or None,
         size=stored.size,
         content=read_member(file, stored, stored.image),
-        metadata=metadata,
+        metadata=json.loads(content),
         _stored=stored,
     )
-
-
-def _metadata(stored: ShardSample, text: bytes) -> dict[str, Any]:
-    try:
-        metadata = json.loads(text)
-        captions = metadata["captions"]
-        if not all(isinstance(one, str) for one in captions):
-            raise TypeError("captions are not strings")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise PmdError(
-            f"{ShardPaths.of(stored.shard).tar}: the JSON of {stored.key} cannot be read ({error})"
-        ) from error
-    return dict(metadata)
