@@ -97,7 +97,7 @@ def check_jpeg(body: bytes, image: Image.Image) -> None:
         RecordError: `truncated`, `not_an_image`.
     """
     if not decodes_cleanly(body, image.size):
-        _load(body, image)
+        _load_pixels(body, image)
 
 
 def decode_resized(
@@ -159,14 +159,14 @@ def _resized_by_pillow(body: bytes, image: Image.Image, size: tuple[int, int]) -
     margin = (_PILLOW_MARGIN * size[0], _PILLOW_MARGIN * size[1])
     coarse = image.draft(None, margin) if image.format == "JPEG" else None
     box = coarse[1] if coarse else None
-    _load(body, image)
+    _load_pixels(body, image)
     pixels = _rgb(image)
     if pixels.size != size:
         pixels = pixels.resize(size, Image.Resampling.LANCZOS, box=box)
     return np.asarray(pixels)
 
 
-def _load(body: bytes, image: Image.Image) -> None:
+def _load_pixels(body: bytes, image: Image.Image) -> None:
     try:
         image.load()
     except _DECODER_ERRORS as error:

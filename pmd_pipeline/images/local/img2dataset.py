@@ -197,7 +197,7 @@ def _read_checked(record: IndexRecord, row: _CatalogueRow) -> FetchedImage:
     if row.status != Status.SUCCESS:
         raise RecordError("not_in_archive", f"img2dataset: {row.status}")
     tar = Path(row.tar)
-    sample = _parse_sample(_read_member(tar, row.json_offset, row.json_size))
+    sample = _parse_sample(_read_extent(tar, row.json_offset, row.json_size))
     if _without_scheme(str(sample.get("url"))) != _without_scheme(record.url or ""):
         raise RecordError("caption_mismatch", "the shard's json is about another address")
     caption = sample.get("caption")
@@ -209,11 +209,11 @@ def _read_checked(record: IndexRecord, row: _CatalogueRow) -> FetchedImage:
         raise RecordError("changed", "the shard states no sha256")
     if record.sha256 and record.sha256 != row.sha256:
         raise RecordError("changed", "not the bytes whose sha256 upstream states")
-    body = _read_member(tar, row.image_offset, row.image_size)
+    body = _read_extent(tar, row.image_offset, row.image_size)
     return FetchedImage(body, sha256=row.sha256, original_size=_original_size(sample))
 
 
-def _read_member(tar: Path, offset: int | None, size: int | None) -> bytes:
+def _read_extent(tar: Path, offset: int | None, size: int | None) -> bytes:
     assert offset is not None
     assert size is not None
     return read_tar_member(tar, (offset, size))
