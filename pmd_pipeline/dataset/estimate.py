@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 
-from pmd_pipeline import sources
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.record import Row
 from pmd_pipeline.contract.errors import PmdError
@@ -16,6 +15,7 @@ from pmd_pipeline.index.build import load_index
 from pmd_pipeline.index.choose import Chooser
 from pmd_pipeline.index.records import IndexRecord, read_part
 from pmd_pipeline.recipe import Recipe
+from pmd_pipeline.sources import find_annotations
 from pmd_pipeline.sources.upstream.files import Span
 
 _MOST_SPANS = 16
@@ -185,7 +185,7 @@ def _of_index(folder: str, num: int) -> Iterator[IndexRecord]:
 
 def _of_rows(recipe: Recipe, raw: str, num: int) -> list[IndexRecord]:
     """Records of rows from the beginnings of spans all over the annotation files."""
-    spans = sources.find_spans(recipe.load_source(), raw, recipe.form)
+    spans = find_annotations(recipe.load_source(), raw, recipe.form).spans
     chosen = spans[:: math.ceil(len(spans) / _MOST_SPANS)]
     chooser = Chooser(recipe.captions)
     each = math.ceil(num / len(chosen))
