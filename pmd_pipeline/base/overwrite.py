@@ -1,27 +1,33 @@
-"""What is made of a dataset is never written over it."""
+"""Exports and lock files of a dataset never overwrite the dataset itself."""
 
 from collections.abc import Iterable, Iterator
 
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import local_path
-
-_ENDINGS = (".tar", ".parquet", ".json", ".codes.safetensors", ".codes.json")
+from pmd_pipeline.contract.paths import ShardPaths
 
 
 def refuse_overwrite(out: str, shards: Iterable[str], written: Iterable[str]) -> None:
-    """Look whether any address in `written`, below `out`, is that of a file of one of `shards`.
+    """Check that no address in `written` is that of a file of one of `shards`.
+
+    Args:
+        out: folder of `written`, for the message.
 
     Raises:
-        PmdError: one is.
+        PmdError: an address is.
     """
-    files = (shard.removesuffix(".tar") + ending for shard in shards for ending in _ENDINGS)
-    own = {place for file in files for place in _places(file)}
-    if any(place in own for file in written for place in _places(file)):
+    kept = {path for shard in shards for file in _files(shard) for path in _resolved(file)}
+    if any(path in kept for file in written for path in _resolved(file)):
         raise PmdError(f"--out {out} is where the dataset itself lies: give another folder")
 
 
-def _places(address: str) -> Iterator[str]:
-    """The one place of an address; of a link on this machine, its own and that of its file."""
+def _files(shard: str) -> tuple[str, ...]:
+    paths = ShardPaths.of(shard)
+    return paths.tar, paths.ledger, paths.report, paths.codes, paths.codes_report
+
+
+def _resolved(address: str) -> Iterator[str]:
+    """The absolute path of a local address, and of a link also that of its target."""
     path = local_path(address)
     if path is None:
         yield address

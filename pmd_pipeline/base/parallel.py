@@ -1,8 +1,8 @@
 """Map a function over tasks: in this process, over processes, or over a Ray cluster.
 
-The only file that knows Ray. Tasks and results are small; what is large travels through files.
-While a task runs it may tick: its counts so far reach the driver as datagrams, which need no lock,
-survive any kill, and may get lost, since only reports are the record of truth.
+The only module that imports Ray. Tasks and results are small; large data goes through files.
+A running task sends its counts to the driver as datagrams: they need no lock and survive any kill.
+A lost datagram does no harm, since only reports count.
 """
 
 import ctypes
@@ -30,30 +30,31 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 ReportProgress = Callable[[Mapping[str, int]], None]
-"""Tells the driver a task's counts so far."""
+"""Sends the counts of a task so far to the driver."""
 
 OnProgress = Callable[[str, Mapping[str, int]], None]
-"""Hears the ticks: `str` of the running task, and its counts so far."""
+"""Receives the name of a running task and its counts so far."""
 
-_TRIES = 3
-"""How often a task is started before the worker's death is laid to it."""
+_MAX_CRASHES = 3
+"""Crashes of its worker after which a task fails; one crash may have another cause."""
 
 _POLL_SECONDS = 0.25
-_TICK_SECONDS = 0.5
+_SEND_SECONDS = 0.5
+"""Least time between two datagrams of one task."""
 
 _log = logging.getLogger(__name__)
 
 
 class WorkerDied(PmdError):
-    """A worker process died of this task each time; other tasks are not touched by it."""
+    """A worker process died each time that it ran this task; other tasks go on."""
 
 
 class Pool(Protocol):
-    """Somewhere to run tasks."""
+    """Runs tasks."""
 
     @property
     def workers(self) -> int:
-        """How many run at a time, if there are as many."""
+        """Most tasks that run at a time."""
         ...
 
     def run(
@@ -62,9 +63,9 @@ class Pool(Protocol):
         tasks: Iterable[Task],
         on_progress: OnProgress,
     ) -> Iterator[tuple[Task, Result | WorkerDied]]:
-        """Results as they come, each with its task; a bounded number of tasks is in flight.
+        """Results in order of completion, each with its task; a bounded number is in flight.
 
-        What a task leaves in its process, such as a model, a later one may find there.
+        A task may cache objects in its process, such as a model, for later tasks.
         An exception that `function` raises is raised here and ends the run.
         """
         ...
@@ -76,16 +77,17 @@ def open_pool(
 ) -> Iterator[Pool]:
     """A pool of `workers` (default: the machine's cores, or the cluster's).
 
-    `runner` is `local` or `ray`; one local worker is this very process. With `ray_address` the pool
-    is a running cluster (`auto` for the one of this machine), else Ray is started here. On Ray each
-    task has `gpus` GPUs to itself.
+    Args:
+        runner: `local` or `ray`; one local worker is this process itself.
+        ray_address: of a running cluster, or `auto` for this machine's; None starts Ray here.
+        gpus: GPUs that each task has to itself, on Ray.
     """
     count = workers or os.cpu_count() or 1
-    pool: _Here | _Processes | _Ray
+    pool: _ThisProcess | _ProcessPool | _RayCluster
     if runner == "ray":
-        pool = _Ray(workers, ray_address, gpus)
+        pool = _RayCluster(workers, ray_address, gpus)
     else:
-        pool = _Here() if count == 1 else _Processes(count)
+        pool = _ThisProcess() if count == 1 else _ProcessPool(count)
     try:
         yield pool
     finally:
@@ -93,7 +95,7 @@ def open_pool(
 
 
 def ignore_progress(_name: str, _counts: Mapping[str, int]) -> None:
-    """OnProgress nothing."""
+    """An `OnProgress` that does nothing."""
 
 
 def in_order(
@@ -115,7 +117,7 @@ def in_order(
     return [results[id(task)] for task in tasks]
 
 
-class _Here:
+class _ThisProcess:
     @property
     def workers(self) -> int:
         return 1
@@ -133,8 +135,8 @@ class _Here:
             yield task, function(task, partial(on_progress, str(task)))
 
 
-class _Processes:
-    """Processes of this machine, started when there is more than one task for them."""
+class _ProcessPool:
+    """Processes of this machine, started when there is more than one task."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
@@ -146,7 +148,7 @@ class _Processes:
 
     def close(self) -> None:
         if self._executor:
-            _end(self._executor)
+            _kill_executor(self._executor)
             self._executor = None
 
     def run(
@@ -157,70 +159,74 @@ class _Processes:
     ) -> Iterator[tuple[Task, Result | WorkerDied]]:
         head = list(islice(queue := iter(tasks), 2))
         if len(head) < 2:
-            yield from _Here().run(function, head, on_progress)
+            yield from _ThisProcess().run(function, head, on_progress)
             return
         queue = chain(head, queue)
         suspects: list[Task] = []
-        with _ProgressChannel("127.0.0.1", on_progress) as ticks:
+        with _ProgressChannel("127.0.0.1", on_progress) as channel:
             while True:
-                self._executor = self._executor or _start(self.workers)
-                yield from _until_broken(
-                    self._executor, 2 * self.workers, function, queue, suspects, ticks
+                self._executor = self._executor or _start_executor(self.workers)
+                yield from _run_until_crash(
+                    self._executor, 2 * self.workers, function, queue, suspects, channel
                 )
                 if not suspects:
                     return
                 self.close()
-                for task in suspects:  # alone, so that the culprit takes nobody with it
-                    yield task, _alone(function, task, ticks)
+                for task in suspects:  # one at a time: a crash then concerns this task only
+                    yield task, _run_isolated(function, task, channel)
                 suspects.clear()
 
 
-def _until_broken(
+def _run_until_crash(
     executor: ProcessPoolExecutor,
     in_flight: int,
     function: Callable[[Task, ReportProgress], Result],
     queue: Iterator[Task],
     suspects: list[Task],
-    ticks: "_ProgressChannel",
+    channel: "_ProgressChannel",
 ) -> Iterator[tuple[Task, Result]]:
-    """Run tasks until the queue is empty, or a worker dies: then its neighbours are suspects."""
+    """Run tasks until the queue is empty or a worker dies; then all running tasks are suspects."""
     running: dict[Future[Result], Task] = {}
-    waiting: list[Task] = []  # the task that a broken pool refuses must not be lost
+    submitting: list[Task] = []  # a broken pool refuses a task, which must not be lost
     try:
         while True:
             for task in islice(queue, in_flight - len(running)):
-                waiting.append(task)
-                running[executor.submit(function, task, ticks.ticker(task))] = task
-                waiting.pop()
+                submitting.append(task)
+                running[executor.submit(function, task, channel.sender(task))] = task
+                submitting.pop()
             if not running:
                 return
             done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-            ticks.hear()
+            channel.receive()
             for future in done:
                 result = future.result()
                 yield running.pop(future), result
     except BrokenProcessPool:
-        suspects += [*running.values(), *waiting]
+        suspects += [*running.values(), *submitting]
 
 
-def _alone(
-    function: Callable[[Task, ReportProgress], Result], task: Task, ticks: "_ProgressChannel"
+def _run_isolated(
+    function: Callable[[Task, ReportProgress], Result], task: Task, channel: "_ProgressChannel"
 ) -> Result | WorkerDied:
-    for _ in range(_TRIES - 1):
-        executor = _start(1)
+    for _ in range(_MAX_CRASHES - 1):
+        executor = _start_executor(1)
         try:
-            future = executor.submit(function, task, ticks.ticker(task))
+            future = executor.submit(function, task, channel.sender(task))
             while not wait([future], timeout=_POLL_SECONDS).done:
-                ticks.hear()
+                channel.receive()
             return future.result()
         except BrokenProcessPool:
             _log.warning("a worker died of %s", task)
         finally:
-            _end(executor)
-    return WorkerDied(f"a worker process died {_TRIES} times of {task}")
+            _kill_executor(executor)
+    return _died_of(task)
 
 
-def _start(workers: int) -> ProcessPoolExecutor:
+def _died_of(task: object) -> WorkerDied:
+    return WorkerDied(f"a worker process died {_MAX_CRASHES} times of {task}")
+
+
+def _start_executor(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -229,8 +235,8 @@ def _start(workers: int) -> ProcessPoolExecutor:
     )
 
 
-def _end(executor: ProcessPoolExecutor) -> None:
-    """End the worker processes at once: what is done is on disk, what is not is nobody's."""
+def _kill_executor(executor: ProcessPoolExecutor) -> None:
+    """Kill the worker processes; finished work is on disk, and unfinished work is repeated."""
     processes = list((executor._processes or {}).values())  # noqa: SLF001 - public since 3.14
     for process in processes:
         process.kill()
@@ -238,7 +244,7 @@ def _end(executor: ProcessPoolExecutor) -> None:
 
 
 def _start_worker(driver: int) -> None:
-    """Die with the driver, however it dies, and leave Ctrl-C to it."""
+    """End with the driver, however it ends, and leave Ctrl-C to it."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a worker for each core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -247,8 +253,8 @@ def _start_worker(driver: int) -> None:
             os._exit(1)
 
 
-class _Ray:
-    """A cluster, joined or started when there is more than one task for it."""
+class _RayCluster:
+    """A Ray cluster, joined or started when there is more than one task."""
 
     def __init__(self, workers: int | None, address: str | None, gpus: int) -> None:
         self._workers = workers or (None if address else os.cpu_count() or 1)
@@ -258,7 +264,7 @@ class _Ray:
 
     @property
     def workers(self) -> int:
-        if self._workers is None:  # the cluster knows
+        if self._workers is None:  # the number of the cluster's CPUs
             self._connect()
         return self._workers or 1
 
@@ -272,9 +278,9 @@ class _Ray:
         if self._connected:
             return
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray  # noqa: PLC0415 - takes a second, and a run of one task does without
+        import ray  # noqa: PLC0415 - takes a second, which a run of one task saves
 
-        place = (
+        cluster = (
             {"address": self._address}
             if self._address
             else {
@@ -284,16 +290,16 @@ class _Ray:
                 "log_to_driver": False,
             }
         )
-        # what the driver was told by its environment, workers on other machines must hear too
-        told = {name: value for name, value in os.environ.items() if name.startswith("PMD_")}
+        # workers on other machines need the driver's settings
+        settings = {name: value for name, value in os.environ.items() if name.startswith("PMD_")}
         try:
             if self._address and ":" in self._address.removeprefix("ray://"):
                 host, _, port = self._address.removeprefix("ray://").rpartition(":")
                 socket.create_connection((host, int(port)), 10.0).close()  # Ray waits for minutes
             ray.init(
                 logging_level=logging.ERROR,
-                runtime_env={"env_vars": told} if told else None,
-                **place,
+                runtime_env={"env_vars": settings} if settings else None,
+                **cluster,
             )
         except (OSError, ValueError, RuntimeError) as error:
             where = self._address or "on this machine"
@@ -309,7 +315,7 @@ class _Ray:
     ) -> Iterator[tuple[Task, Result | WorkerDied]]:
         head = list(islice(queue := iter(tasks), 2))
         if len(head) < 2 and not self._address:
-            yield from _Here().run(function, head, on_progress)
+            yield from _ThisProcess().run(function, head, on_progress)
             return
         self._connect()
         import ray  # noqa: PLC0415 - see _connect
@@ -320,18 +326,18 @@ class _Ray:
             num_cpus=1,
             num_gpus=self._gpus,
             max_calls=0,  # else a worker with a GPU ends after each task, and its model with it
-            max_retries=_TRIES - 1,
+            max_retries=_MAX_CRASHES - 1,
         )(function)
         queue = chain(head, queue)
         running: dict[Any, Task] = {}
-        with _ProgressChannel(ray.util.get_node_ip_address(), on_progress) as ticks:
+        with _ProgressChannel(ray.util.get_node_ip_address(), on_progress) as channel:
             while True:
                 for task in islice(queue, self.workers * 2 - len(running)):
-                    running[remote.remote(task, ticks.ticker(task))] = task
+                    running[remote.remote(task, channel.sender(task))] = task
                 if not running:
                     return
                 done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
-                ticks.hear()
+                channel.receive()
                 for reference in done:
                     task = running.pop(reference)
                     try:
@@ -344,13 +350,16 @@ class _Ray:
                         ray.exceptions.NodeDiedError,
                         ray.exceptions.ObjectLostError,
                     ):
-                        yield task, WorkerDied(f"a worker process died {_TRIES} times of {task}")
+                        yield (
+                            task,
+                            _died_of(task),
+                        )
                     else:
                         yield task, result
 
 
 class _ProgressChannel:
-    """The driver's ear: a datagram socket, and a token so that nobody else is heard."""
+    """A datagram socket of the driver, with a token that authenticates its workers."""
 
     def __init__(self, host: str, on_progress: OnProgress) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -365,33 +374,33 @@ class _ProgressChannel:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def ticker(self, task: object) -> "_Ticker":
-        return _Ticker(self._socket.getsockname(), self._token, str(task))
+    def sender(self, task: object) -> "_ProgressSender":
+        return _ProgressSender(self._socket.getsockname(), self._token, str(task))
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         while True:
             try:
-                said = json.loads(self._socket.recv(4096))
+                message = json.loads(self._socket.recv(4096))
             except BlockingIOError:
                 return
-            except (ValueError, RecursionError):  # somebody else's datagram
+            except (ValueError, RecursionError):  # from another program
                 continue
-            if isinstance(said, list) and said[:1] == [self._token]:
-                _, name, counts = said
+            if isinstance(message, list) and message[:1] == [self._token]:
+                _, name, counts = message
                 self._on_progress(name, counts)
 
 
 @dataclass
-class _Ticker:
+class _ProgressSender:
     address: tuple[str, int]
     token: str
     name: str
-    last: float = 0.0
+    last_time: float = 0.0
 
     def __call__(self, counts: Mapping[str, int]) -> None:
         now = time.monotonic()
-        if now - self.last < _TICK_SECONDS:
+        if now - self.last_time < _SEND_SECONDS:
             return
-        self.last = now
+        self.last_time = now
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
             out.sendto(json.dumps([self.token, self.name, dict(counts)]).encode(), self.address)

@@ -1,4 +1,4 @@
-"""What a person sees while stages run: bars on a terminal, plain lines elsewhere."""
+"""Progress of stages on stderr: bars on a terminal, plain lines elsewhere."""
 
 import time
 from collections import Counter
@@ -9,16 +9,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 _LINE_SECONDS = 10.0
-_SETTLED_SECONDS = 2.0
-"""A rate from less time than this says nothing."""
+_MIN_RATE_SECONDS = 2.0
+"""A rate over less time than this is too noisy to print."""
 
 
 class Stage:
-    """One stage of one source on show: hears the ticks of its tasks and adds them up.
+    """Progress of one stage of one source: the sum of the counts of its tasks.
 
     Args:
-        total: how much of `unit` there is to do; None where nobody knows.
         unit: the count that measures progress (`rows`, `records`).
+        total: of `unit`; None where it is unknown.
     """
 
     def __init__(self, reporter: "Reporter", name: str, unit: str, total: int | None) -> None:
@@ -33,25 +33,25 @@ class Stage:
         self._ended = set[str]()
 
     def update(self, task: str, counts: Mapping[str, int]) -> None:
-        """Hear a running task's counts so far; what comes after its end is late and ignored."""
+        """Set the counts of a running task so far; ignored after the end of the task."""
         if task not in self._ended:
             self._running[task] = counts
             self._reporter.refresh(self)
 
     def resume_from(self, counts: Mapping[str, int]) -> None:
-        """Count what an earlier run has done: it is progress, but no speed."""
+        """Add the counts of an earlier run: they are progress, but no part of the rate."""
         self._before.update(counts)
         self._reporter.refresh(self)
 
     def advance(self, task: str, counts: Mapping[str, int]) -> None:
-        """Count what a task has done in all."""
+        """Add the final counts of a task, which has ended."""
         self._ended.add(task)
         self._running.pop(task, None)
         self._done.update(counts)
         self._reporter.refresh(self)
 
     def set_total(self, counts: Mapping[str, int]) -> None:
-        """Count what the stage has done in all, in place of what its tasks have told."""
+        """Replace the counts of all tasks by the final counts of the stage."""
         self._ended.update(self._running)
         self._running.clear()
         self._done = Counter(counts)
@@ -59,39 +59,39 @@ class Stage:
 
     @property
     def done(self) -> int:
-        """How much of `unit` is done."""
+        """Of `unit`, how much is done."""
         return self._sum()[self._unit] + self._before[self._unit]
 
     def line(self) -> str:
-        """The state in words: `120 of 240 records, 31 images/s, 4 pairs failed, 4 s left`."""
+        """One line of text: `120 of 240 records, 31 images/s, 4 pairs failed, 4 s left`."""
         now = self._sum()
         both = now + self._before
         seconds = self._reporter.clock() - self._started
         of = f" of {self._total:,}" if self._total is not None else ""
-        words = [f"{both[self._unit]:,}{of} {self._unit}"]
+        parts = [f"{both[self._unit]:,}{of} {self._unit}"]
         if self._unit == "bytes":
-            words = [f"{both[self._unit] / 1e6:,.1f} MB"]
-        if seconds > _SETTLED_SECONDS and self._unit in now:
-            what = "images" if "images" in now else self._unit
-            rate = now[what] / seconds
-            words.append(f"{rate / 1e6:,.1f} MB/s" if what == "bytes" else f"{rate:,.0f} {what}/s")
+            parts = [f"{both[self._unit] / 1e6:,.1f} MB"]
+        if seconds > _MIN_RATE_SECONDS and self._unit in now:
+            unit = "images" if "images" in now else self._unit
+            rate = now[unit] / seconds
+            parts.append(f"{rate / 1e6:,.1f} MB/s" if unit == "bytes" else f"{rate:,.0f} {unit}/s")
         if both["failed"]:
-            words.append(f"{both['failed']:,} pairs failed")
+            parts.append(f"{both['failed']:,} pairs failed")
         if now["cut"]:
-            words.append("nobody answers: waiting for the network")
-        if seconds > _SETTLED_SECONDS and self._total and now[self._unit]:
+            parts.append("no host answers: waiting for the network")
+        if seconds > _MIN_RATE_SECONDS and self._total and now[self._unit]:
             left = (self._total - both[self._unit]) * seconds / now[self._unit]
-            words.append(f"{_duration(left)} left")
-        return ", ".join(words)
+            parts.append(f"{_duration(left)} left")
+        return ", ".join(parts)
 
     @property
     def name(self) -> str:
-        """What the stage is called, such as `coco build`."""
+        """Name of the stage, such as `coco build`."""
         return self._name
 
     @property
     def total(self) -> int | None:
-        """How much of `unit` there is to do."""
+        """Of `unit`, how much there is to do; None where it is unknown."""
         return self._total
 
     def _sum(self) -> Counter[str]:
@@ -102,10 +102,12 @@ class Stage:
 
 
 class Reporter:
-    """Where stages are shown: `console`, which should be that of stderr.
+    """Prints the progress of stages to a console.
 
     Args:
-        clock: seconds from some start; tests put their own here.
+        console: should write to stderr.
+        quiet: print warnings only.
+        clock: seconds from some start; tests pass their own.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class Reporter:
 
     @contextmanager
     def stage(self, name: str, unit: str, total: int | None = None) -> Iterator[Stage]:
-        """Show one stage while the block runs; at its end, say what it did if it did anything."""
+        """Show a stage while the block runs; then print its last line, if it did anything."""
         stage = Stage(self, name, unit, total)
         if self._console.is_terminal and not self._quiet:
             with self._with_bar(stage):
@@ -136,21 +138,21 @@ class Reporter:
             self.say(f"{name}: {stage.line()}")
 
     def refresh(self, stage: Stage) -> None:
-        """Show the state of `stage`, not more often than somebody can read."""
+        """Show the state of `stage`, at a rate that can be read."""
         if self._bars is not None and self._bar is not None:
             self._bars.update(self._bar, completed=stage.done, line=stage.line())
         elif not self._console.is_terminal and self.clock() >= self._next_line:
             self._next_line = self.clock() + _LINE_SECONDS
             self.say(f"{stage.name}: {stage.line()}")
 
-    def say(self, words: str) -> None:
-        """Print a line, as it is."""
+    def say(self, text: str) -> None:
+        """Print a line, unless the reporter is quiet."""
         if not self._quiet:
-            self.warn(words)
+            self.warn(text)
 
-    def warn(self, words: str) -> None:
-        """Print a line also where no progress is shown: the result is not what was expected."""
-        self._console.print(words, markup=False, highlight=False, soft_wrap=True)
+    def warn(self, text: str) -> None:
+        """Print a line, also if the reporter is quiet."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def _with_bar(self, stage: Stage) -> Iterator[None]:
@@ -170,7 +172,7 @@ class Reporter:
 
 
 def _duration(seconds: float) -> str:
-    """A time to wait in the largest unit that says it well.
+    """A duration in its one or two largest units.
 
     >>> _duration(5400)
     '1 h 30 min'

@@ -1,4 +1,4 @@
-"""What a source says (`Row`) before rows of one image meet, and how their record is named."""
+"""Upstream's rows as sources yield them (`Row`), and the keys and ids of records."""
 
 import hashlib
 import re
@@ -18,8 +18,10 @@ Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json
 class Candidate(NamedTuple):
     """One text that may become the caption of a pair.
 
-    `field` is upstream's own name of the text. `refused` is set by a source whose upstream rule
-    refuses the text before any filter of the recipe sees it.
+    Args:
+        field: upstream's name of the text.
+        box: the region that the text describes; None for the whole image.
+        refused: reason, where a rule of upstream refuses the text before the recipe's filters.
     """
 
     text: str
@@ -32,8 +34,8 @@ class Candidate(NamedTuple):
 class Row:
     """One upstream row about one image; rows with one `id` become one record.
 
-    A row may know the image (`url`, `file`, `width`), its captions, or both: what upstream keeps in
-    two files meets by `id`. The first row in upstream order that knows a value wins.
+    A row may describe the image (`url`, `file`, `width`), its captions, or both; rows of different
+    files are joined by `id`. Of each value, the first one in upstream order counts.
 
     Args:
         id: upstream's image id, or `url_id(url)` where upstream has none.
@@ -44,7 +46,7 @@ class Row:
         width: pixels upstream, needed where candidates have boxes.
         height: pixels upstream.
         sha256: of the image's bytes, where upstream publishes it.
-        meta: what upstream knows besides, without author or user names.
+        meta: further values of upstream, without author or user names.
         refused: reason why no pair of this image may be kept (a held-out split, a video).
         filtered: upstream has applied the paper's filters; the recipe's are not run again.
     """
@@ -71,7 +73,7 @@ class BadRow:
 
 
 def key_of(source: str, image_id: str) -> str:
-    """Sixteen hex digits that name the record of an image: stable across rebuilds.
+    """The key of an image's record: sixteen hex digits, stable across rebuilds.
 
     >>> key_of("coco", "391895")
     '64c23fe1967b35c0'
@@ -82,11 +84,11 @@ def key_of(source: str, image_id: str) -> str:
 
 
 def url_id(url: str) -> str:
-    """The URL in the one spelling under which equal addresses meet: the id where upstream has none.
+    """The normalised URL; it is the image's id where upstream has none.
 
     Scheme and host in lower case, no default port, no fragment, non-ASCII and blanks
-    percent-encoded; path and query stay as they are, since servers tell them apart. An address that
-    cannot be parsed is its own id.
+    percent-encoded. Path and query stay as they are, since they are case-sensitive. A URL that
+    cannot be parsed is returned unchanged.
 
     >>> url_id("HTTP://Example.org:80/A b.jpg#top")
     'http://example.org/A%20b.jpg'
@@ -128,13 +130,13 @@ def full_text(text: str) -> str:
 
 
 def flickr_id(url: str) -> str | None:
-    """The Flickr photo id in a static Flickr address: the key that sources share.
+    """The photo id in a static Flickr address, by which sources can be joined.
 
     >>> flickr_id("http://farm8.staticflickr.com/7153/6255196340_da26cf2c9e_z.jpg")
     '6255196340'
     """
-    found = _FLICKR.search(url)
-    return found[1] if found else None
+    match = _FLICKR.search(url)
+    return match[1] if match else None
 
 
 _KEPT = "%/:=&?~#+!$,;'@()*[]"

@@ -1,4 +1,4 @@
-"""Folders of files, here or under any fsspec address: listed, swept, deleted."""
+"""List, sweep and delete folders, on this machine or under any fsspec address."""
 
 import time
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ _STALE_SECONDS = 24 * 3600.0
 
 
 def load_model(kind: type[Model], folder: str, name: str) -> Model | None:
-    """The model that the JSON file `name` holds; None where there is none that fits.
+    """The model in the JSON file `name`; None where there is no such file, or not a valid one.
 
-    A file of an older format does not fit, and is made again.
+    A file of an older format is not valid, so it is made again.
     """
     try:
         return kind.model_validate_json(read_bytes(join(folder, name)))
@@ -36,16 +36,16 @@ def load_model(kind: type[Model], folder: str, name: str) -> Model | None:
 
 def sizes(folder: str) -> dict[str, int]:
     """Bytes of every file directly in `folder`, by name; nothing where there is no such folder."""
-    return {name: size for name, kind, size in _listed(folder) if kind == "file"}
+    return {name: size for name, kind, size in _list(folder) if kind == "file"}
 
 
 def folders(folder: str) -> list[str]:
     """Names of the folders directly in `folder`, sorted; none where there is no such folder."""
-    return sorted(name for name, kind, _ in _listed(folder) if kind == "directory")
+    return sorted(name for name, kind, _ in _list(folder) if kind == "directory")
 
 
 def remove(address: str) -> None:
-    """Delete a file, or a folder with all that is in it; nothing happens where there is none."""
+    """Delete a file, or a folder with its content, if it exists."""
     filesystem, path = filesystem_of(address)
     try:
         filesystem.rm(path, recursive=True)
@@ -56,22 +56,22 @@ def remove(address: str) -> None:
 
 
 def sweep(folder: str) -> None:
-    """Delete what killed writers left in a folder of this machine more than a day ago."""
-    here = local_path(folder)
-    for left in here.glob(".*.tmp") if here else ():
-        with suppress(FileNotFoundError):  # another sweep was faster
+    """Delete temporary files of killed writers that are older than a day, in a local folder."""
+    path = local_path(folder)
+    for left in path.glob(".*.tmp") if path else ():
+        with suppress(FileNotFoundError):  # another sweep deleted it
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
                 left.unlink()
 
 
-def _listed(folder: str) -> Iterator[tuple[str, str, int]]:
-    """Name, kind and size of all that is directly in `folder`."""
+def _list(folder: str) -> Iterator[tuple[str, str, int]]:
+    """Name, kind and size of the entries of `folder`."""
     filesystem, path = filesystem_of(folder)
     try:
         with reading(folder):
-            found = filesystem.ls(path, detail=True, refresh=True)
+            entries = filesystem.ls(path, detail=True, refresh=True)
     except FileAbsentError:
         return
-    for entry in found:
+    for entry in entries:
         name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
         yield name, entry["type"], int(entry["size"] or 0)

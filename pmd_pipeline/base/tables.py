@@ -1,7 +1,7 @@
-"""Parquet read in the thread that asks for it, and in no other.
+"""Read Parquet files in the calling thread only.
 
-A thread of Arrow's that lets go of a Python file while the interpreter ends, ends the process with
-SIGABRT, after everything was done and well (seen in one run of `pmd verify` in three).
+If a thread of Arrow releases a Python file while the interpreter exits, the process ends with
+SIGABRT although all work is done (observed in one of three runs of `pmd verify`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from pmd_pipeline.contract.errors import PmdError
 
 MEND_SHARD = "delete the .json beside it, and build again"
-"""What to do about a damaged ledger, or shard of texts."""
+"""Advice for a damaged ledger or a damaged shard of texts."""
 
 MEND_INDEX = "delete index.json beside it, and build again"
+"""Advice for a damaged index file."""
 
 
 def read_table(
@@ -29,15 +30,15 @@ def read_table(
     """All rows of `columns`, or of all columns.
 
     Args:
-        address: of the file, for callers that leave it to this function to tell of damage.
-        mend: what to do about it.
+        address: of the file; with it, damage is reported as PmdError.
+        mend: advice for the user, in that error.
 
     Raises:
         PmdError: it is no whole Parquet file, or lacks a column.
         pa.ArrowException: the same, without `address`; also an OSError, for some damage.
     """
-    with _damage_told(address, mend), pq.ParquetFile(source, pre_buffer=False) as file:
-        _check(file, columns)
+    with _reporting_damage(address, mend), pq.ParquetFile(source, pre_buffer=False) as file:
+        _check_columns(file, columns)
         return file.read(columns, use_threads=False)
 
 
@@ -49,25 +50,25 @@ def read_batches(
     address: str | None = None,
     mend: str = MEND_SHARD,
 ) -> Iterator[pa.RecordBatch]:
-    """The same, at most `rows` at a time."""
-    with _damage_told(address, mend), pq.ParquetFile(source, pre_buffer=False) as file:
-        _check(file, columns)
+    """As `read_table`, at most `rows` at a time."""
+    with _reporting_damage(address, mend), pq.ParquetFile(source, pre_buffer=False) as file:
+        _check_columns(file, columns)
         yield from file.iter_batches(rows, columns=columns, use_threads=False)
 
 
 @contextmanager
-def _damage_told(address: str | None, mend: str) -> Iterator[None]:
+def _reporting_damage(address: str | None, mend: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        # the system's own errors have a number, and are not Arrow's word on the bytes
+        # an OSError with a number comes from the system, not from Arrow's parser
         if address is None or (isinstance(error, OSError) and error.errno):
             raise
         raise PmdError(f"{address} is no whole Parquet file: {mend}") from error
 
 
-def _check(file: pq.ParquetFile, columns: Sequence[str] | None) -> None:
-    """Refuse what Arrow would leave out without a word."""
+def _check_columns(file: pq.ParquetFile, columns: Sequence[str] | None) -> None:
+    """Raise for a missing column, which Arrow leaves out silently."""
     for name in columns or ():
         if name not in file.schema_arrow.names:
             raise pa.ArrowKeyError(f"there is no column {name}")

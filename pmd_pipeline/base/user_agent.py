@@ -1,15 +1,15 @@
-"""What we call ourselves to servers."""
+"""The name under which requests are sent."""
 
 from importlib.metadata import version
 
 from pmd_pipeline.contract.errors import PmdError
 
 PRODUCT = "pmd-flava"
-"""What robots.txt and X-Robots-Tag call us, and how our User-Agent begins."""
+"""Product token: begins the User-Agent, and is matched in robots.txt and X-Robots-Tag."""
 
 
 def user_agent(contact: str) -> str:
-    """What we call ourselves: honest, and with the user's contact where they gave one.
+    """The User-Agent header, with the user's contact where there is one.
 
     Raises:
         PmdError: the contact cannot be part of a header.

@@ -1,4 +1,4 @@
-"""The command `pmd report`, which writes a page about a dataset."""
+"""The command that writes a page about a dataset: `pmd report`."""
 
 from typing import Annotated
 
@@ -21,12 +21,12 @@ def report(
         typer.Option(
             "--data",
             metavar="DIR",
-            help="Folder or address with the index [default: beside the shards].",
+            help="Folder or address with the index; default: beside the shards.",
         ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write an HTML page about a dataset: counts, reasons, lengths, hosts, kept and lost samples.
+    """Write one HTML page on a dataset: counts, reasons, lengths, hosts, samples kept and lost.
 
     Example: pmd report manifests/pmd.json --out report.html
     """

@@ -1,8 +1,6 @@
 """Third stage: image codes of a shard, in files beside it, so that shards never change."""
 
 import logging
-import socket
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +15,7 @@ from PIL import features
 from PIL.Image import Resampling
 
 from pmd_pipeline.base.parallel import ReportProgress
+from pmd_pipeline.base.stopwatch import Stopwatch
 from pmd_pipeline.base.storage import remove
 from pmd_pipeline.build.shard_reader import (
     ShardSample,
@@ -32,7 +31,7 @@ from pmd_pipeline.codes.tokenizers import Codes, Pixels, Tokenizer, open_tokeniz
 from pmd_pipeline.codes.weights import tensor_bytes
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import open_read, write_whole
-from pmd_pipeline.contract.models import CodeRules, CodesReport, FileDigest, ShardEntry, Timing
+from pmd_pipeline.contract.models import CodeRules, CodesReport, FileDigest, ShardEntry
 from pmd_pipeline.contract.paths import ShardPaths, part_name
 from pmd_pipeline.contract.plugins import is_reference, source_digest
 
@@ -74,7 +73,7 @@ def code_shard(task: CodesTask, report_progress: ReportProgress) -> CodesReport:
         PmdError: the shard is not the one in the manifest or cannot be read; or the tokenizer has
             changed, or returns something else than codes.
     """
-    started, clock = time.time(), time.monotonic()
+    stopwatch = Stopwatch()
     check_tar(task.shard, task.entry)
     samples = read_samples(task.shard, task.entry)
     paths, rules = ShardPaths.of(task.shard), task.rules
@@ -101,7 +100,7 @@ def code_shard(task: CodesTask, report_progress: ReportProgress) -> CodesReport:
         file=FileDigest.of(paths.codes.rpartition("/")[2], content),
         agreement=agreement,
         versions=library_versions() | dict(tokenizer.versions),
-        timing=Timing(started=started, seconds=time.monotonic() - clock, host=socket.gethostname()),
+        timing=stopwatch.timing(),
     )
     write_whole(paths.codes_report, report.model_dump_json(indent=1).encode())
     _log.info("%s: %d crops of %d images", task, report.views, report.images)

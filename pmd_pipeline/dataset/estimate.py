@@ -1,4 +1,4 @@
-"""What a build will cost, before anything is spent: from a probe, or from recorded figures."""
+"""Estimate the cost of a build: from a probe, or from figures that the recipe records."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,99 +6,110 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 
+from pmd_pipeline import sources
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.record import Row
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join
-from pmd_pipeline.dataset.probe import GROUPS, Range, Trial, bare_record, calibrated, tried
+from pmd_pipeline.dataset.probe import (
+    NUM_GROUPS,
+    Interval,
+    ProbeResult,
+    bare_record,
+    calibrate,
+    probe_records,
+)
 from pmd_pipeline.index.build import load_index
 from pmd_pipeline.index.choose import Chooser
 from pmd_pipeline.index.records import IndexRecord, read_part
 from pmd_pipeline.recipe import Recipe
-from pmd_pipeline.sources import find_annotations
 from pmd_pipeline.sources.upstream.files import Span
 
-_MOST_SPANS = 16
+_MAX_SPANS = 16
+"""Spans that a probe without an index reads rows from."""
+
 _RECORD_BYTES = 2048
-"""Bytes of a record in tar and ledger besides its image, about."""
+"""Bytes of a record in tar and ledger without its image, about."""
 
 
 @dataclass(frozen=True)
 class BuildEstimate:
-    """What building one source, or several, will take.
+    """The estimated cost of building one source, or several.
 
     Args:
-        basis: where the figures come from, in a sentence.
-        records: images to ask for.
-        alive: share of them that give an image.
-        pairs: that come out, if pairs are lost as often as images.
-        bytes_down: of the web.
+        basis: origin of the figures, in a sentence.
+        records: images to fetch.
+        alive: success rate, the share of records with an image.
+        pairs: in the shards, if pairs are lost as often as images.
+        bytes_down: fetched from the web.
         bytes_stored: of the shards.
         shards: parts.
         cpu_hours: of one core.
-        hours: on the wall; from what the processors need to the pace of the probe.
-        lost: share of the probe by reason, most frequent first.
+        hours: elapsed; at least the CPU time, at most the request rate of the probe.
+        lost: share of the probe's records by failure or drop reason, most frequent first.
     """
 
     source: str
     basis: str
     records: int
-    alive: Range
-    images: Range
-    pairs: Range
-    bytes_down: Range
-    bytes_stored: Range
+    alive: Interval
+    images: Interval
+    pairs: Interval
+    bytes_down: Interval
+    bytes_stored: Interval
     shards: int
-    cpu_hours: Range
-    hours: Range
+    cpu_hours: Interval
+    hours: Interval
     lost: Mapping[str, float]
 
 
-def recorded(recipe: Recipe, data: str, workers: int) -> BuildEstimate:
-    """The plan of a source from what its recipe records of others' runs, without network.
+def estimate_from_recorded(recipe: Recipe, data: str, workers: int) -> BuildEstimate:
+    """The estimate from the figures in the recipe's `[expected]`, without network.
 
     Args:
-        data: address under which its index lies, if it is made; then records and pairs are counted.
+        data: address of the dataset; if it has an index, records and pairs are counted there.
         workers: tasks at a time, with a core each.
 
     Raises:
-        PmdError: the recipe records nothing, or nothing of the source is fetched.
+        PmdError: the recipe has no `[expected]`, or the source's images are not fetched.
     """
     expected = recipe.expected
-    _check(recipe)
+    _refuse_local(recipe)
     if expected is None:
         raise PmdError(
             f"the recipe of {recipe.source} has no section [expected]: give --probe N to measure"
         )
-    live = calibrated(recipe.images.model_dump_json(), expected.pixels, expected.image_bytes)
-    trial = Trial(
-        alive=Range(expected.alive),
-        bytes_down=Range(expected.image_bytes * expected.alive),
-        bytes_stored=Range((expected.stored_bytes + _RECORD_BYTES) * expected.alive),
-        cpu_seconds=live * expected.alive,
+    cpu_seconds = calibrate(recipe.images.model_dump_json(), expected.pixels, expected.image_bytes)
+    result = ProbeResult(
+        alive=Interval(expected.alive),
+        bytes_down=Interval(expected.image_bytes * expected.alive),
+        bytes_stored=Interval((expected.stored_bytes + _RECORD_BYTES) * expected.alive),
+        cpu_seconds=cpu_seconds * expected.alive,
     )
-    return _plan(recipe, data, trial, f"recorded: {expected.seen}", workers)
+    return _estimate(recipe, data, result, f"recorded: {expected.seen}", workers)
 
 
-def probed(
+def estimate_from_probe(
     recipe: Recipe, raw: str, data: str, num: int, workers: int, reporter: Reporter
 ) -> BuildEstimate:
-    """The plan of a source from `num` of its records, fetched now as the build would fetch them.
+    """The estimate from `num` records of the source, built now by the recipe.
 
-    The records are the first of its index, which are a random sample; where there is no index yet,
-    rows from all over its annotation files.
+    The records are the first of the index, which are a random sample. Without an index, they are
+    rows from all over the annotation files.
 
     Raises:
-        PmdError: there is neither an index nor an annotation file, too few records, or nothing of
-            the source is fetched.
+        PmdError: there is neither an index nor an annotation file, there are too few records, or
+            the source's images are not fetched.
     """
-    _check(recipe)
-    index = list(_of_index(join(data, "index", recipe.source), num))
-    records = index or _of_rows(recipe, raw, num)
-    if len(records) < GROUPS:
-        raise PmdError(f"{len(records)} records of {recipe.source} tell nothing: probe {GROUPS}")
+    _refuse_local(recipe)
+    index = list(_index_records(join(data, "index", recipe.source), num))
+    records = index or _row_records(recipe, raw, num)
+    if len(records) < NUM_GROUPS:
+        raise PmdError(
+            f"{len(records)} records of {recipe.source} tell nothing: probe {NUM_GROUPS}"
+        )
     with reporter.stage(f"{recipe.source} probe", "records", len(records)) as stage:
-        trial = tried(
+        result = probe_records(
             recipe,
             records,
             lambda report: stage.advance(
@@ -106,63 +117,65 @@ def probed(
             ),
             workers,
         )
-    where = "its index" if index else "its annotation files"
+    origin = "its index" if index else "its annotation files"
     today = datetime.now(tz=UTC).date().isoformat()
-    basis = f"probe of {len(records)} records of {where}, {today}"
-    return _plan(recipe, data, trial, basis, workers)
+    basis = f"probe of {len(records)} records of {origin}, {today}"
+    return _estimate(recipe, data, result, basis, workers)
 
 
-def total(plans: Sequence[BuildEstimate]) -> BuildEstimate:
-    """The sum of plans that are carried out one after another."""
-    records = sum(plan.records for plan in plans)
-    images = _sum([plan.images for plan in plans])
+def total_estimate(estimates: Sequence[BuildEstimate]) -> BuildEstimate:
+    """The sum of estimates of builds that run one after another."""
+    records = sum(one.records for one in estimates)
+    images = _sum_of([one.images for one in estimates])
     return BuildEstimate(
         source="all",
         basis="",
         records=records,
         alive=images * (1 / records),
         images=images,
-        pairs=_sum([plan.pairs for plan in plans]),
-        bytes_down=_sum([plan.bytes_down for plan in plans]),
-        bytes_stored=_sum([plan.bytes_stored for plan in plans]),
-        shards=sum(plan.shards for plan in plans),
-        cpu_hours=_sum([plan.cpu_hours for plan in plans]),
-        hours=_sum([plan.hours for plan in plans]),
+        pairs=_sum_of([one.pairs for one in estimates]),
+        bytes_down=_sum_of([one.bytes_down for one in estimates]),
+        bytes_stored=_sum_of([one.bytes_stored for one in estimates]),
+        shards=sum(one.shards for one in estimates),
+        cpu_hours=_sum_of([one.cpu_hours for one in estimates]),
+        hours=_sum_of([one.hours for one in estimates]),
         lost={},
     )
 
 
-def _check(recipe: Recipe) -> None:
+def _refuse_local(recipe: Recipe) -> None:
     if recipe.kind != "pairs":
         raise PmdError(f"{recipe.source} is read from files you have: there is nothing to plan")
 
 
-def _plan(recipe: Recipe, data: str, trial: Trial, basis: str, workers: int) -> BuildEstimate:
+def _estimate(
+    recipe: Recipe, data: str, probe: ProbeResult, basis: str, workers: int
+) -> BuildEstimate:
     records, pairs = _population(recipe, data)
-    cpu_hours = trial.cpu_seconds * (records / 3600)
+    cpu_hours = probe.cpu_seconds * (records / 3600)
     least = cpu_hours.value / workers
-    hours = Range(least, least)
-    if trial.seconds:
-        slowest = max(least, trial.seconds.value * records / 3600 / workers)
-        hours = Range(slowest, least, slowest)
+    hours = Interval(least, least)
+    if probe.seconds:
+        slowest = max(least, probe.seconds.value * records / 3600 / workers)
+        hours = Interval(slowest, least, slowest)
     return BuildEstimate(
         source=recipe.source,
         basis=basis,
         records=records,
-        alive=trial.alive,
-        images=trial.alive * records,
-        pairs=trial.alive * pairs,
-        bytes_down=trial.bytes_down * records,
-        bytes_stored=trial.bytes_stored * records,
+        alive=probe.alive,
+        images=probe.alive * records,
+        pairs=probe.alive * pairs,
+        bytes_down=probe.bytes_down * records,
+        bytes_stored=probe.bytes_stored * records,
         shards=math.ceil(records / recipe.part_records),
         cpu_hours=cpu_hours,
         hours=hours,
-        lost=trial.lost or {},
+        lost=probe.lost or {},
     )
 
 
 def _population(recipe: Recipe, data: str) -> tuple[int, int]:
-    """Records and pairs of the whole source: counted by its index, or else recorded."""
+    """Records and pairs of the whole source: from its index, its recipe or upstream's count."""
     index = load_index(join(data, "index", recipe.source))
     if index:
         return sum(part.records for part in index.parts), index.counts.kept
@@ -173,7 +186,7 @@ def _population(recipe: Recipe, data: str) -> tuple[int, int]:
     return rows, rows
 
 
-def _of_index(folder: str, num: int) -> Iterator[IndexRecord]:
+def _index_records(folder: str, num: int) -> Iterator[IndexRecord]:
     index = load_index(folder)
     left = num
     for part in index.parts if index else ():
@@ -183,33 +196,33 @@ def _of_index(folder: str, num: int) -> Iterator[IndexRecord]:
         left -= part.records
 
 
-def _of_rows(recipe: Recipe, raw: str, num: int) -> list[IndexRecord]:
-    """Records of rows from the beginnings of spans all over the annotation files."""
-    spans = find_annotations(recipe.load_source(), raw, recipe.form).spans
-    chosen = spans[:: math.ceil(len(spans) / _MOST_SPANS)]
+def _row_records(recipe: Recipe, raw: str, num: int) -> list[IndexRecord]:
+    """Records from the first rows of evenly spaced spans of the annotation files."""
+    spans = sources.find_spans(recipe.load_source(), raw, recipe.form)
+    sampled = spans[:: math.ceil(len(spans) / _MAX_SPANS)]
     chooser = Chooser(recipe.captions)
-    each = math.ceil(num / len(chosen))
-    found = {
+    each = math.ceil(num / len(sampled))
+    by_key = {
         record.key: record
-        for span in chosen
-        for record in islice(_of_span(recipe, span, chooser), each)
+        for span in sampled
+        for record in islice(_span_records(recipe, span, chooser), each)
     }
-    return list(found.values())[:num]
+    return list(by_key.values())[:num]
 
 
-def _of_span(recipe: Recipe, span: Span, chooser: Chooser) -> Iterator[IndexRecord]:
-    """Records of rows that have an address and a pair."""
+def _span_records(recipe: Recipe, span: Span, chooser: Chooser) -> Iterator[IndexRecord]:
+    """Records of the rows that have an address and a pair."""
     for row in recipe.load_source().read(span, **recipe.options):
         if isinstance(row, Row) and row.url and any(p.reason is None for p in chooser.pairs(row)):
             yield bare_record(recipe.source, row)
 
 
-def _sum(ranges: Sequence[Range]) -> Range:
-    """Sum of independent estimates; an end that one of them lacks, the sum lacks."""
+def _sum_of(ranges: Sequence[Interval]) -> Interval:
+    """Sum of independent estimates; its ends are unknown if an end of one of them is."""
     value = sum(one.value for one in ranges)
     lows = [one.value - one.low for one in ranges if one.low is not None]
     highs = [one.high - one.value for one in ranges if one.high is not None]
-    return Range(
+    return Interval(
         value,
         value - math.hypot(*lows) if len(lows) == len(ranges) else None,
         value + math.hypot(*highs) if len(highs) == len(ranges) else None,

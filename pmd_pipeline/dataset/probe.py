@@ -1,7 +1,7 @@
-"""The build on a few records in a scratch folder, to see what a record takes on this machine.
+"""Measure what a record costs: build a few records in a temporary folder.
 
-The records are those of a source, fetched from the web, or drawn photographs, fetched from a
-server on this machine.
+The records are a source's, fetched from the web, or synthetic photographs, fetched from a server on
+this machine.
 """
 
 import math
@@ -27,102 +27,107 @@ from pmd_pipeline.contract.models import Report
 from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.recipe import Fetch, Images, Recipe
 
-GROUPS = 8
-"""Small parts that a trial is cut into, so that it shows how much its figures scatter."""
+NUM_GROUPS = 8
+"""Groups of records that a probe builds one by one, to estimate the variance of its figures."""
 
 _STUDENT = 2.365
-"""97.5 % quantile of Student's t with one degree of freedom less than there are groups."""
+"""97.5 % quantile of Student's t with `NUM_GROUPS - 1` degrees of freedom."""
 
 _NORMAL = 1.96
-_DRAWN = 4
+"""97.5 % quantile of the normal distribution."""
+
+_NUM_PHOTOGRAPHS = 4
 _CALIBRATION_RECORDS = 64
 _QUALITIES = (50, 70, 80, 85, 90, 93, 95, 97, 99)
 
 
 @dataclass(frozen=True)
-class Range:
-    """An estimate with its 95 % interval; an end that nobody can tell is None."""
+class Interval:
+    """An estimate with its 95 % interval; an unknown end is None."""
 
     value: float
     low: float | None = None
     high: float | None = None
 
-    def __mul__(self, factor: float) -> "Range":
+    def __mul__(self, factor: float) -> "Interval":
         low = None if self.low is None else self.low * factor
         high = None if self.high is None else self.high * factor
-        return Range(self.value * factor, low, high)
+        return Interval(self.value * factor, low, high)
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a record takes, on average over all that were tried, dead ones included.
+class ProbeResult:
+    """Means over all records of a probe, those without an image included.
 
     Args:
-        alive: share that gave an image.
+        alive: success rate, the share of records with an image.
         bytes_down: fetched.
         bytes_stored: in shard and ledger.
         cpu_seconds: of one core.
-        seconds: on the wall with one task, at the recipe's pace; None where that says nothing.
-        lost: shares by reason, most frequent first.
+        seconds: elapsed with one task, at the recipe's request rate; None where not measured.
+        lost: share of the records by failure or drop reason, most frequent first.
     """
 
-    alive: Range
-    bytes_down: Range
-    bytes_stored: Range
-    cpu_seconds: Range
-    seconds: Range | None = None
+    alive: Interval
+    bytes_down: Interval
+    bytes_stored: Interval
+    cpu_seconds: Interval
+    seconds: Interval | None = None
     lost: Mapping[str, float] | None = None
 
 
-def tried(
+def probe_records(
     recipe: Recipe,
     records: Sequence[IndexRecord],
-    finished: Callable[[Report], None],
+    on_group: Callable[[Report], None],
     workers: int = 1,
-) -> Trial:
-    """Build the records, at least `GROUPS` of them, as the recipe says, and throw it all away.
+) -> ProbeResult:
+    """Build the records by the recipe, and delete the result.
 
     Args:
-        finished: is told of each group's report.
-        workers: tasks that the build will run at a time; this one asks hosts as one of them would.
+        records: at least `NUM_GROUPS`.
+        on_group: called with the report of each group.
+        workers: tasks that the build will run at a time; the probe keeps the request rate of one.
     """
-    groups = [records[number::GROUPS] for number in range(GROUPS)]
+    groups = [records[number::NUM_GROUPS] for number in range(NUM_GROUPS)]
     rows = []
     lost = Counter[str]()
-    with tempfile.TemporaryDirectory(prefix="pmd-trial-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="pmd-probe-") as scratch:
         for number, group in enumerate(groups):
-            busy, clock = time.process_time(), time.monotonic()
+            cpu_start, start = time.process_time(), time.monotonic()
             build = ShardBuild(recipe, number, scratch, workers=workers)
             report = fetch_into_shard(build, _single_captions(group), _no_progress)
-            took = time.process_time() - busy, time.monotonic() - clock
+            seconds_taken = time.process_time() - cpu_start, time.monotonic() - start
             stored = report.tar.num_bytes + report.ledger.num_bytes
-            sums = (report.fetched_bytes, stored, *took)
+            sums = (report.fetched_bytes, stored, *seconds_taken)
             rows.append([one / len(group) for one in sums])
             lost.update(report.counts.failed)
             lost.update(report.counts.dropped)
-            finished(report)
-    down, stored_, cpu, seconds = (_mean(column) for column in zip(*rows, strict=True))
-    return Trial(
-        alive=share_of(len(records) - lost.total(), len(records)),
-        bytes_down=down,
-        bytes_stored=stored_,
-        cpu_seconds=cpu,
+            on_group(report)
+    bytes_down, bytes_stored, cpu_seconds, seconds = (
+        _mean(column) for column in zip(*rows, strict=True)
+    )
+    return ProbeResult(
+        alive=proportion(len(records) - lost.total(), len(records)),
+        bytes_down=bytes_down,
+        bytes_stored=bytes_stored,
+        cpu_seconds=cpu_seconds,
         seconds=seconds,
         lost={reason: num / len(records) for reason, num in lost.most_common()},
     )
 
 
 @cache
-def calibrated(images_json: str, pixels: int, num_bytes: int) -> Range:
-    """Processor seconds of this machine for a live record, fetched from a server beside it.
+def calibrate(images_json: str, pixels: int, num_bytes: int) -> Interval:
+    """CPU seconds of this machine for a record with an image, fetched from a local server.
 
     Args:
         images_json: the recipe's `[images]`, as JSON.
-        pixels: of the pictures drawn.
-        num_bytes: their size, about.
+        pixels: of the synthetic photographs.
+        num_bytes: of their JPEGs, about.
     """
-    with tempfile.TemporaryDirectory(prefix="pmd-trial-") as folder, _served(folder) as origin:
-        for number in range(_DRAWN):
+    with tempfile.TemporaryDirectory(prefix="pmd-probe-") as folder, _serve(folder) as origin:
+        for number in range(_NUM_PHOTOGRAPHS):
             jpeg = _photograph(number, pixels, num_bytes)
             Path(folder, f"{number}.jpg").write_bytes(jpeg)
         recipe = Recipe(
@@ -133,16 +138,16 @@ def calibrated(images_json: str, pixels: int, num_bytes: int) -> Range:
         records = [
             bare_record(
                 "calibration",
-                Row(str(n), url=f"http://calibration.example/{n % _DRAWN}.jpg?{n}"),
+                Row(str(n), url=f"http://calibration.example/{n % _NUM_PHOTOGRAPHS}.jpg?{n}"),
             )
             for n in range(_CALIBRATION_RECORDS)
         ]
-        tried(recipe, records[:GROUPS], lambda _: None)  # imports and first connections
-        return tried(recipe, records, lambda _: None).cpu_seconds
+        probe_records(recipe, records[:NUM_GROUPS], lambda _: None)  # imports and first connections
+        return probe_records(recipe, records, lambda _: None).cpu_seconds
 
 
 def bare_record(source: str, row: Row) -> IndexRecord:
-    """What a row knows of its image, as a record without pairs."""
+    """The record of a row's image, without pairs."""
     return IndexRecord(
         key=key_of(source, row.id),
         id=row.id,
@@ -161,22 +166,22 @@ def bare_record(source: str, row: Row) -> IndexRecord:
     )
 
 
-def share_of(part: int, whole: int) -> Range:
-    """A share with Wilson's interval, which stays between 0 and 1.
+def proportion(part: int, whole: int) -> Interval:
+    """A proportion with Wilson's interval, which stays between 0 and 1.
 
-    >>> share_of(50, 100)
-    Range(value=0.5, low=0.4038, high=0.5962)
+    >>> proportion(50, 100)
+    Interval(value=0.5, low=0.4038, high=0.5962)
     """
     share, z = part / whole, _NORMAL
     middle = (share + z * z / (2 * whole)) / (1 + z * z / whole)
     root = math.sqrt(share * (1 - share) / whole + z * z / (4 * whole * whole))
     half = z / (1 + z * z / whole) * root
-    return Range(share, round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4))
+    return Interval(share, round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4))
 
 
-def _mean(values: Sequence[float]) -> Range:
+def _mean(values: Sequence[float]) -> Interval:
     half = _STUDENT * stdev(values) / math.sqrt(len(values))
-    return Range(fmean(values), max(0.0, fmean(values) - half), fmean(values) + half)
+    return Interval(fmean(values), max(0.0, fmean(values) - half), fmean(values) + half)
 
 
 def _no_progress(_counts: Mapping[str, int]) -> None:
@@ -193,10 +198,10 @@ def _single_captions(records: Sequence[IndexRecord]) -> list[IndexRecord]:
 
 
 @contextmanager
-def _served(folder: str) -> Iterator[str]:
-    """The origin of a server of files, in a process of its own whose time is not counted."""
+def _serve(folder: str) -> Iterator[str]:
+    """The origin of a file server; it is another process, so its CPU time is not measured."""
     command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"]
-    with subprocess.Popen(  # noqa: S603 - our own interpreter, a folder of our own
+    with subprocess.Popen(  # noqa: S603 - this interpreter and a temporary folder
         [*command, "--protocol", "HTTP/1.1", "--directory", folder],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -211,7 +216,7 @@ def _served(folder: str) -> Iterator[str]:
 
 
 def _photograph(seed: int, pixels: int, num_bytes: int) -> bytes:
-    """A JPEG of 4:3, as rough as a photograph at each scale, of the nearest size to be had."""
+    """A 4:3 JPEG with the spectrum of a photograph, of the quality nearest to `num_bytes`."""
     width, height = round(math.sqrt(pixels * 4 / 3)), round(math.sqrt(pixels * 3 / 4))
     rng = np.random.default_rng(seed)
     layers = np.zeros((height, width, 3), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Laws of shards: conservation, determinism, idempotence, and a ledger that finds every byte."""
+"""Shards: conservation, determinism, idempotence, and a ledger that locates every byte."""
 
 import hashlib
 import json
@@ -20,14 +20,14 @@ from PIL import Image
 from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
 
 from pmd_pipeline.base.parallel import open_pool
-from pmd_pipeline.build import pipeline as flow
+from pmd_pipeline.build import pipeline
 from pmd_pipeline.build.image_locations import WEB
 from pmd_pipeline.build.part import build_part
 from pmd_pipeline.build.shard import ShardBuild, fetch_images
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import Report
-from pmd_pipeline.dataset import build as dataset
+from pmd_pipeline.dataset import build as build_module
 from pmd_pipeline.dataset.source_build import SourceBuild
 from pmd_pipeline.images.fetch import rate_limiter
 from pmd_pipeline.index.records import IndexRecord
@@ -37,7 +37,7 @@ KINDS = ("good", "missing", "html", "empty", "truncated", "tiny")
 
 
 def write_kinds(folder: Path, kinds: list[str]) -> Path:
-    """A picture, or what stands in its place, for each kind."""
+    """A file of each kind: a good picture, or one of the faults."""
     write_pictures(folder, [f"{n}.jpg" for n in range(len(kinds))], side=64)
     for number, kind in enumerate(kinds):
         path = folder / f"{number}.jpg"
@@ -62,14 +62,14 @@ def toy(tmp_path):
     return toy_order(tmp_path, toy_recipe(part_records=6), pictures=pictures)
 
 
-def files(order):
-    return {path.name: path for path in Path(order.shards).iterdir()}
+def files(source_build):
+    return {path.name: path for path in Path(source_build.shards).iterdir()}
 
 
-def digests(order):
+def digests(source_build):
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for name, path in files(order).items()
+        for name, path in files(source_build).items()
         if not name.endswith(".json")
     }
 
@@ -99,18 +99,18 @@ def test_every_pair_is_kept_dropped_or_failed(tmp_path_factory, kinds):
     )
 
 
-def test_a_second_run_does_nothing_and_says_the_same(toy, monkeypatch):
+def test_a_second_run_builds_nothing_and_gives_the_same_manifest(toy, monkeypatch):
     first = toy_build(toy)
     before = {name: path.stat().st_mtime_ns for name, path in files(toy).items()}
 
-    monkeypatch.setattr(dataset, "build_part", None)  # would fail if it were called
+    monkeypatch.setattr(build_module, "build_part", None)  # would fail if it were called
 
     assert toy_build(toy) == first
     assert {name: path.stat().st_mtime_ns for name, path in files(toy).items()} == before
 
 
 @pytest.mark.parametrize("ending", [".tar", ".parquet", ".json"])
-def test_a_part_that_lost_a_file_is_built_again_and_no_other(toy, ending):
+def test_only_a_part_without_one_of_its_files_is_built_again(toy, ending):
     first = toy_build(toy)
     content = digests(toy)
     before = {name: path.stat().st_mtime_ns for name, path in files(toy).items()}
@@ -120,11 +120,11 @@ def test_a_part_that_lost_a_file_is_built_again_and_no_other(toy, ending):
 
     assert digests(toy) == content
     after = {name: path.stat().st_mtime_ns for name, path in files(toy).items()}
-    touched = {name for name in after if after[name] != before[name]}
-    assert touched == {"00001.tar", "00001.parquet", "00001.json"}
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"00001.tar", "00001.parquet", "00001.json"}
 
 
-def test_a_part_cut_short_is_built_again(toy):
+def test_a_part_with_a_truncated_tar_is_built_again(toy):
     first = toy_build(toy)
     tar = files(toy)["00002.tar"]
     tar.write_bytes(tar.read_bytes()[:-1])
@@ -132,7 +132,7 @@ def test_a_part_cut_short_is_built_again(toy):
     assert toy_build(toy) == first
 
 
-def test_a_damaged_ledger_is_one_sentence_which_helps(toy):
+def test_a_damaged_ledger_is_an_error_with_advice_that_helps(toy):
     before = toy_build(toy)
     ledger = Path(toy.shards) / "00001.parquet"
     ledger.write_bytes(ledger.read_bytes()[:-20] + bytes(20))
@@ -145,7 +145,7 @@ def test_a_damaged_ledger_is_one_sentence_which_helps(toy):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_damaged_index_is_one_sentence_which_helps(toy, workers):
+def test_a_damaged_index_is_an_error_with_advice_that_helps(toy, workers):
     before = toy_build(toy)
     damaged = next(Path(toy.data, "index", "cc3m").glob("kept-00001*"))
     damaged.write_bytes(damaged.read_bytes()[:-20] + bytes(20))
@@ -161,7 +161,7 @@ def test_a_damaged_index_is_one_sentence_which_helps(toy, workers):
     assert toy_build(toy).digest == before.digest
 
 
-def test_a_report_is_not_believed_when_its_rules_have_changed(toy):
+def test_a_part_is_built_again_when_its_rules_change(toy):
     first = toy_build(toy)
     smaller = toy_order(
         Path(toy.data).parent,
@@ -177,7 +177,7 @@ def test_a_report_is_not_believed_when_its_rules_have_changed(toy):
 
 
 @pytest.mark.parametrize("concurrency", [1, 16])
-def test_bytes_do_not_depend_on_how_many_threads_fetch(toy, tmp_path, concurrency):
+def test_bytes_do_not_depend_on_the_concurrency_of_local_images(toy, tmp_path, concurrency):
     toy_build(toy)
     recipe = toy_recipe(part_records=6, fetch={"concurrency": concurrency})
     write_rows(tmp_path / "other" / "raw", toy_rows(30))
@@ -189,88 +189,88 @@ def test_bytes_do_not_depend_on_how_many_threads_fetch(toy, tmp_path, concurrenc
 
 
 @pytest.fixture
-def dawdling(tmp_path):
-    """A host of thirty pictures, two of them missing, that answers when it likes."""
+def slow_host(tmp_path):
+    """A host of thirty pictures, two of them missing, that answers after random delays."""
     names = [f"{n}.jpg" for n in range(28)]
     pictures = write_pictures(tmp_path / "there", names)
     bodies = {f"/{name}": (pictures / name).read_bytes() for name in names}
-    pause, dice = threading.Event(), random.Random()
+    event, rng = threading.Event(), random.Random()
 
-    def late(head):
-        pause.wait(dice.uniform(0, 0.02))
+    def respond_late(head):
+        event.wait(rng.uniform(0, 0.02))
         body = bodies.get(head.split(" ")[1])
         return response(404) if body is None else response(body=body)
 
-    with FakeHost(late) as host:
+    with FakeHost(respond_late) as host:
         yield host
 
 
-def test_bytes_do_not_depend_on_how_many_are_asked_for_at_once_nor_on_who_answers_first(
-    dawdling, tmp_path
+def test_bytes_do_not_depend_on_the_concurrency_of_requests_nor_on_the_order_of_responses(
+    slow_host, tmp_path
 ):
-    found = []
+    builds = []
     for concurrency in (1, 16, 256, 256):
-        folder = tmp_path / str(len(found))
+        folder = tmp_path / str(len(builds))
         write_rows(folder / "raw", toy_rows(30))
-        manners = {"concurrency": concurrency, "per_host": 64}
-        places = {"connect_to": {"*": dawdling.origin}}
-        recipe = toy_recipe(part_records=12, fetch={**manners, **places})
-        order = replace(toy_order(folder, recipe, pictures=folder), images=(WEB,))
-        manifest = toy_build(order)
-        found.append((manifest.digest, digests(order)))
+        politeness = {"concurrency": concurrency, "per_host": 64}
+        routes = {"connect_to": {"*": slow_host.origin}}
+        recipe = toy_recipe(part_records=12, fetch={**politeness, **routes})
+        source_build = replace(toy_order(folder, recipe, pictures=folder), images=(WEB,))
+        manifest = toy_build(source_build)
+        builds.append((manifest.digest, digests(source_build)))
 
     assert manifest.sources["cc3m"].counts.failed == {"http_404": 2}
-    assert all(one == found[0] for one in found)
+    assert all(one == builds[0] for one in builds)
 
 
 @pytest.mark.parametrize(("workers", "share"), [(1, 1), (2, 2), (8, 2)])
-def test_parts_know_how_many_are_built_beside_them_and_ask_the_same_hosts(
-    toy, tmp_path, workers, share
-):
-    told = []
+def test_parts_have_the_number_of_workers_that_share_the_hosts(toy, tmp_path, workers, share):
+    given_workers = []
 
-    class Somewhere:
+    class RecordingPool:
         def __init__(self):
             self.workers = workers
 
-        def run(self, function, tasks, watch):
+        def run(self, function, tasks, on_progress):
             for task in tasks:
-                told.append(getattr(getattr(task, "shard", None), "workers", None))
-                yield task, function(task, partial(watch, str(task)))
+                given_workers.append(getattr(getattr(task, "shard", None), "workers", None))
+                yield task, function(task, partial(on_progress, str(task)))
 
-    toy_build(replace(toy, recipe=toy_recipe(part_records=12)), Somewhere())  # two parts
+    toy_build(replace(toy, recipe=toy_recipe(part_records=12)), RecordingPool())  # two parts
 
-    assert [one for one in told if one] == [share] * 2
+    assert [one for one in given_workers if one] == [share] * 2
 
 
-def test_a_part_tells_that_the_network_is_cut_and_goes_on_when_it_is_mended(tmp_path, monkeypatch):
-    lead, ticks = socket.getaddrinfo, []
+def test_a_part_reports_that_the_network_is_down_and_resumes_when_it_is_up(tmp_path, monkeypatch):
+    getaddrinfo, reports = socket.getaddrinfo, []
 
-    def cut(*_args, **keywords):
-        if not any(tick.get("cut") for tick in ticks):  # mended once it is told
+    def failing_getaddrinfo(*_args, **keywords):
+        if not any(counts.get("cut") for counts in reports):  # the network is up once reported
             raise socket.gaierror(socket.EAI_AGAIN, "no name server")
-        return lead("127.0.0.1", None, **keywords)
+        return getaddrinfo("127.0.0.1", None, **keywords)
 
-    monkeypatch.setattr(socket, "getaddrinfo", cut)
+    monkeypatch.setattr(socket, "getaddrinfo", failing_getaddrinfo)
     monkeypatch.setattr(rate_limiter, "_FIRST_OFFLINE_SECONDS", 0.3)
-    monkeypatch.setattr(flow, "_IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(pipeline, "_IDLE_SECONDS", 0.05)
     body = (write_pictures(tmp_path / "there", ["1.jpg"]) / "1.jpg").read_bytes()
     rows = [(f"picture {n}", f"http://{n}.example/1.jpg") for n in range(20)]
     write_rows(tmp_path / "raw", rows)
     with FakeHost(by_path({"/robots.txt": response(404), "/1.jpg": response(body=body)})) as host:
         fetch = {"connect_to": {"*": f"http://somewhere.example:{host.port}"}, "concurrency": 4}
-        order = toy_order(tmp_path, toy_recipe(fetch=fetch), pictures=tmp_path)
-        monkeypatch.setattr(dataset, "build_part", lambda task, _: build_part(task, ticks.append))
-        manifest = toy_build(replace(order, images=(WEB,)))
+        source_build = toy_order(tmp_path, toy_recipe(fetch=fetch), pictures=tmp_path)
+        monkeypatch.setattr(
+            build_module, "build_part", lambda task, _: build_part(task, reports.append)
+        )
+        manifest = toy_build(replace(source_build, images=(WEB,)))
 
     counts = manifest.sources["cc3m"].counts
-    assert counts.kept >= 10  # those that showed that the network is cut may have failed
+    assert counts.kept >= 10  # the requests before the network counted as down may have failed
     assert counts.kept + sum(counts.failed.values()) == 20
-    assert max(tick.get("cut", 0) for tick in ticks) == 1
-    assert ticks[-1].get("cut", 0) == 0
+    assert max(counts.get("cut", 0) for counts in reports) == 1
+    assert reports[-1].get("cut", 0) == 0
 
 
-def test_an_address_that_several_records_share_is_asked_once(tmp_path):
+def test_an_address_of_several_records_is_requested_once(tmp_path):
     body = (write_pictures(tmp_path / "there", ["1.jpg"]) / "1.jpg").read_bytes()
     names = ["1.jpg", "1.jpg#a", "1.jpg#b"]
     records = [record(f"{n:016x}", f"http://a.test/{name}") for n, name in enumerate(names)]
@@ -278,21 +278,21 @@ def test_an_address_that_several_records_share_is_asked_once(tmp_path):
         recipe = toy_recipe(fetch={"connect_to": {"*": host.origin}})
         build = ShardBuild(recipe, 0, str(tmp_path))
 
-        outcomes = list(fetch_images(build, records, lambda _: None))
+        results = list(fetch_images(build, records, lambda _: None))
 
     assert host.paths == ["/robots.txt", "/1.jpg"]
-    assert [outcome.image.content for outcome in outcomes] == [body] * 3
+    assert [result.image.content for result in results] == [body] * 3
 
 
 def record(key, url):
-    """A record as an index has it, with one caption."""
+    """A record of an index, with one caption."""
     unknown = dict.fromkeys(("file", "licence", "width", "height", "sha256", "meta", "boxes"), None)
     return IndexRecord(
         key=key, id=key, url=url, captions=["a"], fields=["caption"], spans=[0], rows=[0], **unknown
     )
 
 
-def test_two_builds_of_one_part_do_not_meet(toy):
+def test_parts_that_are_built_at_the_same_time_do_not_disturb_each_other(toy):
     first = toy_build(toy)
     content = digests(toy)
     for name in ("00000.json", "00003.json"):
@@ -305,7 +305,7 @@ def test_two_builds_of_one_part_do_not_meet(toy):
     assert not [name for name in files(toy) if name.endswith(".tmp")]
 
 
-def test_a_limit_takes_the_first_records_in_key_order(toy, tmp_path):
+def test_a_limit_builds_the_first_records_in_key_order(toy, tmp_path):
     whole = toy_build(toy)
     keys = pl.concat(
         [
@@ -315,16 +315,16 @@ def test_a_limit_takes_the_first_records_in_key_order(toy, tmp_path):
         ]
     )["key"].to_list()
     write_rows(tmp_path / "few" / "raw", toy_rows(30))
-    order = toy_order(
+    source_build = toy_order(
         tmp_path / "few", toy_recipe(part_records=6), pictures=Path(toy.images[0]), limit=10
     )
 
-    few = toy_build(order)
+    few = toy_build(source_build)
 
     built = pl.concat(
         [
             pl.read_parquet(path)
-            for name, path in sorted(files(order).items())
+            for name, path in sorted(files(source_build).items())
             if name.endswith("parquet")
         ]
     )["key"].to_list()
@@ -336,9 +336,11 @@ def test_a_limit_takes_the_first_records_in_key_order(toy, tmp_path):
     assert whole.sources["cc3m"].counts.pairs_in == counts.pairs_in
 
 
-def test_raising_the_limit_builds_only_what_is_missing(toy):
-    order = toy_order(Path(toy.data).parent, toy.recipe, pictures=Path(toy.images[0]), limit=12)
-    toy_build(order)
+def test_raising_the_limit_builds_only_the_missing_parts(toy):
+    source_build = toy_order(
+        Path(toy.data).parent, toy.recipe, pictures=Path(toy.images[0]), limit=12
+    )
+    toy_build(source_build)
     before = {name: path.stat().st_mtime_ns for name, path in files(toy).items()}
 
     toy_build(toy)
@@ -348,7 +350,7 @@ def test_raising_the_limit_builds_only_what_is_missing(toy):
         assert files(toy)[name].stat().st_mtime_ns == before[name]
 
 
-def test_the_ledger_finds_every_byte_of_the_tar(toy):
+def test_the_ledger_locates_every_byte_of_the_tar(toy):
     toy_build(toy)
 
     for name, path in files(toy).items():
@@ -361,14 +363,14 @@ def test_the_ledger_finds_every_byte_of_the_tar(toy):
         assert len(members) == 3 * len(rows)
         for row in rows.iter_rows(named=True):
             image = content[row["image_offset"] :][: row["image_size"]]
-            described = content[row["json_offset"] :][: row["json_size"]]
+            metadata = content[row["json_offset"] :][: row["json_size"]]
             assert image == members[f"{row['key']}.jpg"]
-            assert described == members[f"{row['key']}.json"]
-            assert json.loads(described)["captions"][0] == row["caption"]
+            assert metadata == members[f"{row['key']}.json"]
+            assert json.loads(metadata)["captions"][0] == row["caption"]
             assert members[f"{row['key']}.txt"].decode() == row["caption"]
 
 
-def test_the_tar_tells_nothing_of_when_where_or_by_whom_it_was_made(toy):
+def test_the_tar_has_no_times_owners_or_modes_of_its_builder(toy):
     toy_build(toy)
 
     with tarfile.open(files(toy)["00000.tar"]) as tar:
@@ -382,7 +384,7 @@ def test_the_tar_tells_nothing_of_when_where_or_by_whom_it_was_made(toy):
     assert files(toy)["00000.tar"].read_bytes()[257:265] == b"ustar\x0000"
 
 
-def test_the_report_holds_the_digests_of_its_files(toy):
+def test_the_report_has_the_digests_of_its_files(toy):
     toy_build(toy)
 
     for name, path in files(toy).items():
@@ -394,7 +396,7 @@ def test_the_report_holds_the_digests_of_its_files(toy):
                 assert file.num_bytes == len(content)
 
 
-def test_images_of_other_proportions_than_upstreams_do_not_get_its_boxes(tmp_path):
+def test_an_image_with_another_aspect_ratio_than_upstreams_fails(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
     images = [
@@ -408,20 +410,20 @@ def test_images_of_other_proportions_than_upstreams_do_not_get_its_boxes(tmp_pat
     (raw / "region_descriptions.json").write_text(json.dumps(regions))
     pictures = write_pictures(tmp_path / "pictures", ["1.jpg"], side=40)  # 48 x 40: fits
     Image.new("RGB", (40, 48)).save(pictures / "2.jpg", "JPEG")
-    order = toy_order(tmp_path, load_recipe("visual_genome")[0], pictures=pictures)
+    source_build = toy_order(tmp_path, load_recipe("visual_genome")[0], pictures=pictures)
 
-    manifest = toy_build(order)
+    manifest = toy_build(source_build)
 
     counts = manifest.sources["visual_genome"].counts
     assert (counts.kept, counts.failed) == (1, {"wrong_size": 1})
-    with tarfile.open(Path(order.shards) / "00000.tar") as tar:
+    with tarfile.open(Path(source_build.shards) / "00000.tar") as tar:
         sample = json.load(tar.extractfile(next(m for m in tar if m.name.endswith("json"))))
     assert sample["boxes"] == [pytest.approx([1 / 12, 1 / 8, 1 / 3, 3 / 8])]
 
 
-def test_index_and_shards_may_lie_under_any_fsspec_address(toy, tmp_path):
-    here = toy_build(toy)
-    away = SourceBuild(
+def test_index_and_shards_may_be_at_any_fsspec_address(toy, tmp_path):
+    local = toy_build(toy)
+    remote = SourceBuild(
         recipe=toy.recipe,
         raw=toy.raw,
         data="memory://toy",
@@ -429,9 +431,9 @@ def test_index_and_shards_may_lie_under_any_fsspec_address(toy, tmp_path):
         images=toy.images,
     )
 
-    first, second = toy_build(away), toy_build(away)
+    first, second = toy_build(remote), toy_build(remote)
 
     assert first == second
-    assert first.digest == here.digest
-    assert load_manifest(away.manifest) == first
+    assert first.digest == local.digest
+    assert load_manifest(remote.manifest) == first
     assert first.shards[0].path == "memory://toy/shards/cc3m/00000.tar"

@@ -1,4 +1,4 @@
-"""A running Ray cluster of two machines, as far as one machine can play them."""
+"""Builds on a Ray cluster of two nodes, both on this machine."""
 
 import threading
 import time
@@ -21,55 +21,59 @@ pytestmark = [
 @pytest.fixture
 def cluster(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(num_cpus=1)
-    yield made
-    made.shutdown()
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
 
 
-def machine(_task, _tick):
+def node_id(_task, _report_progress):
     time.sleep(0.5)
     return ray.get_runtime_context().get_node_id()
 
 
-def test_all_machines_of_a_cluster_that_is_joined_work(cluster):
+def test_every_node_of_a_cluster_runs_tasks(cluster):
     with open_pool("ray", None, cluster.address) as pool:
         assert pool.workers == 2
-        machines = dict(pool.run(machine, range(8), ignore_progress))
+        nodes = dict(pool.run(node_id, range(8), ignore_progress))
 
-    assert machines.keys() == set(range(8))
-    assert len(set(machines.values())) == 2
+    assert nodes.keys() == set(range(8))
+    assert len(set(nodes.values())) == 2
 
 
-def test_what_a_machine_that_goes_away_was_at_is_done_by_another(cluster):
-    going = cluster.add_node(num_cpus=2)
-    left = []
+def test_tasks_of_a_node_that_goes_away_run_on_another(cluster):
+    leaving_node = cluster.add_node(num_cpus=2)
+    threads = []
 
-    def watch(results):
+    def remove_a_node_after_the_first(results):
         for task, result in results:
-            if not left:
-                leaving = threading.Thread(
-                    target=cluster.remove_node, args=(going,), kwargs={"allow_graceful": False}
+            if not threads:
+                thread = threading.Thread(
+                    target=cluster.remove_node,
+                    args=(leaving_node,),
+                    kwargs={"allow_graceful": False},
                 )
-                leaving.start()
-                left.append(leaving)
+                thread.start()
+                threads.append(thread)
             yield task, result
 
     with open_pool("ray", 4, cluster.address) as pool:
-        found = dict(watch(pool.run(machine, range(16), ignore_progress)))
-    left[0].join()
+        nodes = dict(remove_a_node_after_the_first(pool.run(node_id, range(16), ignore_progress)))
+    threads[0].join()
 
-    assert found.keys() == set(range(16))
-    assert all(isinstance(node, str) for node in found.values())
+    assert nodes.keys() == set(range(16))
+    assert all(isinstance(node, str) for node in nodes.values())
 
 
-def test_a_cluster_builds_what_this_machine_builds(cluster, tmp_path):
+def test_a_build_on_a_cluster_has_the_digest_of_a_local_build(cluster, tmp_path):
     pictures = write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(28)])
     digests = []
-    for name in ("here", "there"):
+    for name in ("local", "cluster"):
         write_rows(tmp_path / name / "raw", toy_rows(30))
         order = toy_order(tmp_path / name, toy_recipe(part_records=5), pictures=pictures)
-        if name == "here":
+        if name == "local":
             digests.append(toy_build(order).digest)
         else:
             with open_pool("ray", None, cluster.address) as pool:

@@ -1,3 +1,5 @@
+"""The contract package: ledger schema, names, boxes, image formats, paths and user modules."""
+
 import dataclasses
 import math
 import subprocess
@@ -28,7 +30,7 @@ from pmd_pipeline.contract.schemas import (
 )
 
 
-def test_the_names_of_the_ledger_stand_in_one_order_everywhere():
+def test_the_columns_of_the_ledger_have_one_order_everywhere():
     names = [field.name for field in dataclasses.fields(LedgerRow)]
 
     assert list(get_args(LedgerColumn)) == names == LEDGER_SCHEMA.names
@@ -80,7 +82,7 @@ def test_a_file_below_the_folder_is_a_relative_path():
 
 
 @pytest.mark.parametrize("digest", ["", "0" * 63, "0" * 65, "G" * 64, "A" * 64, "../" + "0" * 61])
-def test_what_is_not_64_hex_digits_is_no_sha256(digest):
+def test_a_sha256_has_64_hex_digits(digest):
     with pytest.raises(ValidationError, match="no SHA-256"):
         TypeAdapter(Sha256).validate_python(digest)
 
@@ -148,7 +150,7 @@ def test_no_other_format_is_opened():
 
 
 @pytest.mark.parametrize("address", ["s3://b/coco/00007.tar", "s3://b/coco/00007.parquet"])
-def test_all_files_of_a_shard_stand_beside_each_other(address):
+def test_all_files_of_a_shard_are_in_one_folder(address):
     paths = ShardPaths.of(address)
 
     assert paths == ShardPaths.in_folder("s3://b/coco", 7)
@@ -173,7 +175,7 @@ def user_module(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-def test_a_function_of_the_working_directory_is_found_here_and_in_new_processes(user_module):
+def test_a_module_in_the_working_directory_can_be_imported_here_and_in_new_processes(user_module):
     user_module("own_filters", "def is_short(caption: str) -> bool:\n    return len(caption) < 9\n")
 
     assert load_reference("own_filters:is_short")("a dog")
@@ -215,7 +217,7 @@ def test_a_module_of_another_digest_is_not_even_imported(user_module, stated):
     ],
     ids=["no module", "misspelled", "raises", "imports what is not there", "no colon"],
 )
-def test_a_reference_that_leads_nowhere_is_one_sentence(user_module, reference, text, sentence):
+def test_a_reference_that_cannot_be_loaded_is_one_sentence(user_module, reference, text, sentence):
     if text:
         user_module(reference.partition(":")[0], text)
 

@@ -1,4 +1,4 @@
-"""Laws of the index: conservation, order, determinism, and records that meet from far apart."""
+"""The index: conservation, order, determinism, and records of rows that are far apart upstream."""
 
 import json
 import random
@@ -8,15 +8,14 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import index_of, toy_recipe, toy_rows, write_rows
+from toy import toy_recipe, toy_rows, write_rows
 
-from pmd_pipeline.base.parallel import open_pool
+from pmd_pipeline.base.parallel import ignore_progress, open_pool
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.index import build as stage
-from pmd_pipeline.index import external_sort as runs
-from pmd_pipeline.index import scatter
-from pmd_pipeline.index.build import Index, load_index
+from pmd_pipeline.index import build as build_module
+from pmd_pipeline.index import external_sort, scatter
+from pmd_pipeline.index.build import Index, build_index, load_index
 from pmd_pipeline.index.records import part_of, read_part
 from pmd_pipeline.index.scatter import estimated_records
 from pmd_pipeline.recipe import load_recipe
@@ -34,7 +33,7 @@ lines = st.one_of(
 
 def build(folder: Path, raw: Path, **changes: object) -> Index:
     with open_pool("local", 1, None) as pool:
-        return index_of(toy_recipe(**changes), raw, folder, pool)
+        return build_index(toy_recipe(**changes), str(raw), str(folder), pool, ignore_progress)
 
 
 def records(folder: Path, index: Index) -> list[object]:
@@ -48,15 +47,17 @@ def digests(index: Index) -> list[str]:
 @given(st.lists(lines, max_size=30))
 def test_every_upstream_row_is_kept_or_dropped_with_a_reason(tmp_path_factory, given_lines):
     folder = tmp_path_factory.mktemp("index")
-    good = [f"a good row {n}\thttp://good.test/{n}" for n in range(3)]  # or the file is refused
+    good = [
+        f"a good row {n}\thttp://good.test/{n}" for n in range(3)
+    ]  # a file without good rows is refused
     (folder / "raw").mkdir()
     (folder / "raw" / "GCC-training.tsv").write_bytes("\n".join(good + given_lines).encode())
 
     index = build(folder / "index", folder / "raw")
 
-    read = len(good) + len(given_lines) - bool(given_lines and given_lines[-1] == "")
-    assert index.rows == read
-    assert index.counts.pairs_in == read
+    num_rows = len(good) + len(given_lines) - bool(given_lines and given_lines[-1] == "")
+    assert index.rows == num_rows
+    assert index.counts.pairs_in == num_rows
     assert index.counts.unaccounted() == 0
     dropped = [pl.read_parquet(folder / "index" / part.dropped.name) for part in index.parts]
     assert pl.concat(dropped)["reason"].is_not_null().all()
@@ -77,9 +78,9 @@ def test_records_come_in_the_order_of_their_keys_and_parts_are_key_ranges(tmp_pa
             assert part_of(record.key, len(index.parts)) == part.part
 
 
-def test_rows_of_one_image_meet_in_one_record_in_upstream_order(tmp_path, monkeypatch):
+def test_rows_of_one_image_become_one_record_in_upstream_order(tmp_path, monkeypatch):
     monkeypatch.setattr(upstream, "SPAN_BYTES", 200)
-    monkeypatch.setattr(runs, "_FLUSH_LINES", 7)
+    monkeypatch.setattr(external_sort, "_FLUSH_LINES", 7)
     raw = write_rows(tmp_path / "raw", toy_rows(90))
 
     index = build(tmp_path / "index", raw)
@@ -96,30 +97,30 @@ def test_rows_of_one_image_meet_in_one_record_in_upstream_order(tmp_path, monkey
 @pytest.mark.parametrize(
     ("span_bytes", "flush_lines", "gather_bytes"), [(99, 5, 400), (1000, 64, 5000)]
 )
-def test_the_index_does_not_depend_on_how_the_work_was_cut(
+def test_the_index_does_not_depend_on_the_sizes_of_spans_runs_and_gather_tasks(
     tmp_path, monkeypatch, span_bytes, flush_lines, gather_bytes
 ):
     raw = write_rows(tmp_path / "raw", toy_rows(200))
     whole = build(tmp_path / "one", raw, part_records=30)
     monkeypatch.setattr(upstream, "SPAN_BYTES", span_bytes)
-    monkeypatch.setattr(runs, "_FLUSH_LINES", flush_lines)
-    monkeypatch.setattr(stage, "GATHER_BYTES", gather_bytes)
+    monkeypatch.setattr(external_sort, "_FLUSH_LINES", flush_lines)
+    monkeypatch.setattr(build_module, "GATHER_BYTES", gather_bytes)
 
-    cut = build(tmp_path / "two", raw, part_records=30)
+    other = build(tmp_path / "two", raw, part_records=30)
 
     kept = [part.kept for part in whole.parts]
     assert [r.captions for r in records(tmp_path / "one", whole)] == [
-        r.captions for r in records(tmp_path / "two", cut)
+        r.captions for r in records(tmp_path / "two", other)
     ]
-    assert [part.kept.name for part in cut.parts] == [file.name for file in kept]
-    assert cut.counts == whole.counts
+    assert [part.kept.name for part in other.parts] == [file.name for file in kept]
+    assert other.counts == whole.counts
 
 
-def test_an_index_is_not_made_again_while_it_is_true(tmp_path, monkeypatch):
+def test_an_index_is_reused_while_its_dependency_is_the_same(tmp_path, monkeypatch):
     raw = write_rows(tmp_path / "raw", toy_rows(20))
     first = build(tmp_path / "index", raw)
 
-    monkeypatch.setattr(stage, "scatter", None)  # would fail if it were called
+    monkeypatch.setattr(build_module, "scatter", None)  # would fail if it were called
 
     assert build(tmp_path / "index", raw) == first
 
@@ -168,7 +169,7 @@ def test_manners_of_fetching_do_not_touch_the_index(tmp_path):
     assert build(tmp_path / "index", raw, fetch={"timeout": 5}, images={"size": 64}) == first
 
 
-def test_another_sources_file_is_refused_in_one_sentence(tmp_path):
+def test_a_file_of_another_source_is_refused(tmp_path):
     swapped = [(address, caption) for caption, address in toy_rows(10)]
     raw = write_rows(tmp_path / "raw", swapped)
 
@@ -200,36 +201,36 @@ def test_two_images_with_one_key_are_an_error(tmp_path, monkeypatch):
 
 
 @given(st.sets(st.integers(0, 2**64 - 1), max_size=300), st.integers(1, 5))
-def test_few_keys_are_counted_exactly_however_they_are_split(keys, num_tasks):
+def test_few_keys_are_counted_exactly_for_any_split_into_tasks(keys, num_tasks):
     tasks = [sorted(keys)[start::num_tasks] for start in range(num_tasks)]
 
     assert estimated_records([*tasks, sorted(keys)[:3]]) == len(keys)
 
 
 def test_many_keys_are_estimated_to_five_per_cent():
-    dice = random.Random(0)
+    rng = random.Random(0)
     sketch = scatter._Smallest()
     for _ in range(200_000):
-        sketch.add(dice.getrandbits(64))
+        sketch.add(rng.getrandbits(64))
 
     assert estimated_records([sketch.keys()]) == pytest.approx(200_000, rel=0.05)
 
 
-def test_a_killed_index_goes_on_from_the_runs_it_has(tmp_path, monkeypatch):
+def test_an_interrupted_index_resumes_from_its_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(upstream, "SPAN_BYTES", 300)
     raw = write_rows(tmp_path / "raw", toy_rows(100))
     whole = build(tmp_path / "whole", raw)
-    gather = stage.gather
-    monkeypatch.setattr(stage, "gather", None)
+    gather = build_module.gather
+    monkeypatch.setattr(build_module, "gather", None)
     with pytest.raises(TypeError):
         build(tmp_path / "index", raw)
-    left = {path.name for path in (tmp_path / "index" / "runs").iterdir()}
-    monkeypatch.setattr(stage, "gather", gather)
+    names_left = {path.name for path in (tmp_path / "index" / "runs").iterdir()}
+    monkeypatch.setattr(build_module, "gather", gather)
     monkeypatch.setattr(scatter, "_checked_rows", None)  # reading again would fail
 
     resumed = build(tmp_path / "index", raw)
 
-    assert any(name.endswith(".json") for name in left)
+    assert any(name.endswith(".json") for name in names_left)
     assert digests(resumed) == digests(whole)
     assert not (tmp_path / "index" / "runs").exists()
 
@@ -249,6 +250,6 @@ def test_a_lone_surrogate_in_json_does_not_stop_the_index(tmp_path):
 
     with open_pool("local", 1, None) as pool:
         recipe = load_recipe("localized_narratives")[0]
-        index = index_of(recipe, raw, tmp_path / "index", pool)
+        index = build_index(recipe, str(raw), str(tmp_path / "index"), pool, ignore_progress)
 
     assert index.counts.kept + sum(index.counts.dropped.values()) >= 1

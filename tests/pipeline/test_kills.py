@@ -1,4 +1,4 @@
-"""Twenty kills of workers and drivers; `benchmarks/kills.py` does any number."""
+"""A build survives twenty kills of workers and drivers; `benchmarks/kills.py` runs any number."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kills.py"
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_build_with_twenty_kills_comes_to_what_it_comes_to_in_peace():
+def test_a_build_with_twenty_kills_has_the_digest_of_an_undisturbed_build():
     done = subprocess.run(
         [sys.executable, SCRIPT, "--kills", "20"], check=False, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""An object store that lets us read and not write: one sentence, nothing half-written, and on."""
+"""An object store without write access: one error line, no partial files, and resuming."""
 
 import json
 import os
@@ -28,7 +28,7 @@ EVERYTHING = {
 
 @pytest.fixture
 def store():
-    """A store with a bucket; who asks must be allowed to."""
+    """An S3 server; access is checked after `enforce_policies`."""
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -42,7 +42,7 @@ def client(service: str, store: str, **keys: str):
 
 
 def user(store: str, name: str, policy: object) -> dict[str, str]:
-    """The environment of a user who may do what the policy says."""
+    """The environment of a user with this policy."""
     iam = client("iam", store)
     iam.create_user(UserName=name)
     iam.put_user_policy(UserName=name, PolicyName="only", PolicyDocument=json.dumps(policy))
@@ -56,12 +56,12 @@ def user(store: str, name: str, policy: object) -> dict[str, str]:
     }
 
 
-def check_from_now_on(store: str) -> None:
-    """Let the store check who may do what, which it does not do from the start."""
-    asked = urllib.request.Request(  # noqa: S310 - ours
+def enforce_policies(store: str) -> None:
+    """Let the store enforce policies, which it does not do at first."""
+    request = urllib.request.Request(  # noqa: S310 - the server above
         f"{store}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"}, method="POST"
     )
-    urllib.request.urlopen(asked).close()  # noqa: S310 - likewise
+    urllib.request.urlopen(request).close()  # noqa: S310 - likewise
 
 
 def build(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -76,30 +76,30 @@ def build(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProc
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
 
 
-def test_a_store_that_cannot_be_written_is_one_sentence_and_mended_the_build_goes_on(
+def test_a_store_without_write_access_is_one_error_line_and_the_build_resumes_with_it(
     store, tmp_path
 ):
     write_rows(tmp_path / "raw", toy_rows(60))
     pictures = write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(60)])
-    there = toy_order(tmp_path / "other", toy_recipe(part_records=25), pictures=pictures)
+    local_build = toy_order(tmp_path / "other", toy_recipe(part_records=25), pictures=pictures)
     write_rows(tmp_path / "other" / "raw", toy_rows(60))
-    undisturbed = toy_build(there)
+    undisturbed = toy_build(local_build)
     client("s3", store).create_bucket(Bucket="bucket")
     reader, writer = user(store, "reader", READ_ONLY), user(store, "writer", EVERYTHING)
-    check_from_now_on(store)
+    enforce_policies(store)
 
     refused = build(tmp_path, reader)
     keys = {
         "aws_access_key_id": writer["AWS_ACCESS_KEY_ID"],
         "aws_secret_access_key": writer["AWS_SECRET_ACCESS_KEY"],
     }
-    left = client("s3", store, **keys).list_objects_v2(Bucket="bucket")["KeyCount"]
-    mended = build(tmp_path, writer)
+    num_keys = client("s3", store, **keys).list_objects_v2(Bucket="bucket")["KeyCount"]
+    resumed = build(tmp_path, writer)
 
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.count("\n") == 1
     assert "cannot write s3://bucket/data" in refused.stderr
-    assert left == 0
-    assert mended.returncode == 0, mended.stderr
+    assert num_keys == 0
+    assert resumed.returncode == 0, resumed.stderr
     manifest = load_manifest(str(tmp_path / "manifests" / "cc3m.json"))
     assert manifest.digest == undisturbed.digest

@@ -1,4 +1,4 @@
-"""What somebody wants left out is recognised by every name it may have, and by nothing else."""
+"""The opt-out list: an image is left out by each of its names, and no other image is."""
 
 import pytest
 from hypothesis import given
@@ -9,10 +9,10 @@ from pmd_pipeline.build.optout import OptOut, add_to_list, load_list
 from pmd_pipeline.contract.errors import PmdError
 
 PHOTO = "https://farm8.staticflickr.com/7153/6255196340_da26cf2c9e_z.jpg"
-SHA = "ab" * 32
+SHA256 = "ab" * 32
 
 
-def listed(*lines):
+def optout_of(*lines):
     return OptOut.of(lines, "list")
 
 
@@ -26,11 +26,11 @@ def listed(*lines):
         "Host: farm8.staticflickr.com",
         "yfcc100m:6255196340",
         key_of("yfcc100m", "6255196340"),
-        f"  {PHOTO}   # asked by mail, 3 May",
+        f"  {PHOTO}   # requested by mail, 3 May",
     ],
 )
-def test_a_record_is_left_out_by_any_of_its_names(line):
-    assert listed(line).has_record(key_of("yfcc100m", "6255196340"), PHOTO)
+def test_every_name_of_a_record_leaves_it_out(line):
+    assert optout_of(line).has_record(key_of("yfcc100m", "6255196340"), PHOTO)
 
 
 @pytest.mark.parametrize(
@@ -41,31 +41,31 @@ def test_a_record_is_left_out_by_any_of_its_names(line):
         "host:flickr.com",
         "host:8.staticflickr.com",
         "redcaps:6255196340",
-        SHA,
+        SHA256,
         "# " + PHOTO,
         "",
     ],
 )
-def test_a_record_stays_when_another_is_meant(line):
-    assert not listed(line).has_record(key_of("yfcc100m", "6255196340"), PHOTO)
+def test_the_name_of_another_record_does_not_leave_it_out(line):
+    assert not optout_of(line).has_record(key_of("yfcc100m", "6255196340"), PHOTO)
 
 
-def test_bytes_are_left_out_by_their_hash_and_by_where_they_came_from_at_last():
-    assert listed(SHA.upper()).has_bytes(SHA, None)
-    assert listed("host:example.org").has_bytes(SHA, "http://cdn.example.org/1.jpg")
-    assert not listed(SHA).has_bytes("cd" * 32, "http://cdn.example.org/1.jpg")
+def test_fetched_bytes_are_left_out_by_their_hash_and_their_final_address():
+    assert optout_of(SHA256.upper()).has_bytes(SHA256, None)
+    assert optout_of("host:example.org").has_bytes(SHA256, "http://cdn.example.org/1.jpg")
+    assert not optout_of(SHA256).has_bytes("cd" * 32, "http://cdn.example.org/1.jpg")
     assert not OptOut().has_bytes(None, None)
 
 
 @pytest.mark.parametrize("line", ["nonsense", "ftp://a.example/", "abc123", "flickr:me", "host:x"])
-def test_a_line_that_means_nothing_is_told_with_its_number(line):
+def test_a_line_that_is_no_entry_is_an_error_with_its_number(line):
     with pytest.raises(PmdError, match=r"list, line 2: .* is no address"):
-        listed("# fine", line)
+        optout_of("# fine", line)
 
 
-def test_a_list_only_grows_and_tells_itself_apart(tmp_path):
+def test_a_list_only_grows_and_its_digest_changes_with_it(tmp_path):
     (tmp_path / "one.txt").write_text(f"{PHOTO}\n")
-    (tmp_path / "two.txt").write_text(f"{SHA}\n{PHOTO}\n")
+    (tmp_path / "two.txt").write_text(f"{SHA256}\n{PHOTO}\n")
     data = str(tmp_path / "data")
 
     assert load_list(data) == OptOut()
@@ -73,15 +73,15 @@ def test_a_list_only_grows_and_tells_itself_apart(tmp_path):
     add_to_list(data, str(tmp_path / "two.txt"))
     both = add_to_list(data, str(tmp_path / "one.txt"))
 
-    assert both == load_list(data) == listed(SHA, PHOTO)
-    assert both.digest != listed(SHA).digest
+    assert both == load_list(data) == optout_of(SHA256, PHOTO)
+    assert both.digest != optout_of(SHA256).digest
 
 
-def test_a_list_that_is_not_there_is_told(tmp_path):
+def test_a_missing_list_is_an_error(tmp_path):
     with pytest.raises(PmdError, match=r"nowhere\.txt"):
         add_to_list(str(tmp_path), str(tmp_path / "nowhere.txt"))
 
 
 @given(st.text(max_size=60))
-def test_any_address_of_a_hostile_record_can_be_asked_about(url):
-    assert not listed(SHA, "host:example.org").has_record("0" * 16, url)
+def test_any_text_can_be_looked_up_as_an_address(url):
+    assert not optout_of(SHA256, "host:example.org").has_record("0" * 16, url)

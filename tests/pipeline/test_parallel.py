@@ -1,4 +1,4 @@
-"""Promises of the pools: every result once, and deaths that stay with the culprit."""
+"""Pools give every result once, and a crash concerns only the task that caused it."""
 
 import json
 import os
@@ -16,39 +16,39 @@ from pmd_pipeline.base.parallel import WorkerDied, _ProgressChannel, ignore_prog
 from pmd_pipeline.contract.errors import PmdError, RecordError
 
 
-def double(task, tick):
-    tick({"done": task})
+def double(task, report_progress):
+    report_progress({"done": task})
     return 2 * task
 
 
-def kill_itself_on_seven(task, _tick):
+def kill_itself_on_seven(task, _report_progress):
     if task == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return task
 
 
-def refuse(task, _tick):
+def raise_record_error(task, _report_progress):
     raise RecordError("kind", f"detail of {task}")
 
 
-def linger(task, tick):
+def sleep_in_steps(task, report_progress):
     for _ in range(8):
-        tick({"done": task})
+        report_progress({"done": task})
         time.sleep(0.1)
     return task
 
 
-kept = []
+calls = []
 
 
-def keep(task, _tick):
-    """A task that finds what earlier ones have left in its process."""
-    kept.append(task)
-    return os.getpid(), len(kept)
+def count_calls(task, _report_progress):
+    """The process, and how many tasks have run in it."""
+    calls.append(task)
+    return os.getpid(), len(calls)
 
 
 POOLS = [
-    pytest.param("local", 1, id="here"),
+    pytest.param("local", 1, id="this process"),
     pytest.param("local", 2, id="processes"),
     pytest.param("ray", 2, id="ray", marks=pytest.mark.slow),
 ]
@@ -68,9 +68,9 @@ def test_every_task_gives_its_result_once(runner, workers):
 
 
 @pytest.mark.parametrize(("runner", "workers"), POOLS[1:])
-def test_what_a_task_leaves_in_its_process_later_ones_find(runner, workers):
+def test_tasks_of_one_process_share_its_objects(runner, workers):
     with open_pool(runner, workers, None) as pool:
-        results = dict(pool.run(keep, range(25), ignore_progress)).values()
+        results = dict(pool.run(count_calls, range(25), ignore_progress)).values()
 
     processes = {pid for pid, _ in results}
     assert len(processes) <= workers
@@ -82,16 +82,16 @@ def test_what_a_task_leaves_in_its_process_later_ones_find(runner, workers):
 
 
 @pytest.mark.parametrize(("runner", "workers"), POOLS)
-def test_an_error_of_a_task_arrives_as_itself(runner, workers):
+def test_an_error_of_a_task_is_raised_unchanged(runner, workers):
     with open_pool(runner, workers, None) as pool, pytest.raises(RecordError) as caught:
-        list(pool.run(refuse, range(3), ignore_progress))
+        list(pool.run(raise_record_error, range(3), ignore_progress))
 
     assert caught.value.kind == "kind"
     assert caught.value.detail.startswith("detail of")
 
 
 @pytest.mark.parametrize(("runner", "workers"), POOLS[1:])
-def test_a_task_that_kills_its_worker_takes_nobody_with_it(runner, workers):
+def test_a_task_that_kills_its_worker_fails_alone(runner, workers):
     with open_pool(runner, workers, None) as pool:
         results = dict(pool.run(kill_itself_on_seven, range(12), ignore_progress))
 
@@ -100,41 +100,45 @@ def test_a_task_that_kills_its_worker_takes_nobody_with_it(runner, workers):
 
 
 @pytest.mark.parametrize(("runner", "workers"), POOLS[1:])
-def test_ticks_reach_the_driver_under_the_name_of_their_task(runner, workers):
-    heard = {}
+def test_progress_reaches_the_driver_under_the_name_of_its_task(runner, workers):
+    received = {}
     with open_pool(runner, workers, None) as pool:
-        list(pool.run(linger, [3, 4], lambda name, counts: heard.update({name: dict(counts)})))
+        list(
+            pool.run(
+                sleep_in_steps, [3, 4], lambda name, counts: received.update({name: dict(counts)})
+            )
+        )
 
-    assert heard == {"3": {"done": 3}, "4": {"done": 4}}
+    assert received == {"3": {"done": 3}, "4": {"done": 4}}
 
 
-def test_a_tick_is_refused_from_a_stranger():
-    heard = []
-    with _ProgressChannel("127.0.0.1", lambda *tick: heard.append(tick)) as ticks:
-        ticker = ticks.ticker("mine")
+def test_progress_without_the_token_is_ignored():
+    received = []
+    with _ProgressChannel("127.0.0.1", lambda *args: received.append(args)) as channel:
+        sender = channel.sender("mine")
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
-            out.sendto(json.dumps(["wrong", "theirs", {}]).encode(), ticker.address)
-            out.sendto(b"\xff\x00", ticker.address)
+            out.sendto(json.dumps(["wrong", "theirs", {}]).encode(), sender.address)
+            out.sendto(b"\xff\x00", sender.address)
             for one in (b"[1]", b"5", b"null", b"{}", b"[" * 4000, b'["wrong"]'):
-                out.sendto(one, ticker.address)
-        ticker({"rows": 1})
+                out.sendto(one, sender.address)
+        sender({"rows": 1})
         time.sleep(0.05)
-        ticks.hear()
+        channel.receive()
 
-    assert heard == [("mine", {"rows": 1})]
+    assert received == [("mine", {"rows": 1})]
 
 
-def test_a_tick_that_cannot_be_sent_is_lost_and_ends_nothing(monkeypatch):
+def test_progress_that_cannot_be_sent_is_lost_and_raises_nothing(monkeypatch):
     def unreachable(*_):
         raise OSError(101, "Network is unreachable")
 
-    with _ProgressChannel("127.0.0.1", ignore_progress) as ticks:
-        ticker = ticks.ticker("mine")
+    with _ProgressChannel("127.0.0.1", ignore_progress) as channel:
+        sender = channel.sender("mine")
         monkeypatch.setattr(parallel.socket, "socket", unreachable)
-        ticker({"rows": 1})
+        sender({"rows": 1})
 
 
-def test_a_lone_task_needs_no_ray():
+def test_a_single_task_starts_no_ray():
     with open_pool("ray", 2, None) as pool:
         assert dict(pool.run(double, [5], ignore_progress)) == {5: 10}
 
@@ -142,7 +146,7 @@ def test_a_lone_task_needs_no_ray():
 
 
 @pytest.mark.slow
-def test_a_cluster_without_a_gpu_is_one_sentence():
+def test_a_cluster_without_a_gpu_is_a_mistake_of_the_user():
     with (
         pytest.raises(PmdError, match="Ray has no GPU here"),
         open_pool("ray", 2, None, gpus=64) as pool,
@@ -150,7 +154,7 @@ def test_a_cluster_without_a_gpu_is_one_sentence():
         list(pool.run(double, [1, 2], ignore_progress))
 
 
-def test_an_unreachable_cluster_is_one_sentence():
+def test_an_unreachable_cluster_is_a_mistake_of_the_user():
     with (
         pytest.raises(PmdError, match="cannot start or join Ray"),
         open_pool("ray", 2, "127.0.0.1:1") as pool,
@@ -159,13 +163,13 @@ def test_an_unreachable_cluster_is_one_sentence():
 
 
 @pytest.mark.slow
-def test_workers_die_with_a_driver_that_is_killed(tmp_path):
+def test_workers_end_when_their_driver_is_killed(tmp_path):
     script = tmp_path / "driver.py"
     script.write_text(
         "import os, time\n"
         "from pathlib import Path\n"
         "from pmd_pipeline.base.parallel import ignore_progress, open_pool\n"
-        "def work(task, tick):\n"
+        "def work(task, report_progress):\n"
         f"    Path({str(tmp_path)!r}, f'{{os.getpid()}}.pid').touch()\n"
         "    time.sleep(60)\n"
         "if __name__ == '__main__':\n"
@@ -187,10 +191,10 @@ def test_workers_die_with_a_driver_that_is_killed(tmp_path):
 
 
 def test_another_cluster_on_the_machine_is_joined_on_demand_only(monkeypatch):
-    asked = []
+    calls_of_init = []
 
     def init(**options):
-        asked.append(options)
+        calls_of_init.append(options)
         raise ValueError("no Ray in this test")
 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
@@ -199,4 +203,4 @@ def test_another_cluster_on_the_machine_is_joined_on_demand_only(monkeypatch):
     with open_pool("ray", None, None) as pool, pytest.raises(PmdError, match="no Ray in this test"):
         list(pool.run(double, [1, 2, 3], ignore_progress))
 
-    assert [options["address"] for options in asked] == ["local"]
+    assert [options["address"] for options in calls_of_init] == ["local"]

@@ -1,3 +1,5 @@
+"""Progress lines: content, rate and frequency, on a terminal and elsewhere."""
+
 import io
 
 import pytest
@@ -7,7 +9,7 @@ from pmd_pipeline.base.progress import Reporter
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that a test sets."""
 
     def __init__(self):
         self.seconds = 1000.0
@@ -21,13 +23,13 @@ def clock():
     return Clock()
 
 
-def show_on(clock, *, terminal=False, quiet=False):
+def reporter_and_output(clock, *, terminal=False, quiet=False):
     console = Console(force_terminal=terminal, file=io.StringIO(), width=100, emoji=False)
     return Reporter(console, quiet=quiet, clock=clock), console.file
 
 
-def test_a_line_says_how_much_is_done_how_fast_what_failed_and_how_long_it_takes(clock):
-    reporter, _ = show_on(clock)
+def test_a_line_has_progress_rate_failures_and_the_time_left(clock):
+    reporter, _ = reporter_and_output(clock)
     with reporter.stage("toy build", "records", 240) as stage:
         stage.advance("part 0", {"records": 100, "images": 90, "failed": 10})
         stage.update("part 1", {"records": 20, "images": 18, "failed": 2})
@@ -36,19 +38,19 @@ def test_a_line_says_how_much_is_done_how_fast_what_failed_and_how_long_it_takes
         assert stage.line() == "120 of 240 records, 27 images/s, 12 pairs failed, 4 s left"
 
 
-def test_a_line_says_that_the_network_is_cut_while_it_is(clock):
-    reporter, _ = show_on(clock)
+def test_a_line_mentions_a_network_without_answers_until_one_comes(clock):
+    reporter, _ = reporter_and_output(clock)
     with reporter.stage("coco build", "records", 10) as stage:
         stage.update("part 0", {"records": 2, "cut": 1})
         waiting = stage.line()
         stage.update("part 0", {"records": 3, "cut": 0})
 
-    assert waiting == "2 of 10 records, nobody answers: waiting for the network"
+    assert waiting == "2 of 10 records, no host answers: waiting for the network"
     assert stage.line() == "3 of 10 records"
 
 
-def test_no_speed_is_told_before_it_has_settled(clock):
-    reporter, _ = show_on(clock)
+def test_a_line_has_no_rate_in_the_first_seconds(clock):
+    reporter, _ = reporter_and_output(clock)
     with reporter.stage("toy build", "records", 240) as stage:
         stage.advance("part 0", {"records": 100, "images": 90})
         clock.seconds += 1
@@ -56,8 +58,8 @@ def test_no_speed_is_told_before_it_has_settled(clock):
         assert stage.line() == "100 of 240 records"
 
 
-def test_what_an_earlier_run_has_done_is_progress_but_no_speed(clock):
-    reporter, _ = show_on(clock)
+def test_counts_of_an_earlier_run_are_progress_but_no_part_of_the_rate(clock):
+    reporter, _ = reporter_and_output(clock)
     with reporter.stage("toy build", "records", 400) as stage:
         stage.resume_from({"records": 200, "images": 200, "failed": 3})
         clock.seconds += 10
@@ -68,8 +70,8 @@ def test_what_an_earlier_run_has_done_is_progress_but_no_speed(clock):
         assert stage.line() == "300 of 400 records, 5 images/s, 3 pairs failed, 10 s left"
 
 
-def test_a_task_that_has_ended_is_not_counted_again_by_a_late_tick(clock):
-    reporter, _ = show_on(clock)
+def test_late_progress_of_a_finished_task_is_ignored(clock):
+    reporter, _ = reporter_and_output(clock)
     with reporter.stage("toy build", "records", 240) as stage:
         stage.update("part 0", {"records": 90})
         stage.advance("part 0", {"records": 100})
@@ -78,8 +80,8 @@ def test_a_task_that_has_ended_is_not_counted_again_by_a_late_tick(clock):
         assert stage.done == 100
 
 
-def test_a_stage_that_is_settled_counts_once(clock):
-    reporter, file = show_on(clock)
+def test_the_final_counts_of_a_stage_replace_those_of_its_tasks(clock):
+    reporter, file = reporter_and_output(clock)
     with reporter.stage("toy index", "rows") as stage:
         stage.update("reading a.tsv", {"rows": 5000})
         stage.update("reading b.tsv", {"rows": 5000})
@@ -89,8 +91,8 @@ def test_a_stage_that_is_settled_counts_once(clock):
     assert file.getvalue() == "toy index: 12,345 rows\n"
 
 
-def test_bytes_are_told_in_megabytes(clock):
-    reporter, file = show_on(clock)
+def test_bytes_are_printed_in_megabytes(clock):
+    reporter, file = reporter_and_output(clock)
     with reporter.stage("toy annotations", "bytes") as stage:
         stage.update("http://a.test/a", {"bytes": 30_000_000})
         clock.seconds += 10
@@ -98,8 +100,8 @@ def test_bytes_are_told_in_megabytes(clock):
     assert file.getvalue() == "toy annotations: 30.0 MB, 3.0 MB/s\n"
 
 
-def test_off_a_terminal_there_is_a_line_every_ten_seconds_and_one_at_the_end(clock):
-    reporter, file = show_on(clock)
+def test_without_a_terminal_a_line_is_printed_every_ten_seconds_and_at_the_end(clock):
+    reporter, file = reporter_and_output(clock)
     with reporter.stage("toy build", "records", 100) as stage:
         for count in range(25):
             stage.update("part 0", {"records": count})
@@ -113,16 +115,16 @@ def test_off_a_terminal_there_is_a_line_every_ten_seconds_and_one_at_the_end(clo
     ]
 
 
-def test_a_stage_that_had_nothing_to_do_says_nothing(clock):
-    reporter, file = show_on(clock)
+def test_a_stage_without_work_prints_nothing(clock):
+    reporter, file = reporter_and_output(clock)
     with reporter.stage("toy annotations", "bytes"):
         pass
 
     assert file.getvalue() == ""
 
 
-def test_a_stage_that_fails_says_nothing_so_that_the_error_stands_alone(clock):
-    reporter, file = show_on(clock)
+def test_a_stage_that_fails_prints_nothing(clock):
+    reporter, file = reporter_and_output(clock)
 
     with pytest.raises(ZeroDivisionError), reporter.stage("toy build", "records", 3):
         _ = 1 / 0
@@ -130,8 +132,8 @@ def test_a_stage_that_fails_says_nothing_so_that_the_error_stands_alone(clock):
     assert file.getvalue() == ""
 
 
-def test_on_a_terminal_there_is_a_bar_and_then_one_line(clock):
-    reporter, file = show_on(clock, terminal=True)
+def test_on_a_terminal_a_bar_is_shown_and_then_one_line(clock):
+    reporter, file = reporter_and_output(clock, terminal=True)
     with reporter.stage("toy build", "records", 240) as stage:
         stage.update("part 0", {"records": 120, "failed": 2})
     screen = file.getvalue()
@@ -142,8 +144,8 @@ def test_on_a_terminal_there_is_a_bar_and_then_one_line(clock):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_quiet_is_quiet(terminal, clock):
-    reporter, file = show_on(clock, terminal=terminal, quiet=True)
+def test_a_quiet_reporter_prints_no_progress(terminal, clock):
+    reporter, file = reporter_and_output(clock, terminal=terminal, quiet=True)
     with reporter.stage("toy build", "records", 240) as stage:
         clock.seconds += 100
         stage.advance("part 0", {"records": 240})
@@ -152,8 +154,8 @@ def test_quiet_is_quiet(terminal, clock):
     assert file.getvalue() == ""
 
 
-def test_words_are_printed_as_they_are(clock):
-    reporter, file = show_on(clock)
+def test_text_is_printed_without_markup_or_wrapping(clock):
+    reporter, file = reporter_and_output(clock)
 
     reporter.say("[bold] :dog: /a/path " + "x" * 200)
 

@@ -19,7 +19,7 @@ from pmd_pipeline.build.optout import REASON, add_to_list
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
 from pmd_pipeline.dataset import manifest as manifest_module
 from pmd_pipeline.dataset.build import build_source
-from pmd_pipeline.dataset.manifest import MANY, same_bytes
+from pmd_pipeline.dataset.manifest import MANY, count_equal
 from pmd_pipeline.inspect.diff import as_lines, compare
 from pmd_pipeline.inspect.stats import remarks
 from pmd_pipeline.inspect.verify.dataset import verify
@@ -126,7 +126,7 @@ def test_a_rebuild_reports_the_same_and_counts_missing_images(source_build, tmp_
 def test_a_rebuild_reports_images_that_are_the_most_repeated_after_others_are_missing(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(manifest_module, "_MOST_REPEATED", 1)
+    monkeypatch.setattr(manifest_module, "_MAX_REPEATED", 1)
     names = [f"{number}.jpg" for number in range(25)]
     folder = write_pictures(tmp_path / "pictures", names)
     for number, name in enumerate(names):  # thirteen of one, twelve of another
@@ -154,7 +154,7 @@ def test_copies_are_counted_over_all_shards(shards):
     hashes = [np.array(shard, dtype=np.uint64) for shard in shards]
     flat = [one for shard in shards for one in shard]
 
-    unique, copies = same_bytes(hashes)
+    unique, copies = count_equal(hashes)
 
     assert unique == len(set(flat))
     assert copies == {f"{n:016x}": flat.count(n) for n in range(10) if flat.count(n) >= MANY}
@@ -163,7 +163,7 @@ def test_copies_are_counted_over_all_shards(shards):
 def test_only_the_most_repeated_are_reported():
     copies = [np.repeat(np.arange(30, dtype=np.uint64), MANY + np.arange(30))]
 
-    _, reported = same_bytes(copies)
+    _, reported = count_equal(copies)
 
     assert reported == {f"{n:016x}": MANY + n for n in range(10, 30)}
     assert list(reported) == sorted(reported)

@@ -1,4 +1,4 @@
-"""What is left out later, or asked again, touches only its own parts, and ends as a fresh build."""
+"""An opt-out or a retry rebuilds only its own parts, and gives the shards of a fresh build."""
 
 import json
 from collections import Counter
@@ -13,34 +13,34 @@ from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_r
 from pmd_pipeline import cli
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.base.record import key_of, url_id
-from pmd_pipeline.build import shard as build
+from pmd_pipeline.build import shard as shard_module
 from pmd_pipeline.build.optout import LIST, REASON, add_to_list
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
-from pmd_pipeline.dataset import build as dataset
+from pmd_pipeline.dataset import build as build_module
 from pmd_pipeline.dataset.build import BuildRequest, build_all, parse_reasons
 from pmd_pipeline.inspect.trace import find_traces
 from pmd_pipeline.inspect.trace_text import trace_lines
 
 NUM = 60
 LATE = range(0, NUM, 10)
-"""Pictures that are not there when they are asked for first."""
+"""Pictures that are missing in the first build."""
 
 
 class Web:
-    """A folder over HTTP; `asked` counts what is asked for by path."""
+    """A folder over HTTP; `requests` counts requests by path."""
 
     def __init__(self, folder):
-        self.folder, self.asked = folder, Counter()
+        self.folder, self.requests = folder, Counter()
 
     def __call__(self):
-        return serve_folder(self.folder, self.asked)
+        return serve_folder(self.folder, self.requests)
 
-    def pictures(self):
-        """What was asked for but for robots.txt; from now on counted anew."""
-        found = {path for path in self.asked if path.endswith(".jpg")}
-        self.asked.clear()
-        return found
+    def take_requests(self):
+        """Paths of the pictures that were requested since the last call."""
+        paths = {path for path in self.requests if path.endswith(".jpg")}
+        self.requests.clear()
+        return paths
 
 
 @pytest.fixture
@@ -57,21 +57,21 @@ def origin(web):
         yield origin
 
 
-def order_in(tmp_path, name, origin, **changes):
-    """An order of its own folder, for six parts from the same rows."""
+def build_in(tmp_path, name, origin, **changes):
+    """A build of six parts from the same rows, in its own folder."""
     fetch = {"connect_to": {"*": origin}, "retries": 0}
     recipe = toy_recipe(part_records=10, fetch=fetch, **changes)
     (tmp_path / name).mkdir(exist_ok=True)
     raw = tmp_path / name / "raw"
     if not raw.exists():
         raw.symlink_to(tmp_path / "raw")
-    order = toy_order(tmp_path / name, recipe, pictures=tmp_path)
-    return replace(order, images=("web",))
+    source_build = toy_order(tmp_path / name, recipe, pictures=tmp_path)
+    return replace(source_build, images=("web",))
 
 
-def contents(order):
+def contents(source_build):
     """The bytes of shards and ledgers."""
-    folder = Path(order.shards)
+    folder = Path(source_build.shards)
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
 
 
@@ -80,29 +80,31 @@ def hide(web, numbers):
         (web.folder / f"{number}.jpg").rename(web.folder / f"{number}.gone")
 
 
-def show(web, numbers):
+def restore(web, numbers):
     for number in numbers:
         (web.folder / f"{number}.gone").rename(web.folder / f"{number}.jpg")
 
 
-def test_asking_again_asks_only_for_what_failed_and_ends_as_a_fresh_build(tmp_path, web, origin):
-    order = order_in(tmp_path, "again", origin)
+def test_a_retry_requests_only_failures_and_gives_the_shards_of_a_fresh_build(
+    tmp_path, web, origin
+):
+    source_build = build_in(tmp_path, "again", origin)
     hide(web, LATE)
-    before = toy_build(order)
+    before = toy_build(source_build)
     assert before.sources["cc3m"].counts.failed == {"http_404": len(LATE)}
-    show(web, LATE)
-    web.pictures()
+    restore(web, LATE)
+    web.take_requests()
 
-    now = toy_build(replace(order, retry_reasons=frozenset({"http_404"})))
+    now = toy_build(replace(source_build, retry_reasons=frozenset({"http_404"})))
 
-    assert web.pictures() == {f"/{number}.jpg" for number in LATE}
+    assert web.take_requests() == {f"/{number}.jpg" for number in LATE}
     assert now.sources["cc3m"].counts.failed == {}
-    fresh = order_in(tmp_path, "fresh", origin)
+    fresh = build_in(tmp_path, "fresh", origin)
     assert toy_build(fresh).digest == now.digest
-    assert contents(fresh) == contents(order)
+    assert contents(fresh) == contents(source_build)
 
 
-def test_attempts_are_told_and_carried_over_and_no_digest_covers_them(tmp_path):
+def test_attempts_are_reported_and_reused_and_no_digest_covers_them(tmp_path):
     body = (write_pictures(tmp_path / "web", ["1.jpg"]) / "1.jpg").read_bytes()
     write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}.jpg") for n in (1, 2, 3)])
     answers = {
@@ -111,28 +113,28 @@ def test_attempts_are_told_and_carried_over_and_no_digest_covers_them(tmp_path):
         "3": [response(404)],
     }
 
-    def talk(head):
+    def respond(head):
         path = head.split(" ")[1]
         return response(404) if path == "/robots.txt" else answers[path[1]].pop(0)
 
-    with FakeHost(talk) as host:
-        order = order_in(tmp_path, "once", host.origin)
-        order = replace(order, recipe=with_retries(order.recipe, 1))
-        toy_build(order)
-        assert asked_again(order) == {"1": 2, "2": 2}
+    with FakeHost(respond) as host:
+        source_build = build_in(tmp_path, "once", host.origin)
+        source_build = replace(source_build, recipe=with_retries(source_build.recipe, 1))
+        toy_build(source_build)
+        assert attempts_above_one(source_build) == {"1": 2, "2": 2}
         key = key_of("cc3m", "http://a.test/1.jpg")
         with open_pool("local", 1, None) as pool:
             [trace] = find_traces(str(tmp_path / "once" / "data"), key, pool)
         assert "fetched: http://a.test/1.jpg, 2 requests" in list(trace_lines(trace))
 
         answers["2"] = [response(body=body)]
-        again = toy_build(replace(order, retry_reasons=frozenset({"http_5xx"})))
-        assert asked_again(order) == {"1": 2}
+        again = toy_build(replace(source_build, retry_reasons=frozenset({"http_5xx"})))
+        assert attempts_above_one(source_build) == {"1": 2}
 
         answers.update(
             {"1": [response(body=body)], "2": [response(body=body)], "3": [response(404)]}
         )
-        fresh = order_in(tmp_path, "fresh", host.origin)
+        fresh = build_in(tmp_path, "fresh", host.origin)
         assert toy_build(fresh).digest == again.digest
 
 
@@ -140,204 +142,206 @@ def with_retries(recipe, retries):
     return recipe.model_copy(update={"fetch": recipe.fetch.model_copy(update={"retries": retries})})
 
 
-def asked_again(order):
-    """Attempts by the number in the address."""
+def attempts_above_one(source_build):
+    """Attempts by the number in the address, where there was more than one."""
     number = {key_of("cc3m", f"http://a.test/{n}.jpg"): str(n) for n in range(NUM)}
-    reports = [json.loads(path.read_bytes()) for path in Path(order.shards).glob("*.json")]
+    reports = [json.loads(path.read_bytes()) for path in Path(source_build.shards).glob("*.json")]
     found = {key: n for report in reports for key, n in report["timing"]["attempts"].items()}
     return {number[key]: attempts for key, attempts in found.items()}
 
 
-def test_asking_again_for_another_reason_asks_for_nothing(tmp_path, web, origin):
-    order = order_in(tmp_path, "again", origin)
+def test_a_retry_for_another_reason_requests_nothing(tmp_path, web, origin):
+    source_build = build_in(tmp_path, "again", origin)
     hide(web, LATE)
-    before = toy_build(order)
-    web.pictures()
+    before = toy_build(source_build)
+    web.take_requests()
 
-    now = toy_build(replace(order, retry_reasons=frozenset({"timeout"})))
+    now = toy_build(replace(source_build, retry_reasons=frozenset({"timeout"})))
 
-    assert web.pictures() == set()
+    assert web.take_requests() == set()
     assert now.digest == before.digest
 
 
-def test_asking_again_by_another_recipe_is_refused_before_anything_is_lost(tmp_path, web, origin):
-    order = order_in(tmp_path, "again", origin)
-    toy_build(order)
-    before = contents(order)
-    other = order_in(tmp_path, "again", origin, images={"size": 32})
+def test_a_retry_with_another_recipe_is_refused_and_changes_nothing(tmp_path, web, origin):
+    source_build = build_in(tmp_path, "again", origin)
+    toy_build(source_build)
+    before = contents(source_build)
+    other = build_in(tmp_path, "again", origin, images={"size": 32})
 
     with pytest.raises(PmdError, match="nothing of cc3m is built by this recipe"):
         toy_build(replace(other, retry_reasons=frozenset({"http_404"})))
 
-    assert contents(order) == before
+    assert contents(source_build) == before
 
 
-def test_an_earlier_shard_that_was_damaged_is_not_taken_over(tmp_path, web, origin):
-    order = order_in(tmp_path, "again", origin)
+def test_a_damaged_earlier_shard_is_not_reused(tmp_path, web, origin):
+    source_build = build_in(tmp_path, "again", origin)
     hide(web, LATE)
-    toy_build(order)
-    show(web, LATE)
-    for tar in Path(order.shards).glob("*.tar"):
+    toy_build(source_build)
+    restore(web, LATE)
+    for tar in Path(source_build.shards).glob("*.tar"):
         content = bytearray(tar.read_bytes())
         content[700] ^= 1
         tar.write_bytes(content)
 
-    now = toy_build(replace(order, retry_reasons=frozenset({"http_404"})))
+    now = toy_build(replace(source_build, retry_reasons=frozenset({"http_404"})))
 
-    touched = [shard for shard in now.shards if shard.part in _parts(order, LATE)]
-    fresh = toy_build(order_in(tmp_path, "fresh", origin))
-    assert touched
-    for shard in touched:
+    rebuilt = [shard for shard in now.shards if shard.part in _parts(source_build, LATE)]
+    fresh = toy_build(build_in(tmp_path, "fresh", origin))
+    assert rebuilt
+    for shard in rebuilt:
         assert shard.sha256 == fresh.shards[shard.part].sha256
 
 
-@pytest.mark.parametrize("spoilt", [slice(-20, None), slice(4, 500)])
-def test_a_part_whose_ledger_is_damaged_is_built_again_to_leave_out(tmp_path, web, origin, spoilt):
-    order = order_in(tmp_path, "later", origin)
-    before = toy_build(order)
-    for ledger in Path(order.shards).glob("*.parquet"):
+@pytest.mark.parametrize("damaged", [slice(-20, None), slice(4, 500)])
+def test_a_part_with_a_damaged_ledger_is_built_again_after_an_opt_out(
+    tmp_path, web, origin, damaged
+):
+    source_build = build_in(tmp_path, "later", origin)
+    before = toy_build(source_build)
+    for ledger in Path(source_build.shards).glob("*.parquet"):
         content = bytearray(ledger.read_bytes())
-        content[spoilt] = bytes(len(content[spoilt]))
+        content[damaged] = bytes(len(content[damaged]))
         ledger.write_bytes(content)
     (tmp_path / "list.txt").write_text("host:nowhere.test\n")
-    add_to_list(order.data, str(tmp_path / "list.txt"))
+    add_to_list(source_build.data, str(tmp_path / "list.txt"))
 
-    assert toy_build(order).shards == before.shards
+    assert toy_build(source_build).shards == before.shards
 
 
-def _parts(order, numbers):
-    """The parts that hold the pictures of these numbers."""
+def _parts(source_build, numbers):
+    """The parts with the pictures of these numbers."""
     keys = {key_of("cc3m", url_id(f"http://a.test/{number}.jpg")) for number in numbers}
     return {int(key, 16) * 6 >> 64 for key in keys}
 
 
-def sha256_of_picture(order, number):
-    ledgers = sorted(Path(order.shards).glob("*.parquet"))
+def sha256_of_picture(source_build, number):
+    ledgers = sorted(Path(source_build.shards).glob("*.parquet"))
     rows = pl.concat([pl.read_parquet(path) for path in ledgers])
     return rows.filter(pl.col("url") == f"http://a.test/{number}.jpg")["sha256"][0]
 
 
 @pytest.mark.parametrize("name", ["address", "sha256"])
-def test_who_opts_out_is_taken_from_their_shard_alone_and_it_ends_as_a_fresh_build(
+def test_an_opt_out_changes_one_shard_and_gives_the_shards_of_a_fresh_build(
     tmp_path, web, origin, name
 ):
-    order = order_in(tmp_path, "later", origin)
-    before = toy_build(order)
-    old = contents(order)
-    entry = "http://a.test/7.jpg" if name == "address" else sha256_of_picture(order, 7)
+    source_build = build_in(tmp_path, "later", origin)
+    before = toy_build(source_build)
+    old = contents(source_build)
+    entry = "http://a.test/7.jpg" if name == "address" else sha256_of_picture(source_build, 7)
     (tmp_path / "list.txt").write_text(f"{entry}\n")
-    web.pictures()
+    web.take_requests()
 
-    add_to_list(order.data, str(tmp_path / "list.txt"))
-    now = toy_build(order)
+    add_to_list(source_build.data, str(tmp_path / "list.txt"))
+    now = toy_build(source_build)
 
-    [part] = _parts(order, [7])
-    changed = {file for file, content in contents(order).items() if old[file] != content}
+    [part] = _parts(source_build, [7])
+    changed = {file for file, content in contents(source_build).items() if old[file] != content}
     assert changed == {f"{part:05d}.tar", f"{part:05d}.parquet"}
-    assert web.pictures() == set(), "the rest of the shard is taken over"
+    assert web.take_requests() == set(), "the rest of the shard is reused"
     counts = now.sources["cc3m"].counts
     assert counts.dropped == {REASON: 1}
     assert counts.kept == before.sources["cc3m"].counts.kept - 1
     assert counts.unaccounted() == 0
     assert now.sources["cc3m"].optout is not None
-    fresh = order_in(tmp_path, "fresh", origin)
+    fresh = build_in(tmp_path, "fresh", origin)
     add_to_list(fresh.data, str(tmp_path / "list.txt"))
     assert toy_build(fresh).digest == now.digest
-    assert contents(fresh) == contents(order)
+    assert contents(fresh) == contents(source_build)
 
 
-@pytest.mark.parametrize("moment", ["the tar", "after the report went"])
-def test_a_part_that_could_not_be_made_anew_is_still_taken_over(
+@pytest.mark.parametrize("moment", ["before the report is deleted", "after the report is deleted"])
+def test_an_earlier_shard_is_reused_after_a_rebuild_that_was_interrupted(
     tmp_path, web, origin, monkeypatch, moment
 ):
-    order = order_in(tmp_path, "later", origin)
-    before = toy_build(order)
+    source_build = build_in(tmp_path, "later", origin)
+    before = toy_build(source_build)
     (tmp_path / "list.txt").write_text("http://a.test/7.jpg\n")
-    add_to_list(order.data, str(tmp_path / "list.txt"))
-    hide(web, range(NUM))  # nothing can be had again
-    removed = build.remove
+    add_to_list(source_build.data, str(tmp_path / "list.txt"))
+    hide(web, range(NUM))  # no picture can be fetched again
+    remove = shard_module.remove
 
-    def cut_off(address):
-        if moment == "the tar" or not address.endswith("before.json"):
-            removed(address)
+    def failing_remove(address):
+        if moment == "after the report is deleted":
+            remove(address)
         raise PmdError("the network went")
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "remove", cut_off)
+        patch.setattr(shard_module, "remove", failing_remove)
         with pytest.raises(PmdError, match="the network went"):
-            toy_build(order)
+            toy_build(source_build)
 
-    now = toy_build(order)
+    now = toy_build(source_build)
 
     assert now.sources["cc3m"].counts.kept == before.sources["cc3m"].counts.kept - 1
-    assert not list(Path(order.shards).glob("*.before.json"))
+    assert not list(Path(source_build.shards).glob("*.before.json"))
 
 
-def test_what_the_driver_holds_of_a_part_does_not_grow_with_its_records(tmp_path):
+def test_reports_in_the_driver_do_not_grow_with_the_records_of_a_part(tmp_path):
     answers = iter([response(503)] * 6)
     with FakeHost(lambda head: response(404) if "robots" in head else next(answers)) as host:
         write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}.jpg") for n in range(3)])
-        order = order_in(tmp_path, "once", host.origin)
-        order = replace(order, recipe=with_retries(order.recipe, 1))
-        held = []
+        source_build = build_in(tmp_path, "once", host.origin)
+        source_build = replace(source_build, recipe=with_retries(source_build.recipe, 1))
+        reports_held = []
         with open_pool("local", 1, None) as pool:
-            manifest_of = dataset.source_manifest
+            manifest_of = build_module.source_manifest
 
-            def noted(recipe, index, reports, *rest):
-                held.extend(reports)
+            def recording_manifest(recipe, index, reports, *rest):
+                reports_held.extend(reports)
                 return manifest_of(recipe, index, reports, *rest)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(dataset, "source_manifest", noted)
-                dataset.build_source(order, pool, QUIET)
-                dataset.build_source(order, pool, QUIET)  # from the reports on disk
+                patch.setattr(build_module, "source_manifest", recording_manifest)
+                build_module.build_source(source_build, pool, QUIET)
+                build_module.build_source(source_build, pool, QUIET)  # from the reports on disk
 
-    assert len(asked_again(order)) == 3
-    assert len(held) >= 2
-    assert all(report.timing.attempts == {} for report in held)
+    assert len(attempts_above_one(source_build)) == 3
+    assert len(reports_held) >= 2
+    assert all(report.timing.attempts == {} for report in reports_held)
 
 
-def test_an_image_that_is_listed_is_not_even_asked_for(tmp_path, web, origin):
-    order = order_in(tmp_path, "listed", origin)
+def test_an_image_in_the_opt_out_list_is_not_requested(tmp_path, web, origin):
+    source_build = build_in(tmp_path, "listed", origin)
     (tmp_path / "list.txt").write_text("host:a.test\n")
-    add_to_list(order.data, str(tmp_path / "list.txt"))
+    add_to_list(source_build.data, str(tmp_path / "list.txt"))
 
-    manifest = toy_build(order)
+    manifest = toy_build(source_build)
 
-    assert web.pictures() == set()
+    assert web.take_requests() == set()
     assert manifest.sources["cc3m"].counts.dropped == {REASON: NUM}
 
 
-def test_who_is_taken_from_the_list_by_hand_comes_back(tmp_path, web, origin):
-    order = order_in(tmp_path, "back", origin)
-    before = toy_build(order)
+def test_an_image_removed_from_the_list_is_fetched_again(tmp_path, web, origin):
+    source_build = build_in(tmp_path, "back", origin)
+    before = toy_build(source_build)
     (tmp_path / "list.txt").write_text("http://a.test/7.jpg\n")
-    add_to_list(order.data, str(tmp_path / "list.txt"))
-    toy_build(order)
-    web.pictures()
+    add_to_list(source_build.data, str(tmp_path / "list.txt"))
+    toy_build(source_build)
+    web.take_requests()
 
-    Path(order.data, LIST).unlink()
-    now = toy_build(order)
+    Path(source_build.data, LIST).unlink()
+    now = toy_build(source_build)
 
     assert now.digest == before.digest
-    assert web.pictures() == {"/7.jpg"}
+    assert web.take_requests() == {"/7.jpg"}
 
 
-def test_a_choice_of_licences_is_a_choice_of_records_and_may_be_changed(tmp_path, web, origin):
-    order = order_in(tmp_path, "licences", origin)
-    before = toy_build(order)
-    web.pictures()
+def test_licences_select_records_and_may_change_between_builds(tmp_path, web, origin):
+    source_build = build_in(tmp_path, "licences", origin)
+    before = toy_build(source_build)
+    web.take_requests()
 
-    strict = order_in(tmp_path, "licences", origin, images={"licences": ["CC BY*"]})
+    strict = build_in(tmp_path, "licences", origin, images={"licences": ["CC BY*"]})
     none = toy_build(strict)
 
     assert none.sources["cc3m"].counts.dropped == {"licence": NUM}
     assert none.sources["cc3m"].rules["images"]["licences"] == ["CC BY*"]
-    assert web.pictures() == set()
-    assert toy_build(order).digest == before.digest
+    assert web.take_requests() == set()
+    assert toy_build(source_build).digest == before.digest
 
 
-def test_a_list_given_once_is_obeyed_by_builds_that_do_not_name_it(tmp_path, web, origin):
+def test_an_opt_out_list_holds_for_later_builds_too(tmp_path, web, origin):
     (tmp_path / "list.txt").write_text("http://a.test/7.jpg\n")
     request = BuildRequest(
         recipes=("cc3m",),
@@ -357,13 +361,13 @@ def test_a_list_given_once_is_obeyed_by_builds_that_do_not_name_it(tmp_path, web
     assert first.sources["cc3m"].counts.dropped == {REASON: 1}
 
 
-def test_reasons_are_those_that_are_counted():
+def test_only_failure_reasons_can_be_retried():
     assert parse_reasons(["timeout,dns", "http_5xx"]) == {"timeout", "dns", "http_5xx"}
     with pytest.raises(PmdError, match="did you mean 'timeout'"):
         parse_reasons(["timeouts"])
 
 
-def test_retry_on_the_command_line_mends_what_failed(tmp_path, web, origin, capsys):
+def test_the_retry_command_repairs_failures(tmp_path, web, origin, capsys):
     text = f'[fetch]\nretries = 0\nconnect_to = {{"*" = "{origin}"}}\n[images]\nsize = 64\n'
     (tmp_path / "mine.toml").write_text(f'source = "cc3m"\n{text}')
     options = ["--recipe", str(tmp_path / "mine.toml"), "--raw", str(tmp_path / "raw"), "-q"]
@@ -371,7 +375,7 @@ def test_retry_on_the_command_line_mends_what_failed(tmp_path, web, origin, caps
     options += ["--manifests", str(tmp_path / "manifests")]
     hide(web, LATE)
     cli.app(["build", *options], standalone_mode=False)
-    show(web, LATE)
+    restore(web, LATE)
 
     cli.app(["retry", "--reason", "http_404", *options], standalone_mode=False)
 

@@ -1,3 +1,5 @@
+"""Files appear whole or not at all, and errors of file systems are one sentence each."""
+
 import errno
 import hashlib
 import itertools
@@ -35,9 +37,9 @@ def write_blocks(address, blocks):
             file.write(block)
 
 
-@pytest.mark.parametrize("place", ["folder", "memory"])
-def test_what_is_written_is_read_again(place, tmp_path, memory):
-    address = join(str(tmp_path) if place == "folder" else memory, "below", "it.bin")
+@pytest.mark.parametrize("filesystem", ["folder", "memory"])
+def test_written_bytes_can_be_read(filesystem, tmp_path, memory):
+    address = join(str(tmp_path) if filesystem == "folder" else memory, "below", "it.bin")
 
     write_whole(address, b"one two")
 
@@ -48,9 +50,9 @@ def test_what_is_written_is_read_again(place, tmp_path, memory):
     assert sha256_of(address) == hashlib.sha256(b"one two").hexdigest()
 
 
-@pytest.mark.parametrize("place", ["folder", "memory"])
-def test_files_and_folders_are_listed_apart(place, tmp_path, memory):
-    root = str(tmp_path) if place == "folder" else memory
+@pytest.mark.parametrize("filesystem", ["folder", "memory"])
+def test_files_and_folders_are_listed_separately(filesystem, tmp_path, memory):
+    root = str(tmp_path) if filesystem == "folder" else memory
     write_whole(join(root, "a.bin"), b"123")
     write_whole(join(root, "below", "b.bin"), b"4")
 
@@ -60,11 +62,11 @@ def test_files_and_folders_are_listed_apart(place, tmp_path, memory):
     assert folders(join(root, "nowhere")) == []
 
 
-@pytest.mark.parametrize("place", ["folder", "memory"])
-def test_a_folder_is_removed_with_all_that_is_in_it_and_nothing_is_no_error(
-    place, tmp_path, memory
+@pytest.mark.parametrize("filesystem", ["folder", "memory"])
+def test_a_folder_is_removed_with_its_content_and_a_missing_one_is_no_error(
+    filesystem, tmp_path, memory
 ):
-    root = str(tmp_path) if place == "folder" else memory
+    root = str(tmp_path) if filesystem == "folder" else memory
     write_whole(join(root, "below", "b.bin"), b"4")
 
     remove(join(root, "below"))
@@ -73,9 +75,9 @@ def test_a_folder_is_removed_with_all_that_is_in_it_and_nothing_is_no_error(
     assert folders(root) == []
 
 
-@pytest.mark.parametrize("place", ["folder", "memory"])
-def test_nothing_appears_when_the_block_raises(place, tmp_path, memory):
-    root = str(tmp_path) if place == "folder" else memory
+@pytest.mark.parametrize("filesystem", ["folder", "memory"])
+def test_no_file_appears_when_the_block_raises(filesystem, tmp_path, memory):
+    root = str(tmp_path) if filesystem == "folder" else memory
     write_whole(join(root, "old"), b"before")
 
     for name in ("old", "new"):
@@ -87,7 +89,7 @@ def test_nothing_appears_when_the_block_raises(place, tmp_path, memory):
     assert list(tmp_path.rglob("*.tmp")) == []
 
 
-def test_an_error_of_the_block_is_not_taken_for_one_of_writing(tmp_path):
+def test_an_error_of_the_block_is_not_reported_as_a_write_error(tmp_path):
     with pytest.raises(TimeoutError, match="the host is asleep"), whole_file(f"{tmp_path}/x"):
         raise TimeoutError(errno.ETIMEDOUT, "the host is asleep")
     with pytest.raises(FileNotFoundError), whole_file(f"{tmp_path}/x"):
@@ -107,7 +109,7 @@ with whole_file(sys.argv[1]) as file:
 """
 
 
-def test_a_killed_writer_leaves_nothing_under_the_name(tmp_path):
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
     target = tmp_path / "shard.tar"
     target.write_bytes(b"before")
 
@@ -118,7 +120,7 @@ def test_a_killed_writer_leaves_nothing_under_the_name(tmp_path):
     assert [path.suffix for path in tmp_path.iterdir() if path != target] == [".tmp"]
 
 
-def test_of_two_writers_the_last_to_end_wins_and_neither_is_torn(tmp_path):
+def test_the_last_of_two_writers_replaces_the_file_as_a_whole(tmp_path):
     address = str(tmp_path / "shard.tar")
     both_write = threading.Barrier(2)
 
@@ -139,17 +141,17 @@ def test_of_two_writers_the_last_to_end_wins_and_neither_is_torn(tmp_path):
 
 
 @pytest.fixture
-def little_room():
-    """Files of this process may hold a mebibyte: the kernel refuses more, as a full disk does."""
+def small_file_limit():
+    """Limits files of this process to a mebibyte; beyond it writes fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("little_room")
+@pytest.mark.usefixtures("small_file_limit")
 @pytest.mark.parametrize("size", [100, 3 << 20])
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(size, tmp_path):
+def test_a_full_disk_is_one_sentence_and_leaves_no_file(size, tmp_path):
     address = str(tmp_path / "shard.tar")
 
     with pytest.raises(PmdError) as caught:
@@ -162,8 +164,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(size, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("little_room")
-def test_a_full_disk_noticed_at_the_end_is_the_same_sentence(tmp_path):
+@pytest.mark.usefixtures("small_file_limit")
+def test_a_full_disk_at_the_last_flush_is_the_same_sentence(tmp_path):
     with pytest.raises(PmdError, match="File too large"):
         write_whole(str(tmp_path / "shard.tar"), b"x" * ((1 << 20) + 1))
 
@@ -184,7 +186,7 @@ def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path):
         sizes(f"{tmp_path}/data/index")
 
 
-def test_reading_what_is_not_there_is_one_sentence(tmp_path, memory):
+def test_reading_a_missing_file_is_one_sentence(tmp_path, memory):
     for address in (f"{tmp_path}/none", f"{memory}/none"):
         with pytest.raises(PmdError) as caught:
             read_bytes(address)
@@ -194,7 +196,7 @@ def test_reading_what_is_not_there_is_one_sentence(tmp_path, memory):
         read_bytes(str(tmp_path))
 
 
-def test_an_address_of_an_unknown_kind_is_one_sentence():
+def test_an_address_with_an_unknown_protocol_is_one_sentence():
     for call in (read_bytes, sizes, remove, is_local):
         with pytest.raises(PmdError, match="cannot use the address nosuch://a/b: Protocol not"):
             call("nosuch://a/b")
@@ -216,7 +218,7 @@ def test_names_are_joined_below_any_folder(folder, address):
     assert join(folder, "index", "coco") == address
 
 
-def test_only_this_machines_files_are_local(tmp_path):
+def test_only_files_of_this_machine_are_local(tmp_path):
     assert is_local(str(tmp_path))
     assert is_local(f"file://{tmp_path}")
     assert not is_local("memory://a")

@@ -14,8 +14,8 @@ from pmd_pipeline.contract.errors import PmdError
 TABLE = pa.table({"key": [f"{n:016x}" for n in range(5000)], "num_pairs": list(range(5000))})
 
 
-class Watched(BytesIO):
-    """Remembers the threads that read it."""
+class RecordingFile(BytesIO):
+    """Records the threads that read it."""
 
     def __init__(self, content):
         super().__init__(content)
@@ -30,15 +30,15 @@ class Watched(BytesIO):
 def file():
     out = BytesIO()
     pq.write_table(TABLE, out, row_group_size=500)
-    return Watched(out.getvalue())
+    return RecordingFile(out.getvalue())
 
 
-def test_a_table_is_read_by_nobody_but_the_caller(file):
+def test_a_table_is_read_in_the_calling_thread_only(file):
     assert read_table(file).equals(TABLE)
     assert file.threads == {threading.get_ident()}
 
 
-def test_batches_are_read_by_nobody_but_the_caller(file):
+def test_batches_are_read_in_the_calling_thread_only(file):
     batches = list(read_batches(file, ["num_pairs"], 300))
 
     assert pa.Table.from_batches(batches).equals(TABLE.select(["num_pairs"]))
@@ -47,7 +47,7 @@ def test_batches_are_read_by_nobody_but_the_caller(file):
 
 
 @pytest.mark.parametrize("read", [read_table, lambda *args: list(read_batches(*args))])
-def test_a_column_that_is_not_there_is_told(file, read):
+def test_a_missing_column_is_an_error(file, read):
     with pytest.raises(pa.ArrowException, match="no column caption"):
         read(file, ["key", "caption"])
 
@@ -57,7 +57,7 @@ READS = [read_table, lambda *args, **more: list(read_batches(*args, **more))]
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("damage", ["no end", "no beginning", "another page", "nothing", "column"])
-def test_damage_is_told_with_the_address(file, read, damage):
+def test_damage_is_an_error_with_the_address_and_advice(file, read, damage):
     content = bytearray(file.getvalue())
     if damage == "no end":
         content[-20:] = bytes(20)
@@ -74,7 +74,7 @@ def test_damage_is_told_with_the_address(file, read, damage):
 
 
 @pytest.mark.parametrize("read", READS)
-def test_what_the_system_says_is_not_taken_for_damage(file, read, monkeypatch):
+def test_an_error_of_the_system_is_not_reported_as_damage(file, read, monkeypatch):
     def fails(*_):
         raise OSError(errno.EIO, "Input/output error")
 

@@ -1,4 +1,4 @@
-"""The whole pipeline on the sample world: what was planted is what is counted, whatever happens."""
+"""The whole pipeline on the sample world, whose counts are known in advance."""
 
 import gc
 import json
@@ -56,9 +56,9 @@ def build(world: World, origin: str, out: Path, runner: str, workers: int):
         runner=runner,
         workers=workers,
     )
-    built = build_all(request, QUIET)
-    assert built.failures == []
-    return built.manifests[-1][1]
+    result = build_all(request, QUIET)
+    assert result.failures == []
+    return result.manifests[-1][1]
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,15 @@ def manifest(world, origin, out):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_what_was_planted_is_what_is_counted(manifest, world, source):
+def test_the_counts_of_a_source_are_those_planted_in_the_world(manifest, world, source):
     assert manifest.sources[source].counts == world.planted[source]
     assert manifest.sources[source].counts.unaccounted() == 0
 
 
 @pytest.mark.parametrize("source", ["ccnews", "bookcorpus"])
-def test_what_was_planted_in_texts_is_what_is_counted(manifest, world, out, tmp_path, source):
+def test_the_counts_of_a_text_source_are_those_planted_in_the_world(
+    manifest, world, out, tmp_path, source
+):
     vocabulary, _ = learn_vocabulary(str(out / "manifests" / "pmd.json"), 400, lambda *_: None)
     (tmp_path / "vocab.txt").write_bytes(vocabulary.content)
     request = BuildRequest(
@@ -116,11 +118,11 @@ def test_the_digest_is_the_same_for_any_runner_and_number_of_workers(
     assert build(world, origin, tmp_path, runner, workers).digest == manifest.digest
 
 
-def test_evaluation_images_are_nowhere_in_the_shards(manifest, world, out):
+def test_no_shard_has_an_evaluation_image(manifest, world, out):
     text = (world.folder / "raw" / "coco" / "dataset_coco.json").read_text()
     heldout = {i["cocoid"] for i in json.loads(text)["images"] if i["split"] in {"val", "test"}}
 
-    found = [
+    coco_ids = [
         sample["meta"]["coco_id"]
         for source in ("coco", "localized_narratives", "visual_genome")
         for sample in samples(manifest, out, source)
@@ -128,8 +130,8 @@ def test_evaluation_images_are_nowhere_in_the_shards(manifest, world, out):
     ]
 
     assert len(heldout) > 3
-    assert len(found) > 50
-    assert heldout.isdisjoint(found)
+    assert len(coco_ids) > 50
+    assert heldout.isdisjoint(coco_ids)
     assert all(entry.leakage != "not checked" for entry in manifest.sources.values())
 
 
@@ -142,19 +144,21 @@ def test_a_build_killed_at_random_moments_ends_with_the_same_digest(
     recipe.write_text(
         f'include = {names}\npart_records = 25\n[fetch.connect_to]\n"*" = "{origin}"\n'
     )
-    images = [word for paths in world.images.values() for p in paths for word in ("--images", p)]
+    images = [
+        option for paths in world.images.values() for p in paths for option in ("--images", p)
+    ]
     command = [
         *(sys.executable, "-m", "pmd_pipeline.cli", "build", "--recipe", recipe),
         *("--raw", world.folder / "raw", "--out", tmp_path / "data"),
         *("--manifests", tmp_path / "manifests", "--images", "web", *images),
         *("--runner", "local", "--workers", "2", "--quiet"),
     ]
-    dice = random.Random(7)
+    rng = random.Random(7)
     killed = 0
     for _ in range(kills):
         process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
         try:
-            process.wait(timeout=dice.uniform(0.8, 2.2))
+            process.wait(timeout=rng.uniform(0.8, 2.2))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
@@ -172,14 +176,14 @@ def test_shards_open_with_webdataset(manifest, out):
         dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
         count = 0
         for sample in dataset:
-            described = json.loads(sample["json"])
+            metadata = json.loads(sample["json"])
             image = Image.open(BytesIO(sample["jpg"]))
-            assert image.size == (described["width"], described["height"])
-            assert sample["txt"].decode() == described["captions"][0]
+            assert image.size == (metadata["width"], metadata["height"])
+            assert sample["txt"].decode() == metadata["captions"][0]
             count += 1
         assert count == manifest.sources[source].images
     del dataset
-    gc.collect()  # webdataset leaves its files to the collector, whose warnings are not ours
+    gc.collect()  # webdataset does not close its files; the collector then warns
 
 
 def test_shards_open_with_datasets(manifest, out, tmp_path):
@@ -211,7 +215,7 @@ def test_regions_of_visual_genome_keep_their_boxes(manifest, out):
             assert 0 <= y0 < y1 <= 1
 
 
-def test_no_user_name_enters_a_shard(manifest, world, out):
+def test_no_shard_has_a_user_name(manifest, world, out):
     author = json.loads(next((world.folder / "raw" / "redcaps").rglob("*_20*.json")).read_text())
     names = {post["author"] for post in author["annotations"] if post.get("author")}
 
@@ -318,7 +322,7 @@ def samples(manifest, out, source):
                     yield json.load(tar.extractfile(member))
 
 
-def test_nothing_of_a_build_is_left_in_temporary_files(manifest, out):
+def test_a_build_leaves_no_temporary_files(manifest, out):
     assert manifest.missing == {}
     assert not list(out.rglob("*.tmp"))
     assert not list(out.rglob("runs"))

@@ -8,14 +8,12 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from pmd_pipeline.base.parallel import Pool, ignore_progress, open_pool
+from pmd_pipeline.base.parallel import Pool, open_pool
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.contract.models import Manifest
 from pmd_pipeline.dataset.build import build_source
 from pmd_pipeline.dataset.source_build import SourceBuild
-from pmd_pipeline.index.build import Index, build_index
 from pmd_pipeline.recipe import Recipe, load_recipe
-from pmd_pipeline.sources import find_annotations
 
 QUIET = Reporter(Console(quiet=True), quiet=True)
 
@@ -39,8 +37,8 @@ def write_pictures(folder: Path, names: Sequence[str], side: int = 40) -> Path:
     """Write a small JPEG of its own colours under each name; the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        dice = random.Random(name)
-        image = Image.new("RGB", (side + 8, side), tuple(dice.randrange(256) for _ in range(3)))
+        rng = random.Random(name)
+        image = Image.new("RGB", (side + 8, side), tuple(rng.randrange(256) for _ in range(3)))
         out = BytesIO()
         image.save(out, "JPEG")
         (folder / name).write_bytes(out.getvalue())
@@ -48,10 +46,10 @@ def write_pictures(folder: Path, names: Sequence[str], side: int = 40) -> Path:
 
 
 def toy_rows(count: int) -> list[tuple[str, str]]:
-    """Rows of `count` pictures, every third of which comes back later with another caption."""
+    """Rows of `count` pictures; every third has another row later, with another caption."""
     rows = [(f"a caption of picture {n}", f"http://a.test/{n}.jpg") for n in range(count)]
-    again = [(f"picture {n} once more", f"http://a.test/{n}.jpg") for n in range(0, count, 3)]
-    return rows + again
+    repeats = [(f"picture {n} once more", f"http://a.test/{n}.jpg") for n in range(0, count, 3)]
+    return rows + repeats
 
 
 def toy_order(
@@ -68,17 +66,11 @@ def toy_order(
     )
 
 
-def toy_build(order: SourceBuild, pool: Pool | None = None) -> Manifest:
+def toy_build(source_build: SourceBuild, pool: Pool | None = None) -> Manifest:
     """The manifest of a build without failed parts."""
     if pool is None:
-        with open_pool("local", 1, None) as here:
-            return toy_build(order, here)
-    manifest, failures = build_source(order, pool, QUIET)
+        with open_pool("local", 1, None) as own_pool:
+            return toy_build(source_build, own_pool)
+    manifest, failures = build_source(source_build, pool, QUIET)
     assert failures == []
     return manifest
-
-
-def index_of(recipe: Recipe, raw: Path, folder: Path, pool: Pool) -> Index:
-    """The index in `folder` of the annotation files under `raw`."""
-    annotations = find_annotations(recipe.load_source(), str(raw), recipe.form)
-    return build_index(recipe, annotations, str(folder), pool, ignore_progress)

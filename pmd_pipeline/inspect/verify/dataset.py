@@ -14,7 +14,7 @@ from pmd_pipeline.contract.files import local_path
 from pmd_pipeline.contract.image_format import JPEG, ImageFormat, format_in_rules
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.contract.models import Counts, Manifest, Report, SourceEntry
-from pmd_pipeline.dataset.manifest import same_bytes, total_words
+from pmd_pipeline.dataset.manifest import count_equal, total_words
 from pmd_pipeline.inspect.verify.findings import Fault, ShardFindings
 from pmd_pipeline.inspect.verify.shards import ShardTask, check_shard
 
@@ -168,7 +168,7 @@ def _sums(
         sums["captions by length"] = (entry.counts.kept, sum(entry.words.values()))
     if tasks and not tasks[0].fast and not any(found.faults for found in findings):
         hashes = [np.frombuffer(found.image_hashes, dtype=np.uint64) for found in findings]
-        unique, copies = same_bytes(hashes)
+        unique, copies = count_equal(hashes)
         sums["unique images"] = (entry.unique_images, unique)
         stated = {sha256[:16]: count for sha256, count in entry.repeated.items()}
         for prefix in sorted(stated.keys() | copies.keys()):

@@ -19,7 +19,12 @@ from pmd_pipeline.contract.files import join, local_path, read_bytes, whole_file
 from pmd_pipeline.contract.manifest import load_manifest, located, save_manifest
 from pmd_pipeline.contract.models import Counts, Manifest, SourceEntry
 from pmd_pipeline.contract.paths import ShardPaths
-from pmd_pipeline.dataset.manifest import copies_in, merge_manifests, one_version, total_words
+from pmd_pipeline.dataset.manifest import (
+    common_versions,
+    count_copies,
+    merge_manifests,
+    total_words,
+)
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.publish.lockfile.format import LockFile, load_lockfile
 from pmd_pipeline.publish.lockfile.restore_part import (
@@ -223,12 +228,13 @@ def _index_folder(
     raw_of_source = Path(raw) / source
     folder = join(request.out, "index", source)
     with reporter.stage(f"{source} index", "rows") as stage:
-        annotations = sources.find_annotations(
-            recipe.load_source(),
+        index = build_index(
+            recipe,
             str(raw_of_source) if raw_of_source.is_dir() else raw,
-            recipe.form,
+            folder,
+            pool,
+            stage.update,
         )
-        index = build_index(recipe, annotations, folder, pool, stage.update)
         stage.set_total({"rows": index.rows})
     sha256_of = {file.name: file.sha256 for file in index.upstream}
     for file in lockfile.manifest.sources[source].upstream:
@@ -327,7 +333,7 @@ def _rebuilt_manifest(
                 for name, entry in lockfile.manifest.sources.items()
             },
             "shards": [result.entry for result in restored],
-            "versions": one_version(result.report.versions for result in restored)
+            "versions": common_versions(result.report.versions for result in restored)
             or lockfile.manifest.versions,
             "missing": missing,
         }
@@ -346,7 +352,7 @@ def _source_entry(
     parts = [part for part in lockfile.parts if part.source == source]
     restored = [results[source, part.part] for part in parts if (source, part.part) in results]
     lost = sum(part.counts.pairs_in for part in parts if (source, part.part) not in results)
-    unique, repeated = copies_in([result.entry.ledger_path for result in restored])
+    unique, repeated = count_copies([result.entry.ledger_path for result in restored])
     no_part = Counts(pairs_in=lost, failed={"no_part": lost})
     now = Counts.total([*(result.report.counts for result in restored), no_part])
     return entry.model_copy(

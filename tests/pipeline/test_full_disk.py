@@ -1,4 +1,4 @@
-"""A full disk and a folder that cannot be written: one sentence, nothing half-written, and on."""
+"""A full disk or a folder without write access: one error line, no partial files, and resuming."""
 
 import hashlib
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own with room for a part or two; growing it is the mending."""
+    """A file system with room for a part or two, which a test can enlarge."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -48,22 +48,22 @@ def is_whole(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("runner", ["local", "ray"])
-def test_a_full_disk_ends_a_build_in_one_sentence_and_mended_it_goes_on(
+def test_a_full_disk_is_one_error_line_and_the_build_resumes_with_more_room(
     small_disk, tmp_path, runner
 ):
     write_rows(tmp_path / "raw", toy_rows(200))
     pictures = write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(200)], side=200)
-    there = toy_order(tmp_path / "other", toy_recipe(part_records=25), pictures=pictures)
+    other = toy_order(tmp_path / "other", toy_recipe(part_records=25), pictures=pictures)
     write_rows(tmp_path / "other" / "raw", toy_rows(200))
-    undisturbed = toy_build(there)
+    undisturbed = toy_build(other)
 
     full = subprocess.run(
         command(tmp_path, small_disk, runner), check=False, capture_output=True, text=True
     )
     reports = list(small_disk.rglob("0*.json"))
-    whole = [is_whole(path) for path in reports]
+    are_whole = [is_whole(path) for path in reports]
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    mended = subprocess.run(
+    resumed = subprocess.run(
         command(tmp_path, small_disk, runner), check=False, capture_output=True, text=True
     )
 
@@ -71,13 +71,13 @@ def test_a_full_disk_ends_a_build_in_one_sentence_and_mended_it_goes_on(
     assert full.stderr.count("\n") == 1
     assert "cannot write" in full.stderr
     assert "No space left on device" in full.stderr
-    assert all(whole)
-    assert mended.returncode == 0, mended.stderr
+    assert all(are_whole)
+    assert resumed.returncode == 0, resumed.stderr
     manifest = load_manifest(str(tmp_path / "manifests" / "cc3m.json"))
     assert manifest.digest == undisturbed.digest
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_error_line(tmp_path):
     write_rows(tmp_path / "raw", toy_rows(60))
     write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(60)])
     (tmp_path / "out").mkdir()
