@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tomli_w
 from fake_host import serve_folder
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,13 +38,13 @@ from pmd_pipeline.publish.bundle.contents import (
     build_commands,
     codes_command,
     contents,
-    placed,
+    with_relative_paths,
 )
 from pmd_pipeline.publish.bundle.croissant import croissant
 from pmd_pipeline.publish.bundle.pack import SUMS, pack
 from pmd_pipeline.publish.bundle.project import Project, this_project
 from pmd_pipeline.publish.bundle.provenance import provenance
-from pmd_pipeline.publish.bundle.recipes import _table, recipe_toml
+from pmd_pipeline.publish.bundle.recipes import _without_none, recipe_toml
 from pmd_pipeline.publish.bundle.requirements import pins, requirements_text, with_hashes
 from pmd_pipeline.publish.bundle.wheel import wheel
 from pmd_pipeline.publish.lockfile.format import load_lockfile
@@ -132,20 +133,20 @@ def test_a_folder_and_a_tar_hold_the_same_files_whose_digests_agree(members, tmp
 
 
 def test_the_same_dataset_gives_the_same_tar(built, tmp_path):
-    wanted = BundleRequest(str(built / "manifests" / "cc3m.json"))
+    request = BundleRequest(str(built / "manifests" / "cc3m.json"))
 
     for name in ("one.tar", "two.tar"):
-        pack(contents(wanted), str(tmp_path / name))
+        pack(contents(request), str(tmp_path / name))
 
     assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
 
 
-def test_a_folder_with_other_things_is_left_alone(members, tmp_path):
+def test_a_folder_with_other_files_is_not_written(members, tmp_path):
     pack(members, str(tmp_path / "folder"))
     assert pack(members, str(tmp_path / "folder")) == len(members) + 1
     (tmp_path / "folder" / "mine.txt").write_text("mine")
 
-    with pytest.raises(PmdError, match="holds other things"):
+    with pytest.raises(PmdError, match="holds other files"):
         pack(members, str(tmp_path / "folder"))
 
 
@@ -167,19 +168,19 @@ def test_shards_at_an_address_stay_there(manifest):
         shard.model_copy(update={"path": f"s3://b/{shard.part}.tar"}) for shard in manifest.shards
     ]
 
-    again = placed(manifest.model_copy(update={"shards": far}))
+    again = with_relative_paths(manifest.model_copy(update={"shards": far}))
 
     assert again.shards == far
 
 
 @pytest.mark.parametrize("name", ["../../evil", "a b", "", "-rf"])
 def test_a_name_that_leads_elsewhere_is_refused(manifest, name):
-    with pytest.raises(PmdError, match="can be no file's name"):
-        placed(manifest.model_copy(update={"name": name}))
+    with pytest.raises(PmdError, match="cannot name a file"):
+        with_relative_paths(manifest.model_copy(update={"name": name}))
 
 
 @pytest.mark.parametrize("name", sources.names())
-def test_a_recipe_in_a_bundle_says_what_the_recipe_said(name, tmp_path):
+def test_a_recipe_in_a_bundle_has_the_rules_of_the_recipe(name, tmp_path):
     rules = load_recipe(name)[0].rules()
     path = tmp_path / f"{name}.toml"
 
@@ -204,7 +205,11 @@ tables = st.recursive(
 
 @given(rules=tables)
 def test_any_rules_survive_toml(rules):
-    assert tomllib.loads("\n".join(_table((), rules))) == rules
+    assert tomllib.loads(tomli_w.dumps(_without_none(rules))) == rules
+
+
+def test_a_rule_that_is_none_is_left_out_of_toml():
+    assert _without_none({"a": None, "b": {"c": None, "d": [1]}}) == {"b": {"d": [1]}}
 
 
 def test_rules_of_another_version_are_refused():
@@ -365,8 +370,8 @@ def test_croissant_is_valid_for_every_kind_of_dataset(manifest, kind, far, tmp_p
     assert not [one for one in patterns if "://" in one]  # a pattern is one of files here
 
 
-def test_provenance_tells_every_output_and_every_input_by_digest(manifest):
-    told = provenance(placed(manifest), ("pmd_flava-0.1.0-py3-none-any.whl", "2" * 64))
+def test_provenance_names_every_output_and_every_input_by_digest(manifest):
+    told = provenance(with_relative_paths(manifest), ("pmd_flava-0.1.0-py3-none-any.whl", "2" * 64))
 
     made = {one["name"]: one["digest"]["sha256"] for one in told["subject"]}
     used = told["predicate"]["buildDefinition"]["resolvedDependencies"]
@@ -378,7 +383,7 @@ def test_provenance_tells_every_output_and_every_input_by_digest(manifest):
     assert "time" not in json.dumps(told).lower()
 
 
-def test_the_card_tells_counts_losses_and_licences(members, manifest):
+def test_the_data_card_has_counts_failures_and_licences(members, manifest):
     card = members["DATA_CARD.md"].decode()
 
     counts = manifest.sources["cc3m"].counts
@@ -439,7 +444,7 @@ def test_hashes_of_pips_report_stand_beside_the_versions(tmp_path):
     ("content", "words"),
     [
         (pip_report(("packaging", "0.0", "3" * 64)), "has no sha256 of packaging"),
-        ("[]", "no report"),
+        ("[]", "not a report"),
     ],
 )
 def test_a_report_without_the_hashes_is_refused(content, words, tmp_path):
@@ -450,23 +455,23 @@ def test_a_report_without_the_hashes_is_refused(content, words, tmp_path):
         with_hashes(pins(["packaging"]), str(report))
 
 
-def test_a_checkout_speaks_for_itself():
+def test_metadata_of_a_checkout_is_that_of_pyproject():
     stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-    papers = email.message_from_string(this_project().papers["METADATA"])
+    metadata = email.message_from_string(this_project().metadata["METADATA"])
 
-    always = {one for one in papers.get_all("Requires-Dist") if "extra" not in one}
+    always = {one for one in metadata.get_all("Requires-Dist") if "extra" not in one}
     assert set(map(Requirement, always)) == set(map(Requirement, stated["dependencies"]))
-    assert set(papers.get_all("Provides-Extra")) == set(stated["optional-dependencies"])
+    assert set(metadata.get_all("Provides-Extra")) == set(stated["optional-dependencies"])
 
 
-def test_an_installation_speaks_where_there_is_no_checkout(monkeypatch, tmp_path):
+def test_metadata_is_that_of_the_installation_without_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(projects, "CHECKOUT", tmp_path)
 
     installed = this_project()
 
-    assert "Name: pmd-flava" in installed.papers["METADATA"]
-    assert "pmd = pmd_pipeline.cli:main" in installed.papers["entry_points.txt"]
+    assert "Name: pmd-flava" in installed.metadata["METADATA"]
+    assert "pmd = pmd_pipeline.cli:main" in installed.metadata["entry_points.txt"]
 
 
 def test_every_file_of_a_wheel_is_in_its_record():
@@ -493,43 +498,45 @@ def test_every_file_of_a_wheel_is_in_its_record():
 
 
 @pytest.fixture(scope="module")
-def kit(built, tmp_path_factory):
-    """The kit of that build."""
+def lock_folder(built, tmp_path_factory):
+    """The lock file of that build."""
     folder = tmp_path_factory.mktemp("kit") / "kit"
     with open_pool("local", 1, None) as pool:
         lock(str(built / "manifests" / "cc3m.json"), str(folder), pool, QUIET)
     return folder
 
 
-def test_a_kit_is_packed_as_it_is(built, kit, tmp_path):
-    (kit / ".00000.parquet.1234.tmp").write_bytes(b"left by a killed process")
+def test_a_lock_file_is_packed_as_it_is(built, lock_folder, tmp_path):
+    (lock_folder / ".00000.parquet.1234.tmp").write_bytes(b"left by a killed process")
     path = str(built / "manifests" / "cc3m.json")
 
-    made = contents(BundleRequest(path, kit=str(kit)))
+    made = contents(BundleRequest(path, lockfile=str(lock_folder)))
     pack(made, str(tmp_path / "bundle"))
 
-    assert load_lockfile(str(tmp_path / "bundle" / "kit")) == load_lockfile(str(kit))
+    assert load_lockfile(str(tmp_path / "bundle" / "kit")) == load_lockfile(str(lock_folder))
     assert "pmd rebuild kit --out data\n" in made["README.md"].decode()
     assert not [name for name in made if name.endswith(".tmp")]
     digests_agree(tmp_path / "bundle")
 
 
-def test_a_kit_of_another_version_is_refused(manifest, kit, tmp_path):
+def test_a_lock_file_of_another_version_is_refused(manifest, lock_folder, tmp_path):
     other = manifest.model_copy(update={"name": "other"})
     other = other.model_copy(update={"digest": other.computed_digest()})
     save_manifest(str(tmp_path / "other.json"), other)
 
     with pytest.raises(PmdError, match="not of other"):
-        contents(BundleRequest(str(tmp_path / "other.json"), kit=str(kit)))
+        contents(BundleRequest(str(tmp_path / "other.json"), lockfile=str(lock_folder)))
 
 
-def test_a_damaged_kit_is_refused(built, kit, tmp_path):
-    shutil.copytree(kit, tmp_path / "kit")
+def test_a_damaged_lock_file_is_refused(built, lock_folder, tmp_path):
+    shutil.copytree(lock_folder, tmp_path / "kit")
     rows = next((tmp_path / "kit" / "cc3m").glob("*.parquet"))
     rows.write_bytes(rows.read_bytes()[:-1])
 
-    with pytest.raises(PmdError, match="is not the file that its kit names"):
-        contents(BundleRequest(str(built / "manifests" / "cc3m.json"), kit=str(tmp_path / "kit")))
+    with pytest.raises(PmdError, match="is not the file in its lock file"):
+        contents(
+            BundleRequest(str(built / "manifests" / "cc3m.json"), lockfile=str(tmp_path / "kit"))
+        )
 
 
 @pytest.mark.parametrize(
@@ -578,8 +585,12 @@ texts = 0.0
 """
 
 
-def test_the_kit_in_a_bundle_rebuilds_the_dataset(built, kit, manifest, tmp_path, monkeypatch):
-    made = contents(BundleRequest(str(built / "manifests" / "cc3m.json"), kit=str(kit)))
+def test_the_lock_file_in_a_bundle_rebuilds_the_dataset(
+    built, lock_folder, manifest, tmp_path, monkeypatch
+):
+    made = contents(
+        BundleRequest(str(built / "manifests" / "cc3m.json"), lockfile=str(lock_folder))
+    )
     pack(made, str(tmp_path / "bundle"))
     command = re.search(r"^pmd rebuild .*$", made["README.md"].decode(), re.MULTILINE)[0].split()
     pictures = write_pictures(tmp_path / "p", [f"{number}.jpg" for number in range(PICTURES - 2)])
@@ -599,11 +610,11 @@ def test_the_commands_of_the_readme_rebuild_the_same_dataset_and_train(
     built, web, manifest, tmp_path
 ):
     (tmp_path / "mine.toml").write_text(CONFIG)
-    wanted = BundleRequest(
+    request = BundleRequest(
         str(built / "manifests" / "cc3m.json"), configs=(str(tmp_path / "mine.toml"),)
     )
     folder = tmp_path / "bundle"
-    pack(contents(wanted), str(folder))
+    pack(contents(request), str(folder))
     site = tmp_path / "site"
     install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", site]
     subprocess.run([sys.executable, *install, *(folder / "wheel").glob("*.whl")], check=True)

@@ -1,1 +1,1 @@
-"""A dataset's papers in one folder or tar: all that rebuilds, checks, describes and trains."""
+"""The bundle of a dataset: files to rebuild, verify, describe and train on it, without images."""

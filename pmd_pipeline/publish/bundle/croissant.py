@@ -1,4 +1,4 @@
-"""The dataset in Croissant 1.1 (JSON-LD): what its files are, and how to read records from them."""
+"""The dataset in Croissant 1.1 (JSON-LD): its files, and how to read records from them."""
 
 from typing import Any
 
@@ -52,38 +52,38 @@ _CONTEXT: dict[str, Any] = {
     "subField": "cr:subField",
     "transform": "cr:transform",
 }
-"""The context as the specification prints it; readers warn about any other."""
+"""The context of the specification; readers warn about any other."""
 
 _LEDGER = {
     "key": ("sc:Text", "name of the sample in its tar, 16 hex digits"),
-    "id": ("sc:Text", "upstream's name of the image"),
-    "url": ("sc:URL", "where the image was asked for"),
+    "id": ("sc:Text", "upstream's id of the image"),
+    "url": ("sc:URL", "address of the image"),
     "caption": ("sc:Text", "the first caption"),
-    "num_pairs": ("sc:Integer", "captions of the image, each of which is a pair"),
+    "num_pairs": ("sc:Integer", "pairs of the image: one per caption"),
     "status": ("sc:Text", "success if the image is in the tar"),
-    "reason": ("sc:Text", "why it is not there, a word of docs/reasons.md"),
+    "reason": ("sc:Text", "why it is not there; docs/reasons.md lists the reasons"),
     "width": ("sc:Integer", "pixels as stored"),
     "height": ("sc:Integer", "pixels as stored"),
     "original_width": ("sc:Integer", "pixels as fetched"),
     "original_height": ("sc:Integer", "pixels as fetched"),
-    "sha256": ("sc:Text", "of the bytes as fetched"),
+    "sha256": ("sc:Text", "SHA-256 of the fetched bytes"),
 }
-"""Columns of the ledgers that a reader needs, with their types and meanings."""
+"""Columns of the ledgers that are described, with their types and meanings."""
 
 _TAR, _PARQUET = "application/x-tar", "application/x-parquet"
 _SAFETENSORS = "https://huggingface.co/docs/safetensors"
 
 
 def croissant(manifest: Manifest, url: str | None, published: str | None) -> dict[str, Any]:
-    """The description of a dataset whose shards lie where `manifest` says.
+    """The description of a dataset with the shards of `manifest`.
 
     Args:
         url: page of the dataset, if it has one.
-        published: day of publication as `YYYY-MM-DD`; no clock is asked.
+        published: day of publication as `YYYY-MM-DD`. The current time is not used.
     """
     licences = sorted({entry.licence for entry in manifest.sources.values()})
     citations = [entry.citation for _, entry in sorted(manifest.sources.items())]
-    known = {"url": url, "datePublished": published}
+    optional = {"url": url, "datePublished": published}
     return {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
@@ -94,7 +94,7 @@ def croissant(manifest: Manifest, url: str | None, published: str | None) -> dic
         "citeAs": "; ".join(citations),
         "version": f"{manifest.format}.0.0+{manifest.digest[:16]}",
         "identifier": f"sha256:{manifest.digest}",
-        **{name: value for name, value in known.items() if value},
+        **{name: value for name, value in optional.items() if value},
         "distribution": [
             *(file for shard in manifest.shards for file in _files(shard)),
             *(
@@ -114,8 +114,8 @@ def croissant(manifest: Manifest, url: str | None, published: str | None) -> dic
 def _description(manifest: Manifest) -> str:
     thing = {"pairs": "image-text pairs", "images": "images", "text": "texts"}[manifest.kind]
     kept = sum(entry.counts.kept for entry in manifest.sources.values())
-    told = f"{kept:,} {thing} of {', '.join(manifest.sources)} as WebDataset shards with ledgers."
-    return " ".join([told, *(f"{one.capitalize()}." for one in remarks(manifest))])
+    first = f"{kept:,} {thing} of {', '.join(manifest.sources)} as WebDataset shards with ledgers."
+    return " ".join([first, *(f"{one.capitalize()}." for one in remarks(manifest))])
 
 
 def _files(shard: ShardEntry) -> list[dict[str, Any]]:
@@ -144,8 +144,12 @@ def _file(path: str, encoding: str, sha256: str, num_bytes: int | None) -> dict[
     }
 
 
-def _image_format(manifest: Manifest, source: str) -> ImageFormat:
-    """The format of the images in the tars of a source; rules without one mean JPEG."""
+def image_format(manifest: Manifest, source: str) -> ImageFormat:
+    """The format of the images in the tars of a source; rules without one mean JPEG.
+
+    Raises:
+        PmdError: this version does not have the format.
+    """
     name = manifest.sources[source].rules.get("images", {}).get("format", "jpeg")
     if name not in FORMATS:
         raise PmdError(
@@ -160,13 +164,13 @@ def _sources(manifest: Manifest) -> set[str]:
 
 
 def _groups(manifest: Manifest, source: str) -> list[dict[str, Any]]:
-    """The file sets of a source: pictures and their descriptions in the tars, and the ledgers."""
+    """The file sets of a source: images and their JSON in the tars, and the ledgers."""
     shards = [shard for shard in manifest.shards if shard.source == source]
-    here = _ledgers_of(shards)
-    groups = [_group(f"{source}/ledgers", _PARQUET, here)] if here else []
+    patterns = _ledger_patterns(shards)
+    groups = [_group(f"{source}/ledgers", _PARQUET, patterns)] if patterns else []
     if manifest.kind != "text":
         tars = [{"@id": shard.path} for shard in shards]
-        stored = _image_format(manifest, source)
+        stored = image_format(manifest, source)
         for name, encoding, pattern in (
             ("pictures", stored.mime, f"*.{stored.extension}"),
             ("descriptions", "application/json", "*.json"),
@@ -176,10 +180,10 @@ def _groups(manifest: Manifest, source: str) -> list[dict[str, Any]]:
     return groups
 
 
-def _ledgers_of(shards: list[ShardEntry]) -> list[str]:
-    """Patterns that the ledgers fit, and no other file beside them; none where they are URLs.
+def _ledger_patterns(shards: list[ShardEntry]) -> list[str]:
+    """Patterns that match the ledgers and no other file; none where ledgers are URLs.
 
-    A file set is a pattern below the description's own folder.
+    A pattern of a file set is relative to the folder of the description.
     """
     folders = sorted({shard.ledger_path.rpartition("/")[0] for shard in shards})
     if any("://" in folder for folder in folders):
@@ -199,7 +203,9 @@ def _group(name: str, encoding: str, patterns: list[str]) -> dict[str, Any]:
 
 def _records(manifest: Manifest, source: str) -> list[dict[str, Any]]:
     ledgers = f"{source}/ledgers"
-    has_ledgers = _ledgers_of([shard for shard in manifest.shards if shard.source == source]) != []
+    has_ledgers = (
+        _ledger_patterns([shard for shard in manifest.shards if shard.source == source]) != []
+    )
     if manifest.kind == "text" and not has_ledgers:
         return []
     if manifest.kind == "text":
@@ -210,7 +216,7 @@ def _records(manifest: Manifest, source: str) -> list[dict[str, Any]]:
         for column, (kind, meaning) in _LEDGER.items()
     ]
     records = {
-        **_record_set(f"{source}/records", "a row per image, in the shards or not", rows),
+        **_record_set(f"{source}/records", "one row per image, in the shards or not", rows),
         "key": {"@id": f"{source}/records/key"},
     }
     return [
@@ -218,22 +224,22 @@ def _records(manifest: Manifest, source: str) -> list[dict[str, Any]]:
         _members(
             source,
             "pictures",
-            _image_format(manifest, source).extension,
+            image_format(manifest, source).extension,
             "sc:ImageObject",
-            "the pictures in the shards",
+            "the images in the shards",
         ),
         _members(
             source,
             "descriptions",
             "json",
             "sc:Text",
-            "JSON beside each picture, with all its captions and the boxes that they belong to",
+            "JSON of each image, with all its captions and their boxes",
         ),
     ]
 
 
 def _members(source: str, group: str, extension: str, kind: str, meaning: str) -> dict[str, Any]:
-    """The members of the tars that have this extension, as records of a key and a content."""
+    """The members of the tars with this extension, as records of a key and a content."""
     name = f"{source}/{group}-by-key"
     files = {"fileSet": {"@id": f"{source}/{group}"}}
     key = {

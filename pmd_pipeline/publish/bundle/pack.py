@@ -1,4 +1,4 @@
-"""A bundle's members become a folder or a tar, with their digests in a file of their own."""
+"""The members of a bundle, written to a folder or a tar with a file of their digests."""
 
 import hashlib
 import io
@@ -16,13 +16,13 @@ _CHUNK = 1 << 20
 
 
 def pack(members: Mapping[str, Content], out: str) -> int:
-    """Write the members to the folder or `.tar` at `out`, in order of name; how many there are.
+    """Write the members to the folder or `.tar` at `out`, in order of name; the number of files.
 
     A tar has the same bytes for the same members: USTAR, no times, no owners. In a folder,
-    `SHA256SUMS` is written last; other files there are an error, lest they pass for members.
+    `SHA256SUMS` is written last; other files there are an error, since nothing covers them.
 
     Raises:
-        PmdError: `out` is a folder with other things in it, or nothing can be written there.
+        PmdError: `out` is a folder with other files in it, or cannot be written.
     """
     ordered: dict[str, Content] = dict(sorted(members.items()))
     ordered[SUMS] = "".join(f"{_sha256(c)}  {name}\n" for name, c in ordered.items()).encode()
@@ -50,9 +50,9 @@ def _pack_tar(members: Mapping[str, Content], out: str) -> None:
 
 
 def _pack_folder(members: Mapping[str, Content], out: Path) -> None:
-    there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    if out.is_file() or there - members.keys():
-        raise PmdError(f"--out {out} holds other things: give a new folder, or a name with .tar")
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    if out.is_file() or present - members.keys():
+        raise PmdError(f"--out {out} holds other files: give a new folder, or a name with .tar")
     for name, content in members.items():
         with whole_file(join(str(out), name)) as file:
             if isinstance(content, bytes):

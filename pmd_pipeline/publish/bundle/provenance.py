@@ -1,4 +1,4 @@
-"""Where a dataset comes from, in the shape of an in-toto statement with SLSA provenance."""
+"""The provenance of a dataset, as an in-toto statement with an SLSA predicate."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from pmd_pipeline.contract.models import Manifest
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:pmd-flava:build:v1"
-"""Rules and upstream files go in, shards come out; the same input gives the same bytes."""
+"""A build of shards from rules and upstream files; the same input gives the same bytes."""
 
 
 def provenance(manifest: Manifest, wheel: tuple[str, str]) -> dict[str, Any]:
-    """What was built (subjects), from which files, by which rules, by what.
+    """The subjects that were built, from which files, by which rules, with which code.
 
-    There is no time in it, so that it is the same for the same dataset. Nobody has signed it.
+    It has no times, so that it is the same for the same dataset. It is not signed.
 
     Args:
         wheel: file name and sha256 of the project's wheel.

@@ -1,19 +1,16 @@
-"""Recipes again, from the rules that a manifest holds."""
+"""Recipe files, written from the rules in a manifest."""
 
-import json
-import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import tomli_w
 from pydantic import ValidationError
 
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.models import SourceEntry
 from pmd_pipeline.recipe import Recipe
-
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def recipe_toml(source: str, entry: SourceEntry) -> str:
@@ -22,13 +19,13 @@ def recipe_toml(source: str, entry: SourceEntry) -> str:
     Raises:
         PmdError: they are not rules of this version of the project.
     """
-    text = f"# {source} as it was built: every rule that shapes the data, defaults included.\n"
-    text += "\n".join(_table((), entry.rules)) + "\n"
+    text = f"# {source} as it was built: every rule that affects the data, defaults included.\n"
+    text += tomli_w.dumps(_without_none(entry.rules))
     try:
-        again = Recipe.model_validate(tomllib.loads(text)).rules()
+        resolved = Recipe.model_validate(tomllib.loads(text)).rules()
     except ValidationError as error:
-        again = {"refused": str(error)}
-    if digest(again) != entry.rules_sha256:
+        resolved = {"refused": str(error)}
+    if digest(resolved) != entry.rules_sha256:
         raise PmdError(
             f"the rules of {source} are not those of this version: bundle with the version that "
             "built it"
@@ -36,30 +33,10 @@ def recipe_toml(source: str, entry: SourceEntry) -> str:
     return text
 
 
-def _table(path: tuple[str, ...], values: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of a table: its own values, then the tables in it. None has no place in TOML."""
-    for name, value in values.items():
-        if value is not None and not isinstance(value, Mapping):
-            yield f"{_key(name)} = {_value(value)}"
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield ""
-            yield f"[{'.'.join(map(_key, (*path, name)))}]"
-            yield from _table((*path, name), value)
-
-
-def _key(name: str) -> str:
-    return name if _BARE.fullmatch(name) else _text(name)
-
-
-def _value(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_value, value))}]"
-    if isinstance(value, Mapping):
-        pairs = (f"{_key(name)} = {_value(inner)}" for name, inner in value.items())
-        return f"{{{', '.join(pairs)}}}"
-    return _text(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _text(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table without values that are None, which TOML cannot represent."""
+    return {
+        name: _without_none(value) if isinstance(value, Mapping) else value
+        for name, value in table.items()
+        if value is not None
+    }

@@ -1,4 +1,4 @@
-"""The versions installed here as a requirements file, with hashes where they are known."""
+"""A requirements file of the installed versions, with hashes if a report of pip has them."""
 
 import platform
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ REPORT_COMMAND = (
 
 @dataclass(frozen=True)
 class Pin:
-    """One distribution at its version; `hashes` are sha256 of files that pip may take for it."""
+    """One distribution at a version; `hashes` are the sha256 of files that pip may install."""
 
     name: str
     version: str
@@ -57,47 +57,50 @@ class _PipReport(BaseModel):
 
 
 def pins(requires: Sequence[str]) -> list[Pin]:
-    """What `requires` asks for, and what that needs in turn, as installed here, by name.
+    """The installed versions of `requires` and of their requirements, by name.
 
-    An extra counts if all it names itself is installed. The local part of a version (`+cpu`) is
-    left out: it says which build of it this machine took.
+    An extra is included if all its own requirements are installed. The local part of a version
+    (`+cpu`) is left out: it names the build for this machine.
 
     Raises:
-        PmdError: something of it is not installed.
+        PmdError: a requirement is not installed.
     """
-    found: dict[str, Pin] = {}
-    waiting = [(one, NAME) for one in _needed(requires, _extras(requires))]
+    pinned: dict[str, Pin] = {}
+    queue = [(one, NAME) for one in _applicable(requires, _installed_extras(requires))]
     seen = set[tuple[str, frozenset[str]]]()
-    while waiting:
-        requirement, asked_by = waiting.pop()
+    while queue:
+        requirement, required_by = queue.pop()
         name = canonicalize_name(requirement.name)
         if (name, frozenset(requirement.extras)) in seen:
             continue
         seen.add((name, frozenset(requirement.extras)))
         try:
-            there = distribution(name)
+            installed = distribution(name)
         except PackageNotFoundError as error:
             raise PmdError(
-                f"{asked_by} needs {name}, which is not installed: install it"
+                f"{required_by} needs {name}, which is not installed: install it"
             ) from error
         if name != NAME:
-            found[name] = Pin(name, there.version.partition("+")[0])
-        waiting += [(one, name) for one in _needed(there.requires or (), set(requirement.extras))]
-    return [found[name] for name in sorted(found)]
+            pinned[name] = Pin(name, installed.version.partition("+")[0])
+        extras = set(requirement.extras)
+        queue += [(one, name) for one in _applicable(installed.requires or (), extras)]
+    return [pinned[name] for name in sorted(pinned)]
 
 
 def with_hashes(pinned: list[Pin], report: str) -> list[Pin]:
-    """The pins with the hashes that the pip report at `report` has of them.
+    """The pins with their hashes in the report of pip at `report`.
 
     Raises:
-        PmdError: it is no such report, or lacks one of them.
+        PmdError: it is not a report of pip, or lacks one of them.
     """
     try:
-        known = _PipReport.model_validate_json(read_bytes(report)).install
+        installs = _PipReport.model_validate_json(read_bytes(report)).install
     except ValidationError as error:
-        raise PmdError(f"{report} is no report of pip: write it with `{REPORT_COMMAND}`") from error
+        raise PmdError(
+            f"{report} is not a report of pip: write it with `{REPORT_COMMAND}`"
+        ) from error
     hashes: dict[tuple[str, str], list[str]] = {}
-    for one in known:
+    for one in installs:
         key = canonicalize_name(one.metadata.name), one.metadata.version.partition("+")[0]
         archive = one.download_info.archive_info
         if archive and "sha256" in archive.hashes:
@@ -112,23 +115,27 @@ def with_hashes(pinned: list[Pin], report: str) -> list[Pin]:
 
 
 def requirements_text(pinned: list[Pin]) -> str:
-    """The requirements file, which says where it holds: other machines need other packages."""
-    here = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    start = f"# Written by `pmd bundle` from what was installed where it ran: {here}.\n"
+    """The requirements file; its first line names this platform, since others need other files."""
+    host = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    start = f"# Written by `pmd bundle` from what was installed where it ran: {host}.\n"
     return start + "".join(f"{pin}\n" for pin in pinned)
 
 
-def _extras(requires: Sequence[str]) -> set[str]:
-    """Those of `EXTRAS` of which all is installed."""
-    always = {str(one) for one in _needed(requires, set())}
+def _installed_extras(requires: Sequence[str]) -> set[str]:
+    """Those of `EXTRAS` whose requirements are all installed."""
+    always = {str(one) for one in _applicable(requires, set())}
     return {
         extra
         for extra in EXTRAS
-        if all(_is_there(one.name) for one in _needed(requires, {extra}) if str(one) not in always)
+        if all(
+            _is_installed(one.name)
+            for one in _applicable(requires, {extra})
+            if str(one) not in always
+        )
     }
 
 
-def _is_there(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         distribution(name)
     except PackageNotFoundError:
@@ -136,8 +143,8 @@ def _is_there(name: str) -> bool:
     return True
 
 
-def _needed(requires: Sequence[str], extras: set[str]) -> list[Requirement]:
-    """What is asked for on this machine, with these extras."""
+def _applicable(requires: Sequence[str], extras: set[str]) -> list[Requirement]:
+    """The requirements that apply to this machine and these extras."""
     return [
         one
         for one in map(Requirement, requires)

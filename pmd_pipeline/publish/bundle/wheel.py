@@ -1,4 +1,7 @@
-"""A wheel of the code that runs here, whether it was installed from one or is a checkout."""
+"""A wheel of the code that runs here, from an installation or a checkout.
+
+Build libraries need a source tree, which an installation does not have; see docs/decisions.md.
+"""
 
 import base64
 import hashlib
@@ -12,18 +15,18 @@ from pmd_pipeline.recipe import recipe_folder
 
 PACKAGES = ("pmd_pipeline", "flava_train")
 
-_FIRST_DAY = (1980, 1, 1, 0, 0, 0)
-"""The earliest time that a zip can hold; a wheel has no use for one."""
+_TIME = (1980, 1, 1, 0, 0, 0)
+"""The earliest time that a zip can store: the same for all members, so that bytes are too."""
 
 _WHEEL = "Wheel-Version: 1.0\nGenerator: pmd bundle\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
 
 def wheel(project: Project) -> tuple[str, bytes]:
-    """The file name and the content of a wheel of `project`; same files, same bytes."""
+    """The file name and the content of a wheel of `project`; the same bytes for the same files."""
     base = f"{NAME.replace('-', '_')}-{project.version}"
-    papers = {f"{base}.dist-info/{name}": text for name, text in project.papers.items()}
-    papers[f"{base}.dist-info/WHEEL"] = _WHEEL
-    encoded = {name: text.encode() for name, text in papers.items()}
+    metadata = {f"{base}.dist-info/{name}": text for name, text in project.metadata.items()}
+    metadata[f"{base}.dist-info/WHEEL"] = _WHEEL
+    encoded = {name: text.encode() for name, text in metadata.items()}
     members = dict(sorted({**_packages(), **encoded}.items()))
     record = f"{base}.dist-info/RECORD"
     lines = [f"{name},sha256={_urlsafe(body)},{len(body)}\n" for name, body in members.items()]
@@ -31,7 +34,7 @@ def wheel(project: Project) -> tuple[str, bytes]:
     out = BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
-            member = zipfile.ZipInfo(name, _FIRST_DAY)
+            member = zipfile.ZipInfo(name, _TIME)
             member.external_attr = 0o100644 << 16
             member.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(member, content)
@@ -39,7 +42,7 @@ def wheel(project: Project) -> tuple[str, bytes]:
 
 
 def _packages() -> dict[str, bytes]:
-    """Every file of the packages, by its place in the wheel."""
+    """Every file of the packages, by its path in the wheel."""
     members: dict[str, bytes] = {}
     for package in PACKAGES:
         spec = find_spec(package)
