@@ -53,7 +53,7 @@ from flava_train.data.order import SampleOrder
 from flava_train.data.training_data import TrainingData
 from flava_train.data.wordpiece import load_wordpiece
 from flava_train.model.flava import FlavaConfig
-from flava_train.objective.losses import Objective
+from flava_train.objective.objective import Objective
 from pmd_pipeline.build.shard_writer import ByteRange, DigestingFile, ShardWriter
 from pmd_pipeline.contract.digests import canonical_json
 from pmd_pipeline.contract.manifest import save_manifest, sealed

@@ -53,7 +53,7 @@ from flava_train.data.masking import (
     max_masked_tokens,
 )
 from flava_train.model.flava import Flava, FlavaConfig, TowerConfig
-from flava_train.objective.losses import Objective
+from flava_train.objective.objective import Objective
 from flava_train.objective.step import train_step
 from flava_train.run.flops import peak_of
 

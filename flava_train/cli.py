@@ -70,7 +70,7 @@ def train(
 ) -> None:
     """Train FLAVA. After a stop or a kill, the same command resumes the run.
 
-    Example: flava-train --shards manifests/pmd.json --config flava_mm --set micro=128
+    Example: flava-train --shards manifests/pmd.json --config flava_mm --set micro_batch_size=128
     """
     if context.invoked_subcommand:
         return

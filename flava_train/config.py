@@ -1,22 +1,26 @@
-"""What a run is told: TOML, laid over a base, changed by `--set`, checked before all else."""
+"""The configuration of a run: TOML over a base configuration, changed by `--set`, validated."""
 
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
+import tomli_w
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from flava_train.data.config import DataConfig
 from flava_train.model.flava import FlavaConfig
-from flava_train.objective.losses import Objective
+from flava_train.objective.losses import EmbeddingLoss, Loss
+from flava_train.objective.metrics import STEP_METRICS, StepMetric
+from flava_train.objective.objective import LoadedLoss, Objective, UserLoss
 from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.contract.plugins import failure, is_reference, load_reference
 from pmd_pipeline.contract.suggestions import suggestion
 
 PREFIX = "flava_"
-"""Begins the names of training configurations, which share a folder with the data recipes."""
+"""Prefix of the names of training configurations, which share a folder with the data recipes."""
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -25,14 +29,14 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True)
 class ModelConfig(FlavaConfig):
-    """The model, and where its weights come from.
+    """The model, and its initial weights.
 
     Args:
-        text_vocab: 0 takes the size of the tokenizer's vocabulary.
-        image_vocab: 0 takes that of the image codes.
+        text_vocab: 0 means the size of the tokenizer's vocabulary.
+        image_vocab: 0 means the vocabulary size of the image codes.
         init_image: file of DINO's ViT, `.pth` or `.safetensors`, for the image encoder, if the
-            objective has `unimodal_init`; empty for none.
-        init_text: run whose text encoder is taken, of the same tokenizer, likewise.
+            objective has `unimodal_init`; an empty name for random weights.
+        init_text: run with the same tokenizer, for the text encoder, likewise.
         weights: run, or folder or hub id of a `FlavaForPreTraining`, for the whole model.
         revision: commit of `weights` on the hub.
     """
@@ -47,18 +51,18 @@ class ModelConfig(FlavaConfig):
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate; the defaults are the paper's, as far as it says.
+    """AdamW and its learning rate; the defaults are the paper's, where it states them.
 
     Args:
         lr: highest learning rate.
-        warmup: steps in which it rises to that, linearly.
-        schedule: how it falls afterwards.
+        warmup: steps of linear warm-up.
+        schedule: decrease of the learning rate after the warm-up.
         end: learning rate that the schedule would reach at the step after the last.
-        betas: decay of both moments.
+        betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: of the weights of linear layers.
-        decay_all: of every parameter, as in the authors' port.
-        clip: greatest norm of the gradient; none if absent.
+        decay_all: weight decay of every parameter, as in the authors' port.
+        grad_clip_norm: gradients of a greater norm are scaled down to it; absent for no clipping.
     """
 
     lr: NotNegative = 1e-3
@@ -69,20 +73,21 @@ class OptimizerConfig:
     eps: NotNegative = 1e-8
     weight_decay: NotNegative = 0.1
     decay_all: bool = False
-    clip: Annotated[float, Field(gt=0)] | None = None
+    grad_clip_norm: Annotated[float, Field(gt=0)] | None = None
 
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How steps are computed; it changes no more than the last digits of what is learnt.
+    """How steps are computed. No value here changes more than the last digits of the weights.
 
     Args:
-        device: `auto` takes a GPU where there is one.
-        precision: of matrix products. Weights, their moments and all normalisations are float32.
+        device: `auto` means a GPU where there is one.
+        precision: of matrix products. Weights, moments and all normalisations are float32.
         compile: compile blocks and heads.
-        recompute: keep no activations inside blocks, and compute them again.
-        shard: share blocks and heads, with their moments, out over the ranks (FSDP2).
-        threads: of one process on a CPU; torch's choice if absent.
+        recompute: compute activations inside blocks again in the backward pass (activation
+            checkpointing).
+        shard: shard blocks and masked heads, with their moments, over the ranks (FSDP2).
+        threads: of one process on a CPU; torch's default if absent.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -95,26 +100,26 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save.
+    """When checkpoints are written.
 
     Args:
-        every: steps between checkpoints; there is always one after the last step.
-        keep: newest checkpoints that are kept, besides the best.
+        every: steps between checkpoints; the last step is always followed by one.
+        keep_checkpoints: number of newest checkpoints to keep, besides the best.
     """
 
     every: Count = 1000
-    keep: Count = 2
+    keep_checkpoints: Count = 2
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured on what is never trained on.
+    """Evaluation during training, on held-out data.
 
     Args:
         every: steps between evaluations; 0 evaluates after the last step only.
         retrieval: manifest of held-out pairs.
         classes: folder with a folder of images for each class.
-        metric: which figure makes a checkpoint the best; more is better.
+        metric: the best checkpoint is the one with the highest value of this metric.
         batch: images or texts at once.
     """
 
@@ -136,14 +141,17 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Who is told how it goes, besides the terminal and `metrics.jsonl`.
+    """Metrics of training steps, and where they go besides the terminal and `metrics.jsonl`.
 
     Args:
+        step_metrics: further metrics of each step, reduced over all ranks: names of
+            `objective.metrics.STEP_METRICS`, or `module:function` of the user's own.
         tensorboard: write for TensorBoard where it is installed.
         wandb: project of Weights & Biases.
-        peak: dense TFLOP/s of the card, where it is none that we know.
+        peak: dense TFLOP/s of the card, if it is not in the table `run.flops.PEAKS`.
     """
 
+    step_metrics: tuple[str, ...] = ()
     tensorboard: bool = True
     wandb: str | None = None
     peak: Annotated[float, Field(gt=0)] | None = None
@@ -156,24 +164,24 @@ class TrainConfig:
     Args:
         steps: updates of the weights.
         batch: pairs, images or texts in one step, over all ranks.
-        micro: of these, as many as one device computes at once; changes memory, not gradients.
+        micro_batch_size: rows that one device computes at once; changes memory, not gradients.
         seed: of weights, order, crops and masks.
         out: folder of the run; `runs/` and the configuration's name if empty.
-        skip: steps that are passed over, since their batch is no good.
+        skip_steps: numbers of steps that are not computed, because their batch is unusable.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        strict=True,  # nothing is guessed from "256" or 95.0
+        strict=True,  # "256" and 95.0 are no whole numbers
         extra="forbid",
         allow_inf_nan=False,
     )
 
     steps: Count
     batch: Count
-    micro: Count
+    micro_batch_size: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     out: str = ""
-    skip: tuple[int, ...] = ()
+    skip_steps: tuple[int, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = ModelConfig()
     objective: Objective = field(default_factory=Objective)
@@ -187,62 +195,104 @@ class TrainConfig:
         warmup = self.optimizer.warmup
         if self.optimizer.schedule != "constant" and warmup >= self.steps:
             raise ValueError(
-                f"optimizer.warmup = {warmup} leaves nothing of the {self.steps} steps to come down"
+                f"optimizer.warmup = {warmup} must be less than the {self.steps} steps of the run"
+            )
+        if self.objective.contrastive_loss == "siglip" and self.model.logit_bias is None:
+            raise ValueError(
+                "objective.contrastive_loss = siglip needs a bias: set model.logit_bias = -10.0"
             )
 
 
 def load_config(
     name_or_file: str, changes: Mapping[str, Any] | None = None, *, settings: Sequence[str] = ()
 ) -> TrainConfig:
-    """The configuration of a name (`flava_pmd`) or TOML file, checked.
+    """The validated configuration of a name (`flava_pmd`) or of a TOML file.
 
-    A file with `base = ...` is laid over the configuration that this names.
+    A file with `base = ...` changes the configuration that this names.
 
     Args:
         name_or_file: a file ends in `.toml`.
-        changes: values by dotted key, laid over it.
-        settings: the same as `key=value`, the value as in TOML or a bare word; laid over that.
+        changes: values by dotted key, over those of the file.
+        settings: the same as `key=value`, over `changes`; the value as in TOML, or a bare word.
 
     Raises:
-        PmdError: no such configuration, no TOML, an unknown key or a value that cannot be.
+        PmdError: there is no such configuration, the file is no TOML, or a key or value is
+            invalid.
     """
     path = _find(name_or_file, Path())
     content = _with_bases(path, ())
-    spoken = dict(changes or {}) | dict(_parsed(setting) for setting in settings)
-    for key, value in spoken.items():
+    overrides = dict(changes or {}) | dict(_parsed(setting) for setting in settings)
+    for key, value in overrides.items():
         _put(content, key, value)
     if not content.get("out"):
         content["out"] = f"runs/{path.stem}"
-    return checked(content, where=str(path), spoken=spoken)
+    return validate_config(content, source=str(path), overrides=overrides)
 
 
-def checked(
-    content: Mapping[str, Any], *, where: str, spoken: Mapping[str, Any] | None = None
+def validate_config(
+    content: Mapping[str, Any], *, source: str, overrides: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """The configuration that a TOML document holds.
+    """The configuration of a TOML document.
 
     Args:
         content: as `tomllib` reads it.
-        where: it stands, for sentences about mistakes.
-        spoken: dotted keys in it that come from the command line.
+        source: of the document, for messages.
+        overrides: dotted keys in it that come from the command line.
 
     Raises:
-        PmdError: an unknown key, or a value that cannot be.
+        PmdError: a key or value is invalid.
     """
     try:
         # as JSON, because from Python's objects a strict model takes no dict for a section
         return _ADAPTER.validate_json(json.dumps(content, default=str))
     except ValidationError as error:
-        raise PmdError(_sentence(where, error, spoken or {})) from error
+        raise PmdError(_sentence(source, error, overrides or {})) from error
+
+
+def load_objective(objective: Objective) -> Objective:
+    """The objective, with the user's own losses loaded.
+
+    Raises:
+        PmdError: a loss has the name of another, cannot be loaded, or is no loss.
+    """
+    losses = {name: _load_loss(name, loss) for name, loss in objective.losses.items()}
+    return replace(objective, losses=losses)
+
+
+def load_step_metrics(names: Sequence[str]) -> dict[str, StepMetric]:
+    """The metrics of a configuration by name; that of `module:function` is `function`.
+
+    Raises:
+        PmdError: there is no such metric, it cannot be loaded, or two have one name.
+    """
+    metrics: dict[str, StepMetric] = {}
+    for name in names:
+        if not is_reference(name) and name not in STEP_METRICS:
+            near = suggestion(name, STEP_METRICS)
+            raise PmdError(f"metrics.step_metrics: there is no metric {name!r}; {near}")
+        short = name.rpartition(":")[2]
+        if short in metrics:
+            raise PmdError(f"metrics.step_metrics: two metrics have the name {short}")
+        metric = load_reference(name) if is_reference(name) else STEP_METRICS[name]
+        if not callable(metric):
+            raise PmdError(f"metrics.step_metrics: {name} is no function")
+        metrics[short] = metric
+    return metrics
+
+
+def user_references(config: TrainConfig) -> list[str]:
+    """All `module:function` of the user's own code that a configuration names."""
+    losses = [loss.function for loss in config.objective.losses.values()]
+    return [*losses, *filter(is_reference, config.metrics.step_metrics)]
 
 
 def as_toml(config: TrainConfig) -> str:
-    """Every value of a configuration, those left at their defaults too, as TOML."""
-    return "".join(_lines(as_tables(config), ()))
+    """Every value of a configuration, defaults included, as TOML."""
+    return tomli_w.dumps(as_tables(config))
 
 
 def as_tables(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as TOML and JSON know it: what is None is left out."""
+    """The configuration as in TOML and JSON; values that are None are left out."""
     tables: dict[str, Any] = _without_none(asdict(config))
     return tables
 
@@ -252,14 +302,31 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in _folder().glob(f"{PREFIX}*.toml"))
 
 
+def _load_loss(name: str, loss: UserLoss) -> UserLoss:
+    if isinstance(loss, LoadedLoss):
+        return loss
+    key = f"objective.losses.{name}"
+    if not name.isidentifier() or hasattr(Objective, name):
+        raise PmdError(f"{key}: {name!r} cannot be the name of a loss; choose another word")
+    function = load_reference(loss.function)
+    try:
+        entry = function(**loss.arguments)
+    except Exception as error:  # the user's code may raise anything
+        raise failure(loss.function, error, f"for {key}") from error
+    if not isinstance(entry, Loss | EmbeddingLoss):
+        kind = type(entry).__name__
+        raise PmdError(f"{key}: {loss.function} returns {kind}; it must return a Loss")
+    return LoadedLoss(loss.function, loss.weight, loss.arguments, entry=entry)
+
+
 _ADAPTER = TypeAdapter(TrainConfig)
 
 
 def _folder() -> Path:
-    """Where recipes are: in an installed package beside this one, or in a checkout."""
+    """The folder of the recipes, in an installed package or in a checkout."""
     root = Path(__file__).parents[1]
-    packed = root / "pmd_pipeline" / "_recipes"
-    return packed if packed.is_dir() else root / "recipes"
+    installed = root / "pmd_pipeline" / "_recipes"
+    return installed if installed.is_dir() else root / "recipes"
 
 
 def _find(name_or_file: str, folder: Path) -> Path:
@@ -275,7 +342,7 @@ def _find(name_or_file: str, folder: Path) -> Path:
 
 
 def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The content of a file over that of its base, and of that one's."""
+    """The content of a file over that of its bases."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -310,7 +377,7 @@ def _parsed(setting: str) -> tuple[str, Any]:
         raise PmdError(f"--set {setting}: write it as key=value, as in optimizer.lr=3e-4")
     try:
         [value] = tomllib.loads(f"value = {text}").values()
-    except (tomllib.TOMLDecodeError, ValueError):  # a path, say; the key's type will judge it
+    except (tomllib.TOMLDecodeError, ValueError):  # a bare word, such as a path
         value = text.strip()
     return key.strip(), value
 
@@ -324,30 +391,35 @@ def _put(content: dict[str, Any], key: str, value: object) -> None:
     content[last] = value
 
 
-def _sentence(where: str, error: ValidationError, spoken: Mapping[str, Any]) -> str:
-    first = error.errors()[0]
-    steps = [str(step) for step in first["loc"]]
-    key = ".".join(steps)
-    if any(key == said or key.startswith(f"{said}.") for said in spoken):
-        where = "--set"
+def _sentence(source: str, error: ValidationError, overrides: Mapping[str, Any]) -> str:
+    """One mistake as a sentence; an unknown key first, since it may be why another is missing."""
+    mistakes = error.errors()
+    unknown = [one for one in mistakes if one["type"] == "unexpected_keyword_argument"]
+    first = (unknown or mistakes)[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if any(key == override or key.startswith(f"{override}.") for override in overrides):
+        source = "--set"
     if first["type"] == "unexpected_keyword_argument":
-        if any(said.startswith(f"{key}.") for said in spoken):
-            where = "--set"
-        return f"{where}: unknown key {key!r}; {suggestion(steps[-1], _keys_beside(steps))}"
+        if any(override.startswith(f"{key}.") for override in overrides):
+            source = "--set"
+        return f"{source}: unknown key {key!r}; {suggestion(path[-1], _keys_beside(path))}"
     if first["type"] == "missing":
-        return f"{where}: {key} is missing"
+        return f"{source}: {key} is missing"
     rule = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if first["type"] == "value_error":
-        return f"{where}: {f'{key}: ' if key else ''}{rule}"
-    if first["type"] == "dataclass_type":
-        return f"{where}: {key} is a section, not a value"
-    return f"{where}: {key} = {json.dumps(first['input'], default=str)}: {rule}"
+        return f"{source}: {f'{key}: ' if key else ''}{rule}"
+    if first["type"] in {"dataclass_type", "dict_type", "mapping_type"}:
+        return f"{source}: {key} is a section, not a value"
+    return f"{source}: {key} = {json.dumps(first['input'], default=str)}: {rule}"
 
 
-def _keys_beside(steps: Sequence[str]) -> list[str]:
+def _keys_beside(path: Sequence[str]) -> list[str]:
+    """The keys of the section that the last part of a path is in."""
     section: Any = TrainConfig
-    for step in steps[:-1]:
-        section = get_type_hints(section)[step]
+    for part in path[:-1]:
+        # a section of sections, such as `objective.losses`, has any keys
+        section = get_type_hints(section)[part] if is_dataclass(section) else get_args(section)[1]
     return [one.name for one in fields(section)]
 
 
@@ -356,23 +428,4 @@ def _without_none(value: Any) -> Any:  # noqa: ANN401  # any value of TOML
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list | tuple):
         return [_without_none(inner) for inner in value]
-    assert not is_dataclass(value)
     return value
-
-
-def _lines(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
-    lines = [f"\n[{'.'.join(path)}]\n"] if path else []
-    lines += [f"{key} = {_text(v)}\n" for key, v in table.items() if not isinstance(v, dict)]
-    for key, value in table.items():
-        if isinstance(value, dict):
-            lines += _lines(value, (*path, key))
-    return lines
-
-
-def _text(value: Any) -> str:  # noqa: ANN401  # any value of TOML
-    if isinstance(value, str):
-        # JSON's escapes are TOML's, but TOML wants this character escaped as well
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list):
-        return f"[{', '.join(map(_text, value))}]"
-    return json.dumps(value)

@@ -18,7 +18,7 @@ from flava_train.evaluation.result import EvaluationResult
 from flava_train.evaluation.retrieval import retrieval_recall
 from flava_train.evaluation.zero_shot import class_names, zero_shot_accuracy
 from flava_train.model.flava import Flava
-from flava_train.run.ranks import forget_gathered
+from flava_train.run.ranks import free_gathered
 from pmd_pipeline.contract.errors import PmdError
 
 
@@ -51,7 +51,7 @@ def evaluate(
             result |= retrieval_recall(*embedder.images_and_captions(batches))
         if config.classes:
             result |= zero_shot_accuracy(embedder, Path(config.classes))
-    forget_gathered(model)
+    free_gathered(model)
     return result
 
 

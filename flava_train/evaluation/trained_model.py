@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from flava_train.config import TrainConfig, checked
+from flava_train.config import TrainConfig, validate_config
 from flava_train.data.wordpiece import WordPiece, load_wordpiece
 from flava_train.evaluation.evaluate import check_evaluation, evaluate
 from flava_train.evaluation.result import EvaluationResult
 from flava_train.model.flava import Flava
-from flava_train.run.checkpoint import find, load_progress, load_weights
+from flava_train.run.checkpoint import find_checkpoint, load_progress, load_weights
 from flava_train.run.run_dir import VOCABULARY
 from pmd_pipeline.contract.errors import PmdError
 
@@ -58,15 +58,16 @@ def load_trained_model(place: Path, *, best: bool = False) -> TrainedModel:
     Raises:
         PmdError: there is no checkpoint, it cannot be read, or its tokenizer is not the run's.
     """
-    checkpoint = find(place, best=best)
+    checkpoint = find_checkpoint(place, best=best)
     progress = load_progress(checkpoint)
-    config = checked(progress.config, where=str(checkpoint))
+    config = validate_config(progress.config, source=str(checkpoint))
     # the run's own copy, since the user's file may have changed
     vocabulary = checkpoint.absolute().parents[1] / VOCABULARY
     wordpiece = load_wordpiece(str(vocabulary))
     if wordpiece.sha256 != progress.digests["tokenizer"]:
         raise PmdError(f"{vocabulary} is not the vocabulary that {checkpoint} was trained with")
-    model = Flava(config.model)
+    # evaluation reads no head, and the code of the user's own losses may be absent
+    model = Flava(config.model, replace(config.objective, losses={}).heads)
     load_weights(checkpoint, model)
     return TrainedModel(
         checkpoint, config, model.to("cuda" if torch.cuda.is_available() else "cpu"), wordpiece

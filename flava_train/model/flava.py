@@ -1,14 +1,15 @@
 """FLAVA: an image, a text and a multimodal encoder, and the heads of its losses.
 
-The paper is arXiv:2112.04482; `docs/model.md` says what it leaves open and how that was settled.
-One block serves all three encoders. Encoders return their states before the final
-normalisation, since that is what the multimodal encoder reads; `encoder.norm` is applied to
-those positions alone that a head looks at.
+The paper is arXiv:2112.04482; `docs/model.md` lists what it leaves open and what this code does.
+All three encoders consist of the same block. An encoder returns its states before the final
+normalisation, because the multimodal encoder reads those; `encoder.norm` is applied only at the
+positions that a head reads.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # its name in all of PyTorch's documentation
@@ -23,7 +24,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 SCALE_RANGE = (0.0, math.log(100))
-"""Of `logit_scale`: a temperature between 1 and 0.01, as in CLIP."""
+"""Range of `logit_scale`: temperatures from 1 to 0.01, as in CLIP."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,19 @@ class FlavaConfig:
         image: ViT-B/16.
         text: the same, for tokens.
         multimodal: half as deep.
-        image_size: pixels along each side in pretraining; other sizes get interpolated positions.
+        image_size: pixels along each side in pretraining; for other sizes, positions are
+            interpolated.
         patch_size: pixels along each side of a patch.
-        image_vocab: codes of the image tokenizer.
-        text_vocab: tokens of the tokenizer.
-        text_positions: longest text.
-        projection_dim: of the contrastive embeddings. The paper says 512, the released weights
-            and both public ports have 768.
-        mm_pad_mask: hide padding from the multimodal encoder. The released weights were trained
-            without; then every text must be padded to one length.
-        norm_eps: of every layer normalisation.
+        image_vocab: size of the image tokenizer's vocabulary.
+        text_vocab: size of the text tokenizer's vocabulary.
+        text_positions: most tokens of a text.
+        projection_dim: width of the contrastive embeddings. The paper states 512, the released
+            weights and both public ports have 768.
+        mm_pad_mask: exclude padding from attention in the multimodal encoder. The released
+            weights were trained without this mask; then all texts must be padded to one length.
+        norm_eps: epsilon of all layer normalisations.
         logit_scale: initial logarithm of the inverse temperature.
-        logit_bias: initial bias of the logits, for SigLIP's loss; none for the others.
+        logit_bias: initial bias of the logits, for the SigLIP loss; absent for the others.
     """
 
     image: TowerConfig = TowerConfig()
@@ -90,7 +92,7 @@ class FlavaConfig:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computes in float32 or wider, as in the paper, and returns the kind that it was given."""
+    """Computes in float32 or wider, as in the paper; the result has the dtype of the input."""
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """Normalise the last axis."""
@@ -117,23 +119,23 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b s d"],
-        mask: Float[Tensor, "b 1 1 s"] | None,
-        at: Int[Tensor, "b m"] | None = None,
+        attention_bias: Float[Tensor, "b 1 1 s"] | None,
+        positions: Int[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b out d"]:
-        """Transform all states, or those `at` some positions; `mask` is added to the logits."""
+        """New states at all positions, or at some; `attention_bias` is added to the logits."""
         normed = self.norm1(x)
-        if at is None:
+        if positions is None:
             query, key, value = self.qkv(normed).chunk(3, dim=-1)
         else:
             width = x.shape[2]
             weight, bias = self.qkv.weight, self.qkv.bias
-            query = F.linear(gather(normed, at), weight[:width], bias[:width])
+            query = F.linear(gather(normed, positions), weight[:width], bias[:width])
             key, value = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=-1)
-            x = gather(x, at)
+            x = gather(x, positions)
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)
         )  # b h s e
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_bias)
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         fed: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x + fed
@@ -142,8 +144,8 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Blocks, and the normalisation that follows the last.
 
-    With `recompute`, activations inside blocks are not kept for the backward pass, but computed
-    again.
+    With `recompute`, the backward pass computes activations inside blocks again instead of
+    storing them (activation checkpointing).
     """
 
     def __init__(self, tower: TowerConfig, eps: float) -> None:
@@ -155,24 +157,26 @@ class Encoder(nn.Module):
     def run(
         self,
         x: Float[Tensor, "b s d"],
-        keep: Bool[Tensor, "b s"] | None,
-        at: Int[Tensor, "b m"] | None,
+        attention_mask: Bool[Tensor, "b s"] | None,
+        positions: Int[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b out d"]:
-        """States after the last block, before `norm`; nobody attends to what `keep` leaves out.
+        """States after the last block, before `norm`.
 
-        Where only some positions are wanted, `at` names them, and the last block computes no
-        others.
+        Args:
+            x: input states.
+            attention_mask: false at positions that no position attends to; none masks nothing.
+            positions: where states are returned; the last block computes only those. Default: all.
         """
         if torch.is_autocast_enabled(x.device.type):  # else float32 parameters would widen all sums
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        mask = None if keep is None else _attention_mask(keep, x.dtype)
+        bias = None if attention_mask is None else _attention_bias(attention_mask, x.dtype)
         last = len(self.blocks) - 1
         for number, block in enumerate(self.blocks):
-            where = at if number == last else None
+            at = positions if number == last else None
             if self.recompute:
-                x = checkpoint(block, x, mask, where, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, bias, at, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, mask, where)
+                x = block(x, bias, at)
         return x
 
 
@@ -197,13 +201,16 @@ class ImageEncoder(Encoder):
     def forward(
         self,
         pixels: Shaped[Tensor, "b 3 height width"],
-        masked: Bool[Tensor, "b n"] | None = None,
-        at: Int[Tensor, "b m"] | None = None,
+        patch_mask: Bool[Tensor, "b n"] | None = None,
+        positions: Int[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b out d"]:
-        """States, all or those `at` some positions, of an image whose `masked` patches are hidden.
+        """States at all positions, or at some.
 
-        Pixels are uint8, or floats that are normalised already; height and width are multiples
-        of the patch size.
+        Args:
+            pixels: uint8, or floats that are already normalised; height and width are multiples
+                of the patch size.
+            patch_mask: true for patches that the mask token replaces.
+            positions: 0 is `[CLS]`, 1 the first patch.
         """
         if not pixels.is_floating_point():
             pixels = (pixels - self.mean) / self.std
@@ -211,12 +218,12 @@ class ImageEncoder(Encoder):
         high, wide = pixels.shape[2] // size, pixels.shape[3] // size
         squares = pixels.unflatten(3, (wide, size)).unflatten(2, (high, size))  # b 3 high p wide p
         x = self.patches(squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))  # b n d
-        if masked is not None:
-            x = torch.where(masked[..., None], self.mask.to(x.dtype), x)
+        if patch_mask is not None:
+            x = torch.where(patch_mask[..., None], self.mask.to(x.dtype), x)
         x = torch.cat([self.cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-        return self.run(x + self._positions(high, wide), None, at)
+        return self.run(x + self._position_embeddings(high, wide), None, positions)
 
-    def _positions(self, high: int, wide: int) -> Float[Tensor, "1 1+{high}*{wide} d"]:
+    def _position_embeddings(self, high: int, wide: int) -> Float[Tensor, "1 1+{high}*{wide} d"]:
         if high == wide == self.grid:
             return self.positions
         square = self.positions[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
@@ -239,12 +246,12 @@ class TextEncoder(Encoder):
         self,
         tokens: Int[Tensor, "b l"],
         lengths: Int[Tensor, " b"],
-        at: Int[Tensor, "b m"] | None = None,
+        positions: Int[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b out d"]:
-        """States, all or those `at` some positions; nobody attends past a row's length."""
+        """States at all positions, or at some; tokens after a row's length are masked."""
         length = tokens.shape[1]
         x = self.words(tokens) + self.positions.weight[:length] + self.types.weight[0]
-        return self.run(self.embedding_norm(x), _within(lengths, length), at)
+        return self.run(self.embedding_norm(x), _length_mask(lengths, length), positions)
 
 
 class MultimodalEncoder(Encoder):
@@ -263,22 +270,26 @@ class MultimodalEncoder(Encoder):
         image: Float[Tensor, "b i d"],
         text: Float[Tensor, "b l e"],
         lengths: Int[Tensor, " b"],
-        at: Int[Tensor, "b m"] | None = None,
+        positions: Int[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b out f"]:
-        """States of the pair, all or those `at` some positions.
+        """States at all positions, or at some.
 
-        They come from all states of both sides, before their final normalisation.
+        Args:
+            image: all states of the image encoder, before its final normalisation.
+            text: all states of the text encoder, likewise.
+            lengths: tokens of each text.
+            positions: 0 is `[CLS_M]`, 1 the image's `[CLS]`; the text follows the image.
         """
         image, text = self.from_image(image), self.from_text(text)
         cls = self.cls.expand(len(image), -1, -1).to(image.dtype)
         x = torch.cat([cls, image, text], dim=1)
         before = 1 + image.shape[1]
-        keep = _within(before + lengths, x.shape[1]) if self.pad_mask else None
-        return self.run(x, keep, at)
+        attention_mask = _length_mask(before + lengths, x.shape[1]) if self.pad_mask else None
+        return self.run(x, attention_mask, positions)
 
 
 class MaskedHead(nn.Module):
-    """What stood at a masked position: logits over codes or tokens."""
+    """Logits over codes or tokens at masked positions."""
 
     def __init__(self, width: int, vocab: int, eps: float) -> None:
         super().__init__()
@@ -293,7 +304,7 @@ class MaskedHead(nn.Module):
 
 
 class MatchHead(nn.Module):
-    """Whether image and text belong together: logits for no and yes."""
+    """Image-text matching: logits for mismatched and matched."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -306,10 +317,38 @@ class MatchHead(nn.Module):
         return logits
 
 
-class Flava(nn.Module):
-    """Three encoders, two projections, five heads; poolers, which no loss reaches, are left out."""
+HeadFactory = Callable[[FlavaConfig], nn.Module]
+"""Makes the head of a loss for a model of this configuration."""
 
-    def __init__(self, config: FlavaConfig) -> None:
+
+def _multimodal_head(vocab: Callable[[FlavaConfig], int]) -> HeadFactory:
+    return lambda config: MaskedHead(config.multimodal.width, vocab(config), config.norm_eps)
+
+
+PUBLISHED_HEADS: dict[str, HeadFactory] = {
+    "mim": lambda config: MaskedHead(config.image.width, config.image_vocab, config.norm_eps),
+    "mlm": lambda config: MaskedHead(config.text.width, config.text_vocab, config.norm_eps),
+    "mmm_image": _multimodal_head(lambda config: config.image_vocab),
+    "mmm_text": _multimodal_head(lambda config: config.text_vocab),
+    "itm": lambda config: MatchHead(config.multimodal.width),
+}
+"""Heads of the published model, by the names of their losses."""
+
+
+class Flava(nn.Module):
+    """Three encoders, two projections, and a head for each loss that needs one.
+
+    The poolers of the published model are left out: no loss trains them.
+
+    Args:
+        config: sizes.
+        heads: by name of the loss; head `x` is the submodule `x_head`. The initial weights of one
+            head do not depend on which others there are.
+    """
+
+    def __init__(
+        self, config: FlavaConfig, heads: Mapping[str, HeadFactory] = PUBLISHED_HEADS
+    ) -> None:
         super().__init__()
         self.config = config
         self.image = ImageEncoder(config)
@@ -317,25 +356,27 @@ class Flava(nn.Module):
         self.multimodal = MultimodalEncoder(config)
         self.image_projection = nn.Linear(config.image.width, config.projection_dim)
         self.text_projection = nn.Linear(config.text.width, config.projection_dim)
-        # one axis: what shards parameters along their first has nothing to hold at a scalar
+        # one axis: FSDP2 shards parameters along the first, which a scalar does not have
         self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale))
         bias = config.logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
-        eps, fused = config.norm_eps, config.multimodal.width
-        self.mim_head = MaskedHead(config.image.width, config.image_vocab, eps)
-        self.mlm_head = MaskedHead(config.text.width, config.text_vocab, eps)
-        self.mmm_image_head = MaskedHead(fused, config.image_vocab, eps)
-        self.mmm_text_head = MaskedHead(fused, config.text_vocab, eps)
-        self.itm_head = MatchHead(fused)
+        # all of them draw random numbers, so that each has the same weights without the others
+        for name, published in PUBLISHED_HEADS.items():
+            self.add_module(f"{name}_head", published(config))
         self.initialize()
+        for name in PUBLISHED_HEADS.keys() - heads.keys():
+            delattr(self, f"{name}_head")
+        for name, factory in heads.items():
+            if name not in PUBLISHED_HEADS:
+                self.add_module(f"{name}_head", _drawn_alone(factory, config, name))
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw all weights anew, from torch's generator.
+        """Draw all weights from torch's generator.
 
         As published, except that `[CLS]`, the mask token and the positions of the image encoder
-        start as in ViT and BEiT: both ports start them at zero, which suits them only because
-        DINO's weights replace them.
+        are initialised as in ViT and BEiT. Both ports initialise them with zeros, which is
+        suitable only because DINO's weights replace them.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -349,30 +390,33 @@ class Flava(nn.Module):
             nn.init.normal_(token, std=0.02)
         nn.init.zeros_(self.multimodal.cls)
 
+    def head(self, name: str) -> nn.Module:
+        """The head of a loss."""
+        return self.get_submodule(f"{name}_head")
+
     def embed_images(
         self, pixels: Shaped[Tensor, "b 3 height width"]
     ) -> Float[Tensor, "b projection"]:
-        """Unit vectors in float32 or wider, to be compared with those of texts."""
-        states = self.image(pixels, at=_first(pixels))[:, 0]
+        """Unit vectors in float32 or wider, comparable with those of texts."""
+        states = self.image(pixels, positions=_first(pixels))[:, 0]
         return _unit(self.image_projection(self.image.norm(states)))
 
     def embed_texts(
         self, tokens: Int[Tensor, "b l"], lengths: Int[Tensor, " b"]
     ) -> Float[Tensor, "b projection"]:
-        """Unit vectors in float32 or wider, to be compared with those of images."""
-        states = self.text(tokens, lengths, at=_first(tokens))[:, 0]
+        """Unit vectors in float32 or wider, comparable with those of images."""
+        states = self.text(tokens, lengths, _first(tokens))[:, 0]
         return _unit(self.text_projection(self.text.norm(states)))
 
     def compile_regions(self, *, backend: str = "inductor", most_shapes: int = 128) -> None:
-        """Compile the blocks and heads, in place, each shape for itself.
+        """Compile the blocks and the published kinds of heads, in place, for each shape.
 
-        The blocks of a tower share their code, so a shape costs one compilation however deep
-        the tower is.
+        All blocks of an encoder share one compilation, whatever their number.
 
         Args:
             backend: of `torch.compile`.
-            most_shapes: compiled forms after which torch gives up: towers and heads, times
-                widths, with and without gradient, for all positions or some.
+            most_shapes: limit of compiled variants: encoders and heads, times widths, with and
+                without gradient, for all positions or some. Above it torch runs eagerly.
         """
         limits = torch._dynamo.config  # noqa: SLF001  # the documented place of this limit
         limits.recompile_limit = max(limits.recompile_limit, most_shapes)
@@ -383,25 +427,31 @@ class Flava(nn.Module):
 
 @torch.no_grad()
 def load_dino(encoder: ImageEncoder, state: Mapping[str, Tensor]) -> None:
-    """Put DINO's ViT-B/16 (`dino_vitbase16_pretrain.pth`) into an image encoder of its shape.
+    """Load DINO's ViT-B/16 (`dino_vitbase16_pretrain.pth`) into an image encoder of its shape.
 
-    DINO's pixels are normalised by ImageNet's mean and deviation, ours by CLIP's; the patch
-    layer takes up the difference, so the encoder computes what DINO does (but for the epsilon
-    of DINO's normalisations, 1e-6). The mask token, which DINO lacks, stays as it is.
+    DINO normalises pixels by ImageNet's mean and deviation, this model by CLIP's. The patch layer
+    is changed by the difference, so that the encoder computes the same function as DINO (except
+    for the epsilon of DINO's normalisations, 1e-6). The mask token, which DINO lacks, is not
+    changed.
 
     Raises:
-        ValueError: a tensor is missing, left over, or of another shape.
+        ValueError: a tensor is missing, unexpected, or of another shape.
     """
     renamed = {_dino_name(name): tensor for name, tensor in state.items()}
     ours = {name: tensor for name, tensor in encoder.state_dict().items() if name != "mask"}
     wrong = sorted(renamed.keys() ^ ours.keys())
     if wrong:
-        raise ValueError(f"these are not the weights of a DINO ViT of this depth: {wrong[:5]}")
+        raise ValueError(
+            f"these are not the weights of a DINO ViT of {len(encoder.blocks)} blocks: "
+            f"{wrong[:5]} are missing or unexpected"
+        )
     kernel = renamed["patches.weight"]
     renamed["patches.weight"] = kernel.flatten(1)
     for name, tensor in renamed.items():
         if tensor.shape != ours[name].shape:
-            raise ValueError(f"{name}: {tuple(tensor.shape)} is not {tuple(ours[name].shape)}")
+            raise ValueError(
+                f"{name} has the shape {tuple(tensor.shape)}, not {tuple(ours[name].shape)}"
+            )
     deviation = _per_channel(IMAGENET_STD)
     shift = (_per_channel(CLIP_MEAN) - _per_channel(IMAGENET_MEAN)) / deviation
     stretch = _per_channel(CLIP_STD) / deviation
@@ -410,9 +460,17 @@ def load_dino(encoder: ImageEncoder, state: Mapping[str, Tensor]) -> None:
     encoder.load_state_dict(renamed, strict=False)
 
 
-def gather(states: Float[Tensor, "b s d"], at: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
+def gather(states: Float[Tensor, "b s d"], positions: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
     """The states at some positions of each row."""
-    return states.gather(1, at[..., None].expand(-1, -1, states.shape[2]))
+    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[2]))
+
+
+def _drawn_alone(factory: HeadFactory, config: FlavaConfig, name: str) -> nn.Module:
+    """A head whose weights depend on torch's seed and its name alone."""
+    digest = sha256(f"{torch.initial_seed()} {name}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return factory(config)
 
 
 def _first(rows: Shaped[Tensor, "b ..."]) -> Int[Tensor, "b 1"]:
@@ -429,14 +487,16 @@ def _per_channel(values: tuple[float, float, float]) -> Float[Tensor, "3 1 1"]:
     return torch.tensor(values, dtype=torch.float64)[:, None, None]
 
 
-def _within(lengths: Int[Tensor, " b"], width: int) -> Bool[Tensor, "b {width}"]:
+def _length_mask(lengths: Int[Tensor, " b"], width: int) -> Bool[Tensor, "b {width}"]:
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def _attention_mask(keep: Bool[Tensor, "b s"], dtype: torch.dtype) -> Float[Tensor, "b 1 1 s"]:
+def _attention_bias(
+    attention_mask: Bool[Tensor, "b s"], dtype: torch.dtype
+) -> Float[Tensor, "b 1 1 s"]:
     # added, not boolean: the fused kernels are faster with it; finite, so that no row is all NaN
-    blank = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
-    return blank.masked_fill(~keep, torch.finfo(dtype).min)[:, None, None]
+    zeros = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    return zeros.masked_fill(~attention_mask, torch.finfo(dtype).min)[:, None, None]
 
 
 def _unit(x: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:

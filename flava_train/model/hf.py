@@ -1,7 +1,8 @@
-"""Two-way exchange with Hugging Face: folders that hold a `FlavaForPreTraining`.
+"""Exchange with Hugging Face in both directions: folders with a `FlavaForPreTraining`.
 
-Weights pass bit for bit, as safetensors only: the older format runs whatever code it holds.
-Nothing here needs the transformers library; `huggingface_hub` only to load from the hub.
+Weights are the same bits on both sides. Only safetensors are read: the older format runs any code
+that it holds. Nothing here needs the transformers library; loading from the hub needs
+`huggingface_hub`.
 """
 
 import json
@@ -16,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
 
-from flava_train.model.flava import CLIP_MEAN, CLIP_STD, Flava, FlavaConfig, TowerConfig
+from flava_train.model.flava import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PUBLISHED_HEADS,
+    Flava,
+    FlavaConfig,
+    TowerConfig,
+)
 from pmd_pipeline.contract.errors import PmdError
 
 WEIGHTS = "model.safetensors"
@@ -25,48 +33,59 @@ WEIGHTS = "model.safetensors"
 def load_hf(source: str | Path, *, revision: str | None = None) -> Flava:
     """The model in a local folder, or under a hub id at a commit.
 
-    What our model lacks is passed over: the image tokenizer and the poolers, which no loss
-    trains.
+    What our model lacks is skipped: the image tokenizer, the poolers, which no loss trains, and
+    heads that `export_hf` has written untrained.
 
     Args:
         source: a folder, or an id such as `facebook/flava-full`.
-        revision: the commit on the hub, 40 hex digits; branches move.
+        revision: the commit on the hub, 40 hex digits; a branch would change.
 
     Raises:
-        PmdError: there is no such model, it is not FLAVA as we know it, or not in safetensors.
+        PmdError: there is no such model, it is not a `FlavaForPreTraining` in safetensors, or it
+            has options that our model does not have.
     """
     folder = Path(source)
     if not folder.is_dir():
         folder = _downloaded(str(source), revision)
     if not (folder / "config.json").is_file():
         raise PmdError(f"{folder}: no config.json; a model folder has one")
-    model = Flava(read_config(json.loads((folder / "config.json").read_text())))
-    state = _weights(folder)
+    config = json.loads((folder / "config.json").read_text())
+    listed = config.get(_UNTRAINED)
+    untrained = listed if isinstance(listed, list) else []
+    heads = {name: head for name, head in PUBLISHED_HEADS.items() if name not in untrained}
+    model = Flava(read_config(config), heads)
+    state = {
+        name: tensor
+        for name, tensor in _weights(folder).items()
+        if name.partition("_head.")[0] not in untrained
+    }
     with torch.no_grad():
         for name, ours in model.state_dict().items():
             if name != "logit_bias":  # the config has it, so it is set already
                 ours.copy_(_joined(name, ours, state, folder))
     left = sorted(name for name in state if not _UNUSED.search(name))
     if left:
-        raise PmdError(f"{folder}: this is not FLAVA as we know it: it also has {left[:5]}")
+        raise PmdError(f"{folder}: this is no FlavaForPreTraining: it also has {left[:5]}")
     return model
 
 
 def export_hf(model: Flava, folder: Path, *, vocabulary: Sequence[str] | None = None) -> None:
-    """Write a folder that `FlavaForPreTraining.from_pretrained` loads without a word.
+    """Write a folder that `FlavaForPreTraining.from_pretrained` loads without warnings.
 
-    The folder appears whole or not at all. The image tokenizer is left out
-    (`init_codebook=false`), so training with transformers needs `mim_labels`.
+    The folder appears complete or not at all. The image tokenizer is left out
+    (`init_codebook=false`), so training with transformers needs `mim_labels`. Heads that the model
+    lacks are written untrained, and listed in `config.json` as `untrained_heads`; heads of the
+    user's own losses are left out.
 
     Args:
-        model: to be written, in its own precision.
+        model: it is written in its own precision.
         folder: must not exist yet.
-        vocabulary: WordPieces by number. Where given, the folder also has the tokenizer and the
-            image processor, so that `AutoProcessor` loads from it.
+        vocabulary: WordPieces by number. With it, the folder also has the tokenizer and the image
+            processor, so that `AutoProcessor` loads from it.
 
     Raises:
-        PmdError: the folder exists, the vocabulary is not the model's, or theirs cannot have
-            encoders of these widths.
+        PmdError: the folder exists, the vocabulary is not the model's, or the encoders have
+            different widths, which `FlavaForPreTraining` does not support.
     """
     if folder.exists():
         raise PmdError(f"{folder} exists; remove it, or name another folder")
@@ -78,7 +97,7 @@ def export_hf(model: Flava, folder: Path, *, vocabulary: Sequence[str] | None = 
         raise PmdError(f"transformers has one width for all encoders; these have {widths}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        written = Path(scratch) / "whole"
+        written = Path(scratch) / "complete"
         written.mkdir()
         save_file(hf_state(model), written / WEIGHTS, metadata={"format": "pt"})
         _write_json(written / "config.json", write_config(model))
@@ -90,15 +109,14 @@ def export_hf(model: Flava, folder: Path, *, vocabulary: Sequence[str] | None = 
 def hf_state(model: Flava) -> dict[str, Tensor]:
     """All tensors of `FlavaForPreTraining`, under its names, without the image tokenizer.
 
-    The poolers, which we lack, are drawn as that model draws them, from a fixed seed.
+    Poolers, which our model lacks, and heads that this model lacks have weights as that model
+    initialises them, from a fixed seed.
     """
     state = {}
-    for name, tensor in model.state_dict().items():
-        if name == "logit_bias":  # the config has it
-            continue
-        names = _theirs(name)
-        for their, piece in zip(names, tensor.chunk(len(names)), strict=True):
-            state[their] = piece.reshape(_their_shape(name, piece, model.config)).contiguous()
+    for name, tensor in _published_state(model).items():
+        names = _their_names(name)
+        for their, part in zip(names, tensor.chunk(len(names)), strict=True):
+            state[their] = part.reshape(_their_shape(name, part, model.config)).contiguous()
     draw = torch.Generator().manual_seed(0)
     for tower, width in _widths(model.config).items():
         pooler = f"flava.{tower}_model.pooler.dense"
@@ -108,17 +126,22 @@ def hf_state(model: Flava) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in state.items()}
 
 
+def untrained_heads(model: Flava) -> list[str]:
+    """Heads of the published model that this model lacks, since no loss of its run used them."""
+    return [name for name in PUBLISHED_HEADS if not hasattr(model, f"{name}_head")]
+
+
 def read_config(theirs: Mapping[str, Any]) -> FlavaConfig:
-    """Our configuration from theirs; what is not said has the defaults of their library.
+    """Our configuration from theirs; absent values have the defaults of the transformers library.
 
     Raises:
-        PmdError: the model has something that ours cannot be told to have.
+        PmdError: the model has an option that ours does not have.
     """
     parts = {part: _DEFAULTS[part] | dict(theirs.get(part) or {}) for part in _DEFAULTS}
     for part, fixed in _FIXED.items():
         for key, value in fixed.items():
             if parts[part].get(key, value) != value:
-                raise PmdError(f"{part}.{key} is {parts[part][key]!r}; we have only {value!r}")
+                raise PmdError(f"{part}.{key} is {parts[part][key]!r}; only {value!r} is supported")
     image, text, multimodal = parts.values()
     if not isinstance(image["image_size"], int) or not isinstance(image["patch_size"], int):
         raise PmdError(f"images of {image['image_size']} pixels are not square")
@@ -144,7 +167,10 @@ def read_config(theirs: Mapping[str, Any]) -> FlavaConfig:
 
 
 def write_config(model: Flava) -> dict[str, Any]:
-    """Their configuration from ours; they pass over `mm_pad_mask` and `logit_bias`."""
+    """Their configuration from ours.
+
+    It also has `mm_pad_mask`, `logit_bias` and `untrained_heads`, which transformers ignores.
+    """
     ours = model.config
     towers = {
         f"{name}_config": {
@@ -179,7 +205,11 @@ def write_config(model: Flava) -> dict[str, Any]:
         "projection_dim": ours.projection_dim,
         "mm_pad_mask": ours.mm_pad_mask,
         "logit_bias": None if bias is None else bias.item(),
+        **({_UNTRAINED: untrained} if (untrained := untrained_heads(model)) else {}),
     }
+
+
+_UNTRAINED = "untrained_heads"
 
 
 _FIXED: dict[str, dict[str, Any]] = {
@@ -241,8 +271,26 @@ _UNUSED = re.compile(
 )
 
 
-def _theirs(name: str) -> list[str]:
-    """Their names for one of our tensors; three where ours is query, key and value in one."""
+def _published_state(model: Flava) -> dict[str, Tensor]:
+    """All tensors of the published model, under our names, untrained heads included."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        head = re.fullmatch(r"(\w+)_head\..*", name)
+        # the bias is in the configuration; heads of the user's own have no place there
+        if name != "logit_bias" and (head is None or head[1] in PUBLISHED_HEADS):
+            state[name] = tensor
+    draw = torch.Generator().manual_seed(1)
+    for name in untrained_heads(model):
+        for key, tensor in PUBLISHED_HEADS[name](model.config).state_dict().items():
+            fresh = torch.ones_like(tensor) if key == "norm.weight" else torch.zeros_like(tensor)
+            if tensor.ndim > 1:
+                fresh.normal_(std=0.02, generator=draw)
+            state[f"{name}_head.{key}"] = fresh.to(model.logit_scale.dtype)
+    return state
+
+
+def _their_names(name: str) -> list[str]:
+    """Their names of one of our tensors; three where ours is query, key and value together."""
     for pattern, other in _RENAMED:
         name = re.sub(pattern, other, name)
     if ".qkv." not in name:
@@ -252,26 +300,28 @@ def _theirs(name: str) -> list[str]:
     ]
 
 
-def _their_shape(name: str, piece: Tensor, config: FlavaConfig) -> tuple[int, ...]:
+def _their_shape(name: str, part: Tensor, config: FlavaConfig) -> tuple[int, ...]:
     if name == "logit_scale":
         return ()
     if name == "image.patches.weight":
-        return (len(piece), 3, config.patch_size, config.patch_size)
-    return tuple(piece.shape)
+        return (len(part), 3, config.patch_size, config.patch_size)
+    return tuple(part.shape)
 
 
 def _joined(name: str, ours: Tensor, state: dict[str, Tensor], folder: Path) -> Tensor:
-    """Take one of our tensors out of theirs."""
-    pieces = []
-    for their in _theirs(name):
+    """One of our tensors from theirs, which are removed from `state`."""
+    parts = []
+    for their in _their_names(name):
         # a tied pair, of which a file holds either
-        found = their if their in state else their.replace(".decoder.bias", ".bias")
-        if found not in state:
+        key = their if their in state else their.replace(".decoder.bias", ".bias")
+        if key not in state:
             raise PmdError(f"{folder}: {their} is missing; only FlavaForPreTraining has all")
-        pieces.append(state.pop(found))
-    flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        parts.append(state.pop(key))
+    flat = torch.cat([part.reshape(-1) for part in parts])
     if flat.numel() != ours.numel():
-        raise PmdError(f"{folder}: {name} has {flat.numel()} numbers, config.json says otherwise")
+        raise PmdError(
+            f"{folder}: {name} has {flat.numel()} numbers, but {ours.numel()} by config.json"
+        )
     return flat.view_as(ours)
 
 
@@ -283,7 +333,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         names = [WEIGHTS]
     state: dict[str, Tensor] = {}
     for name in names:
-        # a name with a folder in it could lead anywhere
+        # a name with a folder in it could lead out of this one
         if Path(name).name != name or not (folder / name).is_file():
             raise PmdError(f"{folder}: no {name}; save the model as safetensors first")
         state |= load_file(folder / name)
@@ -295,8 +345,8 @@ def _downloaded(name: str, revision: str | None) -> Path:
         raise PmdError(f"{name}: no such folder; for a model of the hub, also give its commit")
     from huggingface_hub import snapshot_download  # noqa: PLC0415  # only the hub needs it
 
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
 def _tower(part: Mapping[str, Any]) -> TowerConfig:
@@ -317,9 +367,9 @@ def _widths(config: FlavaConfig) -> dict[str, int]:
 
 
 def _write_processor(folder: Path, config: FlavaConfig, vocabulary: Sequence[str]) -> None:
-    numbers = {piece: number for number, piece in enumerate(vocabulary)}
+    numbers = {token: number for number, token in enumerate(vocabulary)}
     BertWordPieceTokenizer(vocab=numbers, lowercase=True).save(str(folder / "tokenizer.json"))
-    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary))
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary))
     _write_json(
         folder / "tokenizer_config.json",
         {

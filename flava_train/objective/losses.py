@@ -1,261 +1,370 @@
-"""The losses of FLAVA, as sums, and the objective that says which of them count.
+"""The losses of FLAVA. One entry of `LOSSES` defines a loss with its head, its sum and its count.
 
-Every function returns a sum over what it was given; the caller divides by a count over the whole
-global batch. So neither micro-batches nor ranks change a loss, and a batch with nothing to
-predict gives zero instead of NaN. `docs/model.md` has what the paper leaves open.
+A loss is a sum over the global batch divided by a count over the global batch. So neither
+micro-batches nor ranks change its value, and a batch without targets gives zero instead of NaN.
+`docs/model.md` lists what the paper leaves open.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812  # its name in all of PyTorch's documentation
-from torch import Tensor
+from torch import Tensor, nn
 
 from flava_train.data.batches import ImageBatch, PairBatch, TextBatch
 from flava_train.data.masking import IGNORE
-from flava_train.data.needs import DataNeeds, StreamShares
-from flava_train.model.flava import Flava
-from flava_train.shapes import Bool, Float, Int
+from flava_train.model.flava import PUBLISHED_HEADS, Flava, FlavaConfig, HeadFactory, gather
+from flava_train.objective.gather import gather_rows, rank
+from flava_train.shapes import Bool, Float, Int, Shaped
+
+Batch = PairBatch | ImageBatch | TextBatch
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What is trained: weights of the losses, kinds of contrast and of negatives, streams.
+class LossInputs:
+    """What the predictions of one micro-batch are computed from.
 
     Args:
-        contrastive: weight of the contrastive loss; what weighs 0 is not computed.
-        mmm_image: weight of masked multimodal modelling, patches.
-        mmm_text: the same, tokens.
-        itm: weight of image-text matching.
-        mim: weight of masked image modelling, on images alone.
-        mlm: weight of masked language modelling, on texts alone.
-        contrast: `global` has gradients through every rank, `local` only through the own rows
-            (the paper's ablation), `siglip` is the sigmoid loss (arXiv:2303.15343), global too.
-        itm_negatives: whose captions stand in for mismatched ones. `dataset`: the loader's, which
-            then count as wrong in all losses. `batch`: any of the micro-batch. `hard`: those of
-            the micro-batch that look alike, as in ALBEF (arXiv:2107.07651). The last two are
-            only seen by the multimodal encoder.
-        itm_rate: share of pairs that get a mismatched caption.
-        streams: which batches the losses meet, and how often.
-        unimodal_init: start from DINO's image encoder and a text encoder trained by MLM alone.
+        model: for a loss that needs a forward pass of its own.
+        head: of the loss.
+        batch: the micro-batch.
+        states: of the encoder at the positions of the loss, after the final normalisation.
     """
 
-    contrastive: float = 1.0
-    mmm_image: float = 1.0
-    mmm_text: float = 1.0
-    itm: float = 1.0
-    mim: float = 1.0
-    mlm: float = 1.0
-    contrast: Literal["global", "local", "siglip"] = "global"
-    itm_negatives: Literal["dataset", "batch", "hard"] = "dataset"
-    itm_rate: float = 0.1
-    streams: StreamShares = field(default_factory=StreamShares)
-    unimodal_init: bool = True
-
-    @property
-    def fuses(self) -> bool:
-        """Whether any loss needs the multimodal encoder."""
-        return bool(self.mmm_image or self.mmm_text or self.itm)
-
-    @property
-    def data_needs(self) -> DataNeeds:
-        """What the losses need of the data."""
-        predicted = {"pairs": self.mmm_image, "images": self.mim}
-        return DataNeeds(
-            shares=self.streams,
-            codes=frozenset(stream for stream, weight in predicted.items() if weight),
-            masks_pairs=self.fuses,
-            mismatch_rate=self.itm_rate if self.itm and self.itm_negatives == "dataset" else 0.0,
-        )
+    model: Flava
+    head: nn.Module | None
+    batch: Batch
+    states: Float[Tensor, "b m d"] | None
 
 
-_ONLY_PAIRS = StreamShares(pairs=1.0, images=0.0, texts=0.0)
-
-ABLATIONS = {
-    "mim": Objective(streams=StreamShares(0.0, 1.0, 0.0), unimodal_init=False),
-    "mlm": Objective(streams=StreamShares(0.0, 0.0, 1.0), unimodal_init=False),
-    "flava_c": Objective(
-        mmm_image=0.0, mmm_text=0.0, itm=0.0, streams=_ONLY_PAIRS, unimodal_init=False
-    ),
-    "flava_mm": Objective(streams=_ONLY_PAIRS, unimodal_init=False),
-    "flava_without_init": Objective(unimodal_init=False),
-    "flava": Objective(),
-}
-"""Rows of the paper's ablation, in its order."""
+def first_position(batch: Batch, _: FlavaConfig) -> Int[Tensor, "b 1"]:
+    """Position of `[CLS]`, or of `[CLS_M]` of the multimodal encoder."""
+    tensor = batch.tokens if isinstance(batch, TextBatch) else _images(batch).pixels
+    return torch.zeros(len(batch), 1, dtype=torch.int64, device=tensor.device)
 
 
-def masked_image_sum(model: Flava, images: ImageBatch) -> Float[Tensor, ""]:
-    """MIM: cross-entropy of the codes of masked patches, from the image alone, in nats."""
-    hidden = masked_patches(images, model.config.grid**2)
-    states = model.image(images.pixels, hidden, at=1 + images.masked_positions)
-    return _cross_entropy_sum(model.mim_head(model.image.norm(states)), images.codes)
+def head_of_states(inputs: LossInputs) -> Tensor:
+    """What the head computes from the states."""
+    assert inputs.head is not None
+    predictions: Tensor = inputs.head(inputs.states)
+    return predictions
 
 
-def masked_text_sum(model: Flava, texts: TextBatch) -> Float[Tensor, ""]:
-    """MLM: cross-entropy of masked tokens, from the text alone, in nats."""
-    states = model.text(texts.masked_tokens, texts.lengths, at=texts.masked_positions)
-    return _cross_entropy_sum(model.mlm_head(model.text.norm(states)), texts.labels)
+def cross_entropy_sum(
+    predictions: Float[Tensor, "*b v"], targets: Int[Tensor, "*b"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy, summed over all targets but `IGNORE`, in nats."""
+    wide = torch.promote_types(predictions.dtype, torch.float32)
+    return F.cross_entropy(
+        predictions.flatten(0, -2).to(wide),
+        targets.flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+    )
 
 
-def masked_pair_sums(
-    model: Flava, pairs: PairBatch, objective: Objective
-) -> dict[str, Float[Tensor, ""]]:
-    """MMM for patches and tokens, over matched pairs, and ITM over all, in nats.
+def count_targets(targets: Shaped[Tensor, "..."]) -> Int[Tensor, ""]:
+    """Number of targets that are not `IGNORE`."""
+    return (targets != IGNORE).sum()
 
-    One pass with both sides masked serves the three, ITM included, as in both public ports.
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss that is computed for each micro-batch by itself.
+
+    Args:
+        stream: the batches that it is computed for: `pairs`, `images` or `texts`.
+        targets: what is to be predicted, of a batch; `IGNORE` marks what does not count.
+        head: makes the module between states and predictions; none where `predict` needs none.
+        encoder: whose states the head reads: `image`, `text` or `multimodal`; none where
+            `predict` has a forward pass of its own.
+        positions: where the states are read, of a batch.
+        masked: whether the encoders get masked patches and tokens, and the captions that ITM has
+            swapped; otherwise they get images and captions as they are.
+        predicts_codes: whether the targets are codes of the image tokenizer.
+        predict: computes the predictions.
+        loss_sum: sum of the loss over the micro-batch, of predictions and targets.
+        count: a whole number, of the targets. The loss is the sum over the global batch divided
+            by the count over the global batch.
     """
-    images, texts = pairs.images, pairs.texts
-    hidden = masked_patches(images, model.config.grid**2)
-    image = model.image(images.pixels, hidden)
-    text = model.text(texts.masked_tokens, texts.lengths)
-    cls = torch.zeros_like(images.masked_positions[:, :1])
-    patches = 2 + images.masked_positions  # after [CLS_M] and [CLS_I]
-    words = 1 + image.shape[1] + texts.masked_positions
-    at = torch.cat([cls, patches, words], dim=1)
-    states = model.multimodal(image, text, texts.lengths, at)
-    parts = states.split([1, patches.shape[1], words.shape[1]], dim=1)
-    # after the cut, so that heads get whole tensors, of one layout whatever the width
-    of_cls, of_patches, of_words = map(model.multimodal.norm, parts)
-    sums = {}
-    if objective.mmm_image:
-        codes = only_matched(images.codes, pairs.matched)
-        sums["mmm_image"] = _cross_entropy_sum(model.mmm_image_head(of_patches), codes)
-    if objective.mmm_text:
-        labels = only_matched(texts.labels, pairs.matched)
-        sums["mmm_text"] = _cross_entropy_sum(model.mmm_text_head(of_words), labels)
-    if objective.itm:
-        logits = model.itm_head(of_cls[:, 0])
-        sums["itm"] = _cross_entropy_sum(logits, pairs.matched.long())
-    return sums
+
+    stream: Literal["pairs", "images", "texts"]
+    targets: Callable[[Any], Tensor]
+    head: HeadFactory | None = None
+    encoder: Literal["image", "text", "multimodal"] | None = None
+    positions: Callable[[Any, FlavaConfig], Tensor] = first_position
+    masked: bool = True
+    predicts_codes: bool = False
+    predict: Callable[[LossInputs], Tensor] = head_of_states
+    loss_sum: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
+    count: Callable[[Tensor], Tensor] = count_targets
 
 
-def masked_patches(images: ImageBatch, num_patches: int) -> Bool[Tensor, "b {num_patches}"]:
-    """The masked patches as a mask."""
-    patch = torch.arange(num_patches, device=images.codes.device)
-    hits = (images.masked_positions[..., None] == patch) & (images.codes != IGNORE)[
-        ..., None
-    ]  # b m n
-    return hits.any(1)
+@dataclass(frozen=True)
+class Embeddings:
+    """The contrastive embeddings of this rank's pairs.
+
+    Args:
+        image: unit vectors.
+        text: unit vectors; row i belongs to row i of `image`.
+        matched: false for rows that are only negatives of others.
+        scale: inverse temperature, already exponentiated.
+        bias: of the logits; only models for SigLIP have it.
+    """
+
+    image: Float[Tensor, "n d"]
+    text: Float[Tensor, "n d"]
+    matched: Bool[Tensor, " n"]
+    scale: Float[Tensor, " 1"]
+    bias: Float[Tensor, " 1"] | None
 
 
-def only_matched(labels: Int[Tensor, "b m"], matched: Bool[Tensor, " b"]) -> Int[Tensor, "b m"]:
-    """The labels, without those of mismatched pairs, from which nothing true can be learnt."""
-    return torch.where(matched[:, None], labels, IGNORE)
+@dataclass(frozen=True)
+class EmbeddingLoss:
+    """A loss of the contrastive embeddings of a whole batch of pairs, over all ranks.
+
+    Args:
+        loss_sum: this rank's part of the sum over the global batch.
+        count: of `matched`; see `Loss`.
+    """
+
+    loss_sum: Callable[[Embeddings], Tensor]
+    count: Callable[[Tensor], Tensor] = torch.sum
+    stream: Literal["pairs"] = "pairs"
 
 
-def contrastive_sum(
+def clip_loss_sum(
     image: Float[Tensor, "n d"],
     text: Float[Tensor, "n d"],
     matched: Bool[Tensor, " n"],
     scale: Float[Tensor, " 1"],
     *,
-    through: Literal["global", "local"] = "global",
+    gradients: Literal["global", "local"] = "global",
 ) -> Float[Tensor, ""]:
     """Mean of image-to-text and text-to-image cross-entropy, summed over matched rows, in nats.
 
-    The columns are the rows of all ranks, those of mismatched pairs included, as further
-    negatives. Every rank brings as many rows. The sum of all ranks' gradients is the gradient
-    of the sum over the global batch if `through` is `global`; `local` leaves out what flows
-    through columns of other ranks.
+    The columns are the rows of all ranks. Rows of mismatched pairs are columns too, as further
+    negatives. Every rank brings as many rows.
 
     Args:
         image: unit vectors.
         text: unit vectors; row i belongs to row i of `image`.
         matched: false for rows that are columns only.
         scale: inverse temperature, already exponentiated.
-        through: how far gradients flow.
+        gradients: see `gather_rows`. With `global`, the sum of all ranks' gradients is the
+            gradient of the sum over the global batch.
     """
-    all_image, all_text = all_rows(image, text, through=through)
-    target = _rank() * len(image) + torch.arange(len(image), device=image.device)
-    target = torch.where(matched, target, IGNORE)
+    all_image, all_text = gather_rows(image, text, gradients=gradients)
+    targets = contrastive_targets(matched)
     to_text = F.cross_entropy(
-        scale * image @ all_text.T, target, ignore_index=IGNORE, reduction="sum"
+        scale * image @ all_text.T, targets, ignore_index=IGNORE, reduction="sum"
     )
     to_image = F.cross_entropy(
-        scale * text @ all_image.T, target, ignore_index=IGNORE, reduction="sum"
+        scale * text @ all_image.T, targets, ignore_index=IGNORE, reduction="sum"
     )
     return (to_text + to_image) / 2
 
 
-def sigmoid_sum(
+def siglip_loss_sum(
     image: Float[Tensor, "n d"],
     text: Float[Tensor, "n d"],
     matched: Bool[Tensor, " n"],
     scale: Float[Tensor, " 1"],
     bias: Float[Tensor, " 1"],
 ) -> Float[Tensor, ""]:
-    """SigLIP's loss: every image with every text of all ranks is one yes-or-no question, in nats.
+    """SigLIP's loss: binary cross-entropy of each image with each text of all ranks, in nats.
 
-    The answer is yes for row i with text i if they are matched. Divided by the number of pairs,
-    as published. Arguments as for `contrastive_sum`.
+    Row i with text i is positive if they are matched, everything else is negative. The count is
+    the number of pairs, as published. Arguments as for `clip_loss_sum`.
     """
-    _, all_text = all_rows(image, text)
+    _, all_text = gather_rows(image, text)
     logits = scale * image @ all_text.T + bias  # n all
     column = torch.arange(logits.shape[1], device=image.device)
-    own = _rank() * len(image) + torch.arange(len(image), device=image.device)
-    answer = (column == own[:, None]) & matched[:, None]
-    return -F.logsigmoid(torch.where(answer, logits, -logits)).sum()
+    own = rank() * len(image) + torch.arange(len(image), device=image.device)
+    positive = (column == own[:, None]) & matched[:, None]
+    return -F.logsigmoid(torch.where(positive, logits, -logits)).sum()
 
 
-def all_rows(
-    image: Float[Tensor, "n d"],
-    text: Float[Tensor, "n d"],
-    *,
-    through: Literal["global", "local"] = "global",
-) -> tuple[Float[Tensor, "all d"], Float[Tensor, "all d"]]:
-    """The rows of all ranks, in the order of ranks; in one exchange for both sides."""
-    if not is_distributed():
-        return image, text
-    both = torch.cat([image, text], dim=1)
-    if through == "global":
-        everything = _GatherRows.apply(both)  # type: ignore[no-untyped-call]  # torch has none here
-    else:
-        everything = _gathered(both.detach())
-        start = _rank() * len(both)
-        everything = torch.cat([everything[:start], both, everything[start + len(both) :]])
-    all_image, all_text = everything.split(image.shape[1], dim=1)
-    return all_image, all_text
+def contrastive_targets(matched: Bool[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """For each row of this rank, the number of its own text among those of all ranks."""
+    own = rank() * len(matched) + torch.arange(len(matched), device=matched.device)
+    return torch.where(matched, own, IGNORE)
 
 
-def is_distributed() -> bool:
-    """Whether there are other ranks to exchange with."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _siglip_loss(embeddings: Embeddings) -> Float[Tensor, ""]:
+    if embeddings.bias is None:
+        raise ValueError("the SigLIP loss needs a model with FlavaConfig(logit_bias=-10.0)")
+    both = embeddings.image, embeddings.text
+    return siglip_loss_sum(*both, embeddings.matched, embeddings.scale, embeddings.bias)
 
 
-class _GatherRows(torch.autograd.Function):
-    """All ranks' rows; backward, each rank gets what all ranks' losses say about its rows."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
-        """Gather."""
-        ctx.num_rows = len(rows)  # type: ignore[attr-defined]  # a context takes any attribute
-        return _gathered(rows)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
-        """Add up over the ranks, and keep the own rows."""
-        total = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        start = dist.get_rank() * ctx.num_rows  # type: ignore[attr-defined]  # set in forward
-        return total[start : start + ctx.num_rows]  # type: ignore[attr-defined]
-
-
-def _gathered(rows: Float[Tensor, "n d"]) -> Float[Tensor, "all d"]:
-    pieces = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(pieces, rows.contiguous())
-    return torch.cat(pieces)
-
-
-def _rank() -> int:
-    return dist.get_rank() if is_distributed() else 0
-
-
-def _cross_entropy_sum(
-    logits: Float[Tensor, "*b v"], labels: Int[Tensor, "*b"]
-) -> Float[Tensor, ""]:
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(
-        logits.flatten(0, -2).to(wide), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+def _clip_loss(gradients: Literal["global", "local"]) -> EmbeddingLoss:
+    return EmbeddingLoss(
+        lambda of: clip_loss_sum(of.image, of.text, of.matched, of.scale, gradients=gradients)
     )
+
+
+CONTRASTIVE_LOSSES = {
+    "clip_global": _clip_loss("global"),
+    "clip_local": _clip_loss("local"),
+    # a mismatched pair is one more negative, so it counts
+    "siglip": EmbeddingLoss(_siglip_loss, lambda matched: torch.ones_like(matched).sum()),
+}
+"""The contrastive losses, of which an objective has one."""
+
+
+def masked_patches(images: ImageBatch, num_patches: int) -> Bool[Tensor, "b {num_patches}"]:
+    """True for the patches that are masked."""
+    patch = torch.arange(num_patches, device=images.codes.device)
+    hits = (images.masked_positions[..., None] == patch) & (images.codes != IGNORE)[..., None]
+    return hits.any(1)
+
+
+def targets_of_matched(
+    targets: Int[Tensor, "b m"], matched: Bool[Tensor, " b"]
+) -> Int[Tensor, "b m"]:
+    """The targets, with `IGNORE` in place of those of mismatched pairs."""
+    return torch.where(matched[:, None], targets, IGNORE)
+
+
+def _patches_of_pairs(pairs: PairBatch, _: FlavaConfig) -> Int[Tensor, "b m"]:
+    return 2 + pairs.images.masked_positions  # after [CLS_M] and [CLS]
+
+
+def _tokens_of_pairs(pairs: PairBatch, config: FlavaConfig) -> Int[Tensor, "b w"]:
+    return 2 + config.grid**2 + pairs.texts.masked_positions  # after [CLS_M], [CLS] and patches
+
+
+def _head_of_cls(inputs: LossInputs) -> Float[Tensor, "b v"]:
+    assert inputs.head is not None
+    assert inputs.states is not None
+    logits: Tensor = inputs.head(inputs.states[:, 0])
+    return logits
+
+
+LOSSES: dict[str, Loss] = {
+    "mmm_image": Loss(
+        stream="pairs",
+        encoder="multimodal",
+        positions=_patches_of_pairs,
+        head=PUBLISHED_HEADS["mmm_image"],
+        targets=lambda pairs: targets_of_matched(pairs.images.codes, pairs.matched),
+        predicts_codes=True,
+    ),
+    "mmm_text": Loss(
+        stream="pairs",
+        encoder="multimodal",
+        positions=_tokens_of_pairs,
+        head=PUBLISHED_HEADS["mmm_text"],
+        targets=lambda pairs: targets_of_matched(pairs.texts.labels, pairs.matched),
+    ),
+    "itm": Loss(
+        stream="pairs",
+        encoder="multimodal",
+        head=PUBLISHED_HEADS["itm"],
+        predict=_head_of_cls,
+        targets=lambda pairs: pairs.matched.long(),
+    ),
+    "mim": Loss(
+        stream="images",
+        encoder="image",
+        positions=lambda images, _: 1 + images.masked_positions,
+        head=PUBLISHED_HEADS["mim"],
+        targets=lambda images: images.codes,
+        predicts_codes=True,
+    ),
+    "mlm": Loss(
+        stream="texts",
+        encoder="text",
+        positions=lambda texts, _: texts.masked_positions,
+        head=PUBLISHED_HEADS["mlm"],
+        targets=lambda texts: texts.labels,
+    ),
+}
+"""All losses but the contrastive one, by the names of their weights in `Objective`.
+
+The multimodal losses share one pass in which both sides are masked; ITM reads it too, as in both
+public ports. Mismatched pairs have no targets for masked modelling.
+"""
+
+
+def predict(model: Flava, batch: Batch, losses: Mapping[str, Loss]) -> dict[str, Tensor]:
+    """Predictions of some losses for a micro-batch, from one pass through the encoders.
+
+    Args:
+        model: with the heads of the losses.
+        batch: of the losses' stream.
+        losses: by name; all of one stream, with equal `masked`.
+    """
+    states = _states(model, batch, losses)
+    return {
+        name: loss.predict(
+            LossInputs(model, model.head(name) if loss.head else None, batch, states.get(name))
+        )
+        for name, loss in losses.items()
+    }
+
+
+def _states(model: Flava, batch: Batch, losses: Mapping[str, Loss]) -> dict[str, Tensor]:
+    """Normalised states for each loss that reads an encoder."""
+    readers: dict[str, list[str]] = {}
+    for name, loss in losses.items():
+        if loss.encoder:
+            readers.setdefault(loss.encoder, []).append(name)
+    at = {
+        name: losses[name].positions(batch, model.config)
+        for one in readers.values()
+        for name in one
+    }
+    positions = {
+        encoder: torch.cat([at[name] for name in names], dim=1)
+        for encoder, names in readers.items()
+    }
+    masked = next(iter(losses.values())).masked
+    states: dict[str, Tensor] = {}
+    for encoder, joined in _encode(model, batch, positions, masked=masked).items():
+        parts = joined.split([at[name].shape[1] for name in readers[encoder]], dim=1)
+        # after the split, so that heads get whole tensors of one layout, whatever the width
+        norm = model.get_submodule(f"{encoder}.norm")
+        states |= zip(readers[encoder], map(norm, parts), strict=True)
+    return states
+
+
+def _encode(
+    model: Flava, batch: Batch, positions: Mapping[str, Tensor], *, masked: bool
+) -> dict[str, Tensor]:
+    """States at some positions of some encoders, before the final normalisation."""
+    fused = "multimodal" in positions  # it reads all states of both sides
+    states: dict[str, Tensor] = {}
+    if fused or "image" in positions:
+        images = _images(batch)
+        patch_mask = masked_patches(images, model.config.grid**2) if masked else None
+        read = None if fused else positions["image"]
+        states["image"] = model.image(images.pixels, patch_mask, read)
+    if fused or "text" in positions:
+        texts = _texts(batch)
+        tokens = texts.masked_tokens if masked else texts.tokens
+        read = None if fused else positions["text"]
+        states["text"] = model.text(tokens, texts.lengths, read)
+    if fused:
+        lengths = _texts(batch).lengths
+        states["multimodal"] = model.multimodal(
+            states["image"], states["text"], lengths, positions["multimodal"]
+        )
+        for side in positions.keys() & {"image", "text"}:
+            states[side] = gather(states[side], positions[side])
+    return {encoder: states[encoder] for encoder in positions}
+
+
+def _images(batch: Batch) -> ImageBatch:
+    images = batch.images if isinstance(batch, PairBatch) else batch
+    assert isinstance(images, ImageBatch), "texts have no image"
+    return images
+
+
+def _texts(batch: Batch) -> TextBatch:
+    texts = batch.texts if isinstance(batch, PairBatch) else batch
+    assert isinstance(texts, TextBatch), "images alone have no text"
+    return texts

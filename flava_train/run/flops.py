@@ -1,6 +1,7 @@
-"""How many operations a step is, and how many the card could do: for the share that it does."""
+"""Operations of a step and of the card: for model FLOPs utilisation (MFU)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,14 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flava_train.data.batches import ImageBatch, PairBatch, TextBatch, select_rows
+from flava_train.data.batches import ImageBatch, PairBatch, select_rows
 from flava_train.model.flava import Flava, FlavaConfig
-from flava_train.objective.losses import (
-    Objective,
-    masked_image_sum,
-    masked_pair_sums,
-    masked_text_sum,
-)
+from flava_train.objective.losses import Batch, EmbeddingLoss, Loss, predict
+from flava_train.objective.objective import Objective
+from flava_train.objective.step import STREAMS
 
 PEAKS = {
     "B200": 2250,
@@ -28,65 +26,82 @@ PEAKS = {
     "L40S": 362,
     "RTX 4090": 165,
 }
-"""Dense bfloat16 TFLOP/s by the makers' data sheets; the first name that fits counts."""
+"""Dense bfloat16 TFLOP/s by data sheet; the first name that is part of the card's name counts."""
 
 _ROWS = 4
-"""Operations are counted on so many rows; what grows with their square is negligible."""
+"""Operations are counted on this many rows; what grows with their square is negligible."""
 
 
 def peak_of(device: torch.device) -> float | None:
-    """TFLOP/s of a card that we know."""
+    """TFLOP/s of a card; None if it is not in `PEAKS`."""
     if device.type != "cuda":
         return None
     card = torch.cuda.get_device_name(device)
     return next((float(peak) for name, peak in PEAKS.items() if name in card), None)
 
 
-class Operations:
-    """Counts the operations of steps, forward and backward; what caching repeats counts once."""
+class FlopCounter:
+    """Counts the operations of steps, forward and backward.
+
+    What gradient caching and recomputed activations repeat counts once. Losses of the user's own
+    do not count: their code may need values, and here are only shapes.
+    """
 
     def __init__(self, config: FlavaConfig, objective: Objective) -> None:
-        self.objective = objective
-        # only shapes are computed; fake rather than meta, for which there is no autocast
-        self._shapes = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._shapes:
-            self._model = Flava(config)
-        self._each: dict[tuple[type, int], float] = {}
+        self._objective = replace(objective, losses={})
+        # only shapes are computed; not on the meta device, which has no autocast
+        self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._fake_mode:
+            self._model = Flava(config, self._objective.heads)
+        self._per_row: dict[tuple[type, int], float] = {}
 
-    def of(self, pieces: Sequence[PairBatch | ImageBatch | TextBatch]) -> float:
-        """Operations of a step that consists of these micro-batches."""
-        return sum(len(piece) * self._of_row(piece) for piece in pieces)
+    def count(self, batch: Sequence[Batch]) -> float:
+        """Operations of a step with these micro-batches."""
+        return sum(len(piece) * self._count_row(piece) for piece in batch)
 
-    def _of_row(self, piece: PairBatch | ImageBatch | TextBatch) -> float:
-        shape = type(piece), _width(piece)
-        if shape not in self._each:
+    def _count_row(self, piece: Batch) -> float:
+        shape = type(piece), _text_width(piece)
+        if not self._entries(piece):
+            return 0.0
+        if shape not in self._per_row:
             rows = select_rows(piece, torch.arange(min(_ROWS, len(piece))))
-            # the plain attention: fused ones are counted with what they compute again
+            # the counter counts what fused attention computes twice, or does not count it at all
             plain = sdpa_kernel(SDPBackend.MATH)
-            with self._shapes, plain, FlopCounterMode(display=False) as counter:
-                self._sum(rows).backward()
-            self._each[shape] = counter.get_total_flops() / len(rows)
-        return self._each[shape]
+            with self._fake_mode, plain, FlopCounterMode(display=False) as counter:
+                self._loss_sum(rows).backward()
+            self._per_row[shape] = counter.get_total_flops() / len(rows)
+        return self._per_row[shape]
 
-    def _sum(self, rows: PairBatch | ImageBatch | TextBatch) -> Tensor:
-        """What a step computes, but for the logits of the contrast, which are next to nothing."""
-        model, objective = self._model, self.objective
-        if isinstance(rows, ImageBatch):
-            return masked_image_sum(model, rows)
-        if isinstance(rows, TextBatch):
-            return masked_text_sum(model, rows)
+    def _loss_sum(self, rows: Batch) -> Tensor:
+        """Everything that a step computes, except the few logits of the contrastive loss."""
+        entries = self._entries(rows)
         sums: list[Tensor] = []
-        if objective.contrastive:
+        if any(isinstance(entry, EmbeddingLoss) for entry in entries.values()):
+            assert isinstance(rows, PairBatch)
             sums += [
-                model.embed_images(rows.images.pixels).sum(),
-                model.embed_texts(rows.texts.tokens, rows.texts.lengths).sum(),
+                self._model.embed_images(rows.images.pixels).sum(),
+                self._model.embed_texts(rows.texts.tokens, rows.texts.lengths).sum(),
             ]
-        if objective.fuses:
-            sums += masked_pair_sums(model, rows, objective).values()
+        for masked in (True, False):
+            some = {
+                name: entry
+                for name, entry in entries.items()
+                if isinstance(entry, Loss) and entry.masked == masked
+            }
+            if some:
+                predictions = predict(self._model, rows, some)
+                sums += [
+                    entry.loss_sum(predictions[name], entry.targets(rows))
+                    for name, entry in some.items()
+                ]
         return torch.stack(sums).sum()
 
+    def _entries(self, piece: Batch) -> dict[str, Loss | EmbeddingLoss]:
+        losses = self._objective.active_losses
+        return {one.name: one.entry for one in losses if one.entry.stream == STREAMS[type(piece)]}
 
-def _width(piece: PairBatch | ImageBatch | TextBatch) -> int:
+
+def _text_width(piece: Batch) -> int:
     if isinstance(piece, ImageBatch):
         return 0
     return (piece.texts if isinstance(piece, PairBatch) else piece).tokens.shape[1]

@@ -1,4 +1,4 @@
-"""AdamW as the paper sets it: what is decayed, and how the learning rate goes."""
+"""AdamW with the paper's weight decay, and the schedule of the learning rate."""
 
 import math
 
@@ -6,25 +6,25 @@ import torch
 from torch import nn
 
 from flava_train.config import OptimizerConfig
-from flava_train.run.ranks import is_shared
+from flava_train.run.ranks import is_sharded
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """The optimizer of a model, in groups: with and without weight decay.
+    """The optimizer of a model, with parameter groups with and without weight decay.
 
-    The weights of linear layers are decayed. Biases, normalisations, embeddings, positions,
-    `[CLS]` and mask tokens and the temperature are not, unless `decay_all`.
+    The weights of linear layers have weight decay. Biases, normalisations, embeddings, positions,
+    `[CLS]` and mask tokens and the temperature have none, unless `decay_all`.
     """
     linear = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         decayed = config.decay_all or id(parameter) in linear
-        # apart, because a fused update takes no mixture of shared and whole tensors
-        groups.setdefault((decayed, is_shared(parameter)), []).append(parameter)
+        # a fused update takes no mixture of sharded and whole tensors
+        groups.setdefault((decayed, is_sharded(parameter)), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": held, "weight_decay": config.weight_decay if decayed else 0.0}
-            for (decayed, _), held in groups.items()
+            {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0}
+            for (decayed, _), parameters in groups.items()
         ],
         lr=config.lr,
         betas=config.betas,
@@ -36,15 +36,16 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of a step, counted from 0, of a run of `steps`.
 
-    It rises from `lr / warmup` in the first step to `lr` in the last of the warm-up, and falls
-    from there so that it would be `end` in step number `steps`, which is not taken.
+    It increases from `lr / warmup` in the first step to `lr` in the last step of the warm-up. From
+    there it decreases so that step number `steps`, after the last of the run, would have `end`.
     """
     if step < config.warmup:
         return config.lr * ((step + 1) / config.warmup)
     if config.schedule == "constant":
         return config.lr
     peak = max(config.warmup - 1, 0)
-    way = (step - peak) / (steps - peak)
-    # from both ends, so that neither is missed by a rounding
-    left = (1 + math.cos(math.pi * way)) / 2 if config.schedule == "cosine" else 1 - way
-    return config.lr * left + config.end * (1 - left)
+    progress = (step - peak) / (steps - peak)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    share = cosine if config.schedule == "cosine" else 1 - progress
+    # a weighted mean, so that rounding misses neither end
+    return config.lr * share + config.end * (1 - share)

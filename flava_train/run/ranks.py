@@ -1,7 +1,7 @@
-"""The processes that learn together: who they are, what they add up, what they share out.
+"""The ranks of a run: process group, sums over ranks, sharded parameters.
 
-`torchrun` starts one for each GPU and says in the environment which is which. Without it there
-is one rank, and nothing here costs anything.
+`torchrun` starts one process for each GPU and numbers them in the environment. Without it there
+is one rank, and the functions here return their arguments.
 """
 
 import os
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flava_train.config import ComputeConfig
 from flava_train.model.flava import Block, Flava, MaskedHead
-from flava_train.objective.losses import is_distributed
+from flava_train.objective.gather import is_distributed
 from flava_train.shapes import Float
 from pmd_pipeline.contract.errors import PmdError
 
@@ -29,29 +29,29 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank among all of them, and its device. Rank 0 is the one that writes."""
+    """The number of this rank, how many there are, and the device of this rank."""
 
     rank: int
     size: int
     device: torch.device
 
     @property
-    def writes(self) -> bool:
-        """Whether this rank writes files and speaks."""
+    def is_main(self) -> bool:
+        """Whether this rank writes files and messages."""
         return self.rank == 0
 
 
 @contextmanager
-def joined(compute: ComputeConfig) -> Iterator[Ranks]:
-    """Meet the other ranks that `torchrun` started, if it did.
+def init_ranks(compute: ComputeConfig) -> Iterator[Ranks]:
+    """Join the process group if `torchrun` started this process; leave it at the end.
 
     Raises:
-        PmdError: a GPU is asked for, or other ranks of this machine have one, and there is
-            none for this rank.
+        PmdError: there is no GPU for this rank, although the configuration requires one or other
+            ranks of this machine have one.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     num_gpus = 0 if compute.device == "cpu" else torch.cuda.device_count()
-    # all ranks or none: one on a CPU could not meet those that have GPUs
+    # all ranks or none: a rank on a CPU cannot join a group of GPUs
     if local >= num_gpus and (num_gpus or compute.device == "cuda"):
         raise PmdError(
             f"compute.device = {compute.device}, but there are {num_gpus} GPUs for rank {local} "
@@ -73,15 +73,15 @@ def joined(compute: ComputeConfig) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def total(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Sums over the ranks."""
+def sum_over_ranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Sums over the ranks, in place."""
     if is_distributed():
         dist.all_reduce(values)
     return values
 
 
-def as_rank_0_has_it(number: _Number, device: torch.device) -> _Number:
-    """A number of which rank 0 decides; also a point that all ranks have reached."""
+def broadcast_from_rank_0(number: _Number, device: torch.device) -> _Number:
+    """The number that rank 0 passes, on all ranks; it waits until all have called."""
     if not is_distributed():
         return number
     held = torch.tensor(number, dtype=torch.float64, device=device)
@@ -89,74 +89,74 @@ def as_rank_0_has_it(number: _Number, device: torch.device) -> _Number:
     return type(number)(held.item())
 
 
-def shard(model: Flava, device: torch.device) -> None:
-    """Share the blocks and heads out over the ranks, each tensor along its first axis.
+def shard_model(model: Flava, device: torch.device) -> None:
+    """Shard the parameters of blocks and masked heads over the ranks, along their first axis.
 
-    That is nine tenths of the parameters. The rest stays whole on every rank: encoders and
-    losses reach into it without passing through a module's `forward`, where FSDP2 would gather
-    it. Gradients are added up, not averaged, as `train_step` does for the rest.
+    These are nine tenths of all parameters. The others stay whole on every rank: encoders and
+    losses use them without a module's `forward`, where FSDP2 would gather them. Gradients are
+    summed, not averaged, as `train_step` does for the others.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in _shared_out(model):
+    for part in _sharded_modules(model):
         fully_shard(part, mesh=mesh, reshard_after_forward=False)
         assert isinstance(part, FSDPModule)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(enable=True)  # gloo has no other
-    # about views changed in place, which no caller of a head does
+    # it warns about views changed in place, which no caller of a head does
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
 
 
-def forget_gathered(model: Flava) -> None:
-    """Drop gathered parameters, which a forward pass without a backward pass leaves behind."""
-    for part in _shared_out(model):
+def free_gathered(model: Flava) -> None:
+    """Free gathered parameters, which remain after a forward pass without a backward pass."""
+    for part in _sharded_modules(model):
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
-def _shared_out(model: Flava) -> list[nn.Module]:
+def _sharded_modules(model: Flava) -> list[nn.Module]:
     return [part for part in model.modules() if isinstance(part, Block | MaskedHead)]
 
 
-def is_shared(tensor: Tensor) -> bool:
-    """Whether each rank has a part of it only."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds only a part of it."""
     return isinstance(tensor, DTensor)
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """What this rank has of it; changed in place, the whole changes."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of it; a change in place changes the whole tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of it. Every rank must ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor. Every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor, on the device of `pattern` and shared out as that one is."""
-    there = tensor.to(pattern.device)
+def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """A whole tensor, on the device of `pattern` and sharded in the same way."""
+    moved = tensor.to(pattern.device)
     if not isinstance(pattern, DTensor):
-        return there
-    return distribute_tensor(there, pattern.device_mesh, pattern.placements, src_data_rank=None)
+        return moved
+    return distribute_tensor(moved, pattern.device_mesh, pattern.placements, src_data_rank=None)
 
 
 @torch.no_grad()
 def gradient_norm(gradients: Sequence[Tensor], device: torch.device) -> Float[Tensor, ""]:
-    """Root of the sum of all squares, over what every rank has."""
-    square = _square([gradient for gradient in gradients if not is_shared(gradient)], device)
-    parts = [own_part(gradient) for gradient in gradients if is_shared(gradient)]
+    """L2 norm of all gradients together, with all parts of sharded ones."""
+    square = _sum_of_squares([one for one in gradients if not is_sharded(one)], device)
+    parts = [local_shard(one) for one in gradients if is_sharded(one)]
     if parts:
-        square = square + total(_square(parts, device))
+        square = square + sum_over_ranks(_sum_of_squares(parts, device))
     return square.sqrt()[0]
 
 
 @torch.no_grad()
-def scale(gradients: Iterable[Tensor], factor: Float[Tensor, ""] | float) -> None:
+def scale_gradients(gradients: Iterable[Tensor], factor: Float[Tensor, ""] | float) -> None:
     """Multiply in place."""
-    torch._foreach_mul_([own_part(gradient) for gradient in gradients], factor)
+    torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)
 
 
-def _square(gradients: list[Tensor], device: torch.device) -> Float[Tensor, " 1"]:
+def _sum_of_squares(gradients: list[Tensor], device: torch.device) -> Float[Tensor, " 1"]:
     if not gradients:
         return torch.zeros(1, device=device)
     norms = torch._foreach_norm(gradients)  # noqa: SLF001  # as torch's own clipping does

@@ -1,4 +1,4 @@
-"""The folder of a run, who may write there, and who may stop it."""
+"""The folder of a run, its lock, and the signals that stop a run."""
 
 import fcntl
 import os
@@ -8,39 +8,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
-from uuid import uuid4
 
 from pmd_pipeline.contract.errors import PmdError
 
 CONFIG, VOCABULARY = "config.toml", "vocab.txt"
 
 _locks: list[TextIO] = []
-"""Files whose locks this process holds."""
+"""Lock files of this process."""
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    tmp = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    try:
-        with tmp.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        tmp.replace(path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-class Stop:
-    """Which signal told the run to stop, if one did."""
+class StopRequest:
+    """The signal that requested the run to stop; None if there was none."""
 
     signal: int | None = None
 
 
 @contextmanager
-def told_to_stop() -> Iterator[Stop]:
-    """Take note of SIGTERM and Ctrl-C; a second Ctrl-C ends at once."""
-    stop = Stop()
+def handle_signals() -> Iterator[StopRequest]:
+    """Record SIGTERM and Ctrl-C instead of ending; a second Ctrl-C ends at once."""
+    stop = StopRequest()
 
     def note(number: int, _: FrameType | None) -> None:
         stop.signal = number
@@ -55,11 +41,11 @@ def told_to_stop() -> Iterator[Stop]:
 
 
 @contextmanager
-def only_writer(run: Path) -> Iterator[None]:
-    """Hold the folder of a run, made if need be, so that no other process trains into it.
+def lock_run_dir(run: Path) -> Iterator[None]:
+    """Make the folder of a run if it is absent, and lock it against other trainers.
 
     Raises:
-        PmdError: another does, or the folder cannot be made.
+        PmdError: another process holds the lock, or the folder cannot be made.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -80,13 +66,13 @@ def only_writer(run: Path) -> Iterator[None]:
             _locks.remove(file)
 
 
-def _forget_locks() -> None:
-    """Close, in a process that was forked, what only its parent holds.
+def _close_locks() -> None:
+    """Close the lock files in a forked process: only its parent holds the locks.
 
-    A loader's worker outlives a trainer that is killed by some seconds, and would hold its lock.
+    A worker of the loader lives some seconds longer than a killed trainer, and would keep its lock.
     """
     while _locks:
         _locks.pop().close()
 
 
-os.register_at_fork(after_in_child=_forget_locks)
+os.register_at_fork(after_in_child=_close_locks)

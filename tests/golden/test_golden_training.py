@@ -16,7 +16,7 @@ SETTINGS = {
     "data.tokenizer": "vocab.txt",
     "data.workers": 0,
     "batch": 16,  # the sample world has too few images for the recipe's batch
-    "micro": 16,
+    "micro_batch_size": 16,
     "optimizer.warmup": 2,  # must be shorter than the run
     "checkpoint.every": HALF,
     "compute.threads": 1,

@@ -276,8 +276,8 @@ MUTATIONS = [
     ),
     Mutation(
         "flava_train/objective/step.py",
-        "getattr(X, Y) * Z",
-        "Z",
+        "weights[X] * Y",
+        "Y",
         _LOSSES,
         "weights of losses are ignored",
     ),

@@ -568,7 +568,7 @@ CONFIG = """
 base = "flava_tiny"
 steps = 2
 batch = 2
-micro = 2
+micro_batch_size = 2
 [data]
 tokenizer = "vocab.txt"
 workers = 0

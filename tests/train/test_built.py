@@ -19,7 +19,7 @@ from flava_train.data.manifests import check_manifest
 from flava_train.data.needs import StreamShares
 from flava_train.data.training_data import TrainingData
 from flava_train.evaluation.batches import evaluation_batches
-from flava_train.objective.losses import Objective
+from flava_train.objective.objective import Objective
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.build.image_locations import WEB
 from pmd_pipeline.dataset.build import BuildRequest, build_all

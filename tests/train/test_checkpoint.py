@@ -14,11 +14,13 @@ import tiny_datasets
 import torch
 from trials import command, losses, run, said, told, write_world
 
+from flava_train.evaluation.result import EvaluationResult
+from flava_train.model.flava import Flava
 from flava_train.run import checkpoint
-from flava_train.run.checkpoint import find, load_progress, newest
-from flava_train.run.init import read_tensors
-from flava_train.run.metrics import METRICS
-from flava_train.train import train
+from flava_train.run.checkpoint import find_checkpoint, load_progress, newest_checkpoint
+from flava_train.run.init import init_model, read_tensors
+from flava_train.run.loggers import METRICS
+from flava_train.train import open_data, train
 from pmd_pipeline.contract.errors import PmdError
 
 
@@ -41,7 +43,7 @@ def evaluated(world):
 
 def content(place):
     """All tensors of a checkpoint."""
-    folder = find(place)
+    folder = find_checkpoint(place)
     return [read_tensors(folder / name) for name in (checkpoint.WEIGHTS, checkpoint.MOMENTS)]
 
 
@@ -109,7 +111,7 @@ def test_no_checkpoint_is_found_before_it_is_whole(world, tmp_path, monkeypatch)
         with pytest.raises(Killed):
             train(config, quiet=True)
 
-    assert newest(tmp_path / "run") is None
+    assert newest_checkpoint(tmp_path / "run") is None
 
 
 @pytest.mark.slow
@@ -152,7 +154,7 @@ def test_sigterm_ends_a_process_with_exit_0_and_a_checkpoint(world, tmp_path):
 
     assert process.returncode == 0
     assert "the same command goes on" in words
-    assert newest(tmp_path / "run") == len(losses(tmp_path / "run"))
+    assert newest_checkpoint(tmp_path / "run") == len(losses(tmp_path / "run"))
 
 
 def count(path):
@@ -177,7 +179,7 @@ def test_the_same_command_goes_on_after_it_began_from_another_run(
     shutil.rmtree(theirs / "checkpoints" / "step-00000008")
     config = told(world, tmp_path / "run", evaluated(world))
     train(replace(config, steps=7), resume=str(theirs / named), quiet=True)
-    assert find(tmp_path / "run").name == "step-00000007"
+    assert find_checkpoint(tmp_path / "run").name == "step-00000007"
     monkeypatch.chdir(tmp_path)
 
     train(config, resume=str(Path("theirs") / named), quiet=True)  # by another spelling
@@ -190,12 +192,12 @@ def test_the_same_command_goes_on_after_it_began_from_another_run(
 def test_a_run_may_name_its_own_folder_in_any_spelling(world, tmp_path, monkeypatch):
     config = told(world, tmp_path / "run", evaluated(world))
     train(replace(config, steps=5), quiet=True)
-    best = load_progress(find(tmp_path / "run")).best
+    best = load_progress(find_checkpoint(tmp_path / "run")).best
     monkeypatch.chdir(tmp_path)
 
     for steps, spelling in ((6, "run"), (7, "run/../run/checkpoints/step-00000006")):
         train(replace(config, steps=steps), resume=spelling, quiet=True)
-        now = load_progress(find(tmp_path / "run"))
+        now = load_progress(find_checkpoint(tmp_path / "run"))
         assert (now.steps, now.begun_from) == (steps, None)
         assert now.best is not None
         assert now.best.value >= best.value
@@ -223,22 +225,15 @@ def test_newer_checkpoints_are_not_overwritten(world, alone):
 
 
 def test_there_is_nothing_to_go_on_from(world, tmp_path):
-    with pytest.raises(PmdError, match="is no checkpoint, and no run that has one"):
+    with pytest.raises(PmdError, match="is neither a checkpoint nor a run with a checkpoint"):
         train(told(world, tmp_path / "run"), resume=str(tmp_path), quiet=True)
 
 
 def test_only_the_newest_and_the_best_are_kept(world, tmp_path, monkeypatch):
-    figures = iter([0.9, 0.1, 0.2, 0.3])
+    recalls = iter([0.9, 0.1, 0.2, 0.3])
     monkeypatch.setattr(
         "flava_train.trainer.evaluate",
-        lambda *_, **__: type(
-            "E",
-            (),
-            {
-                "figures": {"text_to_image_r1": next(figures)},
-                "as_json": lambda self: {},
-            },
-        )(),
+        lambda *_, **__: EvaluationResult({"text_to_image_r1": next(recalls)}, {}),
     )
     changes = evaluated(world) | {"evaluation.every": 2, "checkpoint.every": 1}
 
@@ -246,8 +241,8 @@ def test_only_the_newest_and_the_best_are_kept(world, tmp_path, monkeypatch):
 
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000007", "step-00000008"]
-    assert find(tmp_path / "run", best=True).name == "step-00000002"
-    assert load_progress(find(tmp_path / "run")).best.value == 0.9
+    assert find_checkpoint(tmp_path / "run", best=True).name == "step-00000002"
+    assert load_progress(find_checkpoint(tmp_path / "run")).best.value == 0.9
 
 
 @pytest.mark.parametrize(
@@ -265,24 +260,24 @@ def test_an_evaluation_that_fails_takes_no_step_with_it(world, alone, tmp_path, 
             train(config, quiet=True)
 
     assert caught.value is error
-    assert find(tmp_path / "run").name == "step-00000004"
+    assert find_checkpoint(tmp_path / "run").name == "step-00000004"
     train(config, quiet=True)
     assert same(tmp_path / "run", alone)
 
 
 def test_rank_0_decides_whether_a_model_is_the_best(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("flava_train.trainer.as_rank_0_has_it", lambda *_: 0.875)
+    monkeypatch.setattr("flava_train.trainer.broadcast_from_rank_0", lambda *_: 0.875)
 
     train(told(world, tmp_path / "run", evaluated(world)), quiet=True)
 
-    assert load_progress(find(tmp_path / "run")).best.value == 0.875
+    assert load_progress(find_checkpoint(tmp_path / "run")).best.value == 0.875
 
 
 def test_the_best_of_a_run_that_was_never_evaluated_is_refused(world, tmp_path):
     train(told(world, tmp_path / "run", {"steps": 3}), quiet=True)
 
     with pytest.raises(PmdError, match="was never evaluated"):
-        find(tmp_path / "run", best=True)
+        find_checkpoint(tmp_path / "run", best=True)
 
 
 @pytest.fixture
@@ -298,7 +293,7 @@ def test_changed_pairs_are_refused_unless_allowed(started):
     tiny_datasets.write_pairs(started / "pairs.json", shards)
     config = told(started, started / "run")
 
-    with pytest.raises(PmdError, match=r"pairs: .* has learnt from .* --allow-changed-data"):
+    with pytest.raises(PmdError, match=r"pairs: .* was trained on .* --allow-changed-data"):
         train(config, quiet=True)
 
     assert train(config, allow_changed_data=True, quiet=True).steps == 8
@@ -308,14 +303,14 @@ def test_a_changed_tokenizer_is_refused(started):
     words = (started / "vocab.txt").read_text().replace("dog", "cow")
     (started / "vocab.txt").write_text(words)
 
-    with pytest.raises(PmdError, match=r"tokenizer: .* has learnt from"):
+    with pytest.raises(PmdError, match=r"tokenizer: .* was trained on"):
         train(told(started, started / "run"), quiet=True)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"seed": 1}, "seed was 0 in .*, and is 1: steps would see other data"),
+        ({"seed": 1}, "seed was 0 in .*, and is 1: batches would differ"),
         ({"batch": 4}, "batch was 8"),
         ({"objective.streams.pairs": 0.5, "objective.streams.images": 0.3}, "objective.streams"),
         ({"model.image.layers": 3}, "model.image.layers was 2 in .*: its weights do not fit"),
@@ -347,7 +342,7 @@ def test_loading_runs_no_code(started, tmp_path):
             return os.mkdir, (str(tmp_path / "evil"),)
 
     for name in (checkpoint.WEIGHTS, checkpoint.MOMENTS):
-        path = find(started / "run") / name
+        path = find_checkpoint(started / "run") / name
         held = path.read_bytes()
         torch.save({"logit_scale": Evil()}, path)
         with pytest.raises(PmdError, match="cannot read"):
@@ -371,7 +366,7 @@ def test_loading_runs_no_code(started, tmp_path):
     ],
 )
 def test_a_damaged_checkpoint_is_one_sentence(started, name, damage, says):
-    damage(find(started / "run") / name)
+    damage(find_checkpoint(started / "run") / name)
 
     with pytest.raises(PmdError, match=says) as caught:
         train(told(started, started / "run"), quiet=True)
@@ -403,9 +398,9 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_one_sentence(started, monke
 
 
 def test_a_checkpoint_says_what_it_is_of(started):
-    progress = load_progress(find(started / "run"))
+    progress = load_progress(find_checkpoint(started / "run"))
 
-    state = json.loads((find(started / "run") / "state.json").read_text())
+    state = json.loads((find_checkpoint(started / "run") / "state.json").read_text())
     assert progress.steps == state["steps"] == 3
     assert set(progress.digests) == {"pairs", "images", "texts", "tokenizer"}
     assert progress.config["seed"] == 0
@@ -421,6 +416,46 @@ def test_moments_of_a_head_whose_turn_has_not_come_are_absent(world, tmp_path):
     moments = content(tmp_path / "run")[1]
     assert "exp_avg.itm_head.dense.weight" in moments
     assert not any("mim_head" in name for name in moments)
+
+
+def test_a_run_resumes_without_the_head_of_a_loss_that_is_turned_off(world, tmp_path):
+    train(told(world, tmp_path / "run", {"steps": 5}), quiet=True)
+
+    train(told(world, tmp_path / "run", {"objective.itm": 0.0}), quiet=True)
+
+    held = content(tmp_path / "run")
+    assert not any("itm_head" in name for tensors in held for name in tensors)
+    assert any("mmm_text_head" in name for tensors in held for name in tensors)
+
+
+def test_a_run_does_not_resume_with_a_head_that_its_checkpoint_lacks(world, tmp_path):
+    train(told(world, tmp_path / "run", {"steps": 3, "objective.mim": 0.0}), quiet=True)
+
+    with pytest.raises(PmdError, match="has no mim_head: it was trained without this loss"):
+        train(told(world, tmp_path / "run"), quiet=True)
+
+
+def test_another_run_may_start_from_weights_without_a_head(world, tmp_path, caplog):
+    before = told(world, tmp_path / "before", {"steps": 3, "objective.mim": 0.0})
+    train(before, quiet=True)
+    config = told(world, tmp_path / "run", {"model.weights": before.out})
+
+    model = init_model(open_data(config)[0], "", from_scratch=True)
+    torch.manual_seed(0)
+    fresh = Flava(model.config)
+
+    assert f"{before.out} has no mim_head: its weights are random" in caplog.text
+    theirs, ours = content(tmp_path / "before")[0], model.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert torch.equal(ours["mim_head.dense.weight"], fresh.mim_head.dense.weight)
+
+
+def test_a_checkpoint_of_another_format_is_one_sentence(started):
+    path = find_checkpoint(started / "run") / checkpoint.STATE
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+
+    with pytest.raises(PmdError, match="is no checkpoint of this version"):
+        train(told(started, started / "run"), quiet=True)
 
 
 def test_steps_of_checkpoints_are_compared_as_numbers():

@@ -12,10 +12,9 @@ import torch
 from tiny import farthest, flava, gradients, images, pairs, texts
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flava_train.data.batches import fit, take
-from flava_train.objective.losses import (
-    Objective, contrastive_sum, masked_image_sum, masked_pair_sums, masked_text_sum
-)
+from flava_train.data.batches import pad_to_width, select_rows
+from flava_train.objective.losses import LOSSES, clip_loss_sum, predict
+from flava_train.objective.objective import Objective
 from flava_train.model.flava import Flava
 from flava_train.objective.step import train_step
 from dataclasses import replace
@@ -24,18 +23,29 @@ torch.set_num_threads(1)
 """
 
 WHOLE = """
-model, objective = flava(), Objective()
+model = flava()
 
 def embed(pairs):
     image = model.embed_images(pairs.images.pixels)
     text = model.embed_texts(pairs.texts.tokens, pairs.texts.lengths)
-    return contrastive_sum(image, text, pairs.matched, model.logit_scale.exp())
+    return clip_loss_sum(image, text, pairs.matched, model.logit_scale.exp())
+
+def losses_of(stream):
+    entries = {name: loss for name, loss in LOSSES.items() if loss.stream == stream}
+
+    def loss_sum(batch):
+        found = predict(model, batch, entries)
+        return sum(
+            entry.loss_sum(found[name], entry.targets(batch)) for name, entry in entries.items()
+        )
+
+    return loss_sum
 
 for function, batch in (
     (embed, pairs(4)),
-    (lambda batch: sum(masked_pair_sums(model, batch, objective).values()), pairs(4)),
-    (lambda batch: masked_image_sum(model, batch), images(4)),
-    (lambda batch: masked_text_sum(model, batch), texts(4)),
+    (losses_of("pairs"), pairs(4)),
+    (losses_of("images"), images(4)),
+    (losses_of("texts"), texts(4)),
 ):
     plain = function(batch)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(batch)
@@ -46,7 +56,7 @@ model.float()
 single = torch.float32
 for function, batch in (
     (embed, pairs(4, dtype=single)),
-    (lambda batch: sum(masked_pair_sums(model, batch, objective).values()), pairs(4, dtype=single)),
+    (losses_of("pairs"), pairs(4, dtype=single)),
 ):
     with torch.autocast("cpu", torch.bfloat16):
         torch.compile(function, fullgraph=True, backend="eager")(batch)
@@ -61,8 +71,8 @@ widths = (16, 18, 20)
 counts = []
 for turn in range(2):
     for width in widths:
-        wide = replace(batch, texts=fit(batch.texts, width))
-        cut = [take(wide, rows) for rows in torch.arange(8).split(4)]
+        wide = replace(batch, texts=pad_to_width(batch.texts, width))
+        cut = [select_rows(wide, rows) for rows in torch.arange(8).split(4)]
         for other in (images(4), texts(4)):
             train_step(model, [other, other], Objective())
         losses = train_step(model, cut, Objective())
@@ -86,7 +96,7 @@ from trials import write_world
 
 from flava_train.config import EvaluationConfig
 from flava_train.evaluation.evaluate import evaluate
-from flava_train.data.file_cache import Files
+from flava_train.data.file_cache import FileCache
 from flava_train.data.wordpiece import load_wordpiece
 
 counter = CompileCounterWithBackend("eager")
@@ -102,7 +112,7 @@ with tempfile.TemporaryDirectory() as folder:
         load_wordpiece(str(world / "vocab.txt")),
         config,
         caption_tokens=16,
-        files=Files(verify=False),
+        files=FileCache(verify=False),
     )
 counts.append(counter.frame_count)
 train_step(model, [pairs(4)], Objective())

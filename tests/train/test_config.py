@@ -3,13 +3,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ablations import ABLATIONS
 from hypothesis import given
 from hypothesis import strategies as st
 from trials import told
 
-from flava_train.config import as_toml, checked, config_names, load_config
+from flava_train.config import (
+    as_toml,
+    config_names,
+    load_config,
+    load_objective,
+    load_step_metrics,
+    validate_config,
+)
 from flava_train.model.flava import TowerConfig
-from flava_train.objective.losses import ABLATIONS, Objective
+from flava_train.objective.metrics import STEP_METRICS
+from flava_train.objective.objective import Objective, UserLoss
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.recipe import recipe_names
 
@@ -86,7 +95,7 @@ def test_any_value_survives_toml(text, number, seed):
     config = told(Path("world"), "run", {"data.cache": text, "seed": seed})
     config = replace(config, optimizer=replace(config.optimizer, lr=number))
 
-    assert checked(tomllib.loads(as_toml(config)), where="again") == config
+    assert validate_config(tomllib.loads(as_toml(config)), source="again") == config
 
 
 @pytest.mark.parametrize(
@@ -105,11 +114,25 @@ def test_any_value_survives_toml(text, number, seed):
         ('[compute]\nprecision = "int8"', "compute.precision = \"int8\": should be 'bf16'"),
         ("optimizer = 5", "optimizer is a section, not a value"),
         ("[model]\nimage_size = 65", "model: an image of 65 pixels cannot be cut"),
-        ("[optimizer]\nwarmup = 10", "optimizer.warmup = 10 leaves nothing of the 10 steps"),
+        (
+            "[objective.losses.mine]\nfunctoin = 'a:b'",
+            "unknown key 'objective.losses.mine.functoin'; did you mean 'function'?",
+        ),
+        ("[objective.losses.mine]\nweight = 1.0", "objective.losses.mine.function is missing"),
+        ("[objective.losses]\nmine = 'a:b'", "objective.losses.mine is a section, not a value"),
+        (
+            "[objective]\ncontrastive_loss = 'siglip'",
+            "objective.contrastive_loss = siglip needs a bias: set model.logit_bias = -10.0",
+        ),
+        (
+            "[objective]\ncontrastive_loss = 'global'",
+            'objective.contrastive_loss = "global": should',
+        ),
+        ("[optimizer]\nwarmup = 10", "optimizer.warmup = 10 must be less than the 10 steps"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_sentence(text, sentence, write):
-    write("steps = 10\nbatch = 4\nmicro = 4\n[optimizer]\nwarmup = 0\n", "below.toml")
+    write("steps = 10\nbatch = 4\nmicro_batch_size = 4\n[optimizer]\nwarmup = 0\n", "below.toml")
     path = write(f'base = "below.toml"\n{text}\n')
 
     assert refusal(path).startswith(f"{path}: {sentence}")
@@ -118,7 +141,7 @@ def test_a_mistake_in_a_file_is_one_sentence(text, sentence, write):
 def test_a_missing_key_is_named(write):
     path = write("steps = 10\nbatch = 4\n")
 
-    assert refusal(path) == f"{path}: micro is missing"
+    assert refusal(path) == f"{path}: micro_batch_size is missing"
 
 
 @pytest.mark.parametrize(
@@ -158,18 +181,37 @@ def test_a_value_can_be_set_by_its_dotted_key(setting, value):
     assert found == value
 
 
-def test_the_last_word_has_the_command_line(write):
-    path = write('base = "flava_pmd"\nmicro = 16\n[optimizer]\nlr = 0.5\n')
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("micro = 4", "unknown key 'micro'; did you mean 'micro_batch_size'?"),
+        ("skip = [4]", "unknown key 'skip'; did you mean 'skip_steps'?"),
+        ("[optimizer]\nclip = 1.0", "unknown key 'optimizer.clip'; did you mean 'grad_clip_norm'?"),
+        (
+            "[checkpoint]\nkeep = 1",
+            "unknown key 'checkpoint.keep'; did you mean 'keep_checkpoints'?",
+        ),
+        ("[objective]\ncontrast = 'local'", "unknown key 'objective.contrast'; did you mean"),
+    ],
+)
+def test_a_key_of_an_earlier_version_suggests_its_successor(text, sentence, write):
+    path = write(f'base = "flava_pmd"\n{text}\n')
+
+    assert refusal(path).startswith(f"{path}: {sentence}")
+
+
+def test_the_command_line_overrides_the_file(write):
+    path = write('base = "flava_pmd"\nmicro_batch_size = 16\n[optimizer]\nlr = 0.5\n')
 
     config = load_config(path, {"data.pairs": "mine.json"}, settings=["optimizer.lr=0.25"])
 
-    assert (config.steps, config.micro, config.optimizer.lr) == (150_000, 16, 0.25)
+    assert (config.steps, config.micro_batch_size, config.optimizer.lr) == (150_000, 16, 0.25)
     assert config.data.pairs == "mine.json"
     assert config.out == "runs/mine"
 
 
 def test_a_base_is_looked_for_beside_its_file(write):
-    write("steps = 5\nbatch = 4\nmicro = 2\n[optimizer]\nwarmup = 1\n", "below.toml")
+    write("steps = 5\nbatch = 4\nmicro_batch_size = 2\n[optimizer]\nwarmup = 1\n", "below.toml")
     path = write('base = "below.toml"\nbatch = 8\n')
 
     assert (load_config(path).steps, load_config(path).batch) == (5, 8)
@@ -192,3 +234,109 @@ def test_what_is_no_configuration_is_refused(write, tmp_path):
 
 def test_defaults_of_the_objective_are_those_of_the_full_model():
     assert Objective() == ABLATIONS["flava"]
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    """Writes the user's module `mine_<number>`; its name. Each name is imported only once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", "")
+
+    def write_module(code):
+        name = f"mine_{tmp_path.name}"
+        (tmp_path / f"{name}.py").write_text(code)
+        return name
+
+    return write_module
+
+
+LOSS = """
+from flava_train.objective.losses import LOSSES
+
+def loss(scale=1):
+    if scale > 9:
+        raise ValueError("a scale of 9 at most")
+    return LOSSES["mim"]
+
+def nothing():
+    return 5
+
+measure = 5
+"""
+
+
+def test_a_users_loss_is_loaded_with_its_arguments(user_module):
+    name = user_module(LOSS)
+    losses = {"mine": UserLoss(f"{name}:loss", 0.5, {"scale": 2})}
+
+    objective = load_objective(Objective(mim=0.0, losses=losses))
+
+    last = objective.active_losses[-1]
+    assert (last.name, last.weight, last.entry.stream) == ("mine", 0.5, "images")
+    assert "mine" in objective.heads
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "arguments", "sentence"),
+    [
+        ("mine", "absent:loss", {}, "absent:loss: there is no module 'absent'"),
+        ("mine", "{}:lass", {}, "defines no 'lass'; did you mean 'loss'?"),
+        (
+            "mine",
+            "{}:loss",
+            {"scale": 10},
+            "{}:loss for objective.losses.mine fails: ValueError: a scale of 9 at most",
+        ),
+        ("mine", "{}:loss", {"size": 1}, "unexpected keyword argument 'size'"),
+        ("mine", "{}:nothing", {}, "{}:nothing returns int; it must return a Loss"),
+        ("mim", "{}:loss", {}, "objective.losses.mim: 'mim' cannot be the name of a loss"),
+        ("my loss", "{}:loss", {}, "'my loss' cannot be the name of a loss"),
+        ("mine", "loss", {}, "'loss' is not of the form module:function"),
+    ],
+)
+def test_a_users_loss_that_cannot_be_loaded_is_one_sentence(
+    user_module, name, function, arguments, sentence
+):
+    module = user_module(LOSS)
+    loss = UserLoss(function.format(module), 1.0, arguments)
+
+    with pytest.raises(PmdError) as caught:
+        load_objective(Objective(losses={name: loss}))
+
+    assert sentence.format(module) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_users_loss_survives_toml(write):
+    path = write(
+        'base = "flava_tiny"\n[objective.losses.mine]\nfunction = "a:b"\nweight = 0.5\n'
+        "arguments = { words = [1, 2], deep = { x = 1.5 } }\n"
+    )
+
+    config = load_config(path)
+
+    assert config.objective.losses["mine"].arguments == {"words": [1, 2], "deep": {"x": 1.5}}
+    assert validate_config(tomllib.loads(as_toml(config)), source="again") == config
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["itm_accurcy"], "there is no metric 'itm_accurcy'; did you mean 'itm_accuracy'?"),
+        (["itm_accuracy", "itm_accuracy"], "two metrics have the name itm_accuracy"),
+        (["{}:measure"], "{}:measure is no function"),
+        (["{}:mesure"], "defines no 'mesure'; did you mean 'measure'?"),
+    ],
+)
+def test_a_metric_that_cannot_be_loaded_is_one_sentence(user_module, names, sentence):
+    module = user_module(LOSS)
+
+    with pytest.raises(PmdError) as caught:
+        load_step_metrics([name.format(module) for name in names])
+
+    assert sentence.format(module) in str(caught.value)
+
+
+def test_every_metric_of_the_package_is_found_by_name():
+    assert load_step_metrics(list(STEP_METRICS)) == STEP_METRICS

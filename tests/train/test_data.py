@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ablations import ABLATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -51,7 +52,7 @@ from flava_train.data.needs import StreamShares
 from flava_train.data.order import random_bits
 from flava_train.data.training_data import TrainingData
 from flava_train.evaluation.batches import evaluation_batches
-from flava_train.objective.losses import ABLATIONS, Objective
+from flava_train.objective.objective import Objective
 from flava_train.objective.step import train_step
 from pmd_pipeline.contract import image_format
 from pmd_pipeline.contract.errors import PmdError

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY, farthest, flava
+from user_losses import USER_LOSSES
 
-from flava_train.model.flava import Flava, TowerConfig
-from flava_train.model.hf import WEIGHTS, export_hf, load_hf
+from flava_train.model.flava import PUBLISHED_HEADS, Flava, TowerConfig
+from flava_train.model.hf import WEIGHTS, export_hf, load_hf, untrained_heads
 from pmd_pipeline.contract.errors import PmdError
 
 PIECES = ["[PAD]", *(f"[unused{n}]" for n in range(1, 95)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -31,6 +32,45 @@ def test_weights_survive_both_ways_bit_for_bit(tmp_path, dtype):
         assert farthest(weights(model), weights(back)) == 0
     again = load_file(tmp_path / "model" / WEIGHTS)
     assert {tensor.dtype for tensor in again.values()} == {dtype}
+
+
+def some_heads():
+    """Two published heads, and one of a user's loss."""
+    names = ("mlm", "itm")
+    return {name: PUBLISHED_HEADS[name] for name in names} | {
+        "rotation": USER_LOSSES["rotation"].entry.head
+    }
+
+
+def test_a_model_without_some_heads_is_exported_with_untrained_ones_and_comes_back(tmp_path):
+    model = flava(dtype=torch.float32, heads=some_heads())
+
+    export_hf(model, tmp_path / "model")
+    back = load_hf(tmp_path / "model")
+
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["untrained_heads"] == untrained_heads(back) == ["mim", "mmm_image", "mmm_text"]
+    expected = {name: one for name, one in weights(model).items() if "rotation" not in name}
+    assert farthest(expected, weights(back)) == 0
+
+
+def test_transformers_loads_an_export_with_untrained_heads(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    export_hf(flava(dtype=torch.float32, heads=some_heads()), tmp_path / "model")
+
+    theirs, seen = transformers.FlavaForPreTraining.from_pretrained(
+        tmp_path / "model", output_loading_info=True
+    )
+
+    assert {name: list(found) for name, found in seen.items() if found} == {}
+    assert theirs.mim_head.decoder.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert (theirs.mim_head.transform.LayerNorm.weight == 1).all()
+
+
+def test_an_export_of_a_full_model_lists_no_untrained_heads(tmp_path):
+    export_hf(flava(dtype=torch.float32), tmp_path / "model")
+
+    assert "untrained_heads" not in json.loads((tmp_path / "model" / "config.json").read_text())
 
 
 def test_siglips_bias_survives_in_the_configuration(tmp_path):
@@ -122,7 +162,7 @@ def changed(tmp_path, change):
         ),
         (
             lambda _, config: config["text_config"].update(hidden_act="relu"),
-            "text_config.hidden_act is 'relu'; we have only 'gelu'",
+            "text_config.hidden_act is 'relu'; only 'gelu' is supported",
         ),
         (
             lambda _, config: config["image_config"].update(layer_norm_eps=1e-6),

@@ -15,11 +15,11 @@ import torch
 from tiny import flava, images, pairs, texts
 from flava_train.data import batches, masking
 from flava_train.model import flava as model
-from flava_train.objective import losses, step
+from flava_train.objective import objective, step
 from flava_train.run import flops
 
 for batch in (pairs(2), images(2), texts(2)):
-    print(*step.train_step(flava(), [batch], losses.Objective()))
+    print(*step.train_step(flava(), [batch], objective.Objective()))
 """
 BLOCKED = {
     "beartype",

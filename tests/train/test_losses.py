@@ -3,16 +3,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ablations import ABLATIONS
 from tiny import PATCHES, TINY, flava, gradients, images, pairs, texts
+from user_losses import USER_LOSSES, with_user_losses
 
 from flava_train.data.masking import IGNORE
-from flava_train.objective.losses import (
-    ABLATIONS,
-    Objective,
-    contrastive_sum,
-    masked_patches,
-    sigmoid_sum,
-)
+from flava_train.model.flava import PUBLISHED_HEADS, Flava
+from flava_train.objective.losses import clip_loss_sum, masked_patches, siglip_loss_sum
+from flava_train.objective.objective import Objective, UserLoss
 from flava_train.objective.step import train_step
 
 
@@ -26,7 +24,7 @@ def units(count, *, seed=0):
 def test_contrast_of_random_guessing_is_log_b():
     same = torch.ones(8, 4) / 2
 
-    loss = contrastive_sum(same, same, torch.ones(8, dtype=torch.bool), torch.ones(1)) / 8
+    loss = clip_loss_sum(same, same, torch.ones(8, dtype=torch.bool), torch.ones(1)) / 8
 
     assert loss.item() == pytest.approx(math.log(8))
 
@@ -34,7 +32,7 @@ def test_contrast_of_random_guessing_is_log_b():
 def test_contrast_is_cross_entropy_of_both_directions():
     image, text = units(5), units(5, seed=1)
 
-    loss = contrastive_sum(image, text, torch.ones(5, dtype=torch.bool), torch.tensor([3.0])) / 5
+    loss = clip_loss_sum(image, text, torch.ones(5, dtype=torch.bool), torch.tensor([3.0])) / 5
 
     logits = 3 * image @ text.T
     expected = -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).mean() / 2
@@ -45,7 +43,7 @@ def test_a_mismatched_pair_is_a_negative_but_no_question():
     image, text = units(5), units(5, seed=1)
     matched = torch.tensor([True, True, False, True, True])
 
-    loss = contrastive_sum(image, text, matched, torch.tensor([3.0]))
+    loss = clip_loss_sum(image, text, matched, torch.tensor([3.0]))
 
     logits = 3 * image @ text.T
     rows = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()
@@ -56,7 +54,7 @@ def test_sigmoid_loss_asks_of_every_image_and_text_whether_they_belong_together(
     image, text = units(4), units(4, seed=1)
     matched = torch.tensor([True, True, False, True])
 
-    loss = sigmoid_sum(image, text, matched, torch.tensor([10.0]), torch.tensor([-10.0]))
+    loss = siglip_loss_sum(image, text, matched, torch.tensor([10.0]), torch.tensor([-10.0]))
 
     expected = 0.0
     for i in range(4):
@@ -144,4 +142,93 @@ def test_a_batch_without_weight_leaves_no_gradient():
 
 def test_siglip_asks_for_the_bias_it_needs():
     with pytest.raises(ValueError, match=r"FlavaConfig\(logit_bias=-10.0\)"):
-        train_step(flava(TINY), [pairs(2)], Objective(contrast="siglip"))
+        train_step(flava(TINY), [pairs(2)], Objective(contrastive_loss="siglip"))
+
+
+def heads_of(model):
+    return {name.removesuffix("_head") for name, _ in model.named_children() if "_head" in name}
+
+
+@pytest.mark.parametrize("row", ABLATIONS)
+def test_a_model_has_a_head_for_each_loss_that_counts_and_no_other(row):
+    objective = ABLATIONS[row]
+
+    model = Flava(TINY, objective.heads)
+
+    assert heads_of(model) == {name for name in PUBLISHED_HEADS if getattr(objective, name)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_HEADS)
+def test_a_model_without_a_head_trains_its_other_losses(name):
+    objective = Objective(**{name: 0.0})
+    model = Flava(TINY, objective.heads).double()
+
+    losses = [train_step(model, [batch], objective) for batch in (pairs(3), images(3), texts(3))]
+
+    names = {loss for one in losses for loss in one}
+    assert names == {"contrastive", *PUBLISHED_HEADS} - {name}
+    assert not hasattr(model, f"{name}_head")
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED_HEADS, "rotation", "text_length"])
+def test_initial_weights_do_not_depend_on_other_heads(name):
+    full = with_user_losses(Objective())
+    torch.manual_seed(5)
+    expected = Flava(TINY, full.heads).state_dict()
+
+    torch.manual_seed(5)
+    model = Flava(TINY, {name: full.heads[name]})
+
+    assert heads_of(model) == {name}
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+
+
+def test_each_users_head_has_its_own_initial_weights_and_each_seed_others():
+    heads = dict.fromkeys(["one", "two"], USER_LOSSES["rotation"].entry.head)
+    models = []
+
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(Flava(TINY, heads))
+
+    weights = [model.head(name).weight for model in models for name in heads]
+    assert not any(torch.equal(weights[i], weights[j]) for i in range(4) for j in range(i))
+
+
+def test_a_loss_with_a_head_needs_what_it_predicts_of_the_data():
+    masked = {"masked_length": USER_LOSSES["masked_length"]}
+    plain = {"plain_length": USER_LOSSES["plain_length"]}
+    contrastive = ABLATIONS["flava_c"]
+
+    assert replace(contrastive, losses=masked).data_needs.masks_pairs
+    assert not replace(contrastive, losses=plain).data_needs.masks_pairs
+    assert replace(contrastive, losses=plain).uses_fusion
+    assert Objective(mmm_image=0.0).data_needs.codes == {"images"}
+    assert Objective(mim=0.0).data_needs.codes == {"pairs"}
+
+
+def test_an_unmasked_loss_reads_images_and_captions_as_they_are():
+    model = flava()
+    model.add_module("plain_length_head", torch.nn.Linear(32, 2).double())
+    objective = Objective(
+        **dict.fromkeys(["contrastive", "mmm_image", "mmm_text", "itm"], 0.0),
+        losses={"plain_length": USER_LOSSES["plain_length"]},
+    )
+    batch = pairs(4)
+
+    (loss,) = train_step(model, [batch], objective).values()
+
+    with torch.no_grad():
+        image = model.image(batch.images.pixels)
+        text = model.text(batch.texts.tokens, batch.texts.lengths)
+        states = model.multimodal.norm(model.multimodal(image, text, batch.texts.lengths))
+        logits = model.plain_length_head(states[:, 0])
+    expected = torch.nn.functional.cross_entropy(logits, (batch.texts.lengths > 8).long())
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_a_users_loss_must_be_loaded_before_it_is_trained():
+    objective = Objective(losses={"mine": UserLoss("my_module:loss")})
+
+    with pytest.raises(TypeError, match="the loss mine = my_module:loss is not loaded"):
+        train_step(flava(), [pairs(2)], objective)

@@ -12,11 +12,18 @@ from trials import told, write_world
 
 from flava_train.data.batches import micro_batches
 from flava_train.model.flava import Flava
-from flava_train.objective.losses import Objective
+from flava_train.objective.objective import Objective
 from flava_train.objective.step import train_step
-from flava_train.run import flops, metrics
-from flava_train.run.flops import Operations, peak_of
-from flava_train.run.metrics import METRICS, Metrics, Terminal, boards, cut, numbers
+from flava_train.run import flops, loggers
+from flava_train.run.flops import FlopCounter, peak_of
+from flava_train.run.loggers import (
+    METRICS,
+    RunLogger,
+    Terminal,
+    external_loggers,
+    flat_numbers,
+    truncate_metrics,
+)
 from flava_train.train import train
 from pmd_pipeline.contract.errors import PmdError
 
@@ -32,7 +39,7 @@ def test_lines_of_steps_that_come_again_go(tmp_path):
     kept = [{"step": 0}, {"step": 1}, {"after": 2, "r1": 0.5}]
     path.write_text(lines(*kept, {"step": 2}, {"step": 3}, {"after": 4}))
 
-    cut(path, 2)
+    truncate_metrics(path, 2)
 
     assert path.read_text() == lines(*kept)
 
@@ -42,13 +49,13 @@ def test_a_torn_line_goes(tmp_path, torn):
     path = tmp_path / METRICS
     path.write_text(lines({"step": 0}) + torn)
 
-    cut(path, 9)
+    truncate_metrics(path, 9)
 
     assert path.read_text() == lines({"step": 0})
 
 
 def test_a_first_run_has_nothing_to_cut(tmp_path):
-    cut(tmp_path / METRICS, 0)
+    truncate_metrics(tmp_path / METRICS, 0)
 
     assert not (tmp_path / METRICS).exists()
 
@@ -57,23 +64,23 @@ def test_an_evaluation_whose_checkpoint_was_never_written_goes(tmp_path):
     path = tmp_path / METRICS
     path.write_text(lines({"step": 0}, {"after": 1, "r1": 0.5}))
 
-    cut(path, 0)
+    truncate_metrics(path, 0)
 
     assert path.read_text() == ""
 
 
-def shown(steps, *figures, terminal=False):
+def printed(steps, *metrics, is_terminal=False):
     out = StringIO()
-    console = Console(file=out, force_terminal=terminal, width=200, color_system=None)
-    board = Terminal(steps, console)
-    for one in figures:
-        board.show(one)
-    board.close()
+    console = Console(file=out, force_terminal=is_terminal, width=200, color_system=None)
+    terminal = Terminal(steps, console)
+    for one in metrics:
+        terminal.log(one)
+    terminal.close()
     return out.getvalue()
 
 
 def test_where_nobody_draws_there_is_a_line_now_and_then():
-    words = shown(9, *({**STEP, "step": step} for step in range(5)))
+    words = printed(9, *({**STEP, "step": step} for step in range(5)))
 
     assert words.splitlines()[0].startswith("step 1 of 9, itm 0.7000, mlm 3.0000, grad norm 2.000")
     assert words.splitlines()[-1].startswith("step 5 of 9")
@@ -81,7 +88,9 @@ def test_where_nobody_draws_there_is_a_line_now_and_then():
 
 
 def test_a_terminal_shows_the_losses_of_all_streams():
-    words = shown(9, STEP, {"step": 1, "stream": "images", "losses": {"mim": 4.0}}, terminal=True)
+    words = printed(
+        9, STEP, {"step": 1, "stream": "images", "losses": {"mim": 4.0}}, is_terminal=True
+    )
 
     assert "itm 0.7000, mlm 3.0000, mim 4.0000" in words.splitlines()[-1]
 
@@ -89,7 +98,7 @@ def test_a_terminal_shows_the_losses_of_all_streams():
 def test_an_evaluation_stands_beside_chance():
     found = {"after": 1000, "text_to_image_r1": 0.5, "chance": {"text_to_image_r1": 0.01}}
 
-    words = shown(9, found)
+    words = printed(9, found)
 
     assert "after 1,000 steps: text to image r1 0.5000 (chance 0.0100)" in words
 
@@ -97,11 +106,11 @@ def test_an_evaluation_stands_beside_chance():
 def test_only_the_writing_rank_tells_anything(tmp_path):
     config = told(tmp_path, tmp_path / "run")
 
-    quiet = Metrics(tmp_path, config, 0, quiet=False, writes=False)
-    quiet.show(STEP)
-    quiet.say("nothing")
-    quiet.sync()
-    quiet.close()
+    logger = RunLogger(tmp_path, config, 0, quiet=False, is_main=False)
+    logger.log(STEP)
+    logger.print("nothing")
+    logger.sync()
+    logger.close()
 
     assert list(tmp_path.iterdir()) == []
 
@@ -114,12 +123,12 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
     made = []
     module = SimpleNamespace(SummaryWriter=lambda *w, **more: made.append((w, more)) or writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(metrics, "find_spec", lambda name: name == "tensorboard")
+    monkeypatch.setattr(loggers, "find_spec", lambda name: name == "tensorboard")
 
-    [board] = boards(tmp_path, told(tmp_path, "run"), 5)
-    board.show(STEP)
-    board.show({"after": 4, "r1": 0.5, "chance": {"r1": 0.1}})
-    board.close()
+    [logger] = external_loggers(tmp_path, told(tmp_path, "run"), 5)
+    logger.log(STEP)
+    logger.log({"after": 4, "r1": 0.5, "chance": {"r1": 0.1}})
+    logger.close()
 
     assert made == [((str(tmp_path / "tensorboard"),), {"purge_step": 5})]
     assert calls == [
@@ -139,13 +148,13 @@ def test_a_resumed_run_goes_on_with_its_run_of_wandb(tmp_path, monkeypatch):
     )
     module = SimpleNamespace(init=lambda **more: started.append(more) or one)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.setattr(metrics, "find_spec", lambda name: name == "wandb")
+    monkeypatch.setattr(loggers, "find_spec", lambda name: name == "wandb")
     config = told(tmp_path, "run", {"metrics.wandb": "flava"})
 
     for _ in range(2):
-        [board] = boards(tmp_path, config, 0)
-        board.show(STEP)
-        board.close()
+        [logger] = external_loggers(tmp_path, config, 0)
+        logger.log(STEP)
+        logger.close()
 
     assert [more["id"] for more in started] == [None, "abc"]
     assert started[0]["project"] == "flava"
@@ -154,15 +163,15 @@ def test_a_resumed_run_goes_on_with_its_run_of_wandb(tmp_path, monkeypatch):
 
 
 def test_a_board_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "find_spec", lambda _: None)
+    monkeypatch.setattr(loggers, "find_spec", lambda _: None)
 
-    assert boards(tmp_path, told(tmp_path, "run"), 0) == []
+    assert external_loggers(tmp_path, told(tmp_path, "run"), 0) == []
     with pytest.raises(PmdError, match="wandb is not installed"):
-        boards(tmp_path, told(tmp_path, "run", {"metrics.wandb": "flava"}), 0)
+        external_loggers(tmp_path, told(tmp_path, "run", {"metrics.wandb": "flava"}), 0)
 
 
 def test_words_are_no_numbers():
-    assert numbers({"step": 1, "stream": "pairs", "updated": True, "a": {"b": 2}}) == {
+    assert flat_numbers({"step": 1, "stream": "pairs", "updated": True, "a": {"b": 2}}) == {
         "updated": True,
         "a.b": 2,
     }
@@ -179,7 +188,7 @@ def test_operations_are_those_that_a_step_does(make):
     ):
         train_step(model, [batch], objective)
 
-    found = Operations(TINY, objective).of([batch])
+    found = FlopCounter(TINY, objective).count([batch])
 
     # the logits of the contrast, forward and backward, are left out
     logits = 3 * 2 * 2 * 6 * 6 * TINY.projection_dim if make is pairs else 0
@@ -189,12 +198,12 @@ def test_operations_are_those_that_a_step_does(make):
 def test_operations_of_micro_batches_add_up_and_each_width_is_counted_once(monkeypatch):
     batch = pairs(8, lengths=[16, 16, 15, 14, 9, 8, 7, 3])
     pieces = micro_batches(batch, 2, widths=(8, 16))
-    operations = Operations(TINY, Objective(mmm_text=0.0))
+    counter = FlopCounter(TINY, Objective(mmm_text=0.0))
 
-    both = operations.of(pieces)
+    both = counter.count(pieces)
 
-    assert both == sum(operations.of([piece]) for piece in pieces)
-    assert len(operations._each) == 2
+    assert both == sum(counter.count([piece]) for piece in pieces)
+    assert len(counter._per_row) == 2
 
 
 def test_the_peak_of_a_card_is_that_of_its_longest_name(monkeypatch):

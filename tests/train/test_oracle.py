@@ -13,7 +13,8 @@ from tiny import PATCHES, TINY, farthest, flava, gradients, images, pairs, texts
 from flava_train.data.masking import IGNORE
 from flava_train.model.flava import Flava, FlavaConfig
 from flava_train.model.hf import hf_state, read_config, write_config
-from flava_train.objective.losses import Objective, masked_patches
+from flava_train.objective.losses import masked_patches
+from flava_train.objective.objective import Objective
 from flava_train.objective.step import train_step
 
 transformers = pytest.importorskip("transformers")

@@ -7,24 +7,28 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny import TINY, farthest, flava, gradients, images, pairs, texts
+from user_losses import with_user_losses
 
 from flava_train.config import ComputeConfig
 from flava_train.data.batches import select_rows
 from flava_train.model.flava import FlavaConfig
 from flava_train.objective import step
-from flava_train.objective.losses import Objective
+from flava_train.objective.metrics import STEP_METRICS, MetricSums
+from flava_train.objective.objective import Objective
 from flava_train.objective.step import train_step
-from flava_train.run.ranks import as_rank_0_has_it, joined
+from flava_train.run.ranks import broadcast_from_rank_0, init_ranks
 from pmd_pipeline.contract.errors import PmdError
 
 SIGLIP = FlavaConfig(**{**TINY.__dict__, "logit_bias": -10.0})
 CASES = {
     "flava": (Objective(), pairs(10, mismatched=(1, 2, 8))),
-    "siglip": (Objective(contrast="siglip"), pairs(10, mismatched=(1, 2, 8))),
-    "local": (Objective(contrast="local"), pairs(10, mismatched=(1, 2, 8))),
+    "siglip": (Objective(contrastive_loss="siglip"), pairs(10, mismatched=(1, 2, 8))),
+    "local": (Objective(contrastive_loss="clip_local"), pairs(10, mismatched=(1, 2, 8))),
     "one side without positives": (Objective(), pairs(10, mismatched=range(5))),
     "mim": (Objective(), images(10)),
     "mlm": (Objective(), texts(10)),
+    "a user's losses of pairs": (with_user_losses(Objective()), pairs(10, mismatched=(1, 2, 8))),
+    "a user's losses of texts": (with_user_losses(Objective()), texts(10)),
 }
 CUTS = {"whole": ([5], [5]), "uneven": ([2, 3], [4, 1]), "cached on one": ([5], [1, 2, 2])}
 
@@ -39,12 +43,13 @@ def rank(number, folder):
     for case, (objective, batch) in CASES.items():
         own = select_rows(batch, torch.arange(5) + 5 * number)
         for name, cuts in CUTS.items():
-            model = flava(SIGLIP)
+            model = flava(SIGLIP, heads=objective.heads)
             pieces = [select_rows(own, rows) for rows in torch.arange(5).split(cuts[number])]
-            losses = train_step(model, pieces, objective)
-            found[case, name] = losses, gradients(model)
+            metrics = MetricSums(STEP_METRICS, torch.device("cpu"))
+            losses = train_step(model, pieces, objective, metrics=metrics)
+            found[case, name] = losses, gradients(model), metrics.sums
     cpu = torch.device("cpu")
-    found["told"] = [as_rank_0_has_it(one, cpu) for one in (3 + number, 0.1 + number)]
+    found["told"] = [broadcast_from_rank_0(one, cpu) for one in (3 + number, 0.1 + number)]
     torch.save(found, f"{folder}/{number}.pt")
     dist.destroy_process_group()
 
@@ -58,7 +63,7 @@ def found(tmp_path_factory):
 
 def one_rank(case):
     objective, batch = CASES[case]
-    model = flava(SIGLIP)
+    model = flava(SIGLIP, heads=objective.heads)
     return train_step(model, [batch], objective), gradients(model)
 
 
@@ -67,7 +72,7 @@ def one_rank(case):
 def test_two_ranks_find_the_gradient_of_one(found, case, cut):
     losses, expected = one_rank(case)
 
-    (ours, first), (theirs, second) = (held[case, cut] for held in found)
+    (ours, first, _), (theirs, second, _) = (held[case, cut] for held in found)
 
     assert farthest(expected, first) < 1e-10
     assert farthest(first, second) == 0
@@ -75,10 +80,23 @@ def test_two_ranks_find_the_gradient_of_one(found, case, cut):
 
 
 @pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_measure_what_one_does(found, case, cut):
+    objective, batch = CASES[case]
+    metrics = MetricSums(STEP_METRICS, torch.device("cpu"))
+    train_step(flava(SIGLIP, heads=objective.heads), [batch], objective, metrics=metrics)
+
+    sums = sum(held[case, cut][2] for held in found)
+
+    assert torch.equal(sums, metrics.sums)
+    assert metrics.sums.any()
+
+
+@pytest.mark.parametrize("cut", CUTS)
 def test_the_local_contrast_has_the_same_loss_but_another_gradient(found, cut):
     losses, expected = one_rank("local")  # on one rank, local is global
 
-    (ours, first), (theirs, _) = (held["local", cut] for held in found)
+    (ours, first, _), (theirs, _, _) = (held["local", cut] for held in found)
 
     assert farthest(losses, {name: ours[name] + theirs[name] for name in ours}) < 1e-10
     assert farthest(expected, first) > 1e-3
@@ -98,7 +116,7 @@ def test_a_rank_without_a_gpu_does_not_join_others_that_have_one(monkeypatch, de
 
     with (
         pytest.raises(PmdError, match=f"device = {device}, but there are 1 GPUs for rank 1"),
-        joined(ComputeConfig(device=device)),
+        init_ranks(ComputeConfig(device=device)),
     ):
         pass
 
@@ -107,5 +125,5 @@ def test_ranks_of_a_machine_without_gpus_are_all_on_its_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
 
-    with joined(ComputeConfig()) as ranks:
+    with init_ranks(ComputeConfig()) as ranks:
         assert ranks.device == torch.device("cpu")

@@ -6,7 +6,7 @@ import torch
 from tiny import TINY, flava
 from tiny_datasets import WORDS, samples, write_pairs, write_texts, write_vocabulary
 
-from flava_train.config import checked
+from flava_train.config import validate_config
 from flava_train.data.wordpiece import load_wordpiece
 from flava_train.evaluation.batches import evaluation_batches
 from flava_train.evaluation.search import search
@@ -20,8 +20,8 @@ QUERIES = [WORDS[7], " ".join(WORDS[5:9]), WORDS[-1]]
 def trained(tmp_path):
     wordpiece = load_wordpiece(write_vocabulary(tmp_path / "vocab.txt"))
     shape = replace(TINY, text_vocab=len(wordpiece.vocabulary))
-    content = {"steps": 1, "batch": 1, "micro": 1, "optimizer": {"warmup": 0}}
-    config = checked({**content, "data": {"caption_tokens": 16}}, where="test")
+    content = {"steps": 1, "batch": 1, "micro_batch_size": 1, "optimizer": {"warmup": 0}}
+    config = validate_config({**content, "data": {"caption_tokens": 16}}, source="test")
     return TrainedModel(Path("nowhere"), config, flava(shape, dtype=torch.float32), wordpiece)
 
 

@@ -11,15 +11,19 @@ from torch._subclasses.fake_tensor import (
     FakeCopyMode,
     FakeTensorMode,
 )
+from user_losses import with_user_losses
 
 from flava_train.data.batches import ImageBatch, TextBatch, micro_batches, select_rows
 from flava_train.data.masking import IGNORE, draw_uniforms
 from flava_train.model.flava import Flava
-from flava_train.objective.losses import Objective
+from flava_train.objective.losses import LOSSES, masked_patches
+from flava_train.objective.metrics import STEP_METRICS, MetricSums
+from flava_train.objective.objective import Objective
 from flava_train.objective.step import train_step, with_negatives
 
 SIGLIP = replace(TINY, logit_bias=-10.0)
 FULL = Objective()
+WITH_USER_LOSSES = with_user_losses(FULL)
 
 
 def cut(batch, *sizes):
@@ -31,8 +35,8 @@ def cut(batch, *sizes):
     ("objective", "config"),
     [
         (FULL, TINY),
-        (Objective(contrast="local"), TINY),
-        (Objective(contrast="siglip"), SIGLIP),
+        (Objective(contrastive_loss="clip_local"), TINY),
+        (Objective(contrastive_loss="siglip"), SIGLIP),
         (Objective(contrastive=0.5, mmm_image=2.0, mmm_text=0.0, itm=3.0), TINY),
         (Objective(mmm_image=0.0, mmm_text=0.0, itm=0.0), TINY),
     ],
@@ -73,6 +77,91 @@ def test_one_side_alone_may_be_cut_as_well(make):
 
     assert farthest(losses, more) < 1e-12
     assert farthest(whole, gradients(model)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("make", "added"),
+    [
+        (pairs, {"masked_length", "plain_length", "distance"}),
+        (images, {"rotation"}),
+        (texts, {"text_length"}),
+    ],
+)
+def test_a_users_loss_has_the_gradient_of_the_whole_batch_too(make, added):
+    model = flava(heads=WITH_USER_LOSSES.heads)
+    batch = make(8)
+
+    losses = train_step(model, [batch], WITH_USER_LOSSES)
+    whole = gradients(model)
+    more = train_step(model, cut(batch, 4, 4), WITH_USER_LOSSES)
+
+    assert farthest(losses, more) < 1e-10
+    assert farthest(whole, gradients(model)) < 1e-10
+    assert losses.keys() - train_step(model, [batch], FULL).keys() == added
+
+
+def test_losses_of_the_package_do_not_change_beside_a_users():
+    model = flava(heads=WITH_USER_LOSSES.heads)
+    batch = pairs(6, mismatched=(2,))
+
+    ours = train_step(model, [batch], FULL)
+    all_losses = train_step(model, [batch], WITH_USER_LOSSES)
+
+    assert farthest(ours, {name: all_losses[name] for name in ours}) < 1e-12
+
+
+@pytest.mark.parametrize("make", [pairs, images, texts])
+def test_metrics_do_not_depend_on_micro_batches_and_change_no_gradient(make):
+    model, batch = flava(), make(9)
+    whole, cut_up = (MetricSums(STEP_METRICS, torch.device("cpu")) for _ in range(2))
+
+    train_step(model, [batch], FULL)
+    expected = gradients(model)
+    train_step(model, [batch], FULL, metrics=whole)
+    measured = gradients(model)
+    train_step(model, cut(batch, 4, 2, 3), FULL, metrics=cut_up)
+
+    assert farthest(expected, measured) == 0
+    assert torch.equal(whole.sums, cut_up.sums)
+    values = whole.values(whole.sums.tolist())
+    stream = {pairs: "pairs", images: "images", texts: "texts"}[make]
+    names = {name for name, loss in LOSSES.items() if loss.stream == stream}
+    names |= {"contrastive"} if make is pairs else set()
+    assert values.keys() == {f"{name}_accuracy" for name in names}
+    assert all(0 <= value <= 1 for value in values.values())
+
+
+def test_accuracies_are_those_of_the_logits():
+    model, batch = flava(), pairs(6, mismatched=(2,))
+    sums = MetricSums(STEP_METRICS, torch.device("cpu"))
+
+    train_step(model, [batch], FULL, metrics=sums)
+
+    with torch.no_grad():
+        image = model.embed_images(batch.images.pixels)
+        text = model.embed_texts(batch.texts.tokens, batch.texts.lengths)
+    nearest = (image @ text.T).argmax(1) == torch.arange(6)
+    values = sums.values(sums.sums.tolist())
+    assert values["contrastive_accuracy"] == nearest[batch.matched].double().mean().item()
+    assert values["mmm_image_accuracy"] == pytest.approx(share_of_codes(model, batch))
+
+
+def share_of_codes(model, batch):
+    """Masked codes of matched pairs that the model predicts, by a pass of its own."""
+    with torch.no_grad():
+        hidden = masked_patches(batch.images, TINY.grid**2)
+        image = model.image(batch.images.pixels, hidden)
+        text = model.text(batch.texts.masked_tokens, batch.texts.lengths)
+        states = model.multimodal.norm(model.multimodal(image, text, batch.texts.lengths))
+    correct = []
+    for row in batch.matched.nonzero().flatten().tolist():
+        for place, code in zip(
+            batch.images.masked_positions[row], batch.images.codes[row], strict=True
+        ):
+            if code != IGNORE:
+                guess = model.mmm_image_head(states[row, 2 + place]).argmax()
+                correct.append(bool(guess == code))
+    return sum(correct) / len(correct)
 
 
 def test_sorting_by_length_changes_nothing():
@@ -204,7 +293,7 @@ def unmasked(batch):
 
 
 @pytest.mark.parametrize("negatives", ["dataset", "batch", "hard"])
-@pytest.mark.parametrize("contrast", ["global", "local", "siglip"])
+@pytest.mark.parametrize("contrastive", ["clip_global", "clip_local", "siglip"])
 @pytest.mark.parametrize(
     "batch",
     [
@@ -216,9 +305,9 @@ def unmasked(batch):
     ],
     ids=["no positives", "nothing masked", "one pair", "one mismatched pair", "one token"],
 )
-def test_a_poor_batch_of_pairs_has_finite_gradients(batch, contrast, negatives):
+def test_a_poor_batch_of_pairs_has_finite_gradients(batch, contrastive, negatives):
     model = flava(SIGLIP)
-    objective = Objective(contrast=contrast, itm_negatives=negatives)
+    objective = Objective(contrastive_loss=contrastive, itm_negatives=negatives)
 
     losses = train_step(model, [batch], objective)
 

@@ -17,16 +17,16 @@ from tiny import TINY
 from trials import command, losses, run, said, told, write_world
 
 from flava_train import trainer as learner
-from flava_train.config import OptimizerConfig, checked
+from flava_train.config import OptimizerConfig, validate_config
 from flava_train.data.loader import load_batches
 from flava_train.evaluation.trained_model import load_trained_model
 from flava_train.model.flava import Flava
-from flava_train.model.hf import export_hf
-from flava_train.run.checkpoint import find, load_progress
-from flava_train.run.init import beginning, read_tensors
+from flava_train.model.hf import export_hf, load_hf, untrained_heads
+from flava_train.run.checkpoint import find_checkpoint, load_progress
+from flava_train.run.init import init_model, read_tensors
 from flava_train.run.optimizer import adamw, learning_rate
 from flava_train.run.ranks import Ranks
-from flava_train.run.run_dir import only_writer
+from flava_train.run.run_dir import lock_run_dir
 from flava_train.train import open_data, train
 from pmd_pipeline.contract.errors import PmdError
 
@@ -45,7 +45,7 @@ def alone(world, tmp_path_factory):
 
 
 def weights(place):
-    return read_tensors(find(place) / "model.safetensors")
+    return read_tensors(find_checkpoint(place) / "model.safetensors")
 
 
 def same(one, other):
@@ -133,7 +133,7 @@ def test_every_step_is_told_once(alone):
 
 
 def test_micro_batches_change_memory_and_not_losses(world, alone, tmp_path):
-    config = told(world, tmp_path / "run", {"micro": 3})
+    config = told(world, tmp_path / "run", {"micro_batch_size": 3})
 
     train(config, quiet=True)
 
@@ -155,7 +155,7 @@ sys.path.insert(0, {here!r})
 import torch
 from tiny import farthest, flava, gradients, pairs
 
-from flava_train.objective.losses import Objective
+from flava_train.objective.objective import Objective
 from flava_train.objective.step import train_step
 
 plain, model = flava(), flava()
@@ -197,7 +197,7 @@ def test_an_overflow_of_float16_is_passed_over(world, tmp_path, monkeypatch):
     lines = said(tmp_path / "run")
     assert [line["updated"] for line in lines] == [False, False, False]
     assert [line["loss_scale"] for line in lines] == [2.0**59, 2.0**58, 2.0**57]
-    fresh = beginning(open_data(config)[0], "", from_scratch=True)
+    fresh = init_model(open_data(config)[0], "", from_scratch=True)
     assert same(weights(tmp_path / "run"), dict(fresh.state_dict()))
 
 
@@ -225,7 +225,7 @@ def test_a_loss_scale_that_came_down_to_1_stays_there(world, tmp_path, monkeypat
     train(told(world, tmp_path / "run", changes | {"steps": 5}), quiet=True)
 
     assert [line["loss_scale"] for line in said(tmp_path / "run")] == [1.0] * 5
-    assert load_progress(find(tmp_path / "run")).good_steps == 5
+    assert load_progress(find_checkpoint(tmp_path / "run")).good_steps == 5
 
 
 @pytest.mark.parametrize("before", ["fp16", "fp32"])
@@ -239,7 +239,7 @@ def test_a_loss_scale_begins_where_the_precision_changes_to_float16(
     after = {"compute.precision": steps[before], "steps": 4}
     train(told(world, tmp_path / "run", after), quiet=True)
 
-    last = load_progress(find(tmp_path / "run"))
+    last = load_progress(find_checkpoint(tmp_path / "run"))
     assert (last.loss_scale, last.good_steps) == ((1.0, 0) if before == "fp16" else (8.0, 1))
 
 
@@ -254,7 +254,7 @@ def test_a_gradient_is_clipped_to_its_greatest_norm(world, tmp_path, monkeypatch
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
 
-    train(told(world, tmp_path / "run", {"optimizer.clip": 0.5}), quiet=True)
+    train(told(world, tmp_path / "run", {"optimizer.grad_clip_norm": 0.5}), quiet=True)
 
     assert norms == pytest.approx([min(0.5, line["grad_norm"]) for line in said(tmp_path / "run")])
     assert max(line["grad_norm"] for line in said(tmp_path / "run")) > 0.5
@@ -288,12 +288,12 @@ def test_nan_stops_before_the_update_and_names_the_keys(world, tmp_path, poisone
     _, streams = open_data(config)
     assert found["keys"] == [row.key for row in streams.describe(5)]
     assert found["keys"][0] in str(caught.value)
-    assert "skip=[5]" in str(caught.value)
-    assert find(tmp_path / "run").name == "step-00000005"
+    assert "skip_steps=[5]" in str(caught.value)
+    assert find_checkpoint(tmp_path / "run").name == "step-00000005"
 
 
 def test_nan_in_a_batch_of_one_names_its_key(world, tmp_path, poisoned):
-    config = told(world, tmp_path / "run", {"batch": 1, "micro": 1})
+    config = told(world, tmp_path / "run", {"batch": 1, "micro_batch_size": 1})
     poisoned(1)
 
     with pytest.raises(PmdError, match=r"step 0: .* not finite") as caught:
@@ -322,7 +322,7 @@ def test_an_infinite_gradient_is_refused_too(world, tmp_path, monkeypatch):
 
 
 def test_a_step_can_be_passed_over(world, alone, tmp_path):
-    train(told(world, tmp_path / "run", {"skip": [2], "steps": 4}), quiet=True)
+    train(told(world, tmp_path / "run", {"skip_steps": [2], "steps": 4}), quiet=True)
 
     lines = said(tmp_path / "run")
     assert lines[2] == {"step": 2, "stream": said(alone)[2]["stream"], "skipped": True}
@@ -347,7 +347,7 @@ def test_a_signal_in_the_middle_of_a_step_saves_after_it(
     outcome = train(config, quiet=True)
 
     assert (outcome.steps, outcome.signal) == (2, number)
-    assert find(tmp_path / "run").name == "step-00000002"
+    assert find_checkpoint(tmp_path / "run").name == "step-00000002"
     assert train(config, quiet=True).signal is None
     assert said(tmp_path / "run") == said(alone)
     assert same(weights(tmp_path / "run"), weights(alone))
@@ -378,21 +378,21 @@ def test_what_a_step_saw_can_be_explained(world, tmp_path):
 
 
 def test_two_runs_do_not_write_into_one_folder(world, tmp_path):
-    with only_writer(tmp_path / "run"), pytest.raises(PmdError, match="another flava-train"):
+    with lock_run_dir(tmp_path / "run"), pytest.raises(PmdError, match="another flava-train"):
         train(told(world, tmp_path / "run"), quiet=True)
 
 
 def test_a_run_that_is_gone_is_not_held_by_the_workers_it_leaves(tmp_path):
     fork = multiprocessing.get_context("fork")
     runs = fork.Event()
-    with only_writer(tmp_path / "run"):
+    with lock_run_dir(tmp_path / "run"):
         worker = fork.Process(target=lambda: (runs.set(), time.sleep(60)))
         worker.start()
         assert runs.wait(30)
-        with pytest.raises(PmdError, match="another"), only_writer(tmp_path / "run"):
+        with pytest.raises(PmdError, match="another"), lock_run_dir(tmp_path / "run"):
             pass
     try:
-        with only_writer(tmp_path / "run"):
+        with lock_run_dir(tmp_path / "run"):
             assert worker.is_alive()
     finally:
         worker.kill()
@@ -400,7 +400,7 @@ def test_a_run_that_is_gone_is_not_held_by_the_workers_it_leaves(tmp_path):
 
 
 def test_vocabularies_are_as_large_as_the_data_says(world, tmp_path, alone):
-    config = checked(load_progress(find(alone)).config, where="there")
+    config = validate_config(load_progress(find_checkpoint(alone)).config, source="there")
 
     assert config.model.image_vocab == 67
     assert config.model.text_vocab == len((alone / "vocab.txt").read_text().splitlines())
@@ -421,7 +421,7 @@ def test_a_text_encoder_comes_from_its_own_run(world, alone, tmp_path):
     }
     config, streams = open_data(told(world, tmp_path / "run", changes))
 
-    model = beginning(config, streams.digests["tokenizer"], from_scratch=True)
+    model = init_model(config, streams.digests["tokenizer"], from_scratch=True)
 
     theirs = weights(alone)
     ours = model.state_dict()
@@ -430,13 +430,13 @@ def test_a_text_encoder_comes_from_its_own_run(world, alone, tmp_path):
     )
     assert not torch.equal(ours["image.patches.weight"], theirs["image.patches.weight"])
     with pytest.raises(PmdError, match="has another tokenizer"):
-        beginning(config, "other", from_scratch=True)
+        init_model(config, "other", from_scratch=True)
 
 
 def test_a_whole_model_comes_from_a_run(world, alone, tmp_path):
     config = open_data(told(world, tmp_path / "run", {"model.weights": str(alone)}))[0]
 
-    assert same(dict(beginning(config, "", from_scratch=True).state_dict()), weights(alone))
+    assert same(dict(init_model(config, "", from_scratch=True).state_dict()), weights(alone))
 
 
 def test_an_image_encoder_comes_from_a_file_that_runs_no_code(world, tmp_path):
@@ -450,10 +450,10 @@ def test_an_image_encoder_comes_from_a_file_that_runs_no_code(world, tmp_path):
     config = open_data(told(world, tmp_path / "run", changes))[0]
 
     with pytest.raises(PmdError, match=r"cannot read .*dino.pth"):
-        beginning(config, "", from_scratch=True)
+        init_model(config, "", from_scratch=True)
     torch.save({"cls_token": torch.zeros(1)}, path)
     with pytest.raises(PmdError, match="not the weights of a DINO"):
-        beginning(config, "", from_scratch=True)
+        init_model(config, "", from_scratch=True)
 
 
 def test_an_image_encoder_comes_from_dino(world, tmp_path):
@@ -466,7 +466,7 @@ def test_an_image_encoder_comes_from_dino(world, tmp_path):
     state = {name: tensor.float() for name, tensor in dino(config.model).items()}
     torch.save(state, tmp_path / "dino.pth")
 
-    model = beginning(config, "", from_scratch=True)
+    model = init_model(config, "", from_scratch=True)
 
     assert torch.equal(model.image.cls, state["cls_token"])
     assert torch.equal(model.image.blocks[1].fc2.weight, state["blocks.1.mlp.fc2.weight"])
@@ -477,20 +477,53 @@ def test_a_whole_model_comes_from_a_folder_of_transformers(world, alone, tmp_pat
     export_hf(trained.model, tmp_path / "hf")
     config = open_data(told(world, tmp_path / "run", {"model.weights": str(tmp_path / "hf")}))[0]
 
-    assert same(dict(beginning(config, "", from_scratch=True).state_dict()), weights(alone))
+    assert same(dict(init_model(config, "", from_scratch=True).state_dict()), weights(alone))
     other = replace(config, model=replace(config.model, projection_dim=12))
     with pytest.raises(PmdError, match="has projection_dim = 24, and the configuration 12"):
-        beginning(other, "", from_scratch=True)
+        init_model(other, "", from_scratch=True)
 
 
-def test_ranks_that_cannot_share_a_batch_are_refused(world, tmp_path, monkeypatch):
+def test_a_run_without_a_loss_starts_from_a_folder_of_transformers(world, alone, tmp_path):
+    export_hf(load_trained_model(alone).model, tmp_path / "hf")
+    changes = {"model.weights": str(tmp_path / "hf"), "objective.mmm_text": 0.0}
+    config = open_data(told(world, tmp_path / "run", changes))[0]
+
+    state = init_model(config, "", from_scratch=True).state_dict()
+
+    expected = weights(alone)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+    assert {name.split(".")[0] for name in expected.keys() - state.keys()} == {"mmm_text_head"}
+
+
+def test_a_model_trained_without_a_loss_can_be_evaluated_and_exported(world, tmp_path):
+    changes = {"steps": 3, "objective.mim": 0.0, "objective.mlm": 0.0}
+    train(told(world, tmp_path / "run", changes), quiet=True)
+
+    model = load_trained_model(tmp_path / "run").model
+    export_hf(model, tmp_path / "hf")
+
+    assert untrained_heads(load_hf(tmp_path / "hf")) == ["mim", "mlm"]
+
+
+def test_step_metrics_are_logged_for_the_steps_that_they_measure(world, alone, tmp_path):
+    changes = {"metrics.step_metrics": ["itm_accuracy", "mlm_accuracy"]}
+    train(told(world, tmp_path / "run", changes), quiet=True)
+
+    lines = said(tmp_path / "run")
+    names = {"pairs": {"itm_accuracy"}, "texts": {"mlm_accuracy"}, "images": set()}
+    assert [line["losses"] for line in lines] == losses(alone)
+    assert all(line.get("metrics", {}).keys() == names[line["stream"]] for line in lines)
+    assert {line["stream"] for line in lines} >= {"pairs", "images"}
+
+
+def test_a_batch_that_cannot_be_split_over_the_ranks_is_refused(world, tmp_path, monkeypatch):
     @contextmanager
-    def joined(_):
+    def init_ranks(_):
         yield Ranks(1, 3, torch.device("cpu"))
 
-    monkeypatch.setattr("flava_train.train.joined", joined)
+    monkeypatch.setattr("flava_train.train.init_ranks", init_ranks)
 
-    with pytest.raises(PmdError, match="3 ranks cannot share a batch of 8 equally"):
+    with pytest.raises(PmdError, match="a batch of 8 cannot be split equally over 3 ranks"):
         train(told(world, tmp_path / "run"), quiet=True)
 
 
@@ -507,7 +540,7 @@ def test_a_mistake_of_the_user_is_one_line(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"compute.shard": True, "compute.recompute": True}])
 def test_two_ranks_learn_what_one_does_and_one_goes_on(world, tmp_path, more):
-    changes = {"optimizer.clip": 5.0, "optimizer.schedule": "constant"}
+    changes = {"optimizer.grad_clip_norm": 5.0, "optimizer.schedule": "constant"}
     one = told(world, tmp_path / "one", changes)
     train(one, quiet=True)
     config = told(world, tmp_path / "run", changes | more | {"steps": 5})
@@ -522,7 +555,7 @@ def test_two_ranks_learn_what_one_does_and_one_goes_on(world, tmp_path, more):
     )
 
     assert done.returncode == 0, done.stderr
-    assert load_progress(find(tmp_path / "run")).ranks == 2
+    assert load_progress(find_checkpoint(tmp_path / "run")).ranks == 2
     train(told(world, tmp_path / "run", changes), quiet=True)  # whole, however it was shared out
     for ours, theirs in zip(said(tmp_path / "run"), said(tmp_path / "one"), strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-6)

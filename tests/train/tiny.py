@@ -5,7 +5,7 @@ import torch
 
 from flava_train.data.batches import ImageBatch, PairBatch, TextBatch
 from flava_train.data.masking import IGNORE
-from flava_train.model.flava import Flava, FlavaConfig, TowerConfig
+from flava_train.model.flava import PUBLISHED_HEADS, Flava, FlavaConfig, TowerConfig
 
 PATCHES = 16
 TINY = FlavaConfig(
@@ -21,10 +21,10 @@ TINY = FlavaConfig(
 )
 
 
-def flava(config=TINY, *, dtype=torch.float64, seed=0):
+def flava(config=TINY, *, dtype=torch.float64, seed=0, heads=PUBLISHED_HEADS):
     """Every parameter at random: at their initial zeros and ones, half of them hide mistakes."""
     torch.manual_seed(seed)
-    model = Flava(config)
+    model = Flava(config, heads)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             around = 1.0 if "norm" in name and name.endswith("weight") else 0.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tiny_datasets
 
-from flava_train.config import as_toml, checked
+from flava_train.config import as_toml, validate_config
 
 TOWER = {"layers": 2, "width": 32, "heads": 4, "hidden": 48}
 
@@ -31,7 +31,7 @@ def told(world, out, changes=None):
     content = {
         "steps": 8,
         "batch": 8,
-        "micro": 4,
+        "micro_batch_size": 4,
         "out": str(out),
         "data": {
             "pairs": str(world / "pairs.json"),
@@ -65,14 +65,18 @@ def told(world, out, changes=None):
         for section in sections:
             inner = inner.setdefault(section, {})
         inner[last] = value
-    return checked(content, where="a test")
+    return validate_config(content, source="a test")
 
 
 def said(run):
     """What every step of a run found, without what a clock said."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: value for name, value in line.items() if name not in {"pairs_per_second", "waited"}}
+        {
+            name: value
+            for name, value in line.items()
+            if name not in {"pairs_per_second", "data_wait_seconds"}
+        }
         for line in lines
     ]
 
