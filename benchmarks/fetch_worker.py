@@ -18,6 +18,7 @@ from pmd_pipeline.images.decode.decoder import open_image
 from pmd_pipeline.images.decode.stored_image import make_stored_image
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.recipe import Images, load_recipe
+from pmd_pipeline.sources import find_annotations
 
 
 def build(
@@ -30,9 +31,8 @@ def build(
     fetch = {"connect_to": connect_to, **politeness}
     (recipe,) = load_recipe("cc3m", {"part_records": 1_000_000, "fetch": fetch})
     with open_pool("local", 1, None) as pool:
-        index = build_index(
-            recipe, str(folder / "raw"), str(folder / "index"), pool, ignore_progress
-        )
+        annotations = find_annotations(recipe.load_source(), str(folder / "raw"))
+        index = build_index(recipe, annotations, str(folder / "index"), pool, ignore_progress)
     (part,) = index.parts
     shard = ShardBuild(recipe, part.part, str(folder / "shards"))
     task = PartTask(shard, str(folder / "index"), part)

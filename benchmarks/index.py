@@ -22,6 +22,7 @@ from yfcc_rows import write_rows
 from pmd_pipeline.base.parallel import ignore_progress, open_pool
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.recipe import load_recipe
+from pmd_pipeline.sources import find_annotations
 
 
 class Memory:
@@ -74,7 +75,8 @@ def main() -> None:
             with Memory() as memory, open_pool(given.runner, given.workers, None) as pool:
                 started, before = time.monotonic(), cpu_seconds()
                 recipe = load_recipe("yfcc100m")[0]
-                index = build_index(recipe, str(raw), f"{folder}/index", pool, ignore_progress)
+                annotations = find_annotations(recipe.load_source(), str(raw))
+                index = build_index(recipe, annotations, f"{folder}/index", pool, ignore_progress)
                 seconds = time.monotonic() - started
         busy = cpu_seconds() - before
         assert index.rows == rows

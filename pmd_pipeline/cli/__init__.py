@@ -1,4 +1,7 @@
-"""The command `pmd`: parses, calls one function, prints. Results on stdout, talk on stderr."""
+"""The command `pmd`, one module a group of commands: each parses, calls a function and prints.
+
+Results go to stdout, messages to stderr.
+"""
 
 import importlib
 import logging
@@ -8,13 +11,13 @@ import sys
 from pmd_pipeline.cli.app import app, say
 from pmd_pipeline.contract.errors import PmdError
 
-for module in sorted(found.name for found in pkgutil.iter_modules(__path__)):
+for module in sorted(entry.name for entry in pkgutil.iter_modules(__path__)):
     if not module.startswith("_"):
         importlib.import_module(f"{__name__}.{module}")  # registers its commands
 
 
 def main() -> None:
-    """Run `pmd`: exit 0 done, 1 some parts failed, 2 fix the input, 130 interrupted."""
+    """Run `pmd`. Exit codes: 0 done, 1 some parts failed, 2 wrong input, 130 interrupted."""
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s"
     )

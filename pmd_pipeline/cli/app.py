@@ -61,12 +61,12 @@ def interruptible(*, resumes: bool = True) -> Iterator[None]:
     """Ctrl-C ends the command with exit code 130 and one sentence.
 
     Args:
-        resumes: the same command continues; else it starts from the beginning.
+        resumes: the same command continues an interrupted one; else it starts anew.
     """
     try:
         yield
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from here" if resumes else "stopped")
+        say("interrupted; run the same command again to continue" if resumes else "interrupted")
         raise typer.Exit(130) from None
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @app.command()
 @expand_options()
 def build(options: BuildOptions = BUILD_DEFAULTS) -> None:
-    """Build sources to shards and manifests; interrupted, the same command goes on.
+    """Build sources to shards and manifests; the same command resumes an interrupted build.
 
     Example: pmd build --source yfcc100m --limit 10000
     """
@@ -28,12 +28,12 @@ def retry(
     reason: Annotated[
         list[str],
         typer.Option(
-            metavar="REASONS", help="Reasons of failure, such as timeout,dns; may be repeated."
+            metavar="REASONS", help="Failure reasons, such as timeout,dns; may be repeated."
         ),
     ],
     options: BuildOptions = BUILD_DEFAULTS,
 ) -> None:
-    """Ask again for what failed, in parts that are built; give the options of the build as well.
+    """Fetch failed images again, in parts that are built; repeat the options of the build.
 
     Example: pmd retry --reason timeout,dns --source cc12m
     """
@@ -51,7 +51,7 @@ def merge(
         str, typer.Option("--out", metavar="FILE", help="The manifest to write.")
     ] = "manifests/pmd.json",
 ) -> None:
-    """Make one manifest of several.
+    """Merge manifests of different sources into one.
 
     Example: pmd merge manifests/coco.json manifests/sbu.json --out manifests/two.json
     """

@@ -1,4 +1,4 @@
-"""The command that packs a dataset's papers: `pmd bundle`."""
+"""The command `pmd bundle`, which packs all files of a dataset except its images."""
 
 from typing import Annotated
 
@@ -16,35 +16,40 @@ def bundle(
         str, typer.Option("--out", metavar="DIR|FILE.tar", help="A new folder, or a tar.")
     ] = "bundle",
     kit: Annotated[
-        str | None, typer.Option(metavar="KIT", help="What pmd lock wrote, to pack as well.")
+        str | None, typer.Option(metavar="KIT", help="Folder of the lock file, to pack as well.")
     ] = None,
     config: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FILE", help="A training configuration; repeatable [default: the package's]."
+            metavar="FILE", help="Training configuration; may be repeated [default: the package's]."
         ),
     ] = None,
     wheel: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="The project's wheel [default: of what is installed]."),
+        typer.Option(
+            metavar="FILE", help="Wheel of the project [default: built from the installed files]."
+        ),
     ] = None,
     hashes: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="pip's --report on the requirements, for hashes beside versions."
+            metavar="FILE", help="Output of pip install --report, for hashes of the requirements."
         ),
     ] = None,
-    url: Annotated[str | None, typer.Option(help="Page of the dataset, for Croissant.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Address of the dataset's page, for Croissant.")
+    ] = None,
     published: Annotated[
-        str | None, typer.Option(metavar="DAY", help="YYYY-MM-DD, for Croissant.")
+        str | None,
+        typer.Option(metavar="DAY", help="Day of publication, YYYY-MM-DD, for Croissant."),
     ] = None,
 ) -> None:
-    """Pack what rebuilds, checks, describes and trains a dataset, without its images.
+    """Pack code, recipes, manifest and descriptions of a dataset, without its images.
 
     Example: pmd bundle manifests/pmd.json --out pmd-bundle.tar
     """
     from pmd_pipeline.publish.bundle.contents import BundleRequest, contents
     from pmd_pipeline.publish.bundle.pack import pack
 
-    wanted = BundleRequest(manifest, kit, tuple(config or ()), wheel, hashes, url, published)
-    say(f"wrote {out}, {pack(contents(wanted), out)} files")
+    request = BundleRequest(manifest, kit, tuple(config or ()), wheel, hashes, url, published)
+    say(f"wrote {out}, {pack(contents(request), out)} files")

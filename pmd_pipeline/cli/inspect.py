@@ -1,4 +1,4 @@
-"""Commands that look: `pmd sources`, `pmd stats`, `pmd show`, `pmd why`."""
+"""Commands that inspect a dataset: `pmd sources`, `pmd stats`, `pmd show`, `pmd why`."""
 
 import json
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from pmd_pipeline.cli.options import AsJson, Out, Workers
 
 
 class Form(StrEnum):
-    """How statistics are printed."""
+    """Output formats of `pmd stats`."""
 
     table = "table"
     json = "json"
@@ -26,11 +26,12 @@ def sources(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[NAME]", help="Only this source, or that of a recipe file, with all its files."
+            metavar="[NAME]",
+            help="Describe only this source, or those of a recipe file, with all files.",
         ),
     ] = None,
 ) -> None:
-    """List the nine sources, then those of images or texts alone: licence, files, what to get.
+    """List the sources: licence, size, annotation files, and what to download by hand.
 
     Example: pmd sources wit
     """
@@ -47,13 +48,13 @@ def stats(
     manifest: Annotated[
         str, typer.Argument(metavar="[MANIFEST]", help="A manifest.")
     ] = "manifests/pmd.json",
-    form: Annotated[Form, typer.Option("--format", help="How to print.")] = Form.table,
+    form: Annotated[Form, typer.Option("--format", help="Output format.")] = Form.table,
     plot: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Also write histograms of text lengths to this PNG."),
+        typer.Option(metavar="FILE", help="Also write histograms of lengths to this PNG."),
     ] = None,
 ) -> None:
-    """Show text lengths and counts per dataset, beside the paper's.
+    """Print caption lengths and counts per source, beside those of the paper.
 
     Example: pmd stats manifests/pmd.json --plot lengths.png
     """
@@ -81,15 +82,15 @@ def stats(
 @app.command()
 def show(
     key_or_shard: Annotated[
-        str, typer.Argument(metavar="KEY|SHARD", help="A sample's key, or the path of a shard.")
+        str, typer.Argument(metavar="KEY|SHARD", help="Key of a sample, or path of a shard.")
     ],
     out: Out = "data",
     image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the stored image here.")
+        Path | None, typer.Option(metavar="FILE", help="Write the stored image to this file.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is stored: a sample with its row of the ledger, or a shard with its report.
+    """Print a sample with its ledger row, or the report and first samples of a shard.
 
     Example: pmd show 64c23fe1967b35c0 --image dog.jpg
     """
@@ -131,18 +132,16 @@ def show(
 def why(
     record: Annotated[
         str,
-        typer.Argument(
-            metavar="ID|URL|KEY", help="An image, by upstream's id, its address or its key."
-        ),
+        typer.Argument(metavar="ID|URL|KEY", help="Upstream id, address or key of an image."),
     ],
     out: Out = "data",
     source: Annotated[
-        str | None, typer.Option("--source", "-s", metavar="NAME", help="Only in this source.")
+        str | None, typer.Option("--source", "-s", metavar="NAME", help="Search only this source.")
     ] = None,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell why a record is in the dataset or is not, from its upstream rows to its bytes.
+    """Trace one record from its upstream rows to its stored bytes, with the reason of each step.
 
     Example: pmd why http://images.cocodataset.org/train2014/COCO_train2014_000000391895.jpg
     """

@@ -1,4 +1,4 @@
-"""Commands of the lock file: `pmd lock`, `pmd rebuild`."""
+"""Commands for lock files: `pmd lock`, `pmd rebuild`."""
 
 import json
 from typing import Annotated

@@ -31,7 +31,7 @@ Sources = Annotated[
     list[str] | None,
     typer.Option("--source", "-s", metavar="NAME", help="A source; may be repeated."),
 ]
-All = Annotated[bool, typer.Option("--all", help="All nine, as recipes/pmd.toml says.")]
+All = Annotated[bool, typer.Option("--all", help="All nine sources of PMD, by recipes/pmd.toml.")]
 Recipes = Annotated[
     list[str] | None,
     typer.Option("--recipe", metavar="FILE", help="A recipe file of your own; may be repeated."),
@@ -39,7 +39,7 @@ Recipes = Annotated[
 Limit = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="N", help="Only so many records of each source, an unbiased sample."
+        min=1, metavar="N", help="Build only N records of each source, an unbiased sample."
     ),
 ]
 Out = Annotated[
@@ -48,37 +48,35 @@ Out = Annotated[
 Manifests = Annotated[str, typer.Option(metavar="DIR", help="Folder for manifests.")]
 Raw = Annotated[
     str | None,
-    typer.Option(
-        metavar="DIR", help="Folder of annotation files you have [default: OUT/raw/SOURCE]."
-    ),
+    typer.Option(metavar="DIR", help="Folder of annotation files [default: OUT/raw/SOURCE]."),
 ]
 Images = Annotated[
     list[str] | None,
     typer.Option(
         "--images",
         metavar="PLACE",
-        help="Where images are: web, a folder, a zip, a tar, or img2dataset's output folder; "
+        help="Where to get images: web, a folder, a zip, a tar, or img2dataset's output folder; "
         "may be repeated, in order of preference [default: web].",
     ),
 ]
-RunnerOption = Annotated[Runner, typer.Option(help="Run tasks on Ray, or on local processes.")]
+RunnerOption = Annotated[Runner, typer.Option(help="Run tasks on Ray or in local processes.")]
 Workers = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Tasks at a time; default: all cores.")
+    int | None, typer.Option(min=1, metavar="N", help="Tasks in parallel [default: all cores].")
 ]
 RayAddress = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help="Join this Ray cluster (auto: the one of this machine)."),
+    typer.Option(metavar="ADDRESS", help="Join this Ray cluster (auto: one on this machine)."),
 ]
 Contact = Annotated[
     str,
-    typer.Option(metavar="TEXT", help="Mail or web address told to every host in the User-Agent."),
+    typer.Option(metavar="TEXT", help="Mail or web address for the User-Agent of all requests."),
 ]
 OptOut = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="Addresses, sha256s, keys, source:ID, flickr:ID or host:NAME to leave out, now "
-        "and in later builds; only the shards that hold them are made anew.",
+        help="List of images to leave out, now and in later builds: addresses, sha256s, keys, "
+        "source:ID, flickr:ID or host:NAME. Only shards with these images are built again.",
     ),
 ]
 Licences = Annotated[
@@ -86,14 +84,12 @@ Licences = Annotated[
     typer.Option(
         "--licence-allow",
         metavar="GLOB",
-        help="Keep only images whose stated licence fits, case ignored; may be repeated.",
+        help="Keep only images whose stated licence matches, ignoring case; may be repeated.",
     ),
 ]
 TextTokenizer = Annotated[
     str | None,
-    typer.Option(
-        metavar="FILE", help="vocab.txt or tokenizer.json by which sources of texts are packed."
-    ),
+    typer.Option(metavar="FILE", help="vocab.txt or tokenizer.json, to pack sources of texts."),
 ]
 LidModel = Annotated[
     Path | None,

@@ -1,4 +1,4 @@
-"""The command that writes a page about a dataset: `pmd report`."""
+"""The command `pmd report`, which writes a page about a dataset."""
 
 from typing import Annotated
 
@@ -21,12 +21,12 @@ def report(
         typer.Option(
             "--data",
             metavar="DIR",
-            help="Folder or address with the index; default: beside the shards.",
+            help="Folder or address with the index [default: beside the shards].",
         ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write one HTML page on a dataset: counts, reasons, lengths, hosts, samples kept and lost.
+    """Write an HTML page about a dataset: counts, reasons, lengths, hosts, kept and lost samples.
 
     Example: pmd report manifests/pmd.json --out report.html
     """

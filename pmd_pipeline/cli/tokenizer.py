@@ -1,4 +1,4 @@
-"""Commands for texts: `pmd tokenizer`."""
+"""The command `pmd tokenizer`, which learns a vocabulary from texts."""
 
 from typing import Annotated
 
@@ -13,14 +13,14 @@ def tokenizer(
     manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="A manifest with texts.")],
     size: Annotated[
         int,
-        typer.Option(min=100, max=1_000_000, metavar="N", help="Pieces, BERT's number of them."),
+        typer.Option(min=100, max=1_000_000, metavar="N", help="Size of the vocabulary."),
     ] = 30522,
     out: Annotated[
         str, typer.Option("--out", metavar="FILE", help="The vocab.txt to write.")
     ] = "vocab.txt",
     quiet: Quiet = False,
 ) -> None:
-    """Learn a WordPiece vocabulary, uncased as BERT's, from the texts of a manifest.
+    """Learn an uncased WordPiece vocabulary, like that of BERT, from the texts of a manifest.
 
     Example: pmd tokenizer manifests/pmd.json --size 30522 --out vocab.txt
     """
@@ -31,7 +31,7 @@ def tokenizer(
         vocabulary, forgotten = learn_vocabulary(manifest, size, stage.update)
     write_whole(out, vocabulary.content)
     if forgotten:
-        say(f"words that occur up to {forgotten} times may be missing: there are too many to count")
+        say(f"words that occur at most {forgotten} times may be missing: there are too many words")
     if len(vocabulary.pieces) < size:
-        say(f"{len(vocabulary.pieces):,} pieces: no further pair of pieces occurs twice")
+        say(f"{len(vocabulary.pieces):,} tokens: no further pair of tokens occurs twice")
     typer.echo(f"{out}  {vocabulary.sha256}")

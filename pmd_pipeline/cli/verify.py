@@ -1,4 +1,4 @@
-"""Commands that check and compare: `pmd verify`, `pmd diff`."""
+"""Commands that check and compare datasets: `pmd verify`, `pmd diff`."""
 
 import json
 from dataclasses import asdict
@@ -13,15 +13,18 @@ from pmd_pipeline.cli.options import ON_PROCESSES, AsJson, Quiet, RunOptions, ex
 @app.command()
 @expand_options()
 def verify(
-    manifest: Annotated[str, typer.Argument(metavar="MANIFEST", help="The manifest to hold to.")],
+    manifest: Annotated[
+        str, typer.Argument(metavar="MANIFEST", help="The manifest of the dataset.")
+    ],
     fast: Annotated[
-        bool, typer.Option("--fast", help="Look at sizes and reports only, not into the shards.")
+        bool,
+        typer.Option("--fast", help="Check only sizes and reports, without reading the shards."),
     ] = False,
     as_json: AsJson = False,
     run: RunOptions = ON_PROCESSES,
     quiet: Quiet = False,
 ) -> None:
-    """Check every digest, count, member and offset of a dataset, and say what is damaged.
+    """Check every digest, count, member and offset of a dataset, and list all damage.
 
     Example: pmd verify manifests/pmd.json
     """
@@ -54,21 +57,22 @@ def verify(
 
 @app.command()
 def diff(
-    before: Annotated[str, typer.Argument(metavar="A", help="A manifest.")],
-    after: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    before: Annotated[str, typer.Argument(metavar="A", help="The first manifest.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="The second manifest.")],
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tell what one dataset has and another has not: images, pairs, bytes, rules, versions.
+    """List the differences of two datasets: images, pairs, bytes, rules, versions.
 
     Example: pmd diff old/pmd.json manifests/pmd.json
     """
-    from pmd_pipeline.inspect import diff as compare
+    from pmd_pipeline.inspect.diff import as_json as json_of
+    from pmd_pipeline.inspect.diff import as_lines, compare
 
     with interruptible(resumes=False), make_reporter(quiet=quiet).stage("diff", "records") as stage:
-        found = compare.compare(before, after, stage)
-    typer.echo(compare.as_json(found) if as_json else "\n".join(compare.as_lines(found)))
-    if not found.are_equal:
+        comparison = compare(before, after, stage)
+    typer.echo(json_of(comparison) if as_json else "\n".join(as_lines(comparison)))
+    if not comparison.are_equal:
         raise typer.Exit(1)
 
 

@@ -6,7 +6,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pmd_pipeline import sources
 from pmd_pipeline.base.parallel import Pool, WorkerDied, open_pool
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.storage import sweep
@@ -29,8 +28,8 @@ from pmd_pipeline.dataset.source_build import (
 from pmd_pipeline.images.local.imagenet import check_images, list_images
 from pmd_pipeline.index.build import Index, build_index
 from pmd_pipeline.recipe import Recipe, load_recipe
-from pmd_pipeline.sources.upstream import download as annotations
-from pmd_pipeline.sources.upstream.files import Span
+from pmd_pipeline.sources import Annotations, find_annotations
+from pmd_pipeline.sources.upstream.download import download_annotations
 from pmd_pipeline.sources.upstream.held_out import KARPATHY_FILE
 from pmd_pipeline.text.hub import dataset_folder, keep_dataset
 from pmd_pipeline.text.packing import build_texts, with_tokenizer
@@ -108,8 +107,7 @@ def build_all(request: BuildRequest, reporter: Reporter) -> BuildResult:
     if request.optout:
         add_to_list(request.out, request.optout)
     if request.raw is None:
-        for build in builds:
-            _download(build, reporter)
+        builds = [_with_downloads(build, reporter) for build in builds]
     result = BuildResult()
     by_source: dict[str, tuple[str, Manifest]] = {}
     with open_pool(request.runner, request.workers, request.ray_address) as pool:
@@ -188,7 +186,7 @@ def _source_build(request: BuildRequest, recipe: Recipe) -> SourceBuild:
     source = recipe.load_source()
     recipe = with_tokenizer(recipe)
     raw = raw_folder(request.raw, request.out, recipe.source)
-    spans: tuple[Span, ...] | None = None
+    annotations: Annotations | None = None
     if recipe.texts.dataset and request.raw is not None:
         raise PmdError(f"{recipe.source}: --raw and texts.dataset exclude each other; give one")
     if recipe.texts.dataset:
@@ -196,7 +194,7 @@ def _source_build(request: BuildRequest, recipe: Recipe) -> SourceBuild:
     elif recipe.kind == "images":
         check_images(raw)
     elif request.raw is not None or not source.downloadable(recipe.form):
-        spans = tuple(sources.find_spans(source, raw, recipe.form))
+        annotations = find_annotations(source, raw, recipe.form)
     return SourceBuild(
         recipe=recipe,
         raw=raw,
@@ -205,23 +203,26 @@ def _source_build(request: BuildRequest, recipe: Recipe) -> SourceBuild:
         limit=request.limit,
         images=request.images,
         retry_reasons=request.retry_reasons,
-        spans=spans,
+        annotations=annotations,
     )
 
 
-def _download(build: SourceBuild, reporter: Reporter) -> None:
+def _with_downloads(build: SourceBuild, reporter: Reporter) -> SourceBuild:
+    """The build with its annotation files, which are downloaded where they are missing."""
     recipe = build.recipe
     if recipe.kind == "images":
-        return  # images are too many to download one by one
+        return build  # images are too many to download one by one
     if recipe.texts.dataset:
         with reporter.stage(f"{recipe.source} dataset", "rows") as stage:
             keep_dataset(recipe, build.raw, stage.update)
-        return
+        return build
     with reporter.stage(f"{recipe.source} annotations", "bytes") as stage:
-        for warning in annotations.download_annotations(
+        annotations, warnings = download_annotations(
             recipe.load_source(), build.raw, recipe.form, recipe.fetch.contact, stage.update
-        ):
+        )
+        for warning in warnings:
             reporter.say(warning)
+    return replace(build, annotations=annotations)
 
 
 def _with_image_list(build: SourceBuild, pool: Pool, reporter: Reporter) -> SourceBuild:
@@ -234,9 +235,10 @@ def _with_image_list(build: SourceBuild, pool: Pool, reporter: Reporter) -> Sour
 def _build_index(build: SourceBuild, pool: Pool, reporter: Reporter) -> Index:
     source = build.recipe.source
     with reporter.stage(f"{source} index", "rows") as stage:
-        index = build_index(
-            build.recipe, build.raw, build.index, pool, stage.update, spans=build.spans
+        annotations = build.annotations or find_annotations(
+            build.recipe.load_source(), build.raw, build.recipe.form
         )
+        index = build_index(build.recipe, annotations, build.index, pool, stage.update)
         stage.set_total({"rows": index.rows})
     if index.leakage == "not checked":
         reporter.warn(

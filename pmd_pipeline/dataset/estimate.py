@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 
-from pmd_pipeline import sources
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.record import Row
 from pmd_pipeline.contract.errors import PmdError
@@ -23,6 +22,7 @@ from pmd_pipeline.index.build import load_index
 from pmd_pipeline.index.choose import Chooser
 from pmd_pipeline.index.records import IndexRecord, read_part
 from pmd_pipeline.recipe import Recipe
+from pmd_pipeline.sources import find_annotations
 from pmd_pipeline.sources.upstream.files import Span
 
 _MAX_SPANS = 16
@@ -198,7 +198,7 @@ def _index_records(folder: str, num: int) -> Iterator[IndexRecord]:
 
 def _row_records(recipe: Recipe, raw: str, num: int) -> list[IndexRecord]:
     """Records from the first rows of evenly spaced spans of the annotation files."""
-    spans = sources.find_spans(recipe.load_source(), raw, recipe.form)
+    spans = find_annotations(recipe.load_source(), raw, recipe.form).spans
     sampled = spans[:: math.ceil(len(spans) / _MAX_SPANS)]
     chooser = Chooser(recipe.captions)
     each = math.ceil(num / len(sampled))

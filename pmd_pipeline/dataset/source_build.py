@@ -13,7 +13,7 @@ from pmd_pipeline.contract.files import join
 from pmd_pipeline.contract.models import Report
 from pmd_pipeline.index.build import Index
 from pmd_pipeline.recipe import Recipe
-from pmd_pipeline.sources.upstream.files import Span
+from pmd_pipeline.sources import Annotations
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SourceBuild:
         images: where images are looked for, in order: `web`, or paths of folders, zips and tars.
         retry_reasons: failure reasons to retry in parts that are built; if there are any, no other
             part is built.
-        spans: of the annotation files, where they are known already.
+        annotations: the annotation files, where they are known already.
     """
 
     recipe: Recipe
@@ -38,7 +38,7 @@ class SourceBuild:
     limit: int | None = None
     images: tuple[str, ...] = (WEB,)
     retry_reasons: frozenset[str] = frozenset()
-    spans: tuple[Span, ...] | None = None
+    annotations: Annotations | None = None
 
     @property
     def index(self) -> str:

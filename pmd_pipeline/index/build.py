@@ -14,7 +14,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from pmd_pipeline import sources
 from pmd_pipeline.base.parallel import OnProgress, Pool, ReportProgress, in_order
 from pmd_pipeline.base.storage import load_model, remove
 from pmd_pipeline.contract.digests import digest
@@ -26,8 +25,9 @@ from pmd_pipeline.index.records import IndexPart, is_whole, part_bounds, write_p
 from pmd_pipeline.index.scatter import Scattered, ScatterTask, by_field, estimated_records, scatter
 from pmd_pipeline.index.upstream_digests import upstream_digests
 from pmd_pipeline.recipe import Recipe
+from pmd_pipeline.sources import Annotations
 from pmd_pipeline.sources.upstream.files import SPAN_BYTES, Span, UpstreamFile
-from pmd_pipeline.sources.upstream.held_out import HeldOutImages, find_heldout
+from pmd_pipeline.sources.upstream.held_out import HeldOutImages
 
 GATHER_BYTES = 48 << 20
 """Bytes of runs that one gather task holds in memory."""
@@ -120,33 +120,21 @@ class GatherTask:
 
 def build_index(
     recipe: Recipe,
-    raw: str,
+    annotations: Annotations,
     folder: str,
     pool: Pool,
     on_progress: OnProgress,
-    *,
-    spans: Sequence[Span] | None = None,
 ) -> Index:
-    """The index of `recipe` in `folder`, from the annotation files under `raw`.
+    """The index of `recipe` in `folder`, from the annotation files.
 
     An index, or a run, whose dependency has not changed is reused.
 
-    Args:
-        raw: folder of the source's annotation files; `dataset_coco.json` is also looked for in the
-            folder `coco` beside it.
-        spans: of the annotation files; None finds them.
-
     Raises:
-        PmdError: files are missing, broken, or not what the source reads.
+        PmdError: files are broken, or not what the source reads.
     """
-    source = recipe.load_source()
-    if spans is None:
-        spans = sources.find_spans(source, raw, recipe.form)
-    heldout = (
-        find_heldout([raw, str(Path(raw).parent / "coco")]) if source.info.shares_coco else None
-    )
-    upstream, split = upstream_digests(raw, folder, spans, heldout, pool, on_progress)
-    leakage = split or ("not checked" if source.info.shares_coco else "none")
+    spans, heldout = annotations.spans, annotations.held_out
+    upstream, split = upstream_digests(annotations, folder, pool, on_progress)
+    leakage = split or ("not checked" if recipe.load_source().info.shares_coco else "none")
     dependency = _dependency(recipe, upstream, leakage)
     old = load_index(folder)
     if old and old.dependency == dependency and is_whole(folder, old.parts):

@@ -1,6 +1,5 @@
 """Digests of the annotation files of an index; a file is read only if it has changed."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,24 +8,19 @@ from pmd_pipeline.base.parallel import OnProgress, Pool, ReportProgress, in_orde
 from pmd_pipeline.base.storage import load_model
 from pmd_pipeline.contract.files import join, sha256_of, write_whole
 from pmd_pipeline.contract.models import FileDigest
-from pmd_pipeline.sources.upstream.files import Span
-from pmd_pipeline.sources.upstream.held_out import HeldOutImages
+from pmd_pipeline.sources import Annotations
 
 _CACHE_FILE = "upstream.json"
 
 
 def upstream_digests(
-    raw: str,
-    folder: str,
-    spans: Sequence[Span],
-    heldout: HeldOutImages | None,
-    pool: Pool,
-    on_progress: OnProgress,
+    annotations: Annotations, folder: str, pool: Pool, on_progress: OnProgress
 ) -> tuple[list[FileDigest], str | None]:
     """Digests of the files that are read, and SHA-256 of the list of held-out images, if any.
 
     A file with the size and modification time of its last digest is not read again.
     """
+    spans, heldout = annotations.spans, annotations.held_out
     files = [span.file for span in spans]
     files += [file for span in spans[:1] for _, file in span.beside]
     paths = list(dict.fromkeys(file.path for file in files + ([heldout.file] if heldout else [])))
@@ -42,7 +36,7 @@ def upstream_digests(
     read_paths = list(dict.fromkeys(file.path for file in files))
     digests = [
         FileDigest(
-            name=Path(path).relative_to(raw).as_posix(),
+            name=Path(path).relative_to(annotations.folder).as_posix(),
             sha256=sha256[path],
             num_bytes=Path(path).stat().st_size,
         )

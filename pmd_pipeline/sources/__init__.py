@@ -12,6 +12,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from pmd_pipeline.base.record import BadRow, Candidate, Row
@@ -20,6 +21,7 @@ from pmd_pipeline.contract.models import Kind
 from pmd_pipeline.contract.plugins import check_digest, failure, load_module
 from pmd_pipeline.contract.suggestions import suggestion
 from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, as_one, find, fits
+from pmd_pipeline.sources.upstream.held_out import HeldOutImages, find_held_out
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,23 @@ def _is_row(row: object) -> bool:
     )
 
 
-def find_spans(source: Source, folder: str, form: str | None = None) -> list[Span]:
-    """The spans of the source's files under `folder`, in upstream order.
+@dataclass(frozen=True)
+class Annotations:
+    """The annotation files of a source in a folder.
+
+    Args:
+        folder: the folder.
+        spans: what `read` reads, in upstream order.
+        held_out: Karpathy's split, if the source shares images with COCO and the file is there.
+    """
+
+    folder: str
+    spans: tuple[Span, ...]
+    held_out: HeldOutImages | None = None
+
+
+def find_annotations(source: Source, folder: str, form: str | None = None) -> Annotations:
+    """The source's files under `folder`, and Karpathy's split there or in the folder `coco` beside.
 
     Takes `form`, or the first form of `INFO.files` whose required files are all there.
 
@@ -201,6 +218,15 @@ def find_spans(source: Source, folder: str, form: str | None = None) -> list[Spa
         PmdError: no form is complete; the sentence says what is missing and how to get it.
     """
     files = find(folder)
+    held_out = None
+    if source.info.shares_coco:
+        held_out = find_held_out(files) or find_held_out(find(str(Path(folder).parent / "coco")))
+    return Annotations(folder, tuple(_find_spans(source, folder, files, form)), held_out)
+
+
+def _find_spans(
+    source: Source, folder: str, files: Sequence[UpstreamFile], form: str | None
+) -> list[Span]:
     if form is not None and form not in source.forms():
         raise PmdError(f"{source.name} has no form {form!r}; it has {', '.join(source.forms())}")
     missing: list[str] = []

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pmd_pipeline.base.record import BadRow, Row
-from pmd_pipeline.sources import find_spans, load
+from pmd_pipeline.sources import find_annotations, load
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SAMPLES = Path(__file__).parents[2].parent / "shared" / "samples"
@@ -14,7 +14,7 @@ needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/sa
 
 def read_all(name, folder, form=None, **options):
     source = load(name)
-    spans = find_spans(source, str(folder), form)
+    spans = find_annotations(source, str(folder), form).spans
     return [row for span in spans for row in source.read(span, **options)]
 
 

@@ -305,11 +305,10 @@ def test_the_first_form_that_can_be_had_is_downloaded(upstream, tmp_path):
         PublishedFile("c.tsv", "", form="c", url=f"{at}/c.tsv"),
     )
 
-    assert download_annotations(source, str(tmp_path / "b"), None, "", no_watch) == []
-    assert download_annotations(source, str(tmp_path / "c"), "c", "", no_watch) == []
-    assert (
-        download_annotations(source, str(tmp_path / "a"), "a", "", no_watch) == []
-    )  # find_spans says it
+    assert download_annotations(source, str(tmp_path / "b"), None, "", no_watch)[1] == []
+    assert download_annotations(source, str(tmp_path / "c"), "c", "", no_watch)[1] == []
+    with pytest.raises(PmdError, match=r"a has no a1\.tsv, a2\.tsv"):
+        download_annotations(source, str(tmp_path / "a"), "a", "", no_watch)
 
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["b.tsv", "extra.tsv"]
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["c.tsv"]
@@ -323,7 +322,7 @@ def test_nothing_is_asked_where_a_form_is_complete(upstream, tmp_path):
     )
     (tmp_path / "b.tsv").write_bytes(b"")
 
-    assert download_annotations(source, str(tmp_path), None, "", no_watch) == []
+    assert download_annotations(source, str(tmp_path), None, "", no_watch)[1] == []
 
     assert upstream.asked == []
 
@@ -353,12 +352,15 @@ def test_files_of_a_form_appear_together_or_not_at_all(upstream, tmp_path):
     with pytest.raises(PmdError, match=r"HTTP 404: ask a\.test"):
         download_annotations(source, str(tmp_path), None, "", no_watch)
     with pytest.raises(PmdError, match=r"has no b.tsv, nor a.tsv"):
-        sources.find_spans(source, str(tmp_path))
+        sources.find_annotations(source, str(tmp_path))
     upstream.files["/b.tsv"] = b"b"
 
     download_annotations(source, str(tmp_path), None, "", no_watch)
 
-    assert [span.form for span in sources.find_spans(source, str(tmp_path))] == ["ab", "ab"]
+    assert [span.form for span in sources.find_annotations(source, str(tmp_path)).spans] == [
+        "ab",
+        "ab",
+    ]
     assert [path for path, _ in upstream.asked].count("/a.tsv") == 1
 
 
@@ -396,9 +398,14 @@ def test_a_source_that_shares_cocos_images_gets_karpathys_split_beside_it(karpat
     asked = len(karpathy.asked)
     again = download_annotations(source, str(tmp_path / "toy"), None, "", no_watch)
 
-    assert first == again == []
+    assert first[1] == again[1] == []
+    assert first[0].held_out
+    assert first == again
     assert len(karpathy.asked) == asked == 2
-    forms = {span.form for span in sources.find_spans(sources.load("coco"), str(tmp_path / "coco"))}
+    forms = {
+        span.form
+        for span in sources.find_annotations(sources.load("coco"), str(tmp_path / "coco")).spans
+    }
     assert forms == {"karpathy"}
 
 
@@ -409,7 +416,7 @@ def test_karpathys_split_is_not_asked_for_where_it_is(place, karpathy, tmp_path)
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"")
 
-    assert download_annotations(source, str(tmp_path / "toy"), None, "", no_watch) == []
+    assert download_annotations(source, str(tmp_path / "toy"), None, "", no_watch)[1] == []
 
     assert karpathy.asked == []
 
@@ -420,7 +427,7 @@ def test_without_karpathys_split_the_build_can_go_on_and_the_user_hears_why(karp
     (tmp_path / "toy" / "regions.json").write_bytes(b"")
     del karpathy.files["/caption_datasets.zip"]
 
-    [sentence] = download_annotations(source, str(tmp_path / "toy"), None, "", no_watch)
+    _, [sentence] = download_annotations(source, str(tmp_path / "toy"), None, "", no_watch)
 
     assert sentence.startswith(
         f"toy goes on without dataset_coco.json: {karpathy.origin}/caption_datasets.zip answers "

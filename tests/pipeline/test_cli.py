@@ -383,7 +383,7 @@ def test_ctrl_c_ends_a_build_with_all_its_processes(runner, silent_host, tmp_pat
     assert left == []
     assert build.returncode == 130
     assert out == ""
-    assert err.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert err.splitlines()[-1] == "interrupted; run the same command again to continue"
     assert "Traceback" not in err
     assert list(tmp_path.rglob("*.tar")) == []
 
@@ -396,4 +396,4 @@ def test_an_interrupted_command_that_cannot_resume_only_stops(pmd, monkeypatch, 
     monkeypatch.setattr("pmd_pipeline.inspect.verify.dataset.verify", interrupted)
     monkeypatch.setattr("pmd_pipeline.inspect.report.page.page", interrupted)
 
-    assert pmd(command, "manifests/pmd.json") == (130, "", "stopped\n")
+    assert pmd(command, "manifests/pmd.json") == (130, "", "interrupted\n")

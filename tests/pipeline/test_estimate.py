@@ -11,7 +11,7 @@ from toy import QUIET, toy_recipe, write_pictures, write_rows
 
 from pmd_pipeline import cli
 from pmd_pipeline.build.shard import fetch_into_shard
-from pmd_pipeline.cli.plan import _size, _span, _time
+from pmd_pipeline.cli.plan import _format_bytes, _format_hours, _format_time_range
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.dataset import probe as probe_module
 from pmd_pipeline.dataset.estimate import (
@@ -146,13 +146,13 @@ def test_the_interval_of_a_proportion_contains_it_and_stays_within_0_and_1(part,
 
 
 def test_sizes_and_times_are_printed_in_fitting_units():
-    assert _size(Interval(2.5e12)) == "2.5 TB"
-    assert _size(Interval(2e9, 1.5e9, 2.5e9)) == "2.0 ± 0.5 GB"
-    assert _time(0.01, 0.015) == "36.0 ± 18.0 s"
-    assert _time(0.5) == "30.0 min"
-    assert _time(1000, 1100) == "41.7 ± 4.2 d"
-    assert _span(Interval(3, 3)) == "over 3.0 h"
-    assert _span(Interval(50, 0.05, 50)) == "3.0 min to 2.1 d"
+    assert _format_bytes(Interval(2.5e12)) == "2.5 TB"
+    assert _format_bytes(Interval(2e9, 1.5e9, 2.5e9)) == "2.0 ± 0.5 GB"
+    assert _format_hours(0.01, 0.015) == "36.0 ± 18.0 s"
+    assert _format_hours(0.5) == "30.0 min"
+    assert _format_hours(1000, 1100) == "41.7 ± 4.2 d"
+    assert _format_time_range(Interval(3, 3)) == "over 3.0 h"
+    assert _format_time_range(Interval(50, 0.05, 50)) == "3.0 min to 2.1 d"
 
 
 def test_the_command_prints_json_on_demand(probe, tmp_path, monkeypatch, capsys):

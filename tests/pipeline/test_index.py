@@ -8,14 +8,14 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import toy_recipe, toy_rows, write_rows
+from toy import index_of, toy_recipe, toy_rows, write_rows
 
-from pmd_pipeline.base.parallel import ignore_progress, open_pool
+from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.index import build as build_module
 from pmd_pipeline.index import external_sort, scatter
-from pmd_pipeline.index.build import Index, build_index, load_index
+from pmd_pipeline.index.build import Index, load_index
 from pmd_pipeline.index.records import part_of, read_part
 from pmd_pipeline.index.scatter import estimated_records
 from pmd_pipeline.recipe import load_recipe
@@ -33,7 +33,7 @@ lines = st.one_of(
 
 def build(folder: Path, raw: Path, **changes: object) -> Index:
     with open_pool("local", 1, None) as pool:
-        return build_index(toy_recipe(**changes), str(raw), str(folder), pool, ignore_progress)
+        return index_of(toy_recipe(**changes), raw, folder, pool)
 
 
 def records(folder: Path, index: Index) -> list[object]:
@@ -250,6 +250,6 @@ def test_a_lone_surrogate_in_json_does_not_stop_the_index(tmp_path):
 
     with open_pool("local", 1, None) as pool:
         recipe = load_recipe("localized_narratives")[0]
-        index = build_index(recipe, str(raw), str(tmp_path / "index"), pool, ignore_progress)
+        index = index_of(recipe, raw, tmp_path / "index", pool)
 
     assert index.counts.kept + sum(index.counts.dropped.values()) >= 1

@@ -93,7 +93,7 @@ def test_what_was_not_learned_is_said_with_exit_code_1(done):
 
 @pytest.mark.slow
 def test_a_picture_is_drawn_and_named(out, done):
-    assert f"look at   {out / 'learned.png'}" in done.resumed.stdout
+    assert f"picture   {out / 'learned.png'}" in done.resumed.stdout
     with Image.open(out / "learned.png") as image:
         assert image.width > 1000
 

@@ -71,7 +71,7 @@ def rows(world):
 
     def read(name):
         source = sources.load(name)
-        spans = sources.find_spans(source, str(world.folder / "raw" / name))
+        spans = sources.find_annotations(source, str(world.folder / "raw" / name)).spans
         return [row for span in spans for row in source.read(span)]
 
     return read

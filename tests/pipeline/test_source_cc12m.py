@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from source_helpers import FIXTURES, SAMPLES, bad, needs_samples, read_all, sound, texts
 
 from pmd_pipeline.base.record import Candidate, Row
-from pmd_pipeline.sources import find_spans, load
+from pmd_pipeline.sources import find_annotations, load
 
 CC12M = FIXTURES / "cc12m"
 
@@ -51,7 +51,7 @@ def test_spans_of_any_size_give_every_line_once(size):
 
 def test_a_span_reads_the_same_twice():
     source = load("cc12m")
-    [span] = find_spans(source, str(CC12M))
+    [span] = find_annotations(source, str(CC12M)).spans
 
     assert list(source.read(span)) == list(source.read(span))
 

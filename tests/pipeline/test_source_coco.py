@@ -8,7 +8,7 @@ from source_helpers import FIXTURES, SAMPLES, bad, needs_samples, read_all, soun
 from pmd_pipeline.base.record import Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.recipe import RecipeError, keywords_of, load_recipe
-from pmd_pipeline.sources import find_spans, load
+from pmd_pipeline.sources import find_annotations, load
 
 KARPATHY = FIXTURES / "coco" / "karpathy"
 CAPTIONS = FIXTURES / "coco" / "captions"
@@ -220,7 +220,7 @@ def test_junk_among_the_rows_is_counted(tmp_path, junk):
 
 def test_a_span_reads_the_same_twice():
     source = load("coco")
-    [span] = find_spans(source, str(KARPATHY))
+    [span] = find_annotations(source, str(KARPATHY)).spans
 
     assert list(source.read(span)) == list(source.read(span))
 

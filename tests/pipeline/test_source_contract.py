@@ -1,12 +1,12 @@
 """What every source promises, tested on each by being found, over the sample world."""
 
 import pytest
+from toy import index_of
 
 from pmd_pipeline import sources
-from pmd_pipeline.base.parallel import ignore_progress, open_pool
+from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.base.record import BadRow, Row
 from pmd_pipeline.demo.world import write_world
-from pmd_pipeline.index.build import build_index
 from pmd_pipeline.index.choose import Chooser
 from pmd_pipeline.inspect.stats import paper_order
 from pmd_pipeline.recipe import load_recipe
@@ -22,7 +22,7 @@ def world(tmp_path_factory):
 def rows_of(world, name):
     source = sources.load(name)
     recipe = load_recipe(name)[0]
-    spans = sources.find_spans(source, str(world.folder / "raw" / name))
+    spans = sources.find_annotations(source, str(world.folder / "raw" / name)).spans
     return [row for span in spans for row in source.read(span, **recipe.options)]
 
 
@@ -72,9 +72,7 @@ def test_a_key_belongs_to_one_image_and_no_pair_is_lost(world, name, tmp_path):
     )
 
     with open_pool("local", 1, None) as pool:  # raises where two images share a key
-        index = build_index(
-            recipe, str(world.folder / "raw" / name), str(tmp_path), pool, ignore_progress
-        )
+        index = index_of(recipe, world.folder / "raw" / name, tmp_path, pool)
 
     assert index.counts.unaccounted() == 0
     assert index.counts.pairs_in - sum(part.bare for part in index.parts) == pairs

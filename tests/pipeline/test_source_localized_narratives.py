@@ -8,7 +8,7 @@ from source_helpers import FIXTURES, bad, read_all, sound, texts
 from pmd_pipeline.base.record import Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.recipe import RecipeError, keywords_of, load_recipe
-from pmd_pipeline.sources import find_spans, load
+from pmd_pipeline.sources import find_annotations, load
 from pmd_pipeline.sources.localized_narratives import pmd_sentences
 
 NAME = "localized_narratives"
@@ -266,5 +266,5 @@ def test_spans_of_any_size_give_every_line_once(size):
 def test_a_span_reads_the_same_twice():
     source = load(NAME)
 
-    for span in find_spans(source, str(NARRATIVES / "small")):
+    for span in find_annotations(source, str(NARRATIVES / "small")).spans:
         assert list(source.read(span)) == list(source.read(span))

@@ -6,7 +6,7 @@ import pytest
 
 from pmd_pipeline.base.record import BadRow, Candidate
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import find_spans, load
+from pmd_pipeline.sources import find_annotations, load
 from pmd_pipeline.sources.upstream.files import UpstreamFile, fits
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "redcaps"
@@ -16,7 +16,11 @@ GOOD = {"image_id": "x", "url": "https://i.redd.it/x.jpg", "raw_caption": "A her
 
 def rows(folder, **options):
     source = load("redcaps")
-    return [row for span in find_spans(source, str(folder)) for row in source.read(span, **options)]
+    return [
+        row
+        for span in find_annotations(source, str(folder)).spans
+        for row in source.read(span, **options)
+    ]
 
 
 def with_posts(folder, *posts):

@@ -6,7 +6,7 @@ from source_helpers import FIXTURES, SAMPLES, bad, needs_samples, read_all, soun
 
 from pmd_pipeline.base.record import Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import find_spans, load
+from pmd_pipeline.sources import find_annotations, load
 
 JSON = FIXTURES / "sbu" / "json"
 TEXT = FIXTURES / "sbu" / "text"
@@ -111,7 +111,7 @@ def test_one_text_file_alone_is_no_input(tmp_path):
 @pytest.mark.parametrize("folder", [JSON, TEXT])
 def test_a_span_reads_the_same_twice(folder):
     source = load("sbu")
-    [span] = find_spans(source, str(folder))
+    [span] = find_annotations(source, str(folder)).spans
 
     assert list(source.read(span)) == list(source.read(span))
 

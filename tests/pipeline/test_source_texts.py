@@ -53,7 +53,7 @@ def test_row_groups_are_cut_into_spans_that_give_each_row_once(tmp_path, monkeyp
     monkeypatch.setattr(_texts, "SPAN_BYTES", 1)
     path = write_table(tmp_path / "a.parquet", ARTICLES)
 
-    spans = sources.find_spans(sources.load("ccnews"), str(tmp_path))
+    spans = sources.find_annotations(sources.load("ccnews"), str(tmp_path)).spans
 
     assert [(span.start, span.stop) for span in spans] == [(0, 1), (1, 2), (2, 3)]
     assert {span.file for span in spans} == {UpstreamFile(str(path))}

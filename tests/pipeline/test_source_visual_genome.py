@@ -6,7 +6,7 @@ from source_helpers import FIXTURES, SAMPLES, bad, needs_samples, read_all, soun
 from pmd_pipeline.base.record import Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.sources import find_spans, load
+from pmd_pipeline.sources import find_annotations, load
 
 GENOME = FIXTURES / "visual_genome"
 
@@ -112,7 +112,7 @@ def test_the_recipe_keeps_pixels_for_regions():
 def test_a_span_reads_the_same_twice():
     source = load("visual_genome")
 
-    for span in find_spans(source, str(GENOME / "v1.2")):
+    for span in find_annotations(source, str(GENOME / "v1.2")).spans:
         assert list(source.read(span)) == list(source.read(span))
 
 

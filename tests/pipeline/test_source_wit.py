@@ -8,7 +8,7 @@ import pytest
 
 from pmd_pipeline.base.record import BadRow, Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import find_spans, load, wit
+from pmd_pipeline.sources import find_annotations, load, wit
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "wit"
 SAMPLES = Path(__file__).parents[3] / "shared" / "samples" / "wit"
@@ -24,7 +24,11 @@ REFERENCE, ATTRIBUTION, ALT = (
 
 def rows(folder, **options):
     source = load("wit")
-    return [row for span in find_spans(source, str(folder)) for row in source.read(span, **options)]
+    return [
+        row
+        for span in find_annotations(source, str(folder)).spans
+        for row in source.read(span, **options)
+    ]
 
 
 def texts(row):
@@ -217,7 +221,7 @@ def test_a_file_that_ends_in_an_open_quote_gives_what_it_can(tmp_path):
 def read_and_peak(folder):
     """The rows' types in order, and the most memory that reading took, in bytes."""
     source = load("wit")
-    (span,) = find_spans(source, str(folder))
+    (span,) = find_annotations(source, str(folder)).spans
     tracemalloc.start()
     types = [type(row) for row in source.read(span)]
     peak = tracemalloc.get_traced_memory()[1]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pmd_pipeline.base.record import BadRow, Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import find_spans, load, yfcc100m
+from pmd_pipeline.sources import find_annotations, load, yfcc100m
 from pmd_pipeline.sources.upstream import files as upstream
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "yfcc100m"
@@ -33,7 +33,11 @@ NUMBERS = {"photoid", "marker"}
 
 def rows(folder, **options):
     source = load("yfcc100m")
-    return [row for span in find_spans(source, str(folder)) for row in source.read(span, **options)]
+    return [
+        row
+        for span in find_annotations(source, str(folder)).spans
+        for row in source.read(span, **options)
+    ]
 
 
 def database(folder, content=PARTS, columns=COLUMNS):
@@ -237,7 +241,7 @@ def test_a_database_on_a_full_or_shared_disk_can_be_read_without_writing_beside_
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
     source = load("yfcc100m")
-    (span,) = find_spans(source, str(tmp_path))
+    (span,) = find_annotations(source, str(tmp_path)).spans
 
     found = source.read(span)
     next(found)

@@ -8,14 +8,22 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import (
+    QUIET,
+    index_of,
+    toy_build,
+    toy_order,
+    toy_recipe,
+    toy_rows,
+    write_pictures,
+    write_rows,
+)
 
-from pmd_pipeline.base.parallel import ignore_progress, open_pool
+from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.dataset.build import build_source
 from pmd_pipeline.dataset.source_build import SourceBuild
-from pmd_pipeline.index.build import build_index
 from pmd_pipeline.inspect.shard_contents import shard_contents
 from pmd_pipeline.inspect.trace import find_traces, stored_image
 from pmd_pipeline.inspect.trace_text import as_facts, outcome, trace_lines, verdicts
@@ -239,7 +247,7 @@ def test_verdicts_are_the_decisions_of_the_index(tmp_path_factory, rows, caption
     (folder / "raw" / "yfcc100m_dataset").write_bytes(content)
     [recipe] = load_recipe("yfcc100m", {"captions": captions})
     with open_pool("local", 1, None) as pool:
-        build_index(recipe, str(folder / "raw"), f"{folder}/index/yfcc100m", pool, ignore_progress)
+        index_of(recipe, folder / "raw", folder / "index" / "yfcc100m", pool)
         traces = [trace for line in lines for trace in find_traces(str(folder), line[1], pool)]
 
     for trace in traces:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pmd_pipeline import sources
 from pmd_pipeline.base.record import BadRow
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import Info, PublishedFile, Source, find_spans
+from pmd_pipeline.sources import Info, PublishedFile, Source, find_annotations
 from pmd_pipeline.sources.upstream import files as upstream
 from pmd_pipeline.sources.upstream.files import (
     Span,
@@ -265,10 +265,10 @@ def test_the_first_form_whose_required_files_are_there_is_read(tmp_path):
     )
     for name in ("plain1.json", "plain2.json", "extra.json", "best.json"):
         (tmp_path / name).write_bytes(b"")
-    without_ids = find_spans(source, str(tmp_path))
+    without_ids = find_annotations(source, str(tmp_path)).spans
     (tmp_path / "ids.json").write_bytes(b"")
 
-    spans = find_spans(source, str(tmp_path))
+    spans = find_annotations(source, str(tmp_path)).spans
 
     assert [span.file.name for span in without_ids] == ["plain1.json", "plain2.json"]
     assert [(span.form, span.role, span.file.name) for span in spans] == [
@@ -276,7 +276,9 @@ def test_the_first_form_whose_required_files_are_there_is_read(tmp_path):
         ("best", "rows", "best.json"),
     ]
     assert {span.companion("ids").name for span in spans} == {"ids.json"}
-    assert [span.form for span in find_spans(source, str(tmp_path), "plain")] == ["plain"] * 2
+    assert [span.form for span in find_annotations(source, str(tmp_path), "plain").spans] == [
+        "plain"
+    ] * 2
 
 
 def test_optional_files_alone_are_no_form(tmp_path):
@@ -286,7 +288,7 @@ def test_optional_files_alone_are_no_form(tmp_path):
     (tmp_path / "extra.json").write_bytes(b"")
 
     with pytest.raises(PmdError, match=r"has no a\.json"):
-        find_spans(source, str(tmp_path))
+        find_annotations(source, str(tmp_path))
 
 
 def test_what_is_missing_is_named_with_what_to_do_about_it(tmp_path):
@@ -302,9 +304,9 @@ def test_what_is_missing_is_named_with_what_to_do_about_it(tmp_path):
     )
 
     with pytest.raises(PmdError) as asked_for:
-        find_spans(by_hand, str(tmp_path))
+        find_annotations(by_hand, str(tmp_path))
     with pytest.raises(PmdError) as downloaded:
-        find_spans(free, str(tmp_path))
+        find_annotations(free, str(tmp_path))
 
     assert str(asked_for.value) == (
         f"{tmp_path} has no captions.txt, nor all.json: see `pmd sources toy`; ask the authors at "
@@ -318,7 +320,7 @@ def test_what_is_missing_is_named_with_what_to_do_about_it(tmp_path):
 
 def test_a_form_that_the_source_does_not_have_is_one_sentence(tmp_path):
     with pytest.raises(PmdError) as caught:
-        find_spans(sources.load("sbu"), str(tmp_path), "parquet")
+        find_annotations(sources.load("sbu"), str(tmp_path), "parquet")
 
     assert str(caught.value) == "sbu has no form 'parquet'; it has json, text"
 
@@ -326,7 +328,7 @@ def test_a_form_that_the_source_does_not_have_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("name", sources.names("pmd"))
 def test_every_source_says_what_to_do_without_its_files(name, tmp_path):
     with pytest.raises(PmdError) as caught:
-        find_spans(sources.load(name), str(tmp_path))
+        find_annotations(sources.load(name), str(tmp_path))
 
     assert json.dumps(str(caught.value)).count("\\n") == 0
     assert len(str(caught.value)) < 900

@@ -8,12 +8,14 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from pmd_pipeline.base.parallel import Pool, open_pool
+from pmd_pipeline.base.parallel import Pool, ignore_progress, open_pool
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.contract.models import Manifest
 from pmd_pipeline.dataset.build import build_source
 from pmd_pipeline.dataset.source_build import SourceBuild
+from pmd_pipeline.index.build import Index, build_index
 from pmd_pipeline.recipe import Recipe, load_recipe
+from pmd_pipeline.sources import find_annotations
 
 QUIET = Reporter(Console(quiet=True), quiet=True)
 
@@ -74,3 +76,9 @@ def toy_build(source_build: SourceBuild, pool: Pool | None = None) -> Manifest:
     manifest, failures = build_source(source_build, pool, QUIET)
     assert failures == []
     return manifest
+
+
+def index_of(recipe: Recipe, raw: Path, folder: Path, pool: Pool) -> Index:
+    """The index in `folder` of the annotation files under `raw`."""
+    annotations = find_annotations(recipe.load_source(), str(raw), recipe.form)
+    return build_index(recipe, annotations, str(folder), pool, ignore_progress)

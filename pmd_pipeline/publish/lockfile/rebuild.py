@@ -228,13 +228,12 @@ def _index_folder(
     raw_of_source = Path(raw) / source
     folder = join(request.out, "index", source)
     with reporter.stage(f"{source} index", "rows") as stage:
-        index = build_index(
-            recipe,
+        annotations = sources.find_annotations(
+            recipe.load_source(),
             str(raw_of_source) if raw_of_source.is_dir() else raw,
-            folder,
-            pool,
-            stage.update,
+            recipe.form,
         )
+        index = build_index(recipe, annotations, folder, pool, stage.update)
         stage.set_total({"rows": index.rows})
     sha256_of = {file.name: file.sha256 for file in index.upstream}
     for file in lockfile.manifest.sources[source].upstream:

@@ -13,13 +13,18 @@ from urllib.parse import unquote, urlsplit
 
 import urllib3
 
-from pmd_pipeline import sources
 from pmd_pipeline.base.parallel import OnProgress
 from pmd_pipeline.base.user_agent import user_agent
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources import PublishedFile, Source
+from pmd_pipeline.sources import (
+    Annotations,
+    PublishedFile,
+    Source,
+    find_annotations,
+    load,
+)
 from pmd_pipeline.sources.upstream.files import find, fits
-from pmd_pipeline.sources.upstream.held_out import KARPATHY_FILE, find_heldout
+from pmd_pipeline.sources.upstream.held_out import KARPATHY_FILE
 
 _CHUNK = 1 << 20
 _TIMEOUT = urllib3.Timeout(connect=20.0, read=60.0)
@@ -34,8 +39,8 @@ _TRIES = 4
 
 def download_annotations(
     source: Source, raw: str, form: str | None, contact: str, on_progress: OnProgress
-) -> list[str]:
-    """Download what the source needs and the folder `raw` lacks; sentences that the user must hear.
+) -> tuple[Annotations, list[str]]:
+    """Download the annotation files that the folder `raw` lacks; the files, and warnings.
 
     Nothing is asked for where a form is complete already, or where a required file has no address.
     Where the source shares images with COCO, Karpathy's split, which tells the held-out ones, comes
@@ -45,13 +50,18 @@ def download_annotations(
         PmdError: upstream does not give a file, or gives another than the known one.
     """
     try:
-        sources.find_spans(source, raw, form)
+        found = find_annotations(source, raw, form)
     except PmdError:
         entries = source.downloadable(form)
         download_all(_absent(entries, raw), raw, contact, on_progress, source.info.by_hand)
-    if source.info.shares_coco:
-        return list(_split_ensured(source, raw, contact, on_progress))
-    return []
+        found = find_annotations(source, raw, form)
+    if not source.info.shares_coco or found.held_out:
+        return found, []
+    try:
+        _download_split(raw, contact, on_progress)
+    except PmdError as error:
+        return found, [f"{source.name} goes on without {KARPATHY_FILE}: {error}"]
+    return find_annotations(source, raw, form), []
 
 
 def download_all(
@@ -205,19 +215,11 @@ class _Download:
             return total in {have, None}
 
 
-def _split_ensured(
-    source: Source, raw: str, contact: str, on_progress: OnProgress
-) -> Iterator[str]:
-    """A sentence where Karpathy's split is neither there nor to be had."""
-    coco, beside = sources.load("coco"), str(Path(raw).parent / "coco")
-    if find_heldout([raw, beside]):
-        return
-    entries = coco.files_of("karpathy")
+def _download_split(raw: str, contact: str, on_progress: OnProgress) -> None:
+    """Download Karpathy's split into the folder `coco` beside `raw`."""
+    entries, beside = load("coco").files_of("karpathy"), str(Path(raw).parent / "coco")
     assert any(entry.pattern == KARPATHY_FILE for entry in entries)
-    try:
-        download_all(_absent(entries, beside), beside, contact, on_progress)
-    except PmdError as error:
-        yield f"{source.name} goes on without {KARPATHY_FILE}: {error}"
+    download_all(_absent(entries, beside), beside, contact, on_progress)
 
 
 def _absent(entries: Sequence[PublishedFile], raw: str) -> list[PublishedFile]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pmd_pipeline.sources.upstream.files import UpstreamFile, find, fits, json_items
+from pmd_pipeline.sources.upstream.files import UpstreamFile, fits, json_items
 
 KARPATHY_FILE = "dataset_coco.json"
 """The only file that names the split of every COCO image."""
@@ -21,13 +21,9 @@ class HeldOutImages:
         return _coco_ids(self.file)
 
 
-def find_heldout(folders: Iterable[str]) -> HeldOutImages | None:
-    """The first `dataset_coco.json` in the folders, plain or packed; None without one."""
-    for folder in folders:
-        for file in find(folder):
-            if fits(file, KARPATHY_FILE):
-                return HeldOutImages(file)
-    return None
+def find_held_out(files: Iterable[UpstreamFile]) -> HeldOutImages | None:
+    """The first `dataset_coco.json` among the files; None without one."""
+    return next((HeldOutImages(file) for file in files if fits(file, KARPATHY_FILE)), None)
 
 
 @lru_cache(maxsize=4)
