@@ -1,7 +1,7 @@
-"""Rows a second and peak memory of indexing YFCC100M: read, decode, choose, language, gather.
+"""Rows per second and peak memory of indexing YFCC100M.
 
-Writes files of invented rows (see yfcc_rows.py), indexes each with the default recipe, and prints
-rows a second and the largest memory of all processes together; memory must not grow with the rows.
+Writes files of synthetic rows (see yfcc_rows.py), indexes each with the default recipe, and prints
+rows per second and the peak memory of all processes; memory must not grow with the rows.
 
     python benchmarks/index.py --rows 500000 2000000 --workers 2 --runner local
 """
@@ -26,7 +26,7 @@ from pmd_pipeline.sources import find_annotations
 
 
 class Memory:
-    """The largest memory that this process and its children hold together, sampled."""
+    """Peak memory of this process and its children together, sampled."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -42,21 +42,21 @@ class Memory:
         self._thread.join()
 
     def _sample(self) -> None:
-        me = psutil.Process()
+        driver = psutil.Process()
         while not self._stop.wait(0.1):
-            held = 0
-            for process in [me, *me.children(recursive=True)]:
+            num_bytes = 0
+            for process in [driver, *driver.children(recursive=True)]:
                 try:
-                    held += process.memory_full_info().pss  # shared pages are counted once
+                    num_bytes += process.memory_full_info().pss  # shared pages are counted once
                 except psutil.Error:
                     continue
-            self.peak = max(self.peak, held)
+            self.peak = max(self.peak, num_bytes)
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process and of all its children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    """CPU time of this process and of all its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in usages)
 
 
 def main() -> None:
@@ -64,28 +64,28 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[500_000, 2_000_000])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runner", choices=["local", "ray"], default="local")
-    given = parser.parse_args()
+    options = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    for rows in given.rows:
+    for rows in options.rows:
         with tempfile.TemporaryDirectory() as folder:
             raw = Path(folder) / "raw"
             raw.mkdir()
             write_rows(raw / "yfcc100m_dataset", rows, seed=0)
             size = (raw / "yfcc100m_dataset").stat().st_size
-            with Memory() as memory, open_pool(given.runner, given.workers, None) as pool:
+            with Memory() as memory, open_pool(options.runner, options.workers, None) as pool:
                 started, before = time.monotonic(), cpu_seconds()
                 recipe = load_recipe("yfcc100m")[0]
                 annotations = find_annotations(recipe.load_source(), str(raw))
                 index = build_index(recipe, annotations, f"{folder}/index", pool, ignore_progress)
                 seconds = time.monotonic() - started
-        busy = cpu_seconds() - before
+        cpu = cpu_seconds() - before
         assert index.rows == rows
         kept = index.counts.kept / index.counts.pairs_in
         print(
             f"{rows:>11,} rows ({size >> 20:,} MiB) in {seconds:6.1f} s: {rows / seconds:>9,.0f} "
-            f"rows/s ({rows / busy:,.0f} a CPU-second), peak {memory.peak / 2**30:.2f} GiB, "
+            f"rows/s ({rows / cpu:,.0f} a CPU-second), peak {memory.peak / 2**30:.2f} GiB, "
             f"{kept:.0%} kept, {len(index.parts)} parts, "
-            f"{given.runner} with {given.workers} workers"
+            f"{options.runner} with {options.workers} workers"
         )
 
 

@@ -1,9 +1,8 @@
-"""Kills a build again and again, and compares what it comes to with what it comes to in peace.
+"""Kill builds at random moments, and compare their digest with that of an undisturbed build.
 
-The sample world's sources are built from a server on loopback by worker processes. At random
-moments a worker or the driver is killed; the same command is run again until it is done, and its
-digest must be that of an undisturbed build. Then it all begins again from nothing, until there have
-been so many kills.
+Worker processes build sources of the sample world from a server on this machine. At random moments
+a worker or the driver is killed. The same command is run again until it ends, and its digest must
+be that of an undisturbed build. This repeats from nothing until there have been enough kills.
 
     python benchmarks/kills.py --kills 500
 """
@@ -36,14 +35,16 @@ def command(world: World, origin: str, folder: Path) -> list[str]:
         f"include = {json.dumps(SOURCES)}\npart_records = 20\n"
         f'[fetch.connect_to]\n"*" = "{origin}"\n'
     )
-    images = [word for paths in world.images.values() for p in paths for word in ("--images", p)]
-    words = [
+    images = [
+        option for paths in world.images.values() for p in paths for option in ("--images", p)
+    ]
+    arguments = [
         *(sys.executable, "-m", "pmd_pipeline.cli", "build", "--recipe", recipe),
         *("--raw", world.folder / "raw", "--out", folder / "data"),
         *("--manifests", folder / "manifests", "--images", "web", *images),
         *("--runner", "local", "--workers", "2", "--quiet"),
     ]
-    return [str(word) for word in words]
+    return [str(argument) for argument in arguments]
 
 
 def manifest(folder: Path) -> Manifest:
@@ -52,7 +53,7 @@ def manifest(folder: Path) -> Manifest:
 
 
 def differences(one: Manifest, other: Manifest) -> str:
-    """What two builds counted otherwise."""
+    """The sources whose counts differ between two builds."""
     return "\n".join(
         f"{source}: {counts} or {other.sources[source].counts}"
         for source, entry in one.sources.items()
@@ -60,33 +61,33 @@ def differences(one: Manifest, other: Manifest) -> str:
     )
 
 
-def disturbed(built: list[str], dice: random.Random, longest: float) -> Counter[str]:
-    """Run a build to its end, killing a worker or the driver now and then; whom, how often."""
+def run_with_kills(build: list[str], rng: random.Random, max_pause: float) -> Counter[str]:
+    """Run a build to its end with kills; the number of kills of drivers and workers."""
     killed = Counter[str]()
     while True:
-        driver = subprocess.Popen(built, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        driver = subprocess.Popen(build, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while True:
             try:
-                code = driver.wait(dice.uniform(0.2, longest))
+                code = driver.wait(rng.uniform(0.2, max_pause))
             except subprocess.TimeoutExpired:
-                killed[kill_one(driver.pid, dice)] += 1
+                killed[kill_one(driver.pid, rng)] += 1
             else:
                 break
         if code == 0:
             return killed
-        if code not in {1, -signal.SIGKILL}:  # 1: a part died as often as it may
+        if code not in {1, -signal.SIGKILL}:  # 1: a part failed after its last crash
             sys.exit(f"the build ended with {code}")
 
 
-def kill_one(driver: int, dice: random.Random) -> str:
+def kill_one(driver: int, rng: random.Random) -> str:
     """Kill the driver or one of its workers."""
     try:
         process = psutil.Process(driver)
         workers = [one for one in process.children(recursive=True) if "spawn" in str(one.cmdline())]
-        victim = dice.choice([process, *workers])
+        victim = rng.choice([process, *workers])
         victim.kill()
     except psutil.NoSuchProcess:
-        return "nobody"
+        return "none"
     return "driver" if victim is process else "worker"
 
 
@@ -94,30 +95,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    dice = random.Random(given.seed)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         world = write_world(Path(name) / "world", scenes=80, only=SOURCES)
         folder = Path(name) / "built"
         folder.mkdir()
         with serve(world) as origin:
-            built = command(world, origin, folder)
+            build = command(world, origin, folder)
             started = time.monotonic()
-            subprocess.run(built, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
             seconds, expected = time.monotonic() - started, manifest(folder)
             killed, builds = Counter[str](), 0
-            while killed["driver"] + killed["worker"] < given.kills:
+            while killed["driver"] + killed["worker"] < options.kills:
                 shutil.rmtree(folder)
                 folder.mkdir()
-                killed += disturbed(built, dice, 0.75 * seconds)
+                killed += run_with_kills(build, rng, 0.75 * seconds)
                 builds += 1
-                found = manifest(folder)
-                if found.digest != expected.digest:
-                    print(differences(expected, found))
-                    sys.exit(f"after {dict(killed)} the digest is another")
+                result = manifest(folder)
+                if result.digest != expected.digest:
+                    print(differences(expected, result))
+                    sys.exit(f"after {dict(killed)} the digest differs")
     print(
         f"{killed['driver']} drivers and {killed['worker']} workers killed in {builds} builds, "
-        f"each of which came to the undisturbed digest {expected.digest[:12]}"
+        f"each with the digest of the undisturbed build, {expected.digest[:12]}"
     )
 
 

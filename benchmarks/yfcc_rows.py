@@ -1,8 +1,8 @@
-"""Rows as in YFCC100M's file of 25 columns, made up, to measure the index with.
+"""Synthetic rows in the format of YFCC100M's file of 25 columns, to measure indexing.
 
 `python benchmarks/yfcc_rows.py rows.tsv 300000` writes a file; equal seeds give equal bytes. The
-shares of titles, descriptions, videos, camera names and languages are guesses, since nobody has
-published the real ones.
+shares of titles, descriptions, videos, camera names and languages are guesses: no real figures are
+published.
 """
 
 import random
@@ -12,11 +12,12 @@ from urllib.parse import quote_plus
 
 from pmd_pipeline.sources.yfcc100m import photo_hash
 
-DESCRIBED = 0.35
-TITLED = 0.85
-CAMERA_NAMED = 0.35
-"""Share of the titles that a camera gave."""
-FILMED = 0.008
+DESCRIPTION_SHARE = 0.35
+TITLE_SHARE = 0.85
+CAMERA_NAME_SHARE = 0.35
+"""Share of the titles that are file names of a camera."""
+
+VIDEO_SHARE = 0.008
 
 WORDS = {
     "en": "the a dog cat beach sunset over our old house with my friends on holiday in summer from "
@@ -34,8 +35,8 @@ WORDS = {
     "zh": "北京 的 夜晚 公園 裡 的 花 台灣 海邊 日落 老 房子 貓 和 狗 火車站",
     "ru": "собака на пляже закат над рекой старый дом зимой дети играют в парке город ночью",
 }
-SHARES = (0.6, 0.06, 0.06, 0.08, 0.04, 0.05, 0.05, 0.04, 0.02)
-"""Of the languages of `WORDS`, in their order."""
+LANGUAGE_SHARES = (0.6, 0.06, 0.06, 0.08, 0.04, 0.05, 0.05, 0.04, 0.02)
+"""Shares of the languages of `WORDS`, in order."""
 
 LICENCES = (
     ("Attribution License", "by"),
@@ -50,42 +51,42 @@ CAMERA_NAMES = ("IMG_{:04}", "DSC_{:04}", "DSC{:05}", "DSCN{:04}", "P10{:05}", "
 
 def write_rows(path: Path, count: int, seed: int) -> None:
     """Write `count` rows of 25 columns to `path`."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     words = [text.split() for text in WORDS.values()]
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for number in range(count):
-            file.write("\t".join(_fields(chance, number, words)) + "\n")
+            file.write("\t".join(_fields(rng, number, words)) + "\n")
 
 
-def _fields(chance: random.Random, number: int, words: list[list[str]]) -> list[str]:
-    photo, owner = 10_000_000 + 97 * number, f"{chance.randrange(10**7, 10**8)}@N00"
-    known = chance.choices(words, SHARES)[0]
+def _fields(rng: random.Random, number: int, words: list[list[str]]) -> list[str]:
+    photo, owner = 10_000_000 + 97 * number, f"{rng.randrange(10**7, 10**8)}@N00"
+    language_words = rng.choices(words, LANGUAGE_SHARES)[0]
     title = description = ""
-    if chance.random() < TITLED:
-        title = _title(chance, known)
-    if chance.random() < DESCRIBED:
-        description = _description(chance, known)
-    server, secret = chance.randrange(1, 9000), f"{chance.getrandbits(40):010x}"
+    if rng.random() < TITLE_SHARE:
+        title = _title(rng, language_words)
+    if rng.random() < DESCRIPTION_SHARE:
+        description = _description(rng, language_words)
+    server, secret = rng.randrange(1, 9000), f"{rng.getrandbits(40):010x}"
     address = f"http://farm{server % 9 + 1}.staticflickr.com/{server}/{photo}_{secret}.jpg"
-    licence, kind = chance.choice(LICENCES)
-    taken = f"20{chance.randrange(4, 14):02}-{chance.randrange(1, 13):02}-11 16:20:05.0"
-    placed = chance.random() < 0.48
+    licence, kind = rng.choice(LICENCES)
+    taken = f"20{rng.randrange(4, 14):02}-{rng.randrange(1, 13):02}-11 16:20:05.0"
+    has_position = rng.random() < 0.48
     return [
         str(number),
         str(photo),
         photo_hash(address.encode()).decode(),
         owner,
-        quote_plus(f"{known[0]} {owner[:4]}"),
-        taken if chance.random() < 0.98 else "null",
+        quote_plus(f"{language_words[0]} {owner[:4]}"),
+        taken if rng.random() < 0.98 else "null",
         str(1_100_000_000 + number),
         "Canon+EOS+450D",
         quote_plus(title),
         quote_plus(description),
-        ",".join(quote_plus(word) for word in chance.choices(known, k=chance.randrange(8))),
+        ",".join(quote_plus(word) for word in rng.choices(language_words, k=rng.randrange(8))),
         "",
-        f"{chance.uniform(-180, 180):.6f}" if placed else "",
-        f"{chance.uniform(-90, 90):.6f}" if placed else "",
-        "16" if placed else "",
+        f"{rng.uniform(-180, 180):.6f}" if has_position else "",
+        f"{rng.uniform(-90, 90):.6f}" if has_position else "",
+        "16" if has_position else "",
         f"http://www.flickr.com/photos/{owner}/{photo}/",
         address,
         licence,
@@ -95,24 +96,24 @@ def _fields(chance: random.Random, number: int, words: list[list[str]]) -> list[
         secret,
         secret[::-1],
         "jpg",
-        "1" if chance.random() < FILMED else "0",
+        "1" if rng.random() < VIDEO_SHARE else "0",
     ]
 
 
-def _title(chance: random.Random, known: list[str]) -> str:
-    if chance.random() < CAMERA_NAMED:
-        return chance.choice(CAMERA_NAMES).format(chance.randrange(1000))
-    return " ".join(chance.choices(known, k=chance.randrange(1, 7)))
+def _title(rng: random.Random, language_words: list[str]) -> str:
+    if rng.random() < CAMERA_NAME_SHARE:
+        return rng.choice(CAMERA_NAMES).format(rng.randrange(1000))
+    return " ".join(rng.choices(language_words, k=rng.randrange(1, 7)))
 
 
-def _description(chance: random.Random, known: list[str]) -> str:
+def _description(rng: random.Random, language_words: list[str]) -> str:
     sentences = [
-        " ".join(chance.choices(known, k=chance.randrange(3, 16))).capitalize()
-        for _ in range(chance.choices((1, 2, 3, 8), (60, 22, 12, 6))[0])
+        " ".join(rng.choices(language_words, k=rng.randrange(3, 16))).capitalize()
+        for _ in range(rng.choices((1, 2, 3, 8), (60, 22, 12, 6))[0])
     ]
-    if chance.random() < 0.1:
+    if rng.random() < 0.1:
         sentences.append('See <a href="http://example.org/set/12" rel="nofollow">more</a>')
-    return chance.choice((". ", ".\n", ".\n\n")).join(sentences)
+    return rng.choice((". ", ".\n", ".\n\n")).join(sentences)
 
 
 if __name__ == "__main__":

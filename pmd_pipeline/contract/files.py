@@ -33,17 +33,17 @@ class FileUnreadableError(PmdError):
 def whole_file(address: str) -> Iterator[BinaryIO]:
     """Open `address` for writing so that it appears complete or not at all.
 
-    Two workers that write the same address do not meet: each has its own temporary neighbour, and
-    the last rename wins. A killed process leaves at most a `.tmp`, which nobody reads. Elsewhere
-    than in a folder, the file is written here and then put in its place in one request.
+    Each writer has its own temporary file beside `address`; the last rename wins. A killed process
+    leaves at most a `.tmp`, which no reader opens. For an address that is not local, the file is
+    written to the temporary folder and then uploaded in one request.
 
     Raises:
-        PmdError: nothing can be written there (full disk, no permission). What the block raises of
-            its own flies as it is.
+        PmdError: nothing can be written there (full disk, no permission). Errors of the block are
+            raised unchanged.
     """
     filesystem, target = filesystem_of(address)
-    here = Path(target) if isinstance(filesystem, LocalFileSystem) else None
-    folder = here.parent if here else Path(tempfile.gettempdir())
+    path = Path(target) if isinstance(filesystem, LocalFileSystem) else None
+    folder = path.parent if path else Path(tempfile.gettempdir())
     tmp = folder / f".{target.rsplit('/', 1)[-1]}.{uuid4().hex}.tmp"
     with writing(address):
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,8 +55,8 @@ def whole_file(address: str) -> Iterator[BinaryIO]:
             with writing(address):
                 os.fsync(file.fileno())
         with writing(address):
-            if here:
-                tmp.replace(here)
+            if path:
+                tmp.replace(path)
                 _sync_folder(folder)
             else:
                 filesystem.put_file(str(tmp), target)
@@ -106,7 +106,7 @@ def local_path(address: str) -> Path | None:
 
 
 def is_local(address: str) -> bool:
-    """Say whether `address` is on this machine's file system."""
+    """Whether `address` is on this machine's file system."""
     return local_path(address) is not None
 
 
@@ -114,7 +114,7 @@ def size_of(address: str) -> int | None:
     """Bytes of the file at `address`; None where there is none.
 
     Raises:
-        PmdError: the file system does not answer.
+        PmdError: the file system cannot be read.
     """
     filesystem, path = filesystem_of(address)
     with reading(address):
@@ -150,7 +150,7 @@ def filesystem_of(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 @contextmanager
 def reading(address: str) -> Iterator[None]:
-    """Tell in a sentence of what goes wrong while `address` is read."""
+    """Turn errors of reading `address` into a PmdError of one sentence."""
     try:
         yield
     except PmdError:
@@ -167,7 +167,7 @@ def reading(address: str) -> Iterator[None]:
 
 @contextmanager
 def writing(address: str) -> Iterator[None]:
-    """Tell in a sentence of what goes wrong while `address` is written."""
+    """Turn errors of writing `address` into a PmdError of one sentence."""
     try:
         yield
     except OSError as error:
@@ -178,14 +178,14 @@ def writing(address: str) -> Iterator[None]:
 
 
 def reason_of(error: OSError) -> str:
-    """What the system says, in a few words."""
+    """The reason of a system error, in a few words."""
     if isinstance(error, FileExistsError | NotADirectoryError):
         return "a file is where a folder should be"
     return error.strerror or str(error)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
+    """Flush the folder, so that the rename survives a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -194,7 +194,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class _Target(io.FileIO):
-    """The temporary file; what goes wrong in writing is told of the address it is for."""
+    """The temporary file; its write errors name the address that it becomes."""
 
     def __init__(self, path: Path, address: str) -> None:
         super().__init__(path, "wb")

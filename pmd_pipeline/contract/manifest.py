@@ -1,4 +1,4 @@
-"""Manifest files: read with their digest checked, and the addresses of what they name."""
+"""Read and write manifests, and locate the files that they name."""
 
 import posixpath
 from functools import lru_cache
@@ -15,7 +15,7 @@ def load_manifest(path: str) -> Manifest:
     """The manifest at `path`, its digest checked.
 
     Raises:
-        PmdError: it is not there, no manifest, of another format, or was changed by hand.
+        PmdError: it is missing, no manifest, of another format, or was changed by hand.
     """
     content = read_bytes(path)
     try:
@@ -34,7 +34,7 @@ def load_manifest(path: str) -> Manifest:
 
 
 def save_manifest(path: str, manifest: Manifest) -> None:
-    """Write `manifest` to `path`, for people and programs to read."""
+    """Write `manifest` to `path`, as indented JSON."""
     write_whole(path, (manifest.model_dump_json(indent=1) + "\n").encode())
 
 
@@ -48,7 +48,7 @@ def located(manifest_path: str, path: str) -> str:
         return path
     folder = manifest_path.rpartition("/")[0] or "."
     scheme, colon, rest = folder.rpartition("://")
-    if colon:  # an object store knows no ".."
+    if colon:  # an object store has no ".."
         return f"{scheme}{colon}{posixpath.normpath(join(rest, path))}"
     below, _, name = path.rpartition("/")
     return join(_folder(folder, below), name)
@@ -56,7 +56,7 @@ def located(manifest_path: str, path: str) -> str:
 
 @lru_cache(maxsize=1024)  # one for each source of a manifest, not one for each shard
 def _folder(folder: str, below: str) -> str:
-    """`below` from `folder`, without ".." where no link on the way makes that another folder."""
+    """`below` from `folder`, without ".." unless a symbolic link makes that another folder."""
     joined = posixpath.join(folder, below)
     plain = posixpath.normpath(joined)
     same = posixpath.realpath(plain) == posixpath.realpath(joined)

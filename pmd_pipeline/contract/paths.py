@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 def part_name(part: int) -> str:
-    """The name that the files of a part share.
+    """The first part of the names of a part's files.
 
     >>> part_name(7)
     '00007'
@@ -14,10 +14,10 @@ def part_name(part: int) -> str:
 
 @dataclass(frozen=True)
 class ShardPaths:
-    """The files of one shard, by what they share: their address up to the first dot of the name.
+    """Addresses of the files of one shard.
 
     Args:
-        base: address of the shard without its ending.
+        base: what the addresses have in common: everything up to the first dot of the file name.
 
     >>> ShardPaths.of("data/shards/coco/00007.tar").ledger
     'data/shards/coco/00007.parquet'
@@ -40,7 +40,7 @@ class ShardPaths:
 
     @property
     def name(self) -> str:
-        """What the names of the files begin with, without their folder."""
+        """`base` without the folder."""
         return self.base.rpartition("/")[2]
 
     @property
@@ -65,7 +65,7 @@ class ShardPaths:
 
     @property
     def previous_report(self) -> str:
-        """The report of the build before, while a rebuild of the part goes on."""
+        """The report of the earlier build, kept during a rebuild of the part."""
         return f"{self.base}.before.json"
 
     @property

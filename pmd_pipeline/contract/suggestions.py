@@ -3,12 +3,12 @@
 import difflib
 from collections.abc import Iterable
 
-_LEAST_LETTERS = 4
-"""Fewer letters are part of too many names."""
+_MIN_LETTERS = 4
+"""Fewer letters occur in too many names."""
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """What may have been meant by `name`, or else all that is known.
+    """Suggests the known name that is similar to `name`, or lists all known names.
 
     A similar name is suggested, or one that contains `name` if that has four letters or more.
 
@@ -21,7 +21,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1)
-    if not close and len(name) >= _LEAST_LETTERS:
+    if not close and len(name) >= _MIN_LETTERS:
         close = sorted(one for one in names if name in one)
     if close:
         return f"did you mean {close[0]!r}?"

@@ -1,4 +1,4 @@
-"""A dataset as Python sees it: its ledgers as polars frames, its samples in order or by key."""
+"""A dataset in Python: its ledgers as polars frames, its samples in order or by key."""
 
 import json
 from bisect import bisect_right

@@ -17,7 +17,7 @@ from fake_host import FakeHost, by_path, response
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.build import pipeline
@@ -59,7 +59,7 @@ def toy(tmp_path):
     """Thirty pictures in five parts, two of them missing."""
     write_rows(tmp_path / "raw", toy_rows(30))
     pictures = write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(28)])
-    return toy_order(tmp_path, toy_recipe(part_records=6), pictures=pictures)
+    return toy_source_build(tmp_path, toy_recipe(part_records=6), pictures=pictures)
 
 
 def files(source_build):
@@ -82,7 +82,7 @@ def test_every_pair_is_kept_dropped_or_failed(tmp_path_factory, kinds):
     pictures = write_kinds(folder / "pictures", kinds)
     recipe = toy_recipe(images={"filters": {"is_large": {"least": 8}}}, part_records=5)
 
-    manifest = toy_build(toy_order(folder, recipe, pictures=pictures))
+    manifest = toy_build(toy_source_build(folder, recipe, pictures=pictures))
 
     counts = manifest.sources["cc3m"].counts
     assert counts.unaccounted() == 0
@@ -163,7 +163,7 @@ def test_a_damaged_index_is_an_error_with_advice_that_helps(toy, workers):
 
 def test_a_part_is_built_again_when_its_rules_change(toy):
     first = toy_build(toy)
-    smaller = toy_order(
+    smaller = toy_source_build(
         Path(toy.data).parent,
         toy_recipe(part_records=6, images={"size": 20}),
         pictures=Path(toy.images[0]),
@@ -181,7 +181,7 @@ def test_bytes_do_not_depend_on_the_concurrency_of_local_images(toy, tmp_path, c
     toy_build(toy)
     recipe = toy_recipe(part_records=6, fetch={"concurrency": concurrency})
     write_rows(tmp_path / "other" / "raw", toy_rows(30))
-    other = toy_order(tmp_path / "other", recipe, pictures=Path(toy.images[0]))
+    other = toy_source_build(tmp_path / "other", recipe, pictures=Path(toy.images[0]))
 
     toy_build(other)
 
@@ -215,7 +215,7 @@ def test_bytes_do_not_depend_on_the_concurrency_of_requests_nor_on_the_order_of_
         politeness = {"concurrency": concurrency, "per_host": 64}
         routes = {"connect_to": {"*": slow_host.origin}}
         recipe = toy_recipe(part_records=12, fetch={**politeness, **routes})
-        source_build = replace(toy_order(folder, recipe, pictures=folder), images=(WEB,))
+        source_build = replace(toy_source_build(folder, recipe, pictures=folder), images=(WEB,))
         manifest = toy_build(source_build)
         builds.append((manifest.digest, digests(source_build)))
 
@@ -257,7 +257,7 @@ def test_a_part_reports_that_the_network_is_down_and_resumes_when_it_is_up(tmp_p
     write_rows(tmp_path / "raw", rows)
     with FakeHost(by_path({"/robots.txt": response(404), "/1.jpg": response(body=body)})) as host:
         fetch = {"connect_to": {"*": f"http://somewhere.example:{host.port}"}, "concurrency": 4}
-        source_build = toy_order(tmp_path, toy_recipe(fetch=fetch), pictures=tmp_path)
+        source_build = toy_source_build(tmp_path, toy_recipe(fetch=fetch), pictures=tmp_path)
         monkeypatch.setattr(
             build_module, "build_part", lambda task, _: build_part(task, reports.append)
         )
@@ -315,7 +315,7 @@ def test_a_limit_builds_the_first_records_in_key_order(toy, tmp_path):
         ]
     )["key"].to_list()
     write_rows(tmp_path / "few" / "raw", toy_rows(30))
-    source_build = toy_order(
+    source_build = toy_source_build(
         tmp_path / "few", toy_recipe(part_records=6), pictures=Path(toy.images[0]), limit=10
     )
 
@@ -337,7 +337,7 @@ def test_a_limit_builds_the_first_records_in_key_order(toy, tmp_path):
 
 
 def test_raising_the_limit_builds_only_the_missing_parts(toy):
-    source_build = toy_order(
+    source_build = toy_source_build(
         Path(toy.data).parent, toy.recipe, pictures=Path(toy.images[0]), limit=12
     )
     toy_build(source_build)
@@ -410,7 +410,7 @@ def test_an_image_with_another_aspect_ratio_than_upstreams_fails(tmp_path):
     (raw / "region_descriptions.json").write_text(json.dumps(regions))
     pictures = write_pictures(tmp_path / "pictures", ["1.jpg"], side=40)  # 48 x 40: fits
     Image.new("RGB", (40, 48)).save(pictures / "2.jpg", "JPEG")
-    source_build = toy_order(tmp_path, load_recipe("visual_genome")[0], pictures=pictures)
+    source_build = toy_source_build(tmp_path, load_recipe("visual_genome")[0], pictures=pictures)
 
     manifest = toy_build(source_build)
 

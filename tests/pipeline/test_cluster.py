@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline.base.parallel import ignore_progress, open_pool
 
@@ -72,7 +72,7 @@ def test_a_build_on_a_cluster_has_the_digest_of_a_local_build(cluster, tmp_path)
     digests = []
     for name in ("local", "cluster"):
         write_rows(tmp_path / name / "raw", toy_rows(30))
-        order = toy_order(tmp_path / name, toy_recipe(part_records=5), pictures=pictures)
+        order = toy_source_build(tmp_path / name, toy_recipe(part_records=5), pictures=pictures)
         if name == "local":
             digests.append(toy_build(order).digest)
         else:

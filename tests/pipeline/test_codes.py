@@ -16,7 +16,7 @@ import pytest
 from hand import Hand, jpeg, png, tiles, webp, write_manifest, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import QUIET, toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline.base.parallel import WorkerDied
 from pmd_pipeline.build import shard_reader as stored
@@ -424,7 +424,7 @@ def toy(tmp_path):
     """Twelve pictures in three parts, built."""
     write_rows(tmp_path / "raw", toy_rows(12))
     pictures = write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(12)])
-    return toy_order(tmp_path, toy_recipe(part_records=4), pictures=pictures)
+    return toy_source_build(tmp_path, toy_recipe(part_records=4), pictures=pictures)
 
 
 def test_a_build_run_again_keeps_the_codes(toy, weights):
@@ -462,7 +462,7 @@ def test_a_part_built_anew_has_no_codes_of_its_old_shard(toy, weights):
     toy_build(toy)
     coded(CodesRequest(toy.manifest, weights, grid=2, runner="local", workers=1))
     smaller = toy_recipe(part_records=4, images={"size": 20})
-    changed = toy_order(Path(toy.data).parent, smaller, pictures=Path(toy.images[0]))
+    changed = toy_source_build(Path(toy.data).parent, smaller, pictures=Path(toy.images[0]))
 
     assert toy_build(changed).codes is None
 

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 from typer.testing import CliRunner
 
 from pmd_pipeline.base.parallel import ignore_progress
@@ -20,7 +20,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     write_rows(folder / "raw", toy_rows(30))
     pictures = write_pictures(folder / "pictures", [f"{n}.jpg" for n in range(30) if n != 7])
-    order = toy_order(folder, toy_recipe(part_records=10), pictures=pictures)
+    order = toy_source_build(folder, toy_recipe(part_records=10), pictures=pictures)
     toy_build(order)
     return order
 

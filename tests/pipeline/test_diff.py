@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import QUIET, toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline import cli
 from pmd_pipeline.base.record import key_of
@@ -27,7 +27,7 @@ def build(folder, rows, names, **changes):
     """The manifest of a toy build in `folder`, of the pictures of these names."""
     write_rows(folder / "raw", rows)
     write_pictures(folder / "pictures", names)
-    order = toy_order(folder, toy_recipe(**changes), pictures=folder / "pictures")
+    order = toy_source_build(folder, toy_recipe(**changes), pictures=folder / "pictures")
     toy_build(order)
     return order.manifest
 
@@ -63,7 +63,7 @@ def test_gained_lost_and_changed_images_and_pairs_are_counted(before, tmp_path):
             for n, (text, url) in enumerate(toy_rows(24))
             if text != "picture 3 once more"]  # fmt: skip
     write_rows(folder / "raw", [*rows, ("a third caption of 9", "http://a.test/9.jpg")])
-    order = toy_order(folder, toy_recipe(part_records=6), pictures=folder / "pictures")
+    order = toy_source_build(folder, toy_recipe(part_records=6), pictures=folder / "pictures")
     toy_build(order)
 
     [found] = differences(before, order.manifest).sources
@@ -109,7 +109,7 @@ def test_another_division_into_parts_changes_no_images(before, tmp_path):
 def test_records_beyond_a_limit_are_absent(before, tmp_path):
     shutil.copytree(tmp_path / "before", tmp_path / "short")
     recipe, pictures = toy_recipe(part_records=6), tmp_path / "before" / "pictures"
-    toy_build(short := toy_order(tmp_path / "short", recipe, pictures=pictures, limit=8))
+    toy_build(short := toy_source_build(tmp_path / "short", recipe, pictures=pictures, limit=8))
 
     [found] = differences(before, short.manifest).sources
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import Report
@@ -53,7 +53,7 @@ def test_a_full_disk_is_one_error_line_and_the_build_resumes_with_more_room(
 ):
     write_rows(tmp_path / "raw", toy_rows(200))
     pictures = write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(200)], side=200)
-    other = toy_order(tmp_path / "other", toy_recipe(part_records=25), pictures=pictures)
+    other = toy_source_build(tmp_path / "other", toy_recipe(part_records=25), pictures=pictures)
     write_rows(tmp_path / "other" / "raw", toy_rows(200))
     undisturbed = toy_build(other)
 

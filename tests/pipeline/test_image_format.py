@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
-from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.errors import RecordError
@@ -103,7 +103,7 @@ def test_the_default_rules_of_images_have_the_digest_of_the_first_release():
 def build(folder, **images):
     write_rows(folder / "raw", toy_rows(12))
     pictures = write_pictures(folder / "pictures", [f"{n}.jpg" for n in range(12)])
-    order = toy_order(folder, toy_recipe(images=images, part_records=6), pictures=pictures)
+    order = toy_source_build(folder, toy_recipe(images=images, part_records=6), pictures=pictures)
     return order, toy_build(order)
 
 

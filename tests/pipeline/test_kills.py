@@ -17,4 +17,4 @@ def test_a_build_with_twenty_kills_has_the_digest_of_an_undisturbed_build():
     )
 
     assert done.returncode == 0, done.stderr
-    assert "came to the undisturbed digest" in done.stdout
+    assert "with the digest of the undisturbed build" in done.stdout

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from hand import Hand, tiles, webp, write_manifest, write_shard
-from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import QUIET, toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline import cli
 from pmd_pipeline.base.parallel import WorkerDied, open_pool
@@ -93,7 +93,7 @@ def original(tmp_path_factory):
     write_rows(folder / "raw", [*toy_rows(40), ("no address here", "nowhere")])
     write_pictures(folder / "pictures", [f"{number}.jpg" for number in range(36)])
     recipe = toy_recipe(part_records=8, images={"size": 32})
-    order = toy_order(folder, recipe, pictures=folder / "pictures")
+    order = toy_source_build(folder, recipe, pictures=folder / "pictures")
     toy_build(order)
     request = CodesRequest(order.manifest, vocabulary=8, grid=2, views=2, runner="local", workers=1)
     code_manifest(request, QUIET)
@@ -276,7 +276,7 @@ def folder_bytes(folder):
 def test_a_rebuild_does_not_replace_another_dataset(lock_folder, pictures, tmp_path):
     folder = tmp_path / "other"
     write_rows(folder / "raw", toy_rows(30))
-    toy_build(toy_order(folder, toy_recipe(part_records=8), pictures=pictures))
+    toy_build(toy_source_build(folder, toy_recipe(part_records=8), pictures=pictures))
     before = folder_bytes(folder)
 
     with pytest.raises(

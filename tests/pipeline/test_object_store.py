@@ -10,7 +10,7 @@ from pathlib import Path
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
-from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline.contract.manifest import load_manifest
 
@@ -81,7 +81,9 @@ def test_a_store_without_write_access_is_one_error_line_and_the_build_resumes_wi
 ):
     write_rows(tmp_path / "raw", toy_rows(60))
     pictures = write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(60)])
-    local_build = toy_order(tmp_path / "other", toy_recipe(part_records=25), pictures=pictures)
+    local_build = toy_source_build(
+        tmp_path / "other", toy_recipe(part_records=25), pictures=pictures
+    )
     write_rows(tmp_path / "other" / "raw", toy_rows(60))
     undisturbed = toy_build(local_build)
     client("s3", store).create_bucket(Bucket="bucket")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
-from toy import toy_build, toy_order, toy_recipe, write_rows
+from toy import toy_build, toy_recipe, toy_source_build, write_rows
 
 from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.contract.reasons import Status
@@ -170,7 +170,7 @@ def test_a_build_counts_each_drop_under_the_name_of_its_filter(tmp_path):
     write_rows(tmp_path / "raw", [(f"see {name}", f"http://a.test/{name}") for name in images])
     recipe = toy_recipe(images={"pixel_filters": FILTERS})
 
-    manifest = toy_build(toy_order(tmp_path, recipe, pictures=tmp_path / "images"))
+    manifest = toy_build(toy_source_build(tmp_path, recipe, pictures=tmp_path / "images"))
 
     entry, [shard] = manifest.sources["cc3m"], manifest.shards
     assert (entry.counts.kept, entry.counts.unaccounted()) == (1, 0)
@@ -199,7 +199,7 @@ def test_a_build_takes_a_pixel_filter_from_a_module_of_the_user(tmp_path, monkey
     )
     recipe = toy_recipe(images={"pixel_filters": {"own_pixel_filters:is_bright": {}}})
 
-    manifest = toy_build(toy_order(tmp_path, recipe, pictures=tmp_path / "images"))
+    manifest = toy_build(toy_source_build(tmp_path, recipe, pictures=tmp_path / "images"))
 
     entry = manifest.sources["cc3m"]
     assert (entry.counts.kept, entry.counts.dropped) == (1, {"own_pixel_filters:is_bright": 1})

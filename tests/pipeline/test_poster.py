@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.demo.poster import Found, draw, fingerprints, first_captions
@@ -19,7 +19,7 @@ def manifest(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     write_rows(folder / "raw", toy_rows(9))
     pictures = write_pictures(folder / "pictures", [f"{n}.jpg" for n in range(9)])
-    order = toy_order(folder, toy_recipe(part_records=4), pictures=pictures)
+    order = toy_source_build(folder, toy_recipe(part_records=4), pictures=pictures)
     toy_build(order)
     return order.manifest
 

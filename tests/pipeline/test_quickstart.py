@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-from toy import toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
@@ -151,7 +151,7 @@ def test_too_few_scenes_to_train_on_are_refused_at_once(tmp_path):
 def test_a_held_out_image_that_is_trained_on_is_an_error(tmp_path):
     write_rows(tmp_path / "raw", toy_rows(3))
     pictures = write_pictures(tmp_path / "pictures", [f"{n}.jpg" for n in range(3)])
-    order = toy_order(tmp_path, toy_recipe(), pictures=pictures)
+    order = toy_source_build(tmp_path, toy_recipe(), pictures=pictures)
     toy_build(order)
 
     with pytest.raises(PmdError, match=r"3 images of .* are among those of"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from source_helpers import SAMPLES, needs_samples
-from toy import QUIET, toy_build, toy_order
+from toy import QUIET, toy_build, toy_source_build
 
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.dataset.build import build_source
@@ -41,7 +41,9 @@ def test_a_thousand_photographs_straight_from_their_zip(tmp_path, name, images):
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / f"{name}.json").write_bytes((SAMPLES / "photos" / f"{name}.json").read_bytes())
-    order = toy_order(tmp_path, load_recipe("coco")[0], pictures=SAMPLES / "photos" / "photos.zip")
+    order = toy_source_build(
+        tmp_path, load_recipe("coco")[0], pictures=SAMPLES / "photos" / "photos.zip"
+    )
 
     with open_pool("local", 2, None) as pool:
         manifest, failures = build_source(order, pool, QUIET)
@@ -62,7 +64,7 @@ def test_orphans_of_coco_are_counted_as_such(tmp_path):
     raw.mkdir()
     source = SAMPLES / "coco" / "first100" / "captions_train2017.json"
     (raw / source.name).write_bytes(source.read_bytes())
-    order = toy_order(tmp_path, load_recipe("coco")[0], pictures=SAMPLES / "coco" / "mini")
+    order = toy_source_build(tmp_path, load_recipe("coco")[0], pictures=SAMPLES / "coco" / "mini")
 
     counts = toy_build(order).sources["coco"].counts
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
+from toy import QUIET, toy_build, toy_recipe, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.base.progress import Reporter
@@ -39,7 +39,7 @@ def source_build(tmp_path):
     for name in names[SAME : SAME + MANY - 1]:  # one record below the threshold
         (folder / name).write_bytes((folder / f"{SAME}.jpg").read_bytes())
     write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}.jpg") for n in range(NUM)])
-    return toy_order(tmp_path, toy_recipe(part_records=8), pictures=folder)
+    return toy_source_build(tmp_path, toy_recipe(part_records=8), pictures=folder)
 
 
 def sha256(source_build, number):
@@ -132,7 +132,7 @@ def test_a_rebuild_reports_images_that_are_the_most_repeated_after_others_are_mi
     for number, name in enumerate(names):  # thirteen of one, twelve of another
         (folder / name).write_bytes((folder / f"{number % 2}.jpg").read_bytes())
     write_rows(tmp_path / "raw", [(f"picture {n}", f"http://a.test/{n}.jpg") for n in range(25)])
-    source_build = toy_order(tmp_path, toy_recipe(part_records=8), pictures=folder)
+    source_build = toy_source_build(tmp_path, toy_recipe(part_records=8), pictures=folder)
     assert toy_build(source_build).sources["cc3m"].repeated == {sha256(source_build, 0): 13}
     with open_pool("local", 1, None) as pool:
         lock(source_build.manifest, str(tmp_path / "kit"), pool, QUIET, hashed=False)

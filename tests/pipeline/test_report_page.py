@@ -16,7 +16,7 @@ import pytest
 from browser import CHROMIUM, open_browser
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
+from toy import QUIET, toy_build, toy_recipe, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline import cli
 from pmd_pipeline.contract.errors import PmdError
@@ -82,7 +82,7 @@ def built(tmp_path_factory):
     rows += [("a caption of nothing", address) for address in ADDRESSES]
     write_rows(folder / "raw", [*rows, ("a bad row", "nowhere")])
     pictures = write_pictures(folder / "pictures", [f"{n}.jpg" for n in range(len(HOSTILE))])
-    order = toy_order(folder, toy_recipe(part_records=4), pictures=pictures)
+    order = toy_source_build(folder, toy_recipe(part_records=4), pictures=pictures)
     toy_build(order)
     return order.manifest
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from fake_host import FakeHost, response, serve_folder
-from toy import QUIET, toy_build, toy_order, toy_recipe, write_pictures, write_rows
+from toy import QUIET, toy_build, toy_recipe, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline import cli
 from pmd_pipeline.base.parallel import open_pool
@@ -65,7 +65,7 @@ def build_in(tmp_path, name, origin, **changes):
     raw = tmp_path / name / "raw"
     if not raw.exists():
         raw.symlink_to(tmp_path / "raw")
-    source_build = toy_order(tmp_path / name, recipe, pictures=tmp_path)
+    source_build = toy_source_build(tmp_path / name, recipe, pictures=tmp_path)
     return replace(source_build, images=("web",))
 
 

@@ -12,9 +12,9 @@ from toy import (
     QUIET,
     index_of,
     toy_build,
-    toy_order,
     toy_recipe,
     toy_rows,
+    toy_source_build,
     write_pictures,
     write_rows,
 )
@@ -40,7 +40,9 @@ def data(tmp_path):
     """Twelve pictures, of which two are absent, in three parts, and a bad row."""
     write_rows(tmp_path / "raw", [*toy_rows(12), ("no address here", "nowhere")])
     write_pictures(tmp_path / "pictures", [f"{number}.jpg" for number in range(10)])
-    toy_build(toy_order(tmp_path, toy_recipe(part_records=4), pictures=tmp_path / "pictures"))
+    toy_build(
+        toy_source_build(tmp_path, toy_recipe(part_records=4), pictures=tmp_path / "pictures")
+    )
     return tmp_path / "data"
 
 
@@ -108,7 +110,7 @@ def test_a_damaged_index_is_one_sentence_and_its_advice_helps(data, query, file)
 
     (data / "index" / "cc3m" / "index.json").unlink()
     folder = data.parent
-    toy_build(toy_order(folder, toy_recipe(part_records=4), pictures=folder / "pictures"))
+    toy_build(toy_source_build(folder, toy_recipe(part_records=4), pictures=folder / "pictures"))
     assert damaged.read_bytes() == whole
     assert traces_of(data, query) == [trace]
 
@@ -132,7 +134,9 @@ def test_the_trace_of_a_failed_image_has_its_reason(data):
 def test_a_trace_names_a_limit_or_a_part_that_is_not_built(tmp_path, data):
     keys = sorted(key_of("cc3m", f"http://a.test/{number}.jpg") for number in range(12))
     toy_build(
-        toy_order(tmp_path, toy_recipe(part_records=4), pictures=tmp_path / "pictures", limit=1)
+        toy_source_build(
+            tmp_path, toy_recipe(part_records=4), pictures=tmp_path / "pictures", limit=1
+        )
     )
     (data / "shards" / "cc3m" / "00002.json").unlink()
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load, save
-from toy import QUIET, toy_build, toy_order, toy_recipe, toy_rows, write_pictures, write_rows
+from toy import QUIET, toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline import cli
 from pmd_pipeline.base.parallel import WorkerDied, open_pool
@@ -109,7 +109,7 @@ def undamaged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undamaged")
     write_rows(folder / "raw", [*toy_rows(30), ("no address here", "nowhere")])
     write_pictures(folder / "pictures", [f"{number}.jpg" for number in range(27)])
-    order = toy_order(folder, toy_recipe(part_records=6), pictures=folder / "pictures")
+    order = toy_source_build(folder, toy_recipe(part_records=6), pictures=folder / "pictures")
     for shard in toy_build(order).shards:
         write_codes(f"{order.shards}/{shard.part:05d}", shard.images)
     seal(order.manifest)

@@ -54,7 +54,7 @@ def toy_rows(count: int) -> list[tuple[str, str]]:
     return rows + repeats
 
 
-def toy_order(
+def toy_source_build(
     folder: Path, recipe: Recipe, *, pictures: Path, limit: int | None = None
 ) -> SourceBuild:
     """What to build of the rows in `folder/raw`."""
