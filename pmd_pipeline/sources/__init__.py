@@ -20,7 +20,7 @@ from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.models import Kind
 from pmd_pipeline.contract.plugins import check_digest, failure, load_module
 from pmd_pipeline.contract.suggestions import suggestion
-from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, as_one, find, fits
+from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, as_one, list_files, matches
 from pmd_pipeline.sources.upstream.held_out import HeldOutImages, find_held_out
 
 
@@ -76,10 +76,10 @@ class Info:
         licence: of the annotations and of the images, in a sentence.
         citation: authors, title, venue, year.
         files: every file that `read` understands, preferred forms first.
-        images: where the images come from, and how many are still there.
+        images: where the images come from, and how many still exist.
         collection: `pmd`, `unimodal` (the other corpora of FLAVA), or a name of one's own.
         paper: the source's row in FLAVA's table of PMD.
-        by_hand: what the user has to fetch, and where; empty where nothing.
+        by_hand: what the user has to fetch, and where; empty if nothing.
         upstream_rows: rows that upstream publishes, where it states the number.
         shares_coco: some images are COCO's, so Karpathy's held-out images are looked for.
         kind: what the source has: pairs, images alone, or texts alone.
@@ -200,8 +200,8 @@ class Annotations:
 
     Args:
         folder: the folder.
-        spans: what `read` reads, in upstream order.
-        held_out: Karpathy's split, if the source shares images with COCO and the file is there.
+        spans: spans for `read`, in upstream order.
+        held_out: Karpathy's split, if the source shares images with COCO and the file exists.
     """
 
     folder: str
@@ -210,17 +210,19 @@ class Annotations:
 
 
 def find_annotations(source: Source, folder: str, form: str | None = None) -> Annotations:
-    """The source's files under `folder`, and Karpathy's split there or in the folder `coco` beside.
+    """The source's files under `folder`, and Karpathy's split, also of the folder `coco` beside.
 
-    Takes `form`, or the first form of `INFO.files` whose required files are all there.
+    Takes `form`, or the first form of `INFO.files` whose required files are all in the folder.
 
     Raises:
-        PmdError: no form is complete; the sentence says what is missing and how to get it.
+        PmdError: no form is complete; the message lists what is missing and how to get it.
     """
-    files = find(folder)
+    files = list_files(folder)
     held_out = None
     if source.info.shares_coco:
-        held_out = find_held_out(files) or find_held_out(find(str(Path(folder).parent / "coco")))
+        held_out = find_held_out(files) or find_held_out(
+            list_files(str(Path(folder).parent / "coco"))
+        )
     return Annotations(folder, tuple(_find_spans(source, folder, files, form)), held_out)
 
 
@@ -232,32 +234,32 @@ def _find_spans(
     missing: list[str] = []
     for name in [form] if form else source.forms():
         entries = source.files_of(name)
-        there = {e: [file for file in files if fits(file, e.pattern)] for e in entries}
-        lacking = [e.pattern for e in entries if e.required and not there[e]]
-        if not lacking and any(there.values()):
-            return _spans(there)
-        missing.append(_named(lacking or [e.pattern for e in entries]))
-    how = [f"see `pmd sources {source.name}`"]
+        matching = {e: [file for file in files if matches(file, e.pattern)] for e in entries}
+        absent = [e.pattern for e in entries if e.required and not matching[e]]
+        if not absent and any(matching.values()):
+            return _cut_spans(matching)
+        missing.append(_list_patterns(absent or [e.pattern for e in entries]))
+    advice = [f"see `pmd sources {source.name}`"]
     if source.downloadable(form):
-        how.insert(0, "build without --raw and they are downloaded")
+        advice.insert(0, "build without --raw and they are downloaded")
     if source.info.by_hand:
-        how.append(source.info.by_hand)
-    raise PmdError(f"{folder} has no {', nor '.join(missing)}: {'; '.join(how)}")
+        advice.append(source.info.by_hand)
+    raise PmdError(f"{folder} has no {', nor '.join(missing)}: {'; '.join(advice)}")
 
 
-def _named(patterns: Sequence[str]) -> str:
-    """The patterns, or the first three of many."""
+def _list_patterns(patterns: Sequence[str]) -> str:
+    """The first three patterns, and the number of the others."""
     more = f" and {len(patterns) - 3} more" if len(patterns) > 3 else ""
     return ", ".join(patterns[:3]) + more
 
 
-def _spans(there: dict[PublishedFile, list[UpstreamFile]]) -> list[Span]:
+def _cut_spans(matching: dict[PublishedFile, list[UpstreamFile]]) -> list[Span]:
     beside = tuple(
-        (entry.role, file) for entry, files in there.items() if not entry.cut for file in files
+        (entry.role, file) for entry, files in matching.items() if not entry.cut for file in files
     )
     return [
         Span(file, start, stop, entry.form, entry.role, beside)
-        for entry, files in there.items()
+        for entry, files in matching.items()
         if entry.cut
         for file in files
         for start, stop in entry.cut(file)

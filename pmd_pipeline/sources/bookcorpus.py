@@ -1,18 +1,18 @@
-"""BookCorpus: unpublished novels, as sentences in their order or as whole books."""
+"""BookCorpus: unpublished novels, as ordered sentences or as whole books."""
 
 from collections.abc import Iterator
 
 from pmd_pipeline.base.record import BadRow, Row
 from pmd_pipeline.sources import Info, PublishedFile
 from pmd_pipeline.sources.upstream.documents import (
-    COLUMN,
-    MOST_CHARS,
-    TABLES,
+    DEFAULT_COLUMN,
+    MAX_CHARS,
+    TABLE_FILES,
+    bounded_lines,
     column_texts,
-    decoded,
-    document,
-    short_lines,
-    too_long,
+    decode_text,
+    document_row,
+    too_long_row,
 )
 from pmd_pipeline.sources.upstream.files import Span, by_lines
 
@@ -24,10 +24,10 @@ INFO = Info(
     licence="not licensed for redistribution; the books belong to their authors",
     citation="Zhu et al., Aligning Books and Movies, ICCV 2015",
     files=(
-        *TABLES,
+        *TABLE_FILES,
         PublishedFile(
             pattern="*.txt",
-            description="sentences or paragraphs, one a line",
+            description="sentences or paragraphs, one per line",
             form="text",
             cut=by_lines,
         ),
@@ -42,16 +42,16 @@ INFO = Info(
 )
 
 
-def read(span: Span, *, column: str = COLUMN, lines: int = 1000) -> Iterator[Row | BadRow]:
-    """Documents of one span: so many lines as they follow each other, or the rest of a book.
+def read(span: Span, *, column: str = DEFAULT_COLUMN, lines: int = 1000) -> Iterator[Row | BadRow]:
+    """Documents of one span: consecutive lines, or the rest of a book.
 
-    Upstream's rows are single sentences in the order of the books, without a word of where a book
-    ends; a model must see them in that order. A row of several lines is a book, or part of one.
+    Upstream's rows are single sentences in the order of the books, and do not state where a book
+    ends. A model must see them in that order. A row of several lines is a book, or part of one.
 
     Args:
         span: rows of a table, or lines of a text file.
-        column: what a table calls the text.
-        lines: that make a document, if they are not too long for one.
+        column: column of the text in a table.
+        lines: most lines in a document; fewer if they would be too long.
     """
     block: list[str] = []
     num_chars = 0
@@ -59,28 +59,28 @@ def read(span: Span, *, column: str = COLUMN, lines: int = 1000) -> Iterator[Row
         if isinstance(line, BadRow):
             yield line
             continue
-        is_full = len(block) == lines or num_chars + len(line or "") >= MOST_CHARS
+        is_full = len(block) == lines or num_chars + len(line or "") >= MAX_CHARS
         if block and (line is None or is_full):
-            yield document("\n".join(block), span.file)
+            yield document_row("\n".join(block), span.file)
             block, num_chars = [], 0
         if line:
             block.append(line)
             num_chars += len(line) + 1
     if block:
-        yield document("\n".join(block), span.file)
+        yield document_row("\n".join(block), span.file)
 
 
 def _lines(span: Span, column: str) -> Iterator[str | BadRow | None]:
-    """Lines that have words, and None where a book ends, as far as upstream says so."""
+    """Lines of text, and None where a book is known to end."""
     if span.form == "text":
-        for line in short_lines(span, 4 * MOST_CHARS):
-            yield too_long(MOST_CHARS) if line is None else decoded(line, MOST_CHARS)
+        for line in bounded_lines(span, 4 * MAX_CHARS):
+            yield too_long_row(MAX_CHARS) if line is None else decode_text(line, MAX_CHARS)
         return
     for text in column_texts(span, column, _LONGEST_BOOK):
         if isinstance(text, BadRow):
             yield text
             continue
-        found = text.splitlines()
-        yield from (too_long(MOST_CHARS) if len(one) > MOST_CHARS else one for one in found)
-        if len(found) > 1:
+        book_lines = text.splitlines()
+        yield from (too_long_row(MAX_CHARS) if len(one) > MAX_CHARS else one for one in book_lines)
+        if len(book_lines) > 1:
             yield None

@@ -1,16 +1,16 @@
-"""CC-News: English news articles out of Common Crawl, in whatever files the user has them."""
+"""CC-News: English news articles of Common Crawl, from the files that the user has."""
 
 from collections.abc import Iterator
 
 from pmd_pipeline.base.record import BadRow, Row
 from pmd_pipeline.sources import Info, PublishedFile
 from pmd_pipeline.sources.upstream.documents import (
-    COLUMN,
-    MOST_CHARS,
-    TABLES,
+    DEFAULT_COLUMN,
+    MAX_CHARS,
+    TABLE_FILES,
     column_texts,
-    decoded,
-    document,
+    decode_text,
+    document_row,
 )
 from pmd_pipeline.sources.upstream.files import Span, open_upstream
 
@@ -21,8 +21,8 @@ INFO = Info(
     citation="Nagel, CC-NEWS, Common Crawl, 2016; Hamborg et al., news-please, ISI 2017; used as "
     "in Liu et al., RoBERTa, 2019",
     files=(
-        *TABLES,
-        PublishedFile(pattern="*.txt", description="an article a file", form="text"),
+        *TABLE_FILES,
+        PublishedFile(pattern="*.txt", description="one article per file", form="text"),
     ),
     images="none: texts alone",
     by_hand="put Parquet files (such as the hub's vblagoje/cc_news), JSON Lines or text files of "
@@ -33,20 +33,24 @@ INFO = Info(
 
 
 def read(
-    span: Span, *, column: str = COLUMN, most_chars: int = MOST_CHARS
+    span: Span, *, column: str = DEFAULT_COLUMN, most_chars: int = MAX_CHARS
 ) -> Iterator[Row | BadRow]:
-    """Documents of one span; an article is one.
+    """Documents of one span, one for each article.
 
     Args:
         span: rows of a table, or a whole text file.
-        column: what a table calls the text.
+        column: column of the text in a table.
         most_chars: a longer article is dropped as `too_long`.
     """
-    found = iter([_whole(span, most_chars)]) if span.form == "text" else None
-    for text in found or column_texts(span, column, most_chars):
-        yield text if isinstance(text, BadRow) else document(text, span.file)
+    texts = (
+        iter([_file_text(span, most_chars)])
+        if span.form == "text"
+        else column_texts(span, column, most_chars)
+    )
+    for text in texts:
+        yield text if isinstance(text, BadRow) else document_row(text, span.file)
 
 
-def _whole(span: Span, most_chars: int) -> str | BadRow:
+def _file_text(span: Span, most_chars: int) -> str | BadRow:
     with open_upstream(span.file) as file:
-        return decoded(file.read(4 * most_chars + 1), most_chars)
+        return decode_text(file.read(4 * most_chars + 1), most_chars)

@@ -1,4 +1,4 @@
-"""COCO Captions: Karpathy's split of the 2014 images, as in PMD, or COCO's own caption files."""
+"""COCO Captions: Karpathy's split of the 2014 images, as in PMD, or COCO's caption files."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, json_items
 from pmd_pipeline.sources.upstream.json_fields import int_at, list_at, text_at
 
 IMAGES = "http://images.cocodataset.org"
-"""Where each image can be fetched alone, at its path inside COCO's zips."""
+"""Host of single images; their paths are those inside COCO's zips."""
 
 _ANNOTATIONS = f"{IMAGES}/annotations"
 
@@ -23,7 +23,7 @@ INFO = Info(
     "split of Karpathy and Fei-Fei, CVPR 2015",
     files=(
         PublishedFile(
-            # before the split, so that its meta wins: it knows the Flickr id as well
+            # before the split, so that its meta, which has the Flickr id, takes precedence
             pattern="captions_*2014.json",
             description="licence, size and Flickr id of the images",
             url=f"{_ANNOTATIONS}/annotations_trainval2014.zip",
@@ -54,14 +54,14 @@ INFO = Info(
         ),
         PublishedFile(
             pattern="captions_*.json",
-            description="any captions in COCO's form",
+            description="any captions in COCO's format",
             form="captions",
             role="captions",
         ),
     ),
     images=f"one by one, or in {IMAGES}/zips/train2014.zip (md5 0da8c0bd3d6becc4dcb32757491aca88) "
     "and val2014.zip (md5 a3d79f5ed8d289b7a7554ce06a5782b3), train2017.zip and val2017.zip for "
-    "the names of 2017; all of them are left",
+    "the names of 2017; all of them still exist",
     collection="pmd",
     paper=PaperRow(1, pairs=900_000, words=12.4),
     upstream_rows=566_747,
@@ -75,12 +75,12 @@ _HELDOUT = {"val", "test"}
 def read(
     span: Span, *, splits: Sequence[Literal["train", "restval"]] = ("train", "restval")
 ) -> Iterator[Row | BadRow]:
-    """Rows of one file; the id is COCO's, without zeros in front.
+    """Rows of one file; the id is COCO's, without leading zeros.
 
     Args:
         span: a whole file.
-        splits: of Karpathy's, those to take; `val` and `test` are never taken. COCO's own files do
-            not know these splits.
+        splits: Karpathy's splits to take; `val` and `test` are never taken. COCO's own files do
+            not have these splits.
 
     Raises:
         PmdError: the file is of another data set or another COCO task.
@@ -96,7 +96,7 @@ def read(
 def _captions_by_split(file: UpstreamFile, splits: Sequence[str]) -> Iterator[Row | BadRow]:
     dataset = next(json_items(file, "dataset", optional=True), None)
     if dataset != "coco":
-        raise PmdError(f"{file} says dataset {dataset!r} instead of 'coco': take the file for COCO")
+        raise PmdError(f"{file} has dataset {dataset!r} instead of 'coco': take the file for COCO")
     for number, item in enumerate(json_items(file, "images.item")):
         coco_id, name = int_at(item, "cocoid"), text_at(item, "filename")
         sentences = list_at(item, "sentences")
@@ -106,7 +106,7 @@ def _captions_by_split(file: UpstreamFile, splits: Sequence[str]) -> Iterator[Ro
         split = text_at(item, "split")
         refused = None if split in splits else "split"
         texts = [text_at(sentence, "raw") for sentence in sentences]
-        url, path = _places(name, text_at(item, "filepath"))
+        url, path = _image_location(name, text_at(item, "filepath"))
         yield Row(
             id=str(coco_id),
             url=url,
@@ -127,7 +127,7 @@ def _images(file: UpstreamFile) -> Iterator[Row | BadRow]:
             yield BadRow(f"images[{number}] has no id or file_name")
             continue
         address = text_at(item, "coco_url")
-        url, path = _places(name, address, file.name)
+        url, path = _image_location(name, address, file.name)
         photo = flickr_id(text_at(item, "flickr_url") or "")
         meta: dict[str, Json] = {"coco_id": coco_id}
         yield Row(
@@ -160,7 +160,7 @@ def _captions(file: UpstreamFile) -> Iterator[Row | BadRow]:
 
 
 def _licences(file: UpstreamFile) -> dict[int | None, str]:
-    """Name and address of each licence by its number; empty where the file does not say."""
+    """Name and address of each licence by its number, as far as the file states them."""
     return {
         int_at(item, "id"): f"{name} ({address})"
         for item in json_items(file, "licenses.item", optional=True)
@@ -168,13 +168,13 @@ def _licences(file: UpstreamFile) -> dict[int | None, str]:
     }
 
 
-def _places(name: str, *hints: str | None) -> tuple[str | None, str]:
+def _image_location(name: str, *hints: str | None) -> tuple[str | None, str]:
     """Address and archive path of an image; the folder is that of the first hint that names one.
 
-    The split cannot tell: `restval` images lie in `val2014`.
+    The split does not give the folder: `restval` images are in `val2014`.
     """
-    found = (_FOLDER.search(hint) for hint in (name, *hints) if hint)
-    folder = next((match[0] for match in found if match), None)
+    matches = (_FOLDER.search(hint) for hint in (name, *hints) if hint)
+    folder = next((match[0] for match in matches if match), None)
     if folder is None:
         return None, name
     return f"{IMAGES}/{folder}/{name}", f"{folder}/{name}"

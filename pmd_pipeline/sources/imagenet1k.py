@@ -1,4 +1,4 @@
-"""ImageNet-1K: the training images of ILSVRC 2012, each with its class and without a caption."""
+"""ImageNet-1K: the training images of ILSVRC 2012, with their classes and without captions."""
 
 import json
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ INFO = Info(
 
 
 def read(span: Span) -> Iterator[Row | BadRow]:
-    """Rows of one stretch of the list; the id is the file's name, equal in every layout."""
+    """Rows of one range of the list; the id is the file's name, the same in all layouts."""
     for line in lines(span):
         entry = json.loads(line)  # our own: see `images/local/imagenet.py`
         path, name = text_at(entry, "file"), text_at(entry, "id")

@@ -1,4 +1,4 @@
-"""Localized Narratives: spoken descriptions of four image collections, cut into sentences."""
+"""Localized Narratives: spoken descriptions of four image collections, split into sentences."""
 
 import json
 import re
@@ -22,7 +22,7 @@ _OTHERS = (
     "ade20k_validation",
 )
 _PARTS = (*_OTHERS, *_TRAIN)
-"""Required ones last: where they are, a download was not cut short."""
+"""Required parts last: if they exist, no download was interrupted before them."""
 
 _SHARDED = {"open_images_train_v6": 10, "coco_train": 4}
 
@@ -105,17 +105,18 @@ def read(
     ),
     splits: Sequence[Literal["train", "val", "test"]] = ("train",),
 ) -> Iterator[Row | BadRow]:
-    """Rows of one span, one a narrative; the id is `family/image_id`.
+    """Rows of one span, one for each narrative; the id is `family/image_id`.
 
     Args:
-        span: of any of the three forms.
-        sentences: `pmd` makes each sentence a candidate, by `pmd_sentences`; `whole` the narrative.
+        span: a file of any of the three forms.
+        sentences: `pmd` makes a candidate of each sentence, see `pmd_sentences`; `whole` makes one
+            of the narrative.
         families: image collections to take.
         splits: to take; `val` is also what upstream calls validation. Val and test of Flickr30k are
             never taken.
 
     Raises:
-        PmdError: `whole` is asked of files that hold sentences.
+        PmdError: `sentences` is `whole`, but the files hold sentences.
     """
     if span.form == "pmd" and sentences == "whole":
         raise PmdError(
@@ -124,14 +125,14 @@ def read(
     for line in lines(span):
         if not line:
             continue
-        narrative = _narrative(line, span.file.name)
+        narrative = _parse_line(line, span.file.name)
         if isinstance(narrative, BadRow):
             yield narrative
             continue
         whole = span.form == "pmd" or sentences == "whole"
         taken = narrative.family in families and narrative.split in splits
         refused = None if taken else "split"
-        url, path = _places(narrative)
+        url, path = _image_location(narrative)
         yield Row(
             id=f"{narrative.family}/{narrative.image_id}",
             url=url,
@@ -143,19 +144,19 @@ def read(
 
 
 def pmd_sentences(narrative: str) -> list[str]:
-    """What PMD makes of a narrative: the text between full stops, each with one at its end.
+    """The sentences of a narrative as in PMD: the texts between full stops, with a full stop each.
 
-    Every full stop cuts, those of numbers and abbreviations too; other marks do not.
+    Every full stop separates, those of numbers and abbreviations too; other marks do not.
 
     >>> pmd_sentences("A dog, 3.5 feet high. Is it big? Yes.It is")
     ['A dog, 3.', '5 feet high.', 'Is it big? Yes.', 'It is.']
     """
-    pieces = (piece.strip() for piece in narrative.split("."))
-    return [f"{piece}." for piece in pieces if piece]
+    sentences = (sentence.strip() for sentence in narrative.split("."))
+    return [f"{sentence}." for sentence in sentences if sentence]
 
 
 class _Narrative(NamedTuple):
-    """One line; `split` is `train`, `val` or `test` whatever upstream's word is."""
+    """One line; `split` is `train`, `val` or `test`, whatever upstream calls it."""
 
     family: str
     split: str
@@ -163,17 +164,17 @@ class _Narrative(NamedTuple):
     caption: str
 
 
-def _narrative(line: bytes, file_name: str) -> _Narrative | BadRow:
-    """What the line says; the file's name tells the collection where `dataset_id` does not."""
+def _parse_line(line: bytes, file_name: str) -> _Narrative | BadRow:
+    """The narrative of a line; the collection is that of `dataset_id`, or else of the file name."""
     try:
         item = json.loads(line)
     except (ValueError, RecursionError):
         return BadRow("the line is no JSON")
     dataset = text_at(item, "dataset_id") or ""
-    found = _COLLECTION.search(dataset) or _COLLECTION.search(file_name)
-    if not found:
+    match = _COLLECTION.search(dataset) or _COLLECTION.search(file_name)
+    if not match:
         return BadRow(f"neither dataset_id {dataset[:80]!r} nor the file's name tells the images")
-    spelling = found[1].lower()
+    spelling = match[1].lower()
     family = _SPELLINGS.get(spelling, spelling)
     image_id, caption = text_at(item, "image_id"), text_at(item, "caption")
     if image_id is None or caption is None:
@@ -181,15 +182,15 @@ def _narrative(line: bytes, file_name: str) -> _Narrative | BadRow:
     if not (_COCO_ID if family == "coco" else _IMAGE_ID).fullmatch(image_id):
         return BadRow(f"image_id {image_id[:80]!r} is none of {family}")
     image_id = str(int(image_id)) if family == "coco" else image_id
-    return _Narrative(family, found[2].lower(), image_id, caption)
+    return _Narrative(family, match[2].lower(), image_id, caption)
 
 
 def _is_heldout(narrative: _Narrative) -> bool:
     return narrative.family == "flickr30k" and narrative.split != "train"
 
 
-def _places(narrative: _Narrative) -> tuple[str | None, str]:
-    """Address and archive path of the image; None where it is in an archive only."""
+def _image_location(narrative: _Narrative) -> tuple[str | None, str]:
+    """Address and archive path of the image; no address where it is in an archive only."""
     family, split, name = narrative.family, narrative.split, f"{narrative.image_id}.jpg"
     if family == "open_images":
         path = f"{'validation' if split == 'val' else split}/{name}"
@@ -205,14 +206,14 @@ def _places(narrative: _Narrative) -> tuple[str | None, str]:
 
 def _candidates(caption: str, *, whole: bool) -> list[Candidate]:
     texts = [caption] if whole else pmd_sentences(caption)
-    # a narrative of nothing but full stops must be counted, too
+    # a narrative of full stops only is counted as well
     return [Candidate(text, "caption") for text in texts] or [
         Candidate(caption, "caption", refused="no_text")
     ]
 
 
 def _meta(narrative: _Narrative) -> dict[str, Json]:
-    """What is known of the image; nothing of the narrative, since an image may have several."""
+    """Facts of the image, none of the narrative, because an image may have several narratives."""
     if narrative.family == "coco":
         return {"family": "coco", "coco_id": int(narrative.image_id)}
     if narrative.family == "flickr30k":

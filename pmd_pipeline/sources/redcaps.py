@@ -1,4 +1,4 @@
-"""RedCaps v1.0: posts of image forums of Reddit, by subreddit and year."""
+"""RedCaps v1.0: posts of Reddit's image forums, by subreddit and year."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -16,9 +16,9 @@ INFO = Info(
     "people, NeurIPS Datasets and Benchmarks 2021",
     files=(
         PublishedFile(
-            # 2017 stands for all years up to 2017, so the name tells no year of a post.
+            # 2017 in a file name means all years up to 2017, so a post's year is not in the name.
             pattern="[a-z0-9]*_20[12][0-9].json",
-            description="posts, 1,391 files of a subreddit and a year each, read inside their zip",
+            description="posts, 1,391 files of one subreddit and year each, read inside their zip",
             url="https://huggingface.co/datasets/red_caps/resolve/main/data/"
             "redcaps_v1.0_annotations.zip",
             sha256="d502951cb91fe9163c53ef7a72587f29e3d975f081b86139d66cf29dd14e8864",
@@ -36,18 +36,18 @@ INFO = Info(
 def read(
     span: Span, *, caption: Literal["raw_caption", "caption"] = "raw_caption"
 ) -> Iterator[Row | BadRow]:
-    """Rows of one file; the id is that of the post. Authors are left out.
+    """Rows of one file; the id is the post's. Authors are left out.
 
     Args:
         span: a whole file.
-        caption: `raw_caption` is what was posted; `caption` is upstream's own cleaning of it, in
+        caption: `raw_caption` is the post's title; `caption` is upstream's cleaned version, in
             lower case and ASCII, sometimes empty.
     """
     for post in json_items(span.file, "annotations.item"):
-        yield _row(post, caption)
+        yield _post_row(post, caption)
 
 
-def _row(post: Any, caption: str) -> Row | BadRow:  # noqa: ANN401 - JSON of any shape
+def _post_row(post: Any, caption: str) -> Row | BadRow:  # noqa: ANN401 - JSON of any shape
     if not isinstance(post, dict):
         return BadRow("the annotation is no object")
     for name in ("image_id", "url"):
@@ -76,7 +76,7 @@ def _row(post: Any, caption: str) -> Row | BadRow:  # noqa: ANN401 - JSON of any
 
 
 def _first_address(url: str) -> str:
-    """The first of the links that some posts give with blanks or commas between them.
+    """The first address, where a post has several with blanks or commas between them.
 
     >>> _first_address("https://i.imgur.com/a,b.jpg,https://i.imgur.com/c.jpg")
     'https://i.imgur.com/a,b.jpg'

@@ -1,4 +1,4 @@
-"""SBU Captioned Photos: a JSON file of three columns, or two text files joined by line number."""
+"""SBU Captioned Photos: a JSON file of columns, or two text files joined by line number."""
 
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -25,13 +25,13 @@ INFO = Info(
         ),
         PublishedFile(
             pattern="SBU_captioned_photo_dataset_urls.txt",
-            description="addresses, one a line, of the older SBUCaptionedPhotoDataset.tar.gz",
+            description="addresses, one per line, of the older SBUCaptionedPhotoDataset.tar.gz",
             form="text",
             role="urls",
         ),
         PublishedFile(
             pattern="SBU_captioned_photo_dataset_captions.txt",
-            description="captions, one a line, in the order of the addresses",
+            description="captions, one per line, in the order of the addresses",
             form="text",
             role="captions",
             cut=None,
@@ -50,10 +50,10 @@ _END = object()
 
 
 def read(span: Span) -> Iterator[Row | BadRow]:
-    """Rows of the whole list; the id is the address. Flickr users' ids are left out.
+    """Rows of the whole list; the id is the address. Ids of Flickr users are left out.
 
     Raises:
-        PmdError: the columns, or the two text files, are not of one length.
+        PmdError: the columns, or the two text files, have different lengths.
     """
     for number, (address, caption) in enumerate(_columns(span)):
         if not isinstance(address, str) or not address.strip().startswith(_WEB):
@@ -79,21 +79,21 @@ def _columns(span: Span) -> Iterator[tuple[Any, Any]]:
     if span.form == "text":
         captions = Span(span.companion("captions"))
         where = f"{span.file} and {captions.file}"
-        return _side_by_side(where, _texts(span), _texts(captions))
+        return _zip_columns(where, _decoded_lines(span), _decoded_lines(captions))
     names = ("image_urls", "captions", "user_ids")
     columns = [json_items(span.file, f"{name}.item") for name in names]
-    return ((row[0], row[1]) for row in _side_by_side(str(span.file), *columns))
+    return ((row[0], row[1]) for row in _zip_columns(str(span.file), *columns))
 
 
-def _texts(span: Span) -> Iterator[str]:
+def _decoded_lines(span: Span) -> Iterator[str]:
     return (line.decode("utf-8", errors="replace") for line in lines(span))
 
 
-def _side_by_side(where: str, *columns: Iterator[Any]) -> Iterator[tuple[Any, ...]]:
+def _zip_columns(where: str, *columns: Iterator[Any]) -> Iterator[tuple[Any, ...]]:
     for number, row in enumerate(zip_longest(*columns, fillvalue=_END)):
         if any(value is _END for value in row):
             raise PmdError(
-                f"{where}: the lists are not of one length (one ends after {number}), so captions "
-                "cannot be told to belong to their addresses: download again"
+                f"{where}: the lists have different lengths (one ends after {number}), so captions "
+                "cannot be matched to addresses: download again"
             )
         yield row

@@ -1,4 +1,4 @@
-"""Visual Genome: every phrase that describes a region, with its box."""
+"""Visual Genome: phrases that describe regions, with their boxes."""
 
 import re
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ INFO = Info(
         ),
     ),
     images="one by one, or in https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip "
-    "(9.7 GB, VG_100K/) and images2.zip beside it (5.5 GB, VG_100K_2/); all of them are left",
+    "(9.7 GB, VG_100K/) and images2.zip beside it (5.5 GB, VG_100K_2/); all of them still exist",
     collection="pmd",
     paper=PaperRow(5, pairs=5_400_000, words=5.1),
     shares_coco=True,
@@ -59,12 +59,12 @@ _FILE = re.compile(r"VG_100K(?:_2)?/\d+\.jpg$")
 
 
 def read(span: Span) -> Iterator[Row | BadRow]:
-    """Rows of one file, one an image; the id is Visual Genome's.
+    """Rows of one file, one for each image; the id is Visual Genome's.
 
-    Phrases that repeat within an image stay. Versions 1.0 and 1.2 differ in the names of keys only.
+    Repeated phrases of an image are kept. Versions 1.0 and 1.2 differ only in names of keys.
 
     Raises:
-        PmdError: the file is no list.
+        PmdError: the file is not a list.
     """
     rows = _images if span.role == "images" else _regions
     yield from rows(span.file)
@@ -100,12 +100,12 @@ def _regions(file: UpstreamFile) -> Iterator[Row | BadRow]:
 
 
 def _image_id(item: object) -> int | None:
-    found = int_at(item, "image_id")
-    return int_at(item, "id") if found is None else found
+    image_id = int_at(item, "image_id")
+    return int_at(item, "id") if image_id is None else image_id
 
 
 def _shared_ids(item: object) -> dict[str, Json]:
-    """COCO's and Flickr's id where they are known, of the types that other sources give them."""
+    """COCO's and Flickr's ids where they are known, in the types that other sources use."""
     coco_id, photo = int_at(item, "coco_id"), int_at(item, "flickr_id")
     coco: dict[str, Json] = {} if coco_id is None else {"coco_id": coco_id}
     flickr: dict[str, Json] = {} if photo is None else {"flickr_id": str(photo)}

@@ -1,4 +1,4 @@
-"""Wikipedia-based Image Text (WIT) v1: images of Wikipedia pages with up to three captions each."""
+"""Wikipedia-based Image Text (WIT) v1: images of Wikipedia pages, with up to three captions."""
 
 import csv
 import io
@@ -27,13 +27,13 @@ INFO = Info(
                 role="train",
                 required=number == 0,
             )
-            # The required one last: where it is, a download was not cut short.
+            # Required file last: if it exists, no download was interrupted before it.
             for number in (*range(1, 10), 0)
         ),
         *(
             PublishedFile(
                 pattern=f"wit_v1.{split}.all-0000[0-4]-of-00005.tsv",
-                # No url: what the paper does not take is not downloaded unasked.
+                # No url: splits that the paper does not use are not downloaded.
                 description=f"rows of the {split} split, "
                 f"{_BASE}wit_v1.{split}.all-00000-of-00005.tsv.gz and four more",
                 role=split,
@@ -78,11 +78,11 @@ _COLUMNS = (
     "context_section_description",
 )
 
-_ROW_CHARS = 1 << 20
-"""A row that is longer has an unclosed quote: whole pages of Wikipedia are shorter."""
+_MAX_ROW_CHARS = 1 << 20
+"""A longer row has an unclosed quote, because whole Wikipedia pages are shorter."""
 
 _TRUTH = {"true": True, "false": False}
-"""WIT's spelling; Python's `bool` takes both for true."""
+"""WIT's spelling of booleans; `bool` of either string is true."""
 
 
 def read(
@@ -91,40 +91,42 @@ def read(
     language: str = "en",
     splits: Sequence[Split] = ("train",),
     rule: Literal["pmd", "none"] = "pmd",
-    ascii: bool = False,  # noqa: A002 - the word of the recipe; nothing here needs the builtin
+    ascii: bool = False,  # noqa: A002 - the recipe's option; the builtin is not used here
 ) -> Iterator[Row | BadRow]:
     """Rows of one file; the id is the address of the image.
 
     Args:
-        span: a whole file, since fields hold newlines.
-        language: of the page, which is not always the caption's; rows of others are refused.
-        splits: rows of files of other splits are refused.
-        rule: `pmd` refuses texts as the Hugging Face port of PMD does; `none` refuses nothing.
-        ascii: delete every character outside ASCII, as the port does. It breaks names with accents,
-            so it is off.
+        span: a whole file, because fields contain newlines.
+        language: of the page, which is not always the caption's; other rows are refused.
+        splits: splits to take; rows of other files are refused.
+        rule: `pmd` refuses texts as the Hugging Face port of PMD does; `none` refuses no text.
+        ascii: delete every character outside ASCII, as the port does. Off by default, because it
+            breaks names with accents.
     """
     refused_split = None if span.role in splits else "split"
     with (
         open_upstream(span.file) as file,
         io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="") as text,
     ):
-        for fields in _table(text, span):
+        for fields in _table_rows(text, span):
             if isinstance(fields, BadRow):
                 yield fields
                 continue
             page_language, _, image_url = fields[:3]
             refused = refused_split or (None if page_language == language else "page_language")
             if refused:
-                # A record of its own: the image may also stand on a page that is taken.
+                # An id of its own: the image may also be on a page that is taken.
                 yield Row(id=f"{page_language} {image_url}", refused=refused)
             else:
-                yield _row(dict(zip(_COLUMNS, fields, strict=True)), rule=rule, ascii_only=ascii)
+                yield _page_row(
+                    dict(zip(_COLUMNS, fields, strict=True)), rule=rule, ascii_only=ascii
+                )
 
 
-def _table(text: io.TextIOWrapper, span: Span) -> Iterator[list[str] | BadRow]:
-    """The rows below the header with their fields in the order of `_COLUMNS`."""
-    csv.field_size_limit(_ROW_CHARS)  # one number for the whole process; the default is too small
-    rows = _rows(_Lines(text))
+def _table_rows(text: io.TextIOWrapper, span: Span) -> Iterator[list[str] | BadRow]:
+    """The rows below the header, with their fields in the order of `_COLUMNS`."""
+    csv.field_size_limit(_MAX_ROW_CHARS)  # of the whole process; the default is too small
+    rows = _csv_rows(_BoundedLines(text))
     header = next(rows, None)
     missing = [name for name in _COLUMNS if not isinstance(header, list) or name not in header]
     if not isinstance(header, list) or missing:
@@ -132,18 +134,18 @@ def _table(text: io.TextIOWrapper, span: Span) -> Iterator[list[str] | BadRow]:
             f"{span.file} has no column {missing[0]!r} in its first line: "
             "is it a TSV file of WIT v1, whole and with its header?"
         )
-    width, places = len(header), [header.index(name) for name in _COLUMNS]
-    in_order = places == list(range(width))
+    width, positions = len(header), [header.index(name) for name in _COLUMNS]
+    in_order = positions == list(range(width))
     for fields in rows:
         if isinstance(fields, BadRow):
             yield fields
         elif len(fields) != width:
             yield BadRow(f"{len(fields)} columns instead of {width}")
         else:
-            yield fields if in_order else [fields[place] for place in places]
+            yield fields if in_order else [fields[position] for position in positions]
 
 
-def _rows(source: "_Lines") -> Iterator[list[str] | BadRow]:
+def _csv_rows(source: "_BoundedLines") -> Iterator[list[str] | BadRow]:
     reader = csv.reader(source, delimiter="\t")
     while True:
         source.row_chars = 0
@@ -160,29 +162,31 @@ def _rows(source: "_Lines") -> Iterator[list[str] | BadRow]:
             yield fields
 
 
-class _Lines:
-    """Lines for the csv module, which takes ever more of them while a quote is open."""
+class _BoundedLines:
+    """Lines for the csv module, which reads on while a quote is open, up to a maximal row."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
         self.row_chars = 0
         self.ended = False
         self._readline = text.readline
 
-    def __iter__(self) -> "_Lines":
+    def __iter__(self) -> "_BoundedLines":
         return self
 
     def __next__(self) -> str:
-        line = self._readline(_ROW_CHARS)
+        line = self._readline(_MAX_ROW_CHARS)
         if not line:
             self.ended = True
             raise StopIteration
         self.row_chars += len(line)
-        if self.row_chars > _ROW_CHARS:
-            raise csv.Error(f"a row of more than {_ROW_CHARS} characters, so an unclosed quote")
+        if self.row_chars > _MAX_ROW_CHARS:
+            raise csv.Error(f"a row of more than {_MAX_ROW_CHARS} characters, so an unclosed quote")
         return line
 
 
-def _row(fields: dict[str, str], *, rule: Literal["pmd", "none"], ascii_only: bool) -> Row | BadRow:
+def _page_row(
+    fields: dict[str, str], *, rule: Literal["pmd", "none"], ascii_only: bool
+) -> Row | BadRow:
     address = fields["image_url"].strip()
     if not address.lower().startswith(("http://", "https://")):
         return BadRow(f"image_url is no http address: {address[:80]!r}")
@@ -214,8 +218,8 @@ def _is_side(digits: str) -> bool:
 def _candidates(
     fields: dict[str, str], *, rule: Literal["pmd", "none"], ascii_only: bool
 ) -> list[Candidate]:
-    """The texts that are there, in PMD's order: reference, attribution, alternative text."""
-    found = []
+    """The texts of a row in PMD's order: reference, attribution, alternative text."""
+    candidates = []
     for name, least in (("reference", 2), ("attribution", 3), ("alt_text", 3)):
         field = f"caption_{name}_description"
         text: str | None = fields[field]
@@ -224,27 +228,27 @@ def _candidates(
         if rule == "pmd":
             english = english_part(text) if name == "attribution" else text
             if english is None or len(english.split()) < least:
-                found.append(Candidate(text, field, refused="rule"))
+                candidates.append(Candidate(text, field, refused="rule"))
                 continue
             text = english
         if ascii_only:
             text = text.encode("ascii", errors="ignore").decode()
-        found.append(Candidate(text, field))
-    return found
+        candidates.append(Candidate(text, field))
+    return candidates
 
 
 def english_part(attribution: str) -> str | None:
-    """What an attribution says after `English:`; None where it says nothing there.
+    """The text after `English:` of an attribution; None if there is none.
 
-    Commons writes `English: a dog Deutsch: ein Hund`: the word before the next `: ` is the name of
-    the next language, and goes. As in PMD's port, a colon inside the English text cuts it, too.
+    Commons writes `English: a dog Deutsch: ein Hund`. The word before the next `: ` is the name of
+    the next language and is removed. As in PMD's port, a colon in the English text ends it as well.
 
     >>> english_part("Galego: Un can English: A dog on a beach Deutsch: Ein Hund")
     'A dog on a beach'
     """
-    pieces = attribution.split(": ")
-    for number, piece in enumerate(pieces[:-1], start=1):
-        if piece.lower().endswith("english"):
-            text = pieces[number]
-            return " ".join(text.split()[:-1]) if number < len(pieces) - 1 else text
+    texts = attribution.split(": ")
+    for number, before in enumerate(texts[:-1], start=1):
+        if before.lower().endswith("english"):
+            text = texts[number]
+            return " ".join(text.split()[:-1]) if number < len(texts) - 1 else text
     return None

@@ -1,7 +1,7 @@
-"""YFCC100M: photos of Flickr under Creative Commons, with titles and descriptions.
+"""YFCC100M: Flickr photos under Creative Commons licences, with titles and descriptions.
 
-Texts are form-encoded upstream (`+` for a blank, `%C3%A9` for an accent) and are decoded once.
-User names, NSIDs and the photo pages that hold them never enter a row; the id leads to the page.
+Upstream's texts are form-encoded (`+` for a blank, `%C3%A9` for an accent) and are decoded once.
+Rows contain no user names, NSIDs or addresses of photo pages; the id leads to the page.
 """
 
 import json
@@ -19,24 +19,24 @@ from pmd_pipeline.sources import Info, PaperRow, PublishedFile
 from pmd_pipeline.sources.upstream.files import Span, UpstreamFile, by_lines, lines
 
 ROWS_PER_SPAN = 500_000
-"""Size of the spans that the SQLite database is cut into."""
+"""Row numbers in a span of the SQLite database."""
 
 _BUCKET = "https://multimedia-commons.s3-us-west-2.amazonaws.com/"
 
 
-def by_rowids(file: UpstreamFile) -> Sequence[tuple[int, int | None]]:
-    """Cut a SQLite database every `ROWS_PER_SPAN` row numbers.
+def by_row_ids(file: UpstreamFile) -> Sequence[tuple[int, int | None]]:
+    """Spans of `ROWS_PER_SPAN` row numbers of a SQLite database.
 
     Raises:
-        PmdError: it is no database, has no table `yfcc100m_dataset`, or is packed.
+        PmdError: it is not a database, has no table `yfcc100m_dataset`, or is packed.
     """
-    with closing(_opened(file)) as database:
+    with closing(_open_database(file)) as database:
         try:
             least, most = database.execute(
                 "SELECT min(rowid), max(rowid) FROM yfcc100m_dataset"
             ).fetchone()
         except sqlite3.Error as error:
-            raise _not_the_database(file, error) from error
+            raise _database_error(file, error) from error
     if least is None:
         return [(0, 0)]
     starts = range(least, most + 1, ROWS_PER_SPAN)
@@ -64,7 +64,7 @@ INFO = Info(
         ),
         PublishedFile(
             pattern="yfcc100m_dataset*.tsv",
-            description="any rows of either",
+            description="rows of either format",
             form="excerpt",
             cut=by_lines,
         ),
@@ -74,7 +74,7 @@ INFO = Info(
             url=_BUCKET + "tools/etc/yfcc100m_dataset.sql",
             num_bytes=65_644_027_904,
             form="sqlite",
-            cut=by_rowids,
+            cut=by_row_ids,
         ),
         PublishedFile(
             pattern="yfcc100m_subset.jsonl",
@@ -97,7 +97,7 @@ Address = Literal["flickr", "s3"]
 
 _COLUMNS = "photoid, datetaken, title, description, downloadurl, licensename, licenseurl, marker"
 _UNDATED = b"4501"
-"""Flickr's year for a photo whose date nobody knows; `null` sorts behind it, too."""
+"""Flickr's year for a photo without a date; `null` sorts behind it as well."""
 
 _HEX = [b"%x" % byte for byte in range(256)]
 
@@ -105,23 +105,23 @@ _HEX = [b"%x" % byte for byte in range(256)]
 def read(span: Span, *, address: Address = "flickr") -> Iterator[Row | BadRow]:
     """Rows of one span; the id is that of the photo at Flickr.
 
-    Candidates are the description, then the title, and never both in one. `file` is the photo's key
-    in the bucket, whichever address is asked for.
+    Candidates are the description, then the title, never both in one. `file` is the photo's key in
+    the bucket for either address.
 
     Args:
-        span: a stretch of lines, or of row numbers of the database.
+        span: a range of lines, or of row numbers of the database.
         address: `flickr` for the photo at Flickr, `s3` for its copy in the bucket.
     """
     on_s3 = address == "s3"
     if span.form == "subset":
-        return _subset(span, on_s3=on_s3)
+        return _subset_rows(span, on_s3=on_s3)
     if span.form == "sqlite":
-        return _database(span, on_s3=on_s3)
-    return _tsv(span, on_s3=on_s3)
+        return _database_rows(span, on_s3=on_s3)
+    return _tsv_rows(span, on_s3=on_s3)
 
 
 def photo_hash(downloadurl: bytes) -> bytes:
-    """The name of a photo in the bucket: its address's MD5, each byte without its leading zero.
+    """The name of a photo in the bucket: MD5 of its address, each byte without leading zero.
 
     >>> photo_hash(b"http://farm7.staticflickr.com/6167/6162540254_5d22abd711.jpg")
     b'4ccb23d8746b8d9d76ffd603fc7988'
@@ -130,7 +130,7 @@ def photo_hash(downloadurl: bytes) -> bytes:
     return b"".join([_HEX[byte] for byte in digest])
 
 
-def _tsv(span: Span, *, on_s3: bool) -> Iterator[Row | BadRow]:
+def _tsv_rows(span: Span, *, on_s3: bool) -> Iterator[Row | BadRow]:
     for line in lines(span):
         fields = line.split(b"\t")
         if len(fields) == 23:  # the first edition: no line number, no hash
@@ -138,7 +138,7 @@ def _tsv(span: Span, *, on_s3: bool) -> Iterator[Row | BadRow]:
         elif len(fields) != 25:
             yield BadRow(f"{len(fields)} columns instead of 25 or 23")
             continue
-        yield _row(
+        yield _photo_row(
             fields[1],
             fields[5],
             fields[8],
@@ -152,22 +152,22 @@ def _tsv(span: Span, *, on_s3: bool) -> Iterator[Row | BadRow]:
         )
 
 
-def _database(span: Span, *, on_s3: bool) -> Iterator[Row | BadRow]:
+def _database_rows(span: Span, *, on_s3: bool) -> Iterator[Row | BadRow]:
     select = (
         f"SELECT {_COLUMNS} FROM yfcc100m_dataset "  # noqa: S608 - a constant
         "WHERE rowid >= ? AND rowid < ? ORDER BY rowid"
     )
-    with closing(_opened(span.file)) as database:
+    with closing(_open_database(span.file)) as database:
         try:
             rows = database.execute(select, (span.start, span.stop))
             for values in rows:
-                fields = [_bytes(value) for value in values]
-                yield _row(*fields, name=b"", on_s3=on_s3)
+                fields = [_as_bytes(value) for value in values]
+                yield _photo_row(*fields, name=b"", on_s3=on_s3)
         except sqlite3.Error as error:
-            raise _not_the_database(span.file, error) from error
+            raise _database_error(span.file, error) from error
 
 
-def _row(  # noqa: PLR0913 - the columns; packing them would cost a tenth of the time
+def _photo_row(  # noqa: PLR0913 - the columns; packing them costs a tenth of the time
     photo: bytes,
     taken: bytes,
     title: bytes,
@@ -180,7 +180,7 @@ def _row(  # noqa: PLR0913 - the columns; packing them would cost a tenth of the
     name: bytes,
     on_s3: bool,
 ) -> Row | BadRow:
-    """The row of a photo; `name` is that in the bucket, empty where upstream leaves it out."""
+    """The row of a photo; `name` is its name in the bucket, empty where upstream omits it."""
     if not photo.isdigit():
         return BadRow(f"photoid is no number: {photo[:80]!r}")
     image_id = photo.decode()
@@ -196,13 +196,13 @@ def _row(  # noqa: PLR0913 - the columns; packing them would cost a tenth of the
         return BadRow(f"no hash: {name[:80]!r}")
     candidates = []
     if description:
-        candidates.append(Candidate(decoded(description), "description"))
+        candidates.append(Candidate(decode_form(description), "description"))
     if title:
-        candidates.append(Candidate(decoded(title), "title"))
+        candidates.append(Candidate(decode_form(title), "title"))
     meta: dict[str, Json] = {"flickr_id": image_id}
     if b"" < taken < _UNDATED:
         meta["datetaken"] = taken.decode("utf-8", "replace")
-    file = _file_of(name)
+    file = _bucket_key(name)
     return Row(
         id=image_id,
         candidates=candidates,
@@ -213,10 +213,10 @@ def _row(  # noqa: PLR0913 - the columns; packing them would cost a tenth of the
     )
 
 
-def decoded(text: bytes) -> str:
-    """The text behind its form encoding; bytes that are no UTF-8 become U+FFFD.
+def decode_form(text: bytes) -> str:
+    """The text of a form-encoded field; bytes that are not UTF-8 become U+FFFD.
 
-    >>> decoded(b"2+%2B+2,+caf%C3%A9")
+    >>> decode_form(b"2+%2B+2,+caf%C3%A9")
     '2 + 2, café'
     """
     if b"+" in text:
@@ -226,7 +226,7 @@ def decoded(text: bytes) -> str:
     return text.decode("utf-8", "replace")
 
 
-def _subset(span: Span, *, on_s3: bool) -> Iterator[Row | BadRow]:
+def _subset_rows(span: Span, *, on_s3: bool) -> Iterator[Row | BadRow]:
     for line in lines(span):
         try:
             pair = json.loads(line)
@@ -234,69 +234,69 @@ def _subset(span: Span, *, on_s3: bool) -> Iterator[Row | BadRow]:
         except (ValueError, TypeError, RecursionError) as error:
             yield BadRow(f"no JSON object with its meta as JSON: {error}")
             continue
-        yield _kept_row(pair, meta, on_s3=on_s3)
+        yield _subset_row(pair, meta, on_s3=on_s3)
 
 
-def _kept_row(pair: Any, meta: Any, *, on_s3: bool) -> Row | BadRow:  # noqa: ANN401 - any JSON
-    """The row of a pair that PMD's authors kept; of its texts, their loader takes the first."""
+def _subset_row(pair: Any, meta: Any, *, on_s3: bool) -> Row | BadRow:  # noqa: ANN401 - any JSON
+    """The row of a pair that PMD's authors kept, with the first text, as their loader takes it."""
     if not isinstance(pair, dict) or not isinstance(meta, dict):
         return BadRow("the line or its meta is no object")
     texts = pair.get("texts")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts[:1]):
         return BadRow("texts is no list of texts")
-    address = _said(meta, "downloadurl") or _said(pair, "image_url")
+    address = _text_field(meta, "downloadurl") or _text_field(pair, "image_url")
     if not address.startswith(("http://", "https://")):
         return BadRow(f"image_url is no http address: {address[:80]!r}")
     file = address.removeprefix(_BUCKET)
     if file == address:
-        file = _file_of(photo_hash(address.encode()))
-    photo = _said(meta, "photoid") or flickr_id(address)
+        file = _bucket_key(photo_hash(address.encode()))
+    photo = _text_field(meta, "photoid") or flickr_id(address)
     return Row(
         id=photo or url_id(address),
-        candidates=[Candidate(_whole(text), "texts") for text in texts[:1]],
+        candidates=[Candidate(_without_surrogates(text), "texts") for text in texts[:1]],
         url=_BUCKET + file if on_s3 else address,
         file=file,
-        licence=_said(meta, "licenseurl") or _said(meta, "licensename") or None,
+        licence=_text_field(meta, "licenseurl") or _text_field(meta, "licensename") or None,
         meta={"flickr_id": photo} if photo else {},
         filtered=True,
     )
 
 
-def _said(table: dict[str, Any], name: str) -> str:
+def _text_field(table: dict[str, Any], name: str) -> str:
     value = table.get(name)
-    return _whole(str(value)) if isinstance(value, str | int) else ""
+    return _without_surrogates(str(value)) if isinstance(value, str | int) else ""
 
 
-def _whole(text: str) -> str:
-    r"""The text with lone surrogates, which JSON can hold and UTF-8 cannot, made into `?`."""
+def _without_surrogates(text: str) -> str:
+    r"""The text with `?` for lone surrogates, which JSON can represent and UTF-8 cannot."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-def _file_of(name: bytes) -> str:
+def _bucket_key(name: bytes) -> str:
     digits = name.decode()
     return f"data/images/{digits[:3]}/{digits[3:6]}/{digits}.jpg"
 
 
-def _opened(file: UpstreamFile) -> sqlite3.Connection:
+def _open_database(file: UpstreamFile) -> sqlite3.Connection:
     if file.member or not file.path.endswith(".sql"):
-        raise PmdError(f"{file} is packed, and SQLite reads nothing packed: unpack it first")
+        raise PmdError(f"{file} is packed, and SQLite cannot read it: unpack it first")
     try:
         database = sqlite3.connect(
             f"{Path(file.path).absolute().as_uri()}?mode=ro&immutable=1", uri=True
         )
     except sqlite3.Error as error:
-        raise _not_the_database(file, error) from error
-    database.text_factory = bytes  # decoded like the lines, and never an error in the middle
+        raise _database_error(file, error) from error
+    database.text_factory = bytes  # decoded like the lines, so bad text is no SQL error
     return database
 
 
-def _bytes(value: bytes | str | float | None) -> bytes:
+def _as_bytes(value: bytes | str | float | None) -> bytes:
     if value is None:
         return b""
     return value if isinstance(value, bytes) else str(value).encode()
 
 
-def _not_the_database(file: UpstreamFile, error: sqlite3.Error) -> PmdError:
+def _database_error(file: UpstreamFile, error: sqlite3.Error) -> PmdError:
     return PmdError(
         f"{file} is not the SQLite form of YFCC100M ({error}): download it again, whole"
     )

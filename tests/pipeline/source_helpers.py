@@ -1,4 +1,4 @@
-"""What the tests of all sources share: reading a folder whole."""
+"""Helpers for the tests of all sources: read a whole folder."""
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ def read_all(name, folder, form=None, **options):
     return [row for span in spans for row in source.read(span, **options)]
 
 
-def sound(rows):
+def good_rows(rows):
     return [row for row in rows if isinstance(row, Row)]
 
 
-def bad(rows):
+def bad_rows(rows):
     return [row for row in rows if isinstance(row, BadRow)]
 
 
 def texts(rows):
-    return [one.text for row in sound(rows) for one in row.candidates]
+    return [one.text for row in good_rows(rows) for one in row.candidates]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pmd_pipeline import sources
+from pmd_pipeline.base.parallel import ignore_progress
 from pmd_pipeline.base.record import BadRow
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import Info, PublishedFile, Source
@@ -23,33 +24,33 @@ CONTENT = random.Random(0).randbytes(3_000_000)
 
 
 class Upstream:
-    """A server on loopback that gives `files` by path, and notes what it was asked.
+    """A server on loopback that serves `files` by path and records its `requests`.
 
     Args:
-        ranges: it knows them.
-        breaks: the connection breaks after so many bytes, once for each number.
-        statuses: answered first, one each.
+        supports_ranges: it answers range requests.
+        breaks: bytes after which the connection of the next requests breaks, one each.
+        statuses: statuses of the next responses, one each.
     """
 
     def __init__(self):
         self.files = {}
-        self.ranges = True
+        self.supports_ranges = True
         self.breaks = []
         self.statuses = []
-        self.asked = []
+        self.requests = []
 
-    def answer(self, request):
-        self.asked.append((request.path, request.headers.get("Range")))
+    def respond(self, request):
+        self.requests.append((request.path, request.headers.get("Range")))
         self.agent = request.headers["User-Agent"]
         if self.statuses:
             request.send_error(self.statuses.pop(0))
         elif (content := self.files.get(request.path)) is None:
             request.send_error(404)
         else:
-            self.give(request, content)
+            self.send(request, content)
 
-    def give(self, request, content):
-        stated = request.headers.get("Range") if self.ranges else None
+    def send(self, request, content):
+        stated = request.headers.get("Range") if self.supports_ranges else None
         start = int(stated.removeprefix("bytes=").removesuffix("-")) if stated else 0
         if start >= len(content):
             request.send_response(416)
@@ -71,7 +72,7 @@ class Upstream:
 def upstream():
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            served.answer(self)
+            served.respond(self)
 
         def log_message(self, *_):
             pass
@@ -87,55 +88,51 @@ def upstream():
     server.server_close()
 
 
-def no_watch(_url, _counts):
-    pass
-
-
-def download(upstream, folder, name="rows.tsv", waited=None, **known):
+def download(upstream, folder, name="rows.tsv", pauses=None, **known):
     entry = PublishedFile(name, "", url=f"{upstream.origin}/{name}?x=1", **known)
     download_all(
         [entry],
         str(folder),
         "me@a.test",
-        no_watch,
-        wait=(waited if waited is not None else []).append,
+        ignore_progress,
+        wait=(pauses if pauses is not None else []).append,
     )
 
 
-def test_a_file_is_downloaded_whole_by_someone_who_says_who_they_are(upstream, tmp_path):
+def test_a_file_is_downloaded_whole_with_a_contact_in_the_user_agent(upstream, tmp_path):
     upstream.files["/rows.tsv?x=1"] = CONTENT
-    heard = []
+    progress = []
     entry = PublishedFile("rows.tsv", "", url=f"{upstream.origin}/rows.tsv?x=1")
 
-    download_all([entry], str(tmp_path / "raw"), "me@a.test", lambda *all_: heard.append(all_))
+    download_all([entry], str(tmp_path / "raw"), "me@a.test", lambda *all_: progress.append(all_))
 
     assert (tmp_path / "raw" / "rows.tsv").read_bytes() == CONTENT
     assert [path.name for path in (tmp_path / "raw").iterdir()] == ["rows.tsv"]
-    assert upstream.asked == [("/rows.tsv?x=1", None)]
+    assert upstream.requests == [("/rows.tsv?x=1", None)]
     assert upstream.agent.startswith("pmd-flava/")
     assert "me@a.test" in upstream.agent
-    assert heard[-1] == (entry.url, {"bytes": len(CONTENT)})
+    assert progress[-1] == (entry.url, {"bytes": len(CONTENT)})
 
 
-def test_a_broken_connection_is_gone_on_with_where_it_broke(upstream, tmp_path):
+def test_a_download_resumes_where_its_connection_broke(upstream, tmp_path):
     upstream.files["/rows.tsv?x=1"] = CONTENT
     upstream.breaks = [1_000_000] * 2 + [0]
-    waited = []
+    pauses = []
 
-    download(upstream, tmp_path, waited=waited, sha256=hashlib.sha256(CONTENT).hexdigest())
+    download(upstream, tmp_path, pauses=pauses, sha256=hashlib.sha256(CONTENT).hexdigest())
 
     assert (tmp_path / "rows.tsv").read_bytes() == CONTENT
-    assert [stated for _, stated in upstream.asked] == [
+    assert [stated for _, stated in upstream.requests] == [
         None,
         "bytes=1000000-",
         "bytes=2000000-",
         "bytes=2000000-",
     ]
-    assert waited == [1.0, 1.0, 2.0]
+    assert pauses == [1.0, 1.0, 2.0]
     assert "me@a.test" in upstream.agent
 
 
-def test_a_connection_that_breaks_often_but_gets_on_is_not_given_up(upstream, tmp_path):
+def test_broken_connections_that_bring_new_bytes_do_not_end_a_download(upstream, tmp_path):
     upstream.files["/rows.tsv?x=1"] = CONTENT
     upstream.breaks = [100_000] * 20
 
@@ -144,9 +141,9 @@ def test_a_connection_that_breaks_often_but_gets_on_is_not_given_up(upstream, tm
     assert (tmp_path / "rows.tsv").read_bytes() == CONTENT
 
 
-def test_a_server_without_ranges_begins_anew(upstream, tmp_path):
+def test_a_server_without_ranges_sends_the_file_from_its_beginning(upstream, tmp_path):
     upstream.files["/rows.tsv?x=1"] = CONTENT
-    upstream.ranges = False
+    upstream.supports_ranges = False
     upstream.breaks = [1_500_000]
 
     download(upstream, tmp_path)
@@ -165,7 +162,7 @@ download_all([PublishedFile("rows.tsv", "", url=sys.argv[1])], sys.argv[2], "", 
 """
 
 
-def test_a_killed_download_is_gone_on_with(upstream, tmp_path):
+def test_a_killed_download_is_resumed(upstream, tmp_path):
     upstream.files["/rows.tsv?x=1"] = CONTENT
     arguments = [sys.executable, "-c", _KILLED, f"{upstream.origin}/rows.tsv?x=1", str(tmp_path)]
     ended = subprocess.run(arguments, check=False)
@@ -175,23 +172,23 @@ def test_a_killed_download_is_gone_on_with(upstream, tmp_path):
 
     assert ended.returncode == -signal.SIGKILL
     assert there > 0
-    assert upstream.asked[1:] == [("/rows.tsv?x=1", f"bytes={there}-")]
+    assert upstream.requests[1:] == [("/rows.tsv?x=1", f"bytes={there}-")]
     assert (tmp_path / "rows.tsv").read_bytes() == CONTENT
     assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("there", [CONTENT, CONTENT + b"of an older file"])
-def test_a_part_as_long_as_the_file_or_longer_ends_as_the_file(there, upstream, tmp_path):
+def test_a_partial_file_of_the_full_size_or_more_becomes_the_file(there, upstream, tmp_path):
     upstream.files["/rows.tsv?x=1"] = CONTENT
     (tmp_path / ".rows.tsv.part").write_bytes(there)
 
     download(upstream, tmp_path)
 
     assert (tmp_path / "rows.tsv").read_bytes() == CONTENT
-    assert len(upstream.asked) == 1 + (there != CONTENT)
+    assert len(upstream.requests) == 1 + (there != CONTENT)
 
 
-def test_another_file_than_the_known_one_is_refused_and_leaves_nothing(upstream, tmp_path):
+def test_a_file_of_another_sha256_is_refused_and_removed(upstream, tmp_path):
     upstream.files["/rows.tsv?x=1"] = CONTENT
 
     with pytest.raises(PmdError) as caught:
@@ -212,42 +209,40 @@ def test_a_refusal_is_one_sentence_at_once(upstream, tmp_path):
         f"{upstream.origin}/rows.tsv?x=1 answers HTTP 404: get it by hand and put it into "
         f"{tmp_path}"
     )
-    assert len(upstream.asked) == 1
+    assert len(upstream.requests) == 1
 
 
-def test_a_server_in_trouble_is_asked_again_with_growing_pauses_and_then_left_alone(
-    upstream, tmp_path
-):
+def test_server_errors_are_retried_with_growing_pauses_and_then_fail(upstream, tmp_path):
     upstream.files["/rows.tsv?x=1"] = CONTENT
     upstream.statuses = [503, 429, 500]
-    waited = []
-    download(upstream, tmp_path / "a", waited=waited)
+    pauses = []
+    download(upstream, tmp_path / "a", pauses=pauses)
     upstream.statuses = [503] * 4
 
     with pytest.raises(PmdError) as caught:
         download(upstream, tmp_path / "b")
 
-    assert waited == [1.0, 2.0, 4.0]
+    assert pauses == [1.0, 2.0, 4.0]
     assert (tmp_path / "a" / "rows.tsv").read_bytes() == CONTENT
     assert str(caught.value).startswith(
         f"cannot download {upstream.origin}/rows.tsv?x=1 (HTTP 503): run the same command again"
     )
 
 
-def test_nobody_there_is_one_sentence(tmp_path):
+def test_a_refused_connection_is_one_sentence(tmp_path):
     entry = PublishedFile("a", "", url="http://127.0.0.1:1/a")
 
     with pytest.raises(PmdError, match=r"cannot download http://127\.0\.0\.1:1/a \(NewConn"):
-        download_all([entry], str(tmp_path), "", no_watch, wait=lambda _: None)
+        download_all([entry], str(tmp_path), "", ignore_progress, wait=lambda _: None)
 
 
 @pytest.mark.parametrize("url", ["ftp://a.test/a", "file:///etc/passwd", "s3://a/b"])
-def test_only_http_is_asked(url, tmp_path):
-    with pytest.raises(PmdError, match=f"{url} is no http address"):
-        download_all([PublishedFile("a", "", url=url)], str(tmp_path), "", no_watch)
+def test_only_http_addresses_are_requested(url, tmp_path):
+    with pytest.raises(PmdError, match=f"{url} is not an http address"):
+        download_all([PublishedFile("a", "", url=url)], str(tmp_path), "", ignore_progress)
 
 
-def test_a_folder_that_cannot_be_is_one_sentence(upstream, tmp_path):
+def test_a_folder_that_cannot_be_made_is_one_sentence(upstream, tmp_path):
     (tmp_path / "raw").write_bytes(b"")
 
     with pytest.raises(PmdError, match=r"cannot write .*/raw/\.rows\.tsv\.part: "):
@@ -270,14 +265,14 @@ def held_by_another_process(path):
         other.stdin.close()
 
 
-def test_two_processes_do_not_write_one_download(upstream, tmp_path):
+def test_two_processes_do_not_write_the_same_download(upstream, tmp_path):
     with (
         held_by_another_process(tmp_path / ".rows.tsv.part"),
         pytest.raises(PmdError, match=r"\.rows\.tsv\.part is being written by another process"),
     ):
         download(upstream, tmp_path)
 
-    assert upstream.asked == []
+    assert upstream.requests == []
 
 
 def toy(*published, shares_coco=False):
@@ -293,7 +288,7 @@ def zipped(**files):
     return out.getvalue()
 
 
-def test_the_first_form_that_can_be_had_is_downloaded(upstream, tmp_path):
+def test_the_first_downloadable_form_is_downloaded(upstream, tmp_path):
     upstream.files = {"/b.tsv": b"b", "/extra.tsv": b"extra", "/c.tsv": b"c"}
     at = upstream.origin
     source = toy(
@@ -305,29 +300,29 @@ def test_the_first_form_that_can_be_had_is_downloaded(upstream, tmp_path):
         PublishedFile("c.tsv", "", form="c", url=f"{at}/c.tsv"),
     )
 
-    assert download_annotations(source, str(tmp_path / "b"), None, "", no_watch)[1] == []
-    assert download_annotations(source, str(tmp_path / "c"), "c", "", no_watch)[1] == []
+    assert download_annotations(source, str(tmp_path / "b"), None, "", ignore_progress)[1] == []
+    assert download_annotations(source, str(tmp_path / "c"), "c", "", ignore_progress)[1] == []
     with pytest.raises(PmdError, match=r"a has no a1\.tsv, a2\.tsv"):
-        download_annotations(source, str(tmp_path / "a"), "a", "", no_watch)
+        download_annotations(source, str(tmp_path / "a"), "a", "", ignore_progress)
 
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["b.tsv", "extra.tsv"]
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["c.tsv"]
     assert not (tmp_path / "a").exists()
 
 
-def test_nothing_is_asked_where_a_form_is_complete(upstream, tmp_path):
+def test_a_complete_form_needs_no_request(upstream, tmp_path):
     source = toy(
         PublishedFile("a.tsv", "", url=f"{upstream.origin}/a.tsv"),
         PublishedFile("b.tsv", "", form="b"),
     )
     (tmp_path / "b.tsv").write_bytes(b"")
 
-    assert download_annotations(source, str(tmp_path), None, "", no_watch)[1] == []
+    assert download_annotations(source, str(tmp_path), None, "", ignore_progress)[1] == []
 
-    assert upstream.asked == []
+    assert upstream.requests == []
 
 
-def test_what_the_user_put_there_is_not_asked_for(upstream, tmp_path):
+def test_files_that_the_user_has_are_not_requested(upstream, tmp_path):
     upstream.files = {"/b.tsv": b"b"}
     at = upstream.origin
     source = toy(
@@ -336,9 +331,9 @@ def test_what_the_user_put_there_is_not_asked_for(upstream, tmp_path):
     )
     (tmp_path / "a1.tsv").write_bytes(b"")
 
-    download_annotations(source, str(tmp_path), None, "", no_watch)
+    download_annotations(source, str(tmp_path), None, "", ignore_progress)
 
-    assert upstream.asked == [("/b.tsv", None)]
+    assert upstream.requests == [("/b.tsv", None)]
 
 
 def test_files_of_a_form_appear_together_or_not_at_all(upstream, tmp_path):
@@ -350,23 +345,23 @@ def test_files_of_a_form_appear_together_or_not_at_all(upstream, tmp_path):
         PublishedFile("a.tsv", "", form="a"),
     )
     with pytest.raises(PmdError, match=r"HTTP 404: ask a\.test"):
-        download_annotations(source, str(tmp_path), None, "", no_watch)
+        download_annotations(source, str(tmp_path), None, "", ignore_progress)
     with pytest.raises(PmdError, match=r"has no b.tsv, nor a.tsv"):
         sources.find_annotations(source, str(tmp_path))
     upstream.files["/b.tsv"] = b"b"
 
-    download_annotations(source, str(tmp_path), None, "", no_watch)
+    download_annotations(source, str(tmp_path), None, "", ignore_progress)
 
     assert [span.form for span in sources.find_annotations(source, str(tmp_path)).spans] == [
         "ab",
         "ab",
     ]
-    assert [path for path, _ in upstream.asked].count("/a.tsv") == 1
+    assert [path for path, _ in upstream.requests].count("/a.tsv") == 1
 
 
 @pytest.fixture
 def karpathy(upstream, monkeypatch):
-    """COCO's files of Karpathy's form, given by `upstream`."""
+    """COCO's files of the form `karpathy`, served by `upstream`."""
     coco = sources.load("coco")
     entries = coco.files_of("karpathy")
     moved = [
@@ -389,19 +384,21 @@ def karpathy(upstream, monkeypatch):
     return upstream
 
 
-def test_a_source_that_shares_cocos_images_gets_karpathys_split_beside_it(karpathy, tmp_path):
+def test_a_source_that_shares_cocos_images_gets_karpathys_split_in_the_folder_beside(
+    karpathy, tmp_path
+):
     source = toy(PublishedFile("regions.json", ""), shares_coco=True)
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "regions.json").write_bytes(b"")
 
-    first = download_annotations(source, str(tmp_path / "toy"), None, "", no_watch)
-    asked = len(karpathy.asked)
-    again = download_annotations(source, str(tmp_path / "toy"), None, "", no_watch)
+    first = download_annotations(source, str(tmp_path / "toy"), None, "", ignore_progress)
+    num_requests = len(karpathy.requests)
+    again = download_annotations(source, str(tmp_path / "toy"), None, "", ignore_progress)
 
     assert first[1] == again[1] == []
     assert first[0].held_out
     assert first == again
-    assert len(karpathy.asked) == asked == 2
+    assert len(karpathy.requests) == num_requests == 2
     forms = {
         span.form
         for span in sources.find_annotations(sources.load("coco"), str(tmp_path / "coco")).spans
@@ -410,24 +407,24 @@ def test_a_source_that_shares_cocos_images_gets_karpathys_split_beside_it(karpat
 
 
 @pytest.mark.parametrize("place", ["toy", "coco"])
-def test_karpathys_split_is_not_asked_for_where_it_is(place, karpathy, tmp_path):
+def test_karpathys_split_is_not_requested_where_it_exists(place, karpathy, tmp_path):
     source = toy(PublishedFile("regions.json", ""), shares_coco=True)
     for path in ("toy/regions.json", f"{place}/dataset_coco.json"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"")
 
-    assert download_annotations(source, str(tmp_path / "toy"), None, "", no_watch)[1] == []
+    assert download_annotations(source, str(tmp_path / "toy"), None, "", ignore_progress)[1] == []
 
-    assert karpathy.asked == []
+    assert karpathy.requests == []
 
 
-def test_without_karpathys_split_the_build_can_go_on_and_the_user_hears_why(karpathy, tmp_path):
+def test_a_failed_download_of_karpathys_split_is_a_warning(karpathy, tmp_path):
     source = toy(PublishedFile("regions.json", ""), shares_coco=True)
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "regions.json").write_bytes(b"")
     del karpathy.files["/caption_datasets.zip"]
 
-    _, [sentence] = download_annotations(source, str(tmp_path / "toy"), None, "", no_watch)
+    _, [sentence] = download_annotations(source, str(tmp_path / "toy"), None, "", ignore_progress)
 
     assert sentence.startswith(
         f"toy goes on without dataset_coco.json: {karpathy.origin}/caption_datasets.zip answers "

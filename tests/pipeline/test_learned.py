@@ -31,7 +31,7 @@ def write_metrics(folder, *, last_loss=1.0, r1=0.3, losses=tuple(LOSSES), evalua
     return path
 
 
-def test_figures_are_those_of_the_last_evaluation(tmp_path):
+def test_metrics_are_those_of_the_last_evaluation(tmp_path):
     learned = read_learned(write_metrics(tmp_path))
 
     assert learned.steps == 60
@@ -45,7 +45,7 @@ def test_a_loss_is_averaged_over_both_ends_of_the_run(tmp_path):
     assert learned.ends("itm") == (pytest.approx(4 - 9.5), pytest.approx(4 - 49.5))
 
 
-def test_a_run_that_has_learned_has_missed_nothing(tmp_path):
+def test_a_run_that_has_learned_has_no_shortfalls(tmp_path):
     assert read_learned(write_metrics(tmp_path)).missed(10) == []
 
 
@@ -57,16 +57,16 @@ def test_a_run_that_has_learned_has_missed_nothing(tmp_path):
         ({"losses": tuple(LOSSES)[:-1]}, "no step had the loss mlm"),
     ],
 )
-def test_what_was_not_learned_is_said(tmp_path, change, sentence):
+def test_each_shortfall_is_one_sentence(tmp_path, change, sentence):
     assert sentence in read_learned(write_metrics(tmp_path, **change)).missed(10)
 
 
-def test_a_run_without_evaluation_is_told_to_end(tmp_path):
+def test_a_run_without_evaluation_is_refused(tmp_path):
     with pytest.raises(PmdError, match="no evaluation"):
         read_learned(write_metrics(tmp_path, evaluated=False))
 
 
-def test_metrics_that_are_not_there_or_torn_are_named(tmp_path):
+def test_missing_or_damaged_metrics_are_refused(tmp_path):
     with pytest.raises(PmdError, match=r"metrics\.jsonl cannot be read"):
         read_learned(tmp_path / "metrics.jsonl")
 

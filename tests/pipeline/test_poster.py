@@ -32,7 +32,7 @@ def learned():
     return Learned(100, losses, recall)
 
 
-def test_captions_to_ask_for_are_of_different_images_all_over_the_manifest(manifest):
+def test_queries_are_captions_of_different_images_from_the_whole_manifest(manifest):
     asked = first_captions(manifest, 3)
 
     keys = [key for key, _ in asked]
@@ -40,7 +40,7 @@ def test_captions_to_ask_for_are_of_different_images_all_over_the_manifest(manif
     assert all(text.startswith("a caption of picture ") for _, text in asked)
 
 
-def test_an_image_has_the_fingerprint_of_its_bytes_as_fetched(manifest):
+def test_an_image_has_the_digest_of_its_fetched_bytes(manifest):
     found = list(fingerprints(manifest))
 
     assert len(found) == len(set(found)) == 9
@@ -65,7 +65,7 @@ def test_a_hit_is_framed_in_green(manifest, learned, tmp_path):
     assert green_pixels(tmp_path / "hit.png") > green_pixels(tmp_path / "missed.png") + 1000
 
 
-def test_without_matplotlib_a_picture_is_refused_in_a_sentence(
+def test_without_matplotlib_a_poster_is_refused_in_a_sentence(
     manifest, learned, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -76,7 +76,7 @@ def done(out):
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_it_trains_saves_and_the_same_command_goes_on(out, done):
+def test_ctrl_c_during_training_saves_and_the_same_command_resumes(out, done):
     assert done.code == 130, done.talk
     assert "the same command goes on" in done.talk
     assert 3 <= len(done.steps) < STEPS
@@ -84,7 +84,7 @@ def test_ctrl_c_while_it_trains_saves_and_the_same_command_goes_on(out, done):
 
 
 @pytest.mark.slow
-def test_what_was_not_learned_is_said_with_exit_code_1(done):
+def test_a_model_that_learned_too_little_is_exit_code_1(done):
     assert done.resumed.returncode == 1, done.resumed.stderr
     assert "not learned: R@1 text to image is" in done.resumed.stderr
     for words in LOSSES.values():
@@ -92,7 +92,7 @@ def test_what_was_not_learned_is_said_with_exit_code_1(done):
 
 
 @pytest.mark.slow
-def test_a_picture_is_drawn_and_named(out, done):
+def test_a_poster_is_drawn_and_its_path_is_printed(out, done):
     assert f"picture   {out / 'learned.png'}" in done.resumed.stdout
     with Image.open(out / "learned.png") as image:
         assert image.width > 1000
@@ -108,7 +108,7 @@ def test_held_out_images_are_of_another_world(out, done):
 
 
 @pytest.mark.slow
-def test_run_again_it_finds_everything_done(out, done):
+def test_a_second_run_has_nothing_to_do(out, done):
     before = files(out)
 
     again = run(out, "--steps", STEPS)
@@ -118,7 +118,9 @@ def test_run_again_it_finds_everything_done(out, done):
 
 
 @pytest.mark.slow
-def test_without_what_training_needs_it_ends_with_the_build_and_says_so(out, done, tmp_path):
+def test_without_the_libraries_for_training_it_ends_after_the_build_with_advice(
+    out, done, tmp_path
+):
     shutil.copytree(out / "data", tmp_path / "data")  # so that all is built already
     hidden = "sys.modules |= dict.fromkeys(['torch', 'tokenizers', 'matplotlib'])"
     code = f"import sys; {hidden}; from pmd_pipeline.cli import main; main()"

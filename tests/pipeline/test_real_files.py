@@ -37,7 +37,7 @@ def test_eighty_photographs_of_coco_with_their_400_captions(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "images"), [("captions_train", 875), ("captions_heldout", 125)])
-def test_a_thousand_photographs_straight_from_their_zip(tmp_path, name, images):
+def test_a_thousand_photographs_read_from_their_zip(tmp_path, name, images):
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / f"{name}.json").write_bytes((SAMPLES / "photos" / f"{name}.json").read_bytes())
@@ -59,7 +59,7 @@ def test_a_thousand_photographs_straight_from_their_zip(tmp_path, name, images):
     assert len(sample["captions"]) == 5
 
 
-def test_orphans_of_coco_are_counted_as_such(tmp_path):
+def test_orphans_of_coco_are_counted(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
     source = SAMPLES / "coco" / "first100" / "captions_train2017.json"

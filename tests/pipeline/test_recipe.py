@@ -47,7 +47,7 @@ def refusal(path):
         ),
     ],
 )
-def test_an_unknown_key_names_the_near_miss(text, sentence, write):
+def test_an_unknown_key_is_refused_with_a_suggestion(text, sentence, write):
     assert refusal(write(f'source = "coco"\n{text}')).startswith(sentence)
 
 
@@ -73,7 +73,7 @@ def test_an_unknown_key_names_the_near_miss(text, sentence, write):
         ("part_records = 1979-05-27", 'part_records = "1979-05-27": input should be a valid int'),
     ],
 )
-def test_a_wrong_value_is_named_with_its_key(text, sentence, write):
+def test_an_error_about_a_value_names_its_key(text, sentence, write):
     assert refusal(write(f'source = "coco"\n{text}')).startswith(sentence)
 
 
@@ -111,7 +111,7 @@ def test_a_wrong_value_is_named_with_its_key(text, sentence, write):
         ),
     ],
 )
-def test_a_filter_that_cannot_be_is_named_with_what_can(text, sentence, write):
+def test_an_invalid_filter_is_refused_with_a_suggestion(text, sentence, write):
     assert refusal(write(f'source = "coco"\n{text}')).startswith(sentence)
 
 
@@ -123,19 +123,19 @@ def test_a_filter_that_cannot_be_is_named_with_what_can(text, sentence, write):
         ('splits = "train"', "[options]: splits = \"train\": 'str' instances are not allowed"),
     ],
 )
-def test_an_option_that_the_source_does_not_take_is_named(text, sentence, write):
+def test_an_unknown_option_of_a_source_is_refused(text, sentence, write):
     path = write(f'source = "coco"\n[options]\n{text}')
 
     assert refusal(path).removeprefix(f"{path} ").startswith(sentence)
 
 
-def test_a_source_without_options_takes_none(write):
+def test_a_source_without_options_refuses_any(write):
     path = write('source = "cc3m"\n[options]\nsplits = ["train"]')
 
     assert refusal(path) == f"{path} [options]: unknown key 'splits'; there are none"
 
 
-def test_an_unknown_source_form_or_recipe_is_named_with_the_near_miss(write):
+def test_an_unknown_source_form_or_recipe_is_refused_with_a_suggestion(write):
     assert refusal(write('source = "coc"')) == "there is no source 'coc'; did you mean 'coco'?"
     assert refusal(write('source = "sbu"\nform = "txt"')) == (
         "sbu has no form 'txt'; did you mean 'text'?"
@@ -146,13 +146,13 @@ def test_an_unknown_source_form_or_recipe_is_named_with_the_near_miss(write):
     assert refusal(write("part_records = 5")) == "source is missing"
 
 
-def test_what_is_no_toml_is_one_sentence(write, tmp_path):
+def test_invalid_toml_is_one_sentence(write, tmp_path):
     assert refusal(write('source = "coco')).startswith("this is no TOML: ")
     (tmp_path / "latin.toml").write_bytes(b'source = "caf\xe9"')
     assert refusal(str(tmp_path / "latin.toml")).startswith("this is no TOML: ")
 
 
-def test_include_stands_for_the_recipes_it_names_each_changed_by_the_rest(write):
+def test_include_gives_the_named_recipes_each_changed_by_the_rest(write):
     write('source = "sbu"\n[images]\nsize = 64', "own.toml")
     path = write('include = ["coco", "own.toml"]\n[images]\nquality = 50\n[fetch]\ncontact = "me"')
 
@@ -183,11 +183,11 @@ def test_include_stands_for_the_recipes_it_names_each_changed_by_the_rest(write)
         ('include = ["coco"]\nimage = 5', "unknown key 'image'; did you mean 'images'?"),
     ],
 )
-def test_an_include_that_cannot_be_is_one_sentence(text, sentence, write):
+def test_an_invalid_include_is_one_sentence(text, sentence, write):
     assert refusal(write(text)) == sentence
 
 
-def test_filters_are_replaced_and_other_tables_are_laid_over(write):
+def test_filters_are_replaced_and_other_tables_are_merged(write):
     path = write(
         'source = "coco"\n[captions]\ndrop_repeats = true\n[captions.filters.has_words]\nleast = 3'
     )
@@ -268,7 +268,7 @@ def test_rules_change_with_all_that_shapes_data(change):
     assert load_recipe("coco", change)[0].rules() != load_recipe("coco")[0].rules()
 
 
-def test_what_is_respected_is_a_set():
+def test_respected_signals_are_a_set():
     one, other, default = (
         load_recipe("coco", change)[0].rules()
         for change in (
@@ -282,7 +282,7 @@ def test_what_is_respected_is_a_set():
 
 
 @pytest.mark.parametrize("name", ["contact", "concurrency", "per_host", "timeout", "retries"])
-def test_rules_do_not_change_with_the_manners_of_fetching(name):
+def test_rules_do_not_change_with_fetch_settings(name):
     other = {"contact": "me", "timeout": 9.5}.get(name, 1)
 
     [recipe] = load_recipe("coco", {"fetch": {name: other}})
@@ -291,13 +291,13 @@ def test_rules_do_not_change_with_the_manners_of_fetching(name):
     assert recipe.rules() == load_recipe("coco")[0].rules()
 
 
-def test_rules_are_what_a_recipe_can_be_made_of_again():
+def test_a_recipe_can_be_made_from_its_rules():
     [recipe] = load_recipe("yfcc100m")
 
     assert Recipe.model_validate(recipe.rules()).rules() == recipe.rules()
 
 
-def test_every_recipe_says_in_a_comment_what_it_is():
+def test_every_recipe_begins_with_a_comment():
     for path in recipe_folder().glob("*.toml"):
         text = path.read_text(encoding="utf-8")
         assert text.startswith("# ")

@@ -146,13 +146,13 @@ def test_one_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
     assert [name for name in SOURCES if f"raw/{name}/" not in changed] == []
 
 
-def test_a_loaded_world_is_the_one_that_was_written(tmp_path):
+def test_a_loaded_world_equals_the_written_one(tmp_path):
     written = write_world(tmp_path, scenes=20, seed=5)
 
     assert load_world(tmp_path) == written
 
 
-def test_a_source_is_the_same_whether_others_are_written_or_not(tmp_path):
+def test_a_source_does_not_depend_on_the_other_sources_written(tmp_path):
     whole = write_world(tmp_path / "whole", scenes=40)
     alone = write_world(tmp_path / "alone", scenes=40, only=("coco",))
 
@@ -166,13 +166,13 @@ def test_a_folder_without_a_world_is_named(tmp_path):
         load_world(tmp_path)
 
 
-def test_a_world_too_small_for_what_it_must_hold_is_refused(tmp_path):
+def test_too_few_scenes_are_refused(tmp_path):
     with pytest.raises(PmdError, match="needs 20 scenes"):
         write_world(tmp_path, scenes=19)
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_what_is_planted_adds_up_in_known_words(world, name):
+def test_expected_counts_add_up_and_use_known_reasons(world, name):
     counts = world.planted[name]
 
     assert counts.unaccounted() == 0
@@ -188,7 +188,7 @@ def test_about_a_tenth_of_the_pairs_is_dropped_or_fails(world):
     assert 0.85 < kept / pairs_in < 0.95
 
 
-def test_every_kind_of_answer_is_planted(world):
+def test_every_kind_of_response_occurs(world):
     planted = {there.answer for there in world.web.values()}
 
     assert planted == set(FAILURE) - {"absent"}
@@ -196,7 +196,7 @@ def test_every_kind_of_answer_is_planted(world):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_rows_read_by_the_source_are_dropped_as_planted(world, rows, name):
+def test_rows_are_dropped_by_the_expected_reasons(world, rows, name):
     split = json.loads((world.folder / "raw" / "coco" / "dataset_coco.json").read_bytes())
     heldout = {one["cocoid"] for one in split["images"] if one["split"] in {"val", "test"}}
     [recipe] = load_recipe(name)
@@ -225,7 +225,7 @@ def test_rows_read_by_the_source_are_dropped_as_planted(world, rows, name):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_captions_are_true(told, name):
+def test_captions_describe_their_scene(told, name):
     found = told(name)
 
     said = 0
@@ -249,7 +249,7 @@ def test_captions_are_true(told, name):
     assert said > 0.5 * sum(candidate.box is None for _, candidate in found)
 
 
-def test_a_region_holds_exactly_the_shape_it_speaks_of(told):
+def test_a_region_contains_exactly_the_shape_of_its_phrase(told):
     exact = 0
     for scene, candidate in told("visual_genome"):
         text = one_line(candidate.text)
@@ -260,7 +260,7 @@ def test_a_region_holds_exactly_the_shape_it_speaks_of(told):
     assert exact > 0.95 * len(told("visual_genome"))
 
 
-def test_shapes_lie_inside_the_image_in_the_place_that_is_said():
+def test_shapes_lie_inside_the_image_at_the_stated_position():
     for number in range(300):
         scene = make_scene(f"test/{number}")
         width, height = scene.frame
@@ -278,7 +278,7 @@ def test_shapes_lie_inside_the_image_in_the_place_that_is_said():
             }[group.place]
 
 
-def test_shapes_are_drawn_in_their_colour_on_their_ground():
+def test_shapes_are_drawn_in_their_colour_on_their_background():
     for number in range(100):
         scene = make_scene(f"test/{number}")
         image = draw(scene)
@@ -298,7 +298,7 @@ def test_captions_are_about_as_long_as_in_the_paper(told, name):
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "visual_genome"])
-def test_english_is_known_for_english_and_nothing_else_is(told, name):
+def test_english_captions_are_identified_as_english_and_no_others_are(told, name):
     for _, candidate in told(name):
         text = one_line(candidate.text)
         if len(text.split()) > 2:
@@ -308,7 +308,7 @@ def test_english_is_known_for_english_and_nothing_else_is(told, name):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_other_languages_are_known_for_sure(language):
+def test_other_languages_are_identified_with_certainty(language):
     for number in range(200):
         text = foreign(make_scene(f"test/{number}"), language)
 
@@ -318,7 +318,7 @@ def test_other_languages_are_known_for_sure(language):
         assert len(text.split()) > 2
 
 
-def test_sources_show_scenes_of_their_own(told):
+def test_sources_have_different_scenes(told):
     seen = {name: {scene for scene, _ in told(name)} for name in SOURCES}
     shares_coco = {"localized_narratives", "visual_genome"}
 
@@ -329,7 +329,7 @@ def test_sources_show_scenes_of_their_own(told):
 
 
 @pytest.mark.parametrize("kind", [kind for kind, reason in FAILURE.items() if reason is None])
-def test_a_good_picture_decodes_to_its_scene(kind):
+def test_a_valid_image_decodes_to_its_scene(kind):
     scene = make_scene("test/good")
 
     body, content_type = picture(kind, scene)
@@ -341,21 +341,21 @@ def test_a_good_picture_decodes_to_its_scene(kind):
 
 
 @pytest.mark.parametrize("kind", ["page", "drawing", "empty"])
-def test_what_is_no_picture_does_not_open(kind):
+def test_content_that_is_not_an_image_does_not_open(kind):
     body, _ = picture(kind, make_scene("test/bad"))
 
     with pytest.raises(OSError, match="cannot identify"):
         Image.open(io.BytesIO(body))
 
 
-def test_a_picture_that_is_cut_opens_and_then_ends_early():
+def test_a_truncated_image_opens_and_then_ends_early():
     body, _ = picture("cut", make_scene("test/bad"))
 
     with Image.open(io.BytesIO(body)) as image, pytest.raises(OSError, match="truncated"):
         image.load()
 
 
-def test_a_bomb_is_small_and_states_more_pixels_than_anyone_decodes(monkeypatch):
+def test_a_decompression_bomb_is_small_and_states_too_many_pixels(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     body, _ = picture("bomb", make_scene("test/bad"))
 
@@ -364,7 +364,7 @@ def test_a_bomb_is_small_and_states_more_pixels_than_anyone_decodes(monkeypatch)
         assert len(body) < 200_000
 
 
-def test_a_cropped_picture_has_other_proportions():
+def test_a_cropped_image_has_another_aspect_ratio():
     scene = make_scene("test/bad")
 
     with Image.open(io.BytesIO(picture("cropped", scene)[0])) as image:
@@ -372,7 +372,7 @@ def test_a_cropped_picture_has_other_proportions():
 
 
 @pytest.mark.parametrize("kind", STATUSES)
-def test_an_address_without_picture_says_so_each_time(world, origin, kind):
+def test_an_address_without_an_image_fails_on_every_request(world, origin, kind):
     address = addresses(world, kind)[0]
 
     statuses = [ask(origin, address)[0] for _ in range(3)]
@@ -381,7 +381,7 @@ def test_an_address_without_picture_says_so_each_time(world, origin, kind):
 
 
 @pytest.mark.parametrize("kind", FIRST_STATUSES)
-def test_a_busy_host_serves_the_second_attempt(world, origin, kind):
+def test_a_busy_host_answers_the_second_request(world, origin, kind):
     address = addresses(world, kind)[0]
 
     first, second = ask(origin, address), ask(origin, address)
@@ -405,7 +405,7 @@ def test_connections_are_reset_once_or_always(world, origin):
 @pytest.mark.parametrize(
     ("kind", "target"), [("removed", REMOVED), ("unavailable", UNAVAILABLE), ("moved", None)]
 )
-def test_redirects_lead_to_a_picture(world, origin, kind, target):
+def test_redirects_lead_to_an_image(world, origin, kind, target):
     address = addresses(world, kind)[0]
 
     status, _, headers = ask(origin, address)
@@ -417,13 +417,13 @@ def test_redirects_lead_to_a_picture(world, origin, kind, target):
     assert (body == picture("jpeg", world.web[address].scene)[0]) == (target is None)
 
 
-def test_a_loop_leads_to_itself(world, origin):
+def test_a_redirect_loop_leads_to_itself(world, origin):
     address = addresses(world, "loop")[0]
 
     assert ask(origin, address)[2]["Location"] == f"https://{address}"
 
 
-def test_pictures_of_one_host_come_over_one_connection(world, origin):
+def test_images_of_one_host_use_one_connection(world, origin):
     address, other = addresses(world, "jpeg")[:2]
     with closing(connect(origin)) as connection:
         connection.connect()
@@ -435,12 +435,12 @@ def test_pictures_of_one_host_come_over_one_connection(world, origin):
     assert bodies[1] == picture("jpeg", world.web[other].scene)[0]
 
 
-def test_nobody_knows_an_address_outside_the_world(origin):
+def test_an_address_outside_the_world_is_a_404(origin):
     assert ask(origin, "images.cocodataset.org/train2014/nothing.jpg")[0] == 404
     assert ask(origin, "elsewhere.example/")[0] == 404
 
 
-def test_closing_does_not_wait_for_clients_that_stay(world):
+def test_closing_does_not_wait_for_open_connections(world):
     with serve(world) as address:
         connection = connect(address)
         ask(address, addresses(world, "jpeg")[0], connection)
@@ -451,7 +451,7 @@ def test_closing_does_not_wait_for_clients_that_stay(world):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_no_row_asks_for_an_address_outside_the_world(world, rows, name):
+def test_every_row_has_an_address_of_the_world(world, rows, name):
     for row in rows(name):
         if not isinstance(row, BadRow) and not row.refused and row.url:
             assert address_of(row.url) in world.web

@@ -1,7 +1,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_helpers import FIXTURES, SAMPLES, bad, needs_samples, read_all, sound, texts
+from source_helpers import FIXTURES, SAMPLES, bad_rows, good_rows, needs_samples, read_all, texts
 
 from pmd_pipeline.base.record import Candidate, Row
 from pmd_pipeline.sources import find_annotations, load
@@ -19,7 +19,7 @@ def test_the_address_comes_first_and_person_stays():
     )
 
 
-def test_quotes_and_line_separators_swallow_nothing():
+def test_quotes_and_line_separators_do_not_join_rows():
     assert texts(read_all("cc12m", CC12M))[1:] == [
         '"Unbalanced quote in a caption',
         "One\u2028caption, no final newline",
@@ -27,14 +27,14 @@ def test_quotes_and_line_separators_swallow_nothing():
 
 
 def test_swapped_columns_and_missing_captions_count_as_bad():
-    assert [row.detail for row in bad(read_all("cc12m", CC12M))] == [
+    assert [row.detail for row in bad_rows(read_all("cc12m", CC12M))] == [
         "column 1 is no http address: 'a caption where the address should be'",
         "1 columns instead of 2",
     ]
 
 
 def test_addresses_that_differ_in_case_of_the_host_have_one_id():
-    assert sound(read_all("cc12m", CC12M))[-1].id == "http://images.example.org/b.jpg?w=1&h=2"
+    assert good_rows(read_all("cc12m", CC12M))[-1].id == "http://images.example.org/b.jpg?w=1&h=2"
 
 
 @settings(deadline=None)  # one byte a span opens files thousands of times
@@ -60,5 +60,5 @@ def test_a_span_reads_the_same_twice():
 def test_the_sample_has_five_rows_and_one_person():
     rows = read_all("cc12m", SAMPLES / "cc12m")
 
-    assert len(sound(rows)) == len(rows) == 5
+    assert len(good_rows(rows)) == len(rows) == 5
     assert sum("<PERSON>" in text for text in texts(rows)) == 1

@@ -1,4 +1,4 @@
-"""What every source promises, tested on each by being found, over the sample world."""
+"""What every source of PMD guarantees, tested on the sample world."""
 
 import pytest
 from toy import index_of
@@ -33,7 +33,7 @@ def test_there_are_the_nine_sources_of_pmd():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_source_says_what_a_user_must_know(name):
+def test_a_source_states_licence_citation_files_and_manual_steps(name):
     info = sources.load(name).info
 
     assert info.licence
@@ -54,7 +54,7 @@ def test_reading_twice_gives_the_same_rows(world, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bad_rows_are_counted_and_stop_nothing(world, name):
+def test_bad_rows_are_counted_and_later_rows_are_read(world, name):
     rows = rows_of(world, name)
 
     bad = [row for row in rows if isinstance(row, BadRow)]
@@ -80,7 +80,7 @@ def test_a_key_belongs_to_one_image_and_no_pair_is_lost(world, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_row_carries_a_users_name(world, name):
+def test_no_row_contains_a_users_name(world, name):
     for row in rows_of(world, name):
         if isinstance(row, Row):
             assert not {"author", "user", "uid", "unickname", "user_id"} & set(row.meta)

@@ -3,7 +3,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_helpers import FIXTURES, bad, read_all, sound, texts
+from source_helpers import FIXTURES, bad_rows, good_rows, read_all, texts
 
 from pmd_pipeline.base.record import Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
@@ -16,11 +16,11 @@ NARRATIVES = FIXTURES / NAME
 
 
 def small(**options):
-    return {row.id: row for row in sound(read_all(NAME, NARRATIVES, form="small", **options))}
+    return {row.id: row for row in good_rows(read_all(NAME, NARRATIVES, form="small", **options))}
 
 
 def copy_beside_empty_files(folder, form, copied=()):
-    """Every file that the form needs, empty where it is not among the copied."""
+    """All required files of the form, empty except the copied ones."""
     for one in load(NAME).info.files:
         if one.form == form and one.required:
             (folder / one.pattern).touch()
@@ -48,7 +48,7 @@ def one_line(folder, line, name="coco_train_captions.jsonl"):
         ("", []),
     ],
 )
-def test_pmd_cuts_at_every_full_stop_and_nowhere_else(narrative, sentences):
+def test_pmd_splits_at_every_full_stop_and_nowhere_else(narrative, sentences):
     assert pmd_sentences(narrative) == sentences
 
 
@@ -62,7 +62,7 @@ def test_pmd_sentences_lose_nothing_but_blanks_and_full_stops(narrative):
 
 
 def test_a_narrative_becomes_sentences_of_its_image():
-    rows = [row for row in sound(read_all(NAME, NARRATIVES / "small")) if row.id == "coco/101"]
+    rows = [row for row in good_rows(read_all(NAME, NARRATIVES / "small")) if row.id == "coco/101"]
 
     assert texts(rows[1:]) == ["A kite over a field."]
     assert rows[0] == Row(
@@ -108,7 +108,7 @@ def test_a_narrative_becomes_sentences_of_its_image():
         ),
     ],
 )
-def test_each_collection_keeps_its_images_in_its_own_place(image, url, file):
+def test_each_collection_has_its_own_image_addresses(image, url, file):
     row = small()[image]
 
     assert (row.url, row.file) == (url, file)
@@ -149,7 +149,7 @@ def test_a_whole_narrative_is_one_candidate():
     rows = read_all(NAME, NARRATIVES / "small", sentences="whole")
 
     assert "In this image there is a kite. It is red. " in texts(rows)
-    assert all(len(row.candidates) == 1 for row in sound(rows))
+    assert all(len(row.candidates) == 1 for row in good_rows(rows))
 
 
 def test_a_narrative_of_full_stops_is_counted_as_empty():
@@ -157,7 +157,7 @@ def test_a_narrative_of_full_stops_is_counted_as_empty():
 
 
 def test_bad_rows_count():
-    assert [row.detail for row in bad(read_all(NAME, NARRATIVES / "small"))] == [
+    assert [row.detail for row in bad_rows(read_all(NAME, NARRATIVES / "small"))] == [
         "image_id or caption is missing or no text",
         "the line is no JSON",
     ]
@@ -176,10 +176,10 @@ def test_bad_rows_count():
     ],
 )
 def test_a_hostile_line_is_a_bad_row(tmp_path, line):
-    assert len(bad(one_line(tmp_path, line))) == 1
+    assert len(bad_rows(one_line(tmp_path, line))) == 1
 
 
-def test_lines_that_do_not_name_their_collection_are_told_by_the_file(tmp_path):
+def test_lines_without_a_collection_get_that_of_the_file_name(tmp_path):
     line = json.dumps({"image_id": "ADE_val_1", "caption": "A bed."}).encode()
 
     [row] = one_line(tmp_path, line, "ade20k_validation_captions.jsonl")
@@ -195,7 +195,7 @@ def test_lines_that_do_not_name_their_collection_are_told_by_the_file(tmp_path):
         ("ADE20k_train", "ade20k/1"),
     ],
 )
-def test_lines_may_spell_their_collection_as_they_like(tmp_path, dataset_id, image):
+def test_spellings_of_a_collection_are_equal(tmp_path, dataset_id, image):
     line = {"dataset_id": dataset_id, "image_id": "1", "caption": "A bed."}
 
     [row] = one_line(tmp_path, json.dumps(line).encode())
@@ -204,7 +204,7 @@ def test_lines_may_spell_their_collection_as_they_like(tmp_path, dataset_id, ima
 
 
 @pytest.mark.parametrize("form", ["small", "full"])
-def test_without_all_training_narratives_a_form_is_not_complete(tmp_path, form):
+def test_a_form_without_all_training_narratives_is_incomplete(tmp_path, form):
     copy_beside_empty_files(tmp_path, form)
     next(tmp_path.glob("coco_train_*")).unlink()
 
@@ -212,7 +212,7 @@ def test_without_all_training_narratives_a_form_is_not_complete(tmp_path, form):
         read_all(NAME, tmp_path, form=form)
 
 
-def test_the_full_form_says_the_same_as_the_small_one(tmp_path):
+def test_the_full_form_gives_the_rows_of_the_small_one(tmp_path):
     copy_beside_empty_files(tmp_path, "full", (NARRATIVES / "full").iterdir())
 
     rows = read_all(NAME, tmp_path)
@@ -221,19 +221,19 @@ def test_the_full_form_says_the_same_as_the_small_one(tmp_path):
     assert texts(rows) == ["There is a kite.", "It is red.", "A bus."]
 
 
-def test_sentences_of_facebook_pmd_are_not_cut_again():
+def test_sentences_of_facebook_pmd_are_not_split_again():
     rows = read_all(NAME, NARRATIVES / "pmd")
 
     assert texts(rows) == ["There is a kite of 3.", "5 feet.", "It is at St. Ives."]
     assert {row.id for row in rows} == {"coco/101"}
 
 
-def test_whole_narratives_cannot_be_had_from_sentences():
+def test_whole_narratives_are_refused_for_files_of_sentences():
     with pytest.raises(PmdError, match="holds sentences"):
         read_all(NAME, NARRATIVES / "pmd", sentences="whole")
 
 
-def test_every_published_file_is_known_by_name():
+def test_every_published_file_has_its_own_pattern():
     published = load(NAME).info.files
 
     assert len({one.pattern for one in published}) == len(published) == 10 + 22 + 1

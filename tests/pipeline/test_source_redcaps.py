@@ -7,7 +7,7 @@ import pytest
 from pmd_pipeline.base.record import BadRow, Candidate
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources import find_annotations, load
-from pmd_pipeline.sources.upstream.files import UpstreamFile, fits
+from pmd_pipeline.sources.upstream.files import UpstreamFile, matches
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "redcaps"
 SAMPLES = Path(__file__).parents[3] / "shared" / "samples" / "redcaps" / "annotations"
@@ -38,7 +38,7 @@ def test_each_post_is_a_row_with_the_caption_as_it_was_posted():
     assert flickr.candidates[0].text == "Two herons 😀"
 
 
-def test_the_cleaned_caption_may_be_asked_for_and_may_be_empty():
+def test_the_option_for_the_cleaned_caption_may_give_an_empty_one():
     texts = [row.candidates[0].text for row in rows(FIXTURES, caption="caption")]
 
     assert texts == ["a heron waits", "two herons", "", "an old mill"]
@@ -50,18 +50,18 @@ def test_of_several_links_the_first_is_taken():
     assert addresses[2:] == ["https://i.imgur.com/a,b.jpg", "https://i.imgur.com/d.jpg"]
 
 
-def test_no_row_names_who_posted():
+def test_no_row_contains_the_author():
     posts = [
         post
         for path in FIXTURES.glob("*.json")
         for post in json.loads(path.read_text(encoding="utf-8"))["annotations"]
     ]
 
-    said = repr(rows(FIXTURES))
+    printed = repr(rows(FIXTURES))
 
     assert posts
-    assert not any(post["author"] in said for post in posts if post["author"] != "None")
-    assert "comments" not in said
+    assert not any(post["author"] in printed for post in posts if post["author"] != "None")
+    assert "comments" not in printed
 
 
 def test_a_score_and_a_caption_may_be_absent(tmp_path):
@@ -87,7 +87,7 @@ def test_a_score_and_a_caption_may_be_absent(tmp_path):
         {"image_id": "x"},
     ],
 )
-def test_a_bad_row_is_counted_and_the_next_one_read(tmp_path, bad):
+def test_a_bad_row_is_counted_and_the_next_row_is_read(tmp_path, bad):
     first, second = rows(with_posts(tmp_path, bad, GOOD))
 
     assert isinstance(first, BadRow)
@@ -122,7 +122,7 @@ def test_reading_again_gives_the_same_rows():
 def test_only_files_of_a_subreddit_and_a_year_are_taken(name, taken):
     (entry,) = load("redcaps").info.files
 
-    assert fits(UpstreamFile(name), entry.pattern) is taken
+    assert matches(UpstreamFile(name), entry.pattern) is taken
 
 
 @pytest.mark.parametrize("content", ["", '{"annotations": [{"image_id"', '{"images": []}', "[]"])
@@ -135,7 +135,7 @@ def test_another_file_is_refused_in_a_sentence(tmp_path, content):
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the samples beside the checkout")
 def test_real_files_are_read():
-    found = rows(SAMPLES)
+    real = rows(SAMPLES)
 
-    assert [row.id for row in found] == ["grraj", "h63b1", "7nbxym", "abdg17", "eib1zy"]
-    assert found[2].candidates == [Candidate("Abandoned Train Tracks (Part 1)", "raw_caption")]
+    assert [row.id for row in real] == ["grraj", "h63b1", "7nbxym", "abdg17", "eib1zy"]
+    assert real[2].candidates == [Candidate("Abandoned Train Tracks (Part 1)", "raw_caption")]

@@ -2,7 +2,7 @@ import json
 import tarfile
 
 import pytest
-from source_helpers import FIXTURES, SAMPLES, bad, needs_samples, read_all, sound, texts
+from source_helpers import FIXTURES, SAMPLES, bad_rows, good_rows, needs_samples, read_all, texts
 
 from pmd_pipeline.base.record import Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
@@ -36,18 +36,18 @@ def test_captions_stay_as_upstream_has_them():
 
 
 def test_other_hosts_keep_their_address_and_have_no_flickr_id():
-    last = sound(read_all("sbu", JSON))[-1]
+    last = good_rows(read_all("sbu", JSON))[-1]
 
     assert last.url == "http://example.org/not-flickr.jpg"
     assert last.meta == {}
 
 
-def test_no_user_is_named():
+def test_no_row_contains_a_user_id():
     assert "@N0" not in repr(read_all("sbu", JSON))
 
 
 def test_bad_rows_count():
-    assert [row.detail for row in bad(read_all("sbu", JSON))] == [
+    assert [row.detail for row in bad_rows(read_all("sbu", JSON))] == [
         "row 2 has no http address",
         "row 3 has no caption",
     ]
@@ -67,7 +67,7 @@ def test_columns_of_unequal_length_are_refused(tmp_path, short):
     columns[short].pop()
     write_columns(tmp_path, **columns)
 
-    with pytest.raises(PmdError, match=r"not of one length \(one ends after 2\)"):
+    with pytest.raises(PmdError, match=r"have different lengths \(one ends after 2\)"):
         read_all("sbu", tmp_path)
 
 
@@ -78,7 +78,7 @@ def test_a_list_of_records_is_refused(tmp_path):
         read_all("sbu", tmp_path)
 
 
-def test_two_text_files_meet_by_line_number_and_only_newlines_end_lines():
+def test_two_text_files_are_joined_by_line_number_and_only_newlines_end_lines():
     rows = read_all("sbu", TEXT)
 
     assert [row.meta["flickr_id"] for row in rows] == ["4380000001", "5140000002", "5070000004"]
@@ -96,11 +96,11 @@ def test_text_files_of_unequal_length_are_refused(tmp_path, short):
         cut = content.rstrip(b"\n").rindex(b"\n") + 1 if short in path.name else None
         (tmp_path / path.name).write_bytes(content[:cut])
 
-    with pytest.raises(PmdError, match=r"urls\.txt and .*captions\.txt: the lists are not of one"):
+    with pytest.raises(PmdError, match=r"urls\.txt and .*captions\.txt: the lists have different"):
         read_all("sbu", tmp_path)
 
 
-def test_one_text_file_alone_is_no_input(tmp_path):
+def test_one_text_file_alone_is_an_incomplete_form(tmp_path):
     name = "SBU_captioned_photo_dataset_urls.txt"
     (tmp_path / name).write_bytes((TEXT / name).read_bytes())
 
@@ -120,5 +120,5 @@ def test_a_span_reads_the_same_twice(folder):
 def test_the_sample_has_five_rows():
     rows = read_all("sbu", SAMPLES / "sbu")
 
-    assert len(sound(rows)) == len(rows) == 5
+    assert len(good_rows(rows)) == len(rows) == 5
     assert all(row.meta["flickr_id"].isdigit() for row in rows)

@@ -1,4 +1,4 @@
-"""CC-News and BookCorpus in the files in which people have them, sound and hostile."""
+"""CC-News and BookCorpus in their usual files, valid and hostile."""
 
 import gzip
 import json
@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpora import article, built, order_of, write_lines, write_table
-from source_helpers import bad, read_all, sound, texts
+from source_helpers import bad_rows, good_rows, read_all, texts
 
 from pmd_pipeline import sources
 from pmd_pipeline.base.record import full_text
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.sources.upstream import documents as _texts
+from pmd_pipeline.sources.upstream import documents
 from pmd_pipeline.sources.upstream.files import Span, UpstreamFile
 
 ARTICLES = [article(number) for number in range(250)]
@@ -20,7 +20,7 @@ SENTENCES = [f"sentence {number} of the book ." for number in range(2500)]
 
 
 def reasons(rows):
-    return [row.reason for row in bad(rows)]
+    return [row.reason for row in bad_rows(rows)]
 
 
 def test_the_hubs_table_of_articles_is_read(tmp_path):
@@ -32,7 +32,7 @@ def test_the_hubs_table_of_articles_is_read(tmp_path):
     rows = read_all("ccnews", tmp_path)
 
     assert texts(rows) == [full_text(text) for text in ARTICLES]
-    assert bad(rows) == []
+    assert bad_rows(rows) == []
 
 
 @pytest.mark.parametrize("name", ["2016_part_00.jsonl", "2016_part_00.jsonl.gz"])
@@ -42,7 +42,7 @@ def test_lines_of_json_are_read_packed_or_not(tmp_path, name):
     assert texts(read_all("ccnews", tmp_path)) == [full_text(text) for text in ARTICLES]
 
 
-def test_an_article_a_file_is_read(tmp_path):
+def test_a_text_file_is_one_article(tmp_path):
     for number, text in enumerate(ARTICLES[:9]):
         (tmp_path / f"{number}.txt").write_text(text)
 
@@ -50,7 +50,7 @@ def test_an_article_a_file_is_read(tmp_path):
 
 
 def test_row_groups_are_cut_into_spans_that_give_each_row_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(_texts, "SPAN_BYTES", 1)
+    monkeypatch.setattr(documents, "SPAN_BYTES", 1)
     path = write_table(tmp_path / "a.parquet", ARTICLES)
 
     spans = sources.find_annotations(sources.load("ccnews"), str(tmp_path)).spans
@@ -61,20 +61,20 @@ def test_row_groups_are_cut_into_spans_that_give_each_row_once(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("step", [7, 100, 5000])
-def test_stretches_of_a_file_give_each_line_once_though_some_are_too_long(tmp_path, step):
+def test_spans_give_each_line_once_though_some_are_too_long(tmp_path, step):
     lines = [b"a" * (n * 13 % 90) for n in range(200)]
     path = tmp_path / "a.txt"
     path.write_bytes(b"\n".join(lines))
     size = path.stat().st_size
     file = UpstreamFile(str(path))
 
-    found = [
+    read_lines = [
         line
         for start in range(0, size, step)
-        for line in _texts.short_lines(Span(file, start, min(start + step, size)), 60)
+        for line in documents.bounded_lines(Span(file, start, min(start + step, size)), 60)
     ]
 
-    assert found == [line if len(line) < 60 else None for line in lines]
+    assert read_lines == [line if len(line) < 60 else None for line in lines]
 
 
 def test_sentences_stay_in_their_order(tmp_path):
@@ -146,7 +146,7 @@ def test_hostile_cells_and_files_are_counted_with_reasons(tmp_path):
     assert texts(files) == ["sound", ""]
 
 
-def test_a_hostile_line_between_sentences_is_counted_and_stops_nothing(tmp_path):
+def test_a_hostile_line_between_sentences_is_counted_and_later_lines_are_read(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\n" + b"x" * 5_000_000 + b"\ncaf\xe9\n\ntwo")
 
     rows = read_all("bookcorpus", tmp_path)
@@ -156,7 +156,7 @@ def test_a_hostile_line_between_sentences_is_counted_and_stops_nothing(tmp_path)
 
 
 @pytest.mark.parametrize("source", ["ccnews", "bookcorpus"])
-def test_a_table_without_the_column_says_what_it_has(tmp_path, source):
+def test_an_error_about_a_missing_column_lists_the_columns(tmp_path, source):
     write_table(tmp_path / "raw" / "a.parquet", ARTICLES)
 
     with pytest.raises(PmdError, match=r"no column 'body' of texts, only text"):
@@ -166,7 +166,7 @@ def test_a_table_without_the_column_says_what_it_has(tmp_path, source):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.parquet", b"PAR1 and no more", "is no whole Parquet file"),
+        ("a.parquet", b"PAR1 and no more", "is not a whole Parquet file"),
         ("a.parquet.gz", b"", "unpack it"),
         ("a.csv", b"a,b", "has no \\*.parquet, nor \\*.jsonl, nor \\*.txt"),
         ("a.jsonl.gz", b"\x1f\x8b\x08 torn", "cut short or damaged"),
@@ -180,11 +180,11 @@ def test_another_file_is_refused_in_a_sentence(tmp_path, name, content, words):
         built(order_of(tmp_path))
 
 
-def test_equal_documents_have_one_key_wherever_they_lie(tmp_path):
+def test_equal_documents_of_different_files_have_one_key(tmp_path):
     write_lines(tmp_path / "a.jsonl", ["a dog\n\n runs", "other"])
     write_table(tmp_path / "b" / "b.parquet", ["a dog\nruns "])
 
-    first = sound(read_all("ccnews", tmp_path, form="jsonl"))
-    second = sound(read_all("ccnews", tmp_path, form="parquet"))
+    first = good_rows(read_all("ccnews", tmp_path, form="jsonl"))
+    second = good_rows(read_all("ccnews", tmp_path, form="parquet"))
 
     assert first[0].id == second[0].id != first[1].id

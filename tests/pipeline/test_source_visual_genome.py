@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from source_helpers import FIXTURES, SAMPLES, bad, needs_samples, read_all, sound, texts
+from source_helpers import FIXTURES, SAMPLES, bad_rows, good_rows, needs_samples, read_all, texts
 
 from pmd_pipeline.base.record import Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
@@ -12,7 +12,7 @@ GENOME = FIXTURES / "visual_genome"
 
 
 def rows_of(image_id, form="v1.2"):
-    rows = sound(read_all("visual_genome", GENOME / form, form))
+    rows = good_rows(read_all("visual_genome", GENOME / form, form))
     return [row for row in rows if row.id == image_id]
 
 
@@ -51,7 +51,7 @@ def test_repeats_stay_and_regions_without_a_size_are_refused():
     ]
 
 
-def test_both_versions_say_the_same():
+def test_both_versions_give_the_same_rows():
     old = read_all("visual_genome", GENOME / "v1.0")
 
     assert old == read_all("visual_genome", GENOME / "v1.2")
@@ -59,7 +59,7 @@ def test_both_versions_say_the_same():
 
 
 def test_bad_rows_count():
-    assert [row.detail for row in bad(read_all("visual_genome", GENOME / "v1.2"))] == [
+    assert [row.detail for row in bad_rows(read_all("visual_genome", GENOME / "v1.2"))] == [
         "image 2 has no image_id or url",
         "image 1 has a region without phrase",
         "image 3 has no id or regions",
@@ -68,7 +68,7 @@ def test_bad_rows_count():
 
 @pytest.mark.parametrize("value", [None, True, "5", [5], -5, 0])
 @pytest.mark.parametrize("side", ["width", "height"])
-def test_a_box_without_a_sound_side_is_refused(tmp_path, side, value):
+def test_a_box_without_a_valid_side_is_refused(tmp_path, side, value):
     region = {"x": 1, "y": 2, "width": 3, "height": 4, "phrase": "a hat", side: value}
     (tmp_path / "image_data.json").write_text("[]")
     (tmp_path / "region_descriptions.json").write_text(json.dumps([{"id": 1, "regions": [region]}]))
@@ -79,22 +79,22 @@ def test_a_box_without_a_sound_side_is_refused(tmp_path, side, value):
 
 
 @pytest.mark.parametrize("junk", [None, 3, "text", [], {}])
-def test_junk_among_the_rows_is_counted(tmp_path, junk):
+def test_invalid_values_among_the_rows_are_counted(tmp_path, junk):
     (tmp_path / "image_data.json").write_text(json.dumps([junk]))
     regions = [junk, {"id": 1, "regions": [junk]}]
     (tmp_path / "region_descriptions.json").write_text(json.dumps(regions))
 
-    assert len(bad(read_all("visual_genome", tmp_path))) == 3
+    assert len(bad_rows(read_all("visual_genome", tmp_path))) == 3
 
 
-def test_regions_without_the_list_of_images_are_no_input(tmp_path):
+def test_regions_without_the_list_of_images_are_an_incomplete_form(tmp_path):
     (tmp_path / "region_descriptions.json").write_text("[]")
 
     with pytest.raises(PmdError, match="image_data"):
         read_all("visual_genome", tmp_path)
 
 
-def test_a_file_that_is_no_list_is_refused(tmp_path):
+def test_a_file_that_is_not_a_list_is_refused(tmp_path):
     (tmp_path / "image_data.json").write_text('{"images": []}')
     (tmp_path / "region_descriptions.json").write_text("[]")
 
@@ -128,7 +128,7 @@ def test_a_span_reads_the_same_twice():
 def test_the_samples_have_their_counts(folder, form, images, regions):
     rows = read_all("visual_genome", SAMPLES / "visual_genome" / folder, form)
 
-    assert not bad(rows)
+    assert not bad_rows(rows)
     assert len(texts(rows)) == regions
     assert len({row.id for row in rows if row.url and row.file}) == images
     assert all(one.box for row in rows for one in row.candidates)

@@ -36,7 +36,7 @@ def texts(row):
 
 
 def train_file(folder, *lines, header=True):
-    """A file of lines in which `|` stands for a tab; `fill` makes such lines."""
+    """Write a file of lines in which `|` stands for a tab; `fill` makes such lines."""
     first = ["|".join(wit._COLUMNS)] if header else []
     text = "\n".join([*first, *lines, ""])
     (folder / NAME).write_text(text.replace("|", "\t"), encoding="utf-8", newline="")
@@ -65,7 +65,7 @@ def test_the_texts_come_in_the_order_of_pmd_with_what_its_rule_refuses():
     assert texts(mill)[1] == (ATTRIBUTION, "The old mill at night", None)
 
 
-def test_a_row_knows_the_image_and_little_else():
+def test_a_row_has_the_facts_of_its_image():
     heron = rows(FIXTURES)[0]
 
     assert heron.id == heron.url == COMMONS + "a/a1/Grey_heron.jpg"
@@ -85,19 +85,19 @@ def test_false_is_not_true():
 
 
 def test_rows_of_other_pages_are_refused_apart_from_the_image_of_the_english_page():
-    found = rows(FIXTURES)
+    all_rows = rows(FIXTURES)
 
-    refused = [row for row in found if row.refused == "page_language"]
-    taken = {row.id for row in found if not row.refused}
+    refused = [row for row in all_rows if row.refused == "page_language"]
+    taken = {row.id for row in all_rows if not row.refused}
 
     assert len(refused) == 2
     assert all(row.id not in taken and not row.meta and not row.candidates for row in refused)
 
 
-def test_another_page_language_may_be_asked_for():
-    found = rows(FIXTURES, language="de", rule="none")
+def test_the_page_language_is_an_option():
+    all_rows = rows(FIXTURES, language="de", rule="none")
 
-    assert [texts(row)[0][1] for row in found if not row.refused] == ["Die alte Mühle bei Nacht"]
+    assert [texts(row)[0][1] for row in all_rows if not row.refused] == ["Die alte Mühle bei Nacht"]
 
 
 def with_validation(folder):
@@ -109,7 +109,7 @@ def with_validation(folder):
     return folder
 
 
-def test_only_the_splits_asked_for_are_taken(tmp_path):
+def test_only_the_splits_of_the_option_are_taken(tmp_path):
     train = rows(with_validation(tmp_path))
     both = rows(tmp_path, splits=["train", "val"])
 
@@ -118,7 +118,7 @@ def test_only_the_splits_asked_for_are_taken(tmp_path):
     assert texts(both[-1]) == [(REFERENCE, "Water falls over the weir", None)]
 
 
-def test_a_download_that_was_cut_short_is_not_taken_for_the_whole(tmp_path):
+def test_an_interrupted_download_is_an_incomplete_form(tmp_path):
     downloads = [entry for entry in load("wit").info.files if entry.form == "main" and entry.url]
     for entry in downloads[:-1]:
         shutil.copy(FIXTURES / NAME, tmp_path / entry.pattern)
@@ -199,7 +199,7 @@ def test_quoted_newlines_and_quotes_stay_inside_their_row(tmp_path):
         fill() + "|one more",
     ],
 )
-def test_a_bad_row_is_counted_and_the_next_one_read(tmp_path, bad):
+def test_a_bad_row_is_counted_and_the_next_row_is_read(tmp_path, bad):
     train_file(tmp_path, bad, fill(caption_reference_description="A good row"))
 
     first, second = rows(tmp_path)
@@ -208,7 +208,7 @@ def test_a_bad_row_is_counted_and_the_next_one_read(tmp_path, bad):
     assert texts(second) == [(REFERENCE, "A good row", None)]
 
 
-def test_a_file_that_ends_in_an_open_quote_gives_what_it_can(tmp_path):
+def test_a_file_that_ends_in_an_open_quote_gives_the_rows_before_it(tmp_path):
     good = fill(caption_reference_description="A good row")
     train_file(tmp_path, good, fill(context_section_description='"Once upon a time'))
 
@@ -219,7 +219,7 @@ def test_a_file_that_ends_in_an_open_quote_gives_what_it_can(tmp_path):
 
 
 def read_and_peak(folder):
-    """The rows' types in order, and the most memory that reading took, in bytes."""
+    """The types of the rows in order, and the peak memory of reading, in bytes."""
     source = load("wit")
     (span,) = find_annotations(source, str(folder)).spans
     tracemalloc.start()
@@ -238,14 +238,14 @@ def read_and_peak(folder):
     ],
     ids=["a quote without end", "a row without end", "a line without end"],
 )
-def test_hostile_rows_do_not_take_the_memory(tmp_path, hostile):
+def test_hostile_rows_do_not_exhaust_memory(tmp_path, hostile):
     types, peak = read_and_peak(train_file(tmp_path, hostile))
 
     assert set(types) == {BadRow}
-    assert peak < 12 * wit._ROW_CHARS < len(hostile)
+    assert peak < 12 * wit._MAX_ROW_CHARS < len(hostile)
 
 
-def test_an_unclosed_quote_does_not_take_the_file(tmp_path):
+def test_an_unclosed_quote_does_not_end_the_file(tmp_path):
     open_quote = fill(page_title='"' + "\n".join(["x" * 999] * 2000))
 
     types, _ = read_and_peak(train_file(tmp_path, open_quote, fill()))
@@ -253,7 +253,7 @@ def test_an_unclosed_quote_does_not_take_the_file(tmp_path):
     assert types[-1] is Row
 
 
-def test_a_long_text_is_no_unclosed_quote(tmp_path):
+def test_a_long_text_is_not_an_unclosed_quote(tmp_path):
     row = only(tmp_path, context_section_description="x" * 200_000)
 
     assert isinstance(row, Row)

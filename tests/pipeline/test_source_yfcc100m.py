@@ -88,15 +88,15 @@ def test_texts_are_decoded_once_and_broken_bytes_are_marked():
 def test_decoding_undoes_the_encoding(text):
     whole = text.encode("utf-8", "replace").decode()
 
-    assert yfcc100m.decoded(quote_plus(whole).encode()) == whole
+    assert yfcc100m.decode_form(quote_plus(whole).encode()) == whole
 
 
 @given(st.text(alphabet="a+%0AeE9é日 "))
 def test_decoding_is_that_of_the_standard_library(text):
-    assert yfcc100m.decoded(text.encode()) == unquote_plus(text, errors="replace")
+    assert yfcc100m.decode_form(text.encode()) == unquote_plus(text, errors="replace")
 
 
-def test_a_row_knows_the_photo_and_nobody():
+def test_a_row_has_the_facts_of_its_photo_and_no_user():
     heron, *_ = rows(TSV.parent)
 
     assert heron.id == "1001"
@@ -107,7 +107,7 @@ def test_a_row_knows_the_photo_and_nobody():
     assert "1234@N00" not in repr(rows(TSV.parent) + rows(PARTS.parent) + rows(SUBSET.parent))
 
 
-def test_a_date_that_nobody_knows_is_left_out():
+def test_an_unknown_date_is_left_out():
     _, _, cafe, _, untitled, _ = rows(TSV.parent)
 
     assert "datetaken" not in cafe.meta
@@ -118,7 +118,7 @@ def test_a_video_is_refused():
     assert rows(TSV.parent)[3] == Row(id="1004", refused="video")
 
 
-def test_the_copy_on_s3_may_be_asked_for():
+def test_the_address_of_the_copy_on_s3_is_an_option():
     heron, *_ = rows(TSV.parent, address="s3")
 
     assert heron.url == BUCKET + heron.file
@@ -128,7 +128,7 @@ def test_rows_of_23_columns_are_those_of_25():
     assert rows(PARTS.parent) == rows(TSV.parent)
 
 
-def test_both_kinds_of_row_may_stand_in_one_file(tmp_path):
+def test_one_file_may_contain_rows_of_both_widths(tmp_path):
     written(tmp_path, TSV.read_bytes(), PARTS.read_bytes())
 
     assert rows(tmp_path) == rows(TSV.parent) * 2
@@ -161,9 +161,9 @@ def test_the_archive_gives_the_same_rows(tmp_path):
 def test_spans_of_any_size_give_each_line_once(size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(upstream, "SPAN_BYTES", size)
-        found = rows(TSV.parent)
+        read_rows = rows(TSV.parent)
 
-    assert found == rows(TSV.parent)
+    assert read_rows == rows(TSV.parent)
 
 
 def test_separators_of_other_alphabets_do_not_end_a_line(tmp_path):
@@ -188,7 +188,7 @@ def test_separators_of_other_alphabets_do_not_end_a_line(tmp_path):
         changed(24, b""),
     ],
 )
-def test_a_bad_row_is_counted_and_the_next_one_read(tmp_path, bad):
+def test_a_bad_row_is_counted_and_the_next_row_is_read(tmp_path, bad):
     first, second = rows(written(tmp_path, bad, TSV.read_bytes().split(b"\n")[0]))
 
     assert isinstance(first, BadRow)
@@ -209,7 +209,7 @@ def test_a_file_cut_short_is_refused_in_a_sentence(tmp_path):
         rows(tmp_path)
 
 
-def test_what_is_no_database_is_refused_in_a_sentence(tmp_path):
+def test_a_file_that_is_not_a_database_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "yfcc100m_dataset.sql").write_text("CREATE TABLE yfcc100m_dataset (photoid);\n")
 
     with pytest.raises(PmdError, match="not the SQLite form of YFCC100M"):
@@ -243,11 +243,11 @@ def test_a_database_on_a_full_or_shared_disk_can_be_read_without_writing_beside_
     source = load("yfcc100m")
     (span,) = find_annotations(source, str(tmp_path)).spans
 
-    found = source.read(span)
-    next(found)
+    read_rows = source.read(span)
+    next(read_rows)
 
     assert list(tmp_path.iterdir()) == [path]
-    assert len(list(found)) == 5
+    assert len(list(read_rows)) == 5
 
 
 def test_broken_bytes_in_the_database_are_marked(tmp_path):
@@ -258,7 +258,7 @@ def test_broken_bytes_in_the_database_are_marked(tmp_path):
     assert rows(tmp_path)[1].candidates == [Candidate("A\ufffdB", "title")]
 
 
-def test_nothing_there_is_said_with_what_to_do(tmp_path):
+def test_an_error_about_missing_files_says_what_to_do(tmp_path):
     with pytest.raises(PmdError, match=r"yfcc100m_subset\.jsonl there"):
         rows(tmp_path)
 
@@ -274,7 +274,7 @@ def test_the_subset_is_filtered_and_gives_its_first_text():
     assert (two.id, two.file) == ("1002", rows(TSV.parent)[1].file)
 
 
-def test_the_subset_may_be_asked_for_on_s3():
+def test_the_subset_can_have_addresses_on_s3():
     heron, two = rows(SUBSET.parent, address="s3")
 
     assert (heron.url, two.url) == (BUCKET + heron.file, BUCKET + two.file)
@@ -310,7 +310,7 @@ PAIR = {"image_url": "https://example.org/a.jpg", "texts": ["A heron"], "meta": 
         json.dumps({**PAIR, "image_url": ["https://example.org/a.jpg"]}),
     ],
 )
-def test_a_bad_line_of_the_subset_is_counted_and_the_next_one_read(tmp_path, bad):
+def test_a_bad_line_of_the_subset_is_counted_and_the_next_line_is_read(tmp_path, bad):
     (tmp_path / SUBSET.name).write_text(f"{bad}\n{json.dumps(PAIR)}\n")
 
     first, second = rows(tmp_path)
@@ -328,16 +328,16 @@ def test_a_lone_surrogate_does_not_enter_a_row(tmp_path):
 
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the samples beside the checkout")
-def test_a_real_row_of_25_columns_has_the_key_that_upstream_says(tmp_path):
+def test_a_real_row_of_25_columns_has_upstreams_key(tmp_path):
     line = (SAMPLES / "yfcc100m_dataset_row6639.tsv").read_bytes()
     without_hash = b"\t".join(line.split(b"\t")[1:2] + line.split(b"\t")[3:])
     written(tmp_path, line, without_hash)
 
-    said, computed = rows(tmp_path)
+    stated, computed = rows(tmp_path)
 
-    assert said.file == "data/images/4cc/b23/4ccb23d8746b8d9d76ffd603fc7988.jpg"
-    assert said == computed
-    assert said.candidates == [Candidate("Around the waterpipe", "title")]
+    assert stated.file == "data/images/4cc/b23/4ccb23d8746b8d9d76ffd603fc7988.jpg"
+    assert stated == computed
+    assert stated.candidates == [Candidate("Around the waterpipe", "title")]
 
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the samples beside the checkout")

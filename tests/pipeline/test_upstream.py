@@ -20,9 +20,9 @@ from pmd_pipeline.sources.upstream.files import (
     Span,
     UpstreamFile,
     by_lines,
-    find,
     json_items,
     lines,
+    list_files,
 )
 
 CONTENT = "first\tone\nsecond \u2028 and \x85 on one line\r\n\nlast, without an end".encode()
@@ -35,7 +35,7 @@ LINES = [
 
 
 def packed(folder, kind, content, name="rows.tsv"):
-    """`content` in a file of its own in `folder`, plain or packed as `kind` says."""
+    """`content` as a file in `folder`, plain or packed by `kind`."""
     folder.mkdir(exist_ok=True)
     if kind == "plain":
         (folder / name).write_bytes(content)
@@ -62,7 +62,7 @@ KINDS = ["plain", "gz", "bz2", "zip", "zip of gz", "tar", "tgz", "tar.gz", "tar.
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_reads_the_same_however_it_is_packed(kind, tmp_path):
-    [file] = find(str(packed(tmp_path, kind, CONTENT)))
+    [file] = list_files(str(packed(tmp_path, kind, CONTENT)))
 
     assert file.name == "rows.tsv"
     assert list(lines(Span(file))) == LINES
@@ -71,7 +71,7 @@ def test_a_file_reads_the_same_however_it_is_packed(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_json_reads_the_same_however_it_is_packed(kind, tmp_path):
     content = b'{"images": [{"id": 1, "x": 0.5}, {"id": 2}]}'
-    [file] = find(str(packed(tmp_path, kind, content, "a.json")))
+    [file] = list_files(str(packed(tmp_path, kind, content, "a.json")))
 
     found = list(json_items(file, "images.item"))
 
@@ -87,7 +87,7 @@ def test_a_packed_file_cut_short_is_one_sentence_that_names_it(kind, tmp_path):
     path.write_bytes(path.read_bytes()[:20_000])
 
     with pytest.raises(PmdError) as caught:
-        list(chain.from_iterable(lines(Span(file)) for file in find(str(tmp_path))))
+        list(chain.from_iterable(lines(Span(file)) for file in list_files(str(tmp_path))))
 
     assert str(path) in str(caught.value)
     assert str(caught.value).endswith("download it again")
@@ -101,7 +101,7 @@ def test_a_damaged_byte_in_the_middle_is_one_sentence_that_names_the_file(kind, 
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 255
     path.write_bytes(damaged)
-    [file] = find(str(tmp_path))
+    [file] = list_files(str(tmp_path))
 
     with pytest.raises(PmdError) as caught:
         list(lines(Span(file)))
@@ -113,16 +113,16 @@ def test_a_zip_with_a_password_is_one_sentence(tmp_path):
     packed(tmp_path, "zip", CONTENT)
     [path] = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
-    content[6] |= 1  # the flag of a password, in the member's own header and in the directory
+    content[6] |= 1  # the flag of a password, in the member's header and in the directory
     content[content.index(b"PK\x01\x02") + 8] |= 1
     path.write_bytes(content)
-    [file] = find(str(tmp_path))
+    [file] = list_files(str(tmp_path))
 
     with pytest.raises(PmdError, match=r"cannot be unpacked here .*: unpack it first"):
         list(lines(Span(file)))
 
 
-def test_a_file_that_is_gone_is_one_sentence(tmp_path):
+def test_a_missing_file_is_one_sentence(tmp_path):
     for file in (UpstreamFile(f"{tmp_path}/none.tsv"), UpstreamFile(f"{tmp_path}/none.zip", "a")):
         with pytest.raises(PmdError) as caught:
             list(lines(Span(file)))
@@ -153,7 +153,7 @@ def test_spans_of_any_size_give_every_line_once(tmp_path, content, span_bytes):
 
 
 @given(data=st.data())
-def test_spans_cut_anywhere_give_every_line_once(tmp_path, data):
+def test_spans_with_any_bounds_give_every_line_once(tmp_path, data):
     path = tmp_path / "rows.tsv"
     path.write_bytes(CONTENT)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(CONTENT) + 5))))
@@ -166,16 +166,16 @@ def test_spans_cut_anywhere_give_every_line_once(tmp_path, data):
 
 def test_only_a_plain_file_is_cut(tmp_path):
     packed(tmp_path, "gz", CONTENT)
-    [file] = find(str(tmp_path))
+    [file] = list_files(str(tmp_path))
 
     assert list(by_lines(file)) == [(0, None)]
     assert list(by_lines(UpstreamFile("a.zip", "b.tsv"))) == [(0, None)]
 
 
-def test_a_file_without_lines_does_not_fill_the_memory(tmp_path, monkeypatch):
+def test_a_file_without_newlines_does_not_exhaust_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(upstream, "_LONGEST_LINE", 10)
     (tmp_path / "rows.tsv").write_bytes(b"123456789\nshort\n1234567890")
-    [file] = find(str(tmp_path))
+    [file] = list_files(str(tmp_path))
 
     found = lines(Span(file))
 
@@ -187,18 +187,18 @@ def test_a_file_without_lines_does_not_fill_the_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "is no whole JSON file"),
-        (b'{"images": [{"id": 1}, {"i', "is no whole JSON file"),
-        (b"caption\thttp://a.test/1.jpg\n", "is no whole JSON file"),
-        (b'{"images": ["\xff"]}', "is no whole JSON file"),
-        (b'{"images": [1e999]}', "is no whole JSON file"),
+        (b"", "is not a whole JSON file"),
+        (b'{"images": [{"id": 1}, {"i', "is not a whole JSON file"),
+        (b"caption\thttp://a.test/1.jpg\n", "is not a whole JSON file"),
+        (b'{"images": ["\xff"]}', "is not a whole JSON file"),
+        (b'{"images": [1e999]}', "is not a whole JSON file"),
         (b'{"images": 5}', "is JSON, but has no list at 'images'"),
         (b'[{"id": 1}]', "is JSON, but has no list at 'images'"),
     ],
 )
-def test_json_that_is_not_what_it_should_be_is_one_sentence(content, sentence, tmp_path):
+def test_unexpected_json_is_one_sentence(content, sentence, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
-    [file] = find(str(tmp_path))
+    [file] = list_files(str(tmp_path))
 
     with pytest.raises(PmdError) as caught:
         list(json_items(file, "images.item"))
@@ -208,9 +208,9 @@ def test_json_that_is_not_what_it_should_be_is_one_sentence(content, sentence, t
     assert "\\n" not in str(caught.value)
 
 
-def test_an_object_where_a_list_should_be_is_one_sentence_and_an_empty_list_is_none(tmp_path):
+def test_an_object_instead_of_a_list_is_one_sentence_and_an_empty_list_is_no_error(tmp_path):
     (tmp_path / "a.json").write_text('{"images": []}')
-    [file] = find(str(tmp_path))
+    [file] = list_files(str(tmp_path))
 
     assert list(json_items(file, "images.item")) == []
     assert list(json_items(file, "licences.item", optional=True)) == []
@@ -218,19 +218,19 @@ def test_an_object_where_a_list_should_be_is_one_sentence_and_an_empty_list_is_n
         list(json_items(file, "item"))
 
 
-def test_files_are_found_in_the_order_of_their_paths_and_each_name_once(tmp_path):
+def test_files_are_listed_by_path_and_each_name_once(tmp_path):
     for path in ("b.tsv", "a/c.tsv.gz", "a/b.tsv.gz", "z/c.tsv", "d.json"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"")
     packed(tmp_path / "y", "zip", b"", "d.json")
     packed(tmp_path / "y", "tar", b"", "e.json")
 
-    found = [str(file).removeprefix(f"{tmp_path}/") for file in find(str(tmp_path))]
+    found = [str(file).removeprefix(f"{tmp_path}/") for file in list_files(str(tmp_path))]
 
     assert found == ["a/b.tsv.gz", "a/c.tsv.gz", "d.json", "y/all.tar!./below/e.json"]
 
 
-def test_hidden_files_and_what_macos_adds_are_not_found(tmp_path):
+def test_hidden_files_and_those_of_macos_are_not_listed(tmp_path):
     for path in (".a.tsv.part", ".trash/b.tsv", "c.tsv"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"")
@@ -238,16 +238,16 @@ def test_hidden_files_and_what_macos_adds_are_not_found(tmp_path):
         archive.writestr("d.tsv", b"")
         archive.writestr("__MACOSX/._d.tsv", b"")
 
-    assert [file.name for file in find(str(tmp_path))] == ["d.tsv", "c.tsv"]
-    assert find(str(tmp_path / "nowhere")) == []
+    assert [file.name for file in list_files(str(tmp_path))] == ["d.tsv", "c.tsv"]
+    assert list_files(str(tmp_path / "nowhere")) == []
 
 
-def test_an_archive_that_is_none_is_one_sentence(tmp_path):
+def test_a_file_that_is_not_an_archive_is_one_sentence(tmp_path):
     for name in ("a.zip", "a.tar", "a.tgz"):
         (tmp_path / name).write_bytes(b"<html>not found</html>" * 100)
 
-        with pytest.raises(PmdError, match=rf"/{name} is no whole archive \(.*\): download it"):
-            find(str(tmp_path))
+        with pytest.raises(PmdError, match=rf"/{name} is not a whole archive \(.*\): download it"):
+            list_files(str(tmp_path))
         (tmp_path / name).unlink()
 
 
@@ -256,7 +256,7 @@ def toy_source(*published, by_hand=""):
     return Source("toy", info, lambda _: iter([BadRow("")]))
 
 
-def test_the_first_form_whose_required_files_are_there_is_read(tmp_path):
+def test_the_first_form_with_all_required_files_is_read(tmp_path):
     source = toy_source(
         PublishedFile("extra.json", "", form="best", required=False, role="extra"),
         PublishedFile("best.json", "", form="best", role="rows"),
@@ -281,7 +281,7 @@ def test_the_first_form_whose_required_files_are_there_is_read(tmp_path):
     ] * 2
 
 
-def test_optional_files_alone_are_no_form(tmp_path):
+def test_optional_files_alone_are_an_incomplete_form(tmp_path):
     source = toy_source(
         PublishedFile("extra.json", "", required=False), PublishedFile("a.json", "")
     )
@@ -291,7 +291,7 @@ def test_optional_files_alone_are_no_form(tmp_path):
         find_annotations(source, str(tmp_path))
 
 
-def test_what_is_missing_is_named_with_what_to_do_about_it(tmp_path):
+def test_an_error_about_missing_files_says_what_to_do(tmp_path):
     by_hand = toy_source(
         PublishedFile("urls.txt", "", form="text"),
         PublishedFile("captions.txt", "", form="text"),
@@ -326,7 +326,7 @@ def test_a_form_that_the_source_does_not_have_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("name", sources.names("pmd"))
-def test_every_source_says_what_to_do_without_its_files(name, tmp_path):
+def test_every_source_has_advice_on_missing_files(name, tmp_path):
     with pytest.raises(PmdError) as caught:
         find_annotations(sources.load(name), str(tmp_path))
 

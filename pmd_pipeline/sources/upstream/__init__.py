@@ -1,1 +1,1 @@
-"""Upstream annotation files: downloaded, found, and read in spans."""
+"""Upstream annotation files: download, listing, reading by spans."""

@@ -1,4 +1,4 @@
-"""Texts out of files as corpora are published: Parquet, JSON Lines, plain; packed or not."""
+"""Documents of text corpora: Parquet, JSON Lines or plain text, compressed or not."""
 
 import hashlib
 import json
@@ -15,25 +15,25 @@ from pmd_pipeline.sources.upstream.files import (
     open_upstream,
 )
 
-COLUMN = "text"
-MOST_CHARS = 1_000_000
-"""No article is as long; a book in one piece is, and is cut before."""
+DEFAULT_COLUMN = "text"
+MAX_CHARS = 1_000_000
+"""Longer documents are bad rows. No article is as long; books are cut before."""
 
 _BYTES_PER_CHAR = 6
-"""JSON's longest spelling of a character."""
+"""Bytes of the longest JSON escape of a character."""
 
-_LEAST_LINE = 1 << 20
-"""Bytes that a line of JSON may have whatever the recipe says: a row has more than its text."""
+_MIN_LINE_BYTES = 1 << 20
+"""Bytes that a line of JSON may always have, because a row has other fields than its text."""
 
 
 def by_row_groups(file: UpstreamFile) -> Sequence[tuple[int, int | None]]:
-    """Cut a Parquet file into stretches of row groups of about `SPAN_BYTES`."""
-    from pmd_pipeline.sources.upstream import parquet as _parquet  # noqa: PLC0415 - `pmd sources` needs no pyarrow
+    """Spans of a Parquet file: row groups of about `SPAN_BYTES` together."""
+    from pmd_pipeline.sources.upstream import parquet  # noqa: PLC0415 - `pmd sources` needs no pyarrow
 
-    return _parquet.by_row_groups(file, SPAN_BYTES)
+    return parquet.by_row_groups(file, SPAN_BYTES)
 
 
-TABLES = (
+TABLE_FILES = (
     PublishedFile(
         pattern="*.parquet", description="a column of texts", form="parquet", cut=by_row_groups
     ),
@@ -46,76 +46,76 @@ TABLES = (
 )
 
 
-def column_texts(span: Span, column: str, most_chars: int) -> Iterator[str | BadRow]:
-    """The text of each row of a span, or what is wrong with it."""
+def column_texts(span: Span, column: str, max_chars: int) -> Iterator[str | BadRow]:
+    """The text of each row of a span, or a bad row."""
     if span.form == "parquet":
-        from pmd_pipeline.sources.upstream import parquet as _parquet  # noqa: PLC0415 - as above
+        from pmd_pipeline.sources.upstream import parquet  # noqa: PLC0415 - as above
 
         return (
-            cell if isinstance(cell, BadRow) else decoded(cell, most_chars)
-            for cell in _parquet.cells(span, column)
+            cell if isinstance(cell, BadRow) else decode_text(cell, max_chars)
+            for cell in parquet.cells(span, column)
         )
-    longest = max(_LEAST_LINE, _BYTES_PER_CHAR * most_chars)
+    max_bytes = max(_MIN_LINE_BYTES, _BYTES_PER_CHAR * max_chars)
     return (
-        too_long(most_chars) if line is None else _value(line, column, most_chars)
-        for line in short_lines(span, longest)
+        too_long_row(max_chars) if line is None else _text_of_line(line, column, max_chars)
+        for line in bounded_lines(span, max_bytes)
     )
 
 
-def short_lines(span: Span, most_bytes: int) -> Iterator[bytes | None]:
-    """The lines that begin inside the span; None for one of more than `most_bytes`."""
+def bounded_lines(span: Span, max_bytes: int) -> Iterator[bytes | None]:
+    """The lines that begin inside the span; None for one of more than `max_bytes`."""
     with open_upstream(span.file) as file:
         position = 0
         if span.start:
             file.seek(span.start - 1)
-            position = span.start - 1 + _passed(file.readline(most_bytes), file, most_bytes)
+            position = span.start - 1 + _line_bytes(file.readline(max_bytes), file, max_bytes)
         while span.stop is None or position < span.stop:
-            line = file.readline(most_bytes)
+            line = file.readline(max_bytes)
             if not line:
                 return
-            size = _passed(line, file, most_bytes)
+            size = _line_bytes(line, file, max_bytes)
             position += size
             yield line.rstrip(b"\r\n") if size == len(line) else None
 
 
-def decoded(content: bytes, most_chars: int) -> str | BadRow:
-    """The text that the bytes spell in UTF-8."""
-    if len(content) > 4 * most_chars:
-        return too_long(most_chars)
+def decode_text(content: bytes, max_chars: int) -> str | BadRow:
+    """The text of UTF-8 bytes, or a bad row."""
+    if len(content) > 4 * max_chars:
+        return too_long_row(max_chars)
     try:
-        return _sound(content.decode(), most_chars)
+        return _checked_text(content.decode(), max_chars)
     except UnicodeDecodeError as error:
         return BadRow(f"byte {error.start} is not UTF-8", "not_text")
 
 
-def too_long(most_chars: int) -> BadRow:
-    """The row of a text that is longer."""
-    return BadRow(f"more than {most_chars:,} characters", "too_long")
+def too_long_row(max_chars: int) -> BadRow:
+    """The bad row for a text that is longer."""
+    return BadRow(f"more than {max_chars:,} characters", "too_long")
 
 
-def document(text: str, file: UpstreamFile) -> Row:
-    """The row of a document; its id is its content, so that equal documents meet."""
+def document_row(text: str, file: UpstreamFile) -> Row:
+    """The row of a document; its id is a digest of the text, so equal documents are one record."""
     full = full_text(text)
-    name = hashlib.blake2b(full.encode(errors="replace"), digest_size=16).hexdigest()
-    return Row(id=name, file=file.name, candidates=[Candidate(full, COLUMN)])
+    digest = hashlib.blake2b(full.encode(errors="replace"), digest_size=16).hexdigest()
+    return Row(id=digest, file=file.name, candidates=[Candidate(full, DEFAULT_COLUMN)])
 
 
-def _sound(text: str, most_chars: int) -> str | BadRow:
-    if len(text) > most_chars:
-        return too_long(most_chars)
+def _checked_text(text: str, max_chars: int) -> str | BadRow:
+    if len(text) > max_chars:
+        return too_long_row(max_chars)
     return BadRow("there are zeros in it", "not_text") if "\0" in text else text
 
 
-def _passed(line: bytes, file: BinaryIO, most_bytes: int) -> int:
-    """Bytes of the whole line that begins with `line`, the rest of which is passed over."""
-    size, piece = len(line), line
-    while len(piece) == most_bytes and not piece.endswith(b"\n"):
-        piece = file.readline(most_bytes)
-        size += len(piece)
+def _line_bytes(line: bytes, file: BinaryIO, max_bytes: int) -> int:
+    """Bytes of the whole line that begins with `line`; reads over the rest of it."""
+    size, block = len(line), line
+    while len(block) == max_bytes and not block.endswith(b"\n"):
+        block = file.readline(max_bytes)
+        size += len(block)
     return size
 
 
-def _value(line: bytes, column: str, most_chars: int) -> str | BadRow:
+def _text_of_line(line: bytes, column: str, max_chars: int) -> str | BadRow:
     try:
         row = json.loads(line)
     except UnicodeDecodeError:
@@ -125,4 +125,4 @@ def _value(line: bytes, column: str, most_chars: int) -> str | BadRow:
     text = row.get(column) if isinstance(row, dict) else None
     if not isinstance(text, str):
         return BadRow(f"the line is no object with a text {column!r}")
-    return _sound(text, most_chars)
+    return _checked_text(text, max_chars)

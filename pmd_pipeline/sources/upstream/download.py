@@ -1,4 +1,4 @@
-"""Upstream's annotation files, downloaded where upstream allows it: resumed, checked, whole."""
+"""Downloads of upstream annotation files: resumed, checked, and moved into place when whole."""
 
 import fcntl
 import hashlib
@@ -23,18 +23,18 @@ from pmd_pipeline.sources import (
     find_annotations,
     load,
 )
-from pmd_pipeline.sources.upstream.files import find, fits
+from pmd_pipeline.sources.upstream.files import list_files, matches
 from pmd_pipeline.sources.upstream.held_out import KARPATHY_FILE
 
 _CHUNK = 1 << 20
 _TIMEOUT = urllib3.Timeout(connect=20.0, read=60.0)
 _REDIRECTS = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5)
-_PASSING = frozenset({429, 500, 502, 503, 504})
-"""Statuses that may pass on their own."""
+_TRANSIENT = frozenset({429, 500, 502, 503, 504})
+"""Statuses after which another attempt may succeed."""
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)")
-_TRIES = 4
-"""Attempts in a row without a new byte, after which a server is left alone."""
+_MAX_ATTEMPTS = 4
+"""Attempts in a row without a new byte, after which the download fails."""
 
 
 def download_annotations(
@@ -42,25 +42,25 @@ def download_annotations(
 ) -> tuple[Annotations, list[str]]:
     """Download the annotation files that the folder `raw` lacks; the files, and warnings.
 
-    Nothing is asked for where a form is complete already, or where a required file has no address.
-    Where the source shares images with COCO, Karpathy's split, which tells the held-out ones, comes
-    into the folder `coco` beside `raw`; without it, the build can go on.
+    No request is made if a form is complete, or if a required file has no address. If the source
+    shares images with COCO, Karpathy's split is downloaded into the folder `coco` beside `raw`; if
+    that fails, the build can go on.
 
     Raises:
-        PmdError: upstream does not give a file, or gives another than the known one.
+        PmdError: no form is complete, upstream refuses a file, or a file has another SHA-256.
     """
     try:
-        found = find_annotations(source, raw, form)
+        annotations = find_annotations(source, raw, form)
     except PmdError:
         entries = source.downloadable(form)
-        download_all(_absent(entries, raw), raw, contact, on_progress, source.info.by_hand)
-        found = find_annotations(source, raw, form)
-    if not source.info.shares_coco or found.held_out:
-        return found, []
+        download_all(_missing(entries, raw), raw, contact, on_progress, source.info.by_hand)
+        annotations = find_annotations(source, raw, form)
+    if not source.info.shares_coco or annotations.held_out:
+        return annotations, []
     try:
         _download_split(raw, contact, on_progress)
     except PmdError as error:
-        return found, [f"{source.name} goes on without {KARPATHY_FILE}: {error}"]
+        return annotations, [f"{source.name} goes on without {KARPATHY_FILE}: {error}"]
     return find_annotations(source, raw, form), []
 
 
@@ -74,28 +74,28 @@ def download_all(
 ) -> None:
     """Download the files of `entries` into the folder `raw`.
 
-    All of them appear together, the required ones last, so that a download cut short is never taken
-    for a whole input. What an interrupted one has left, in hidden files, is gone on with.
+    All files appear together, the required ones last, so an interrupted download never looks
+    complete. The hidden files of an interrupted download are continued.
 
     Args:
-        by_hand: what a user can do where a server refuses.
-        wait: sleeps between attempts; tests put a clock here.
+        by_hand: what a user can do if a server refuses.
+        wait: sleeps between attempts; replaced in tests.
 
     Raises:
         PmdError: a server refuses, the connection keeps breaking, a sha256 is wrong, or nothing can
             be written.
     """
     downloads = [_Download(entry, Path(raw), by_hand, wait) for entry in entries]
-    for one in downloads:
-        one.fetch(contact, on_progress)
-    for one in sorted(downloads, key=lambda one: one.entry.required):
-        one.appear()
+    for download in downloads:
+        download.fetch(contact, on_progress)
+    for download in sorted(downloads, key=lambda download: download.entry.required):
+        download.publish()
 
 
 class _Download:
-    """One file on its way into `folder`: unfinished as `.NAME.part`, whole but hidden as `.NAME`.
+    """The download of one file into `folder`: partial as `.NAME.part`, whole but hidden as `.NAME`.
 
-    Hidden files are none to `upstream.find`.
+    `list_files` leaves hidden files out.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class _Download:
         self._part = folder / f".{self._final.name}.part"
 
     def fetch(self, contact: str, on_progress: OnProgress) -> None:
-        """Make the file whole, but leave it hidden.
+        """Download the file to its hidden name.
 
         Raises:
             PmdError: see `download_all`.
@@ -119,23 +119,23 @@ class _Download:
         if self._final.exists() or self._hidden.exists():
             return
         if not self._url.startswith(("https://", "http://")):
-            raise PmdError(f"{self._url} is no http address: {self._by_hand}")
-        with self._written() as file:
-            self._complete(file, user_agent(contact), on_progress)
+            raise PmdError(f"{self._url} is not an http address: {self._by_hand}")
+        with self._open_partial() as file:
+            self._download_rest(file, user_agent(contact), on_progress)
             file.flush()
             os.fsync(file.fileno())
             if self.entry.sha256 is not None:
-                self._check(self.entry.sha256)
+                self._check_sha256(self.entry.sha256)
             self._part.replace(self._hidden)
 
-    def appear(self) -> None:
-        """Give the file its name."""
+    def publish(self) -> None:
+        """Move the file to its final name."""
         if not self._final.exists():
             self._hidden.replace(self._final)
 
     @contextmanager
-    def _written(self) -> Iterator[BinaryIO]:
-        """The unfinished file, open at its end for this process alone."""
+    def _open_partial(self) -> Iterator[BinaryIO]:
+        """The partial file, open at its end, locked by this process."""
         try:
             self._part.parent.mkdir(parents=True, exist_ok=True)
             with self._part.open("ab") as file:
@@ -151,93 +151,93 @@ class _Download:
                 "--out, and run again"
             ) from error
 
-    def _check(self, sha256: str) -> None:
+    def _check_sha256(self, sha256: str) -> None:
         with self._part.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != sha256:
             self._part.unlink()
             raise PmdError(
-                f"{self._url} has sha256 {found} instead of {sha256}: upstream has changed it; if "
+                f"{self._url} has sha256 {actual} instead of {sha256}: upstream has changed it; if "
                 f"you trust it, put it into {self._part.parent} yourself"
             )
 
-    def _complete(self, file: BinaryIO, agent: str, on_progress: OnProgress) -> None:
-        """Append until the file is whole."""
-        tries, most = 0, file.tell()
+    def _download_rest(self, file: BinaryIO, agent: str, on_progress: OnProgress) -> None:
+        """Append to the file until it is whole."""
+        attempts, max_size = 0, file.tell()
         with urllib3.PoolManager() as pool:
             while True:
                 try:
                     if self._append(pool, file, agent, on_progress):
                         return
-                    trouble = "the file ends early"
+                    problem = "the file ends early"
                 except (urllib3.exceptions.HTTPError, TimeoutError) as error:
-                    trouble = _in_words(error)
-                tries = 1 if file.tell() > most else tries + 1
-                most = max(most, file.tell())
-                if tries == _TRIES:
+                    problem = _describe_error(error)
+                attempts = 1 if file.tell() > max_size else attempts + 1
+                max_size = max(max_size, file.tell())
+                if attempts == _MAX_ATTEMPTS:
                     raise PmdError(
-                        f"cannot download {self._url} ({trouble}): run the same command again to "
+                        f"cannot download {self._url} ({problem}): run the same command again to "
                         f"go on, or {self._by_hand}"
                     )
-                self._wait(2.0 ** (tries - 1))
+                self._wait(2.0 ** (attempts - 1))
 
     def _append(
         self, pool: urllib3.PoolManager, file: BinaryIO, agent: str, on_progress: OnProgress
     ) -> bool:
-        """Append what is missing; say whether the file is whole now."""
-        have = file.tell()
+        """Append the missing bytes; returns whether the file is whole."""
+        size = file.tell()
         with pool.request(
             "GET",
             self._url,
             headers={"User-Agent": agent, "Accept-Encoding": "identity"}
-            | ({"Range": f"bytes={have}-"} if have else {}),
+            | ({"Range": f"bytes={size}-"} if size else {}),
             timeout=_TIMEOUT,
             retries=_REDIRECTS,
             preload_content=False,
             decode_content=False,
         ) as response:
-            if response.status in _PASSING:
+            if response.status in _TRANSIENT:
                 raise urllib3.exceptions.HTTPError(f"HTTP {response.status}")
             if response.status not in {200, 206, 416}:
                 raise PmdError(f"{self._url} answers HTTP {response.status}: {self._by_hand}")
-            first, total = _range(response)
-            if response.status == 416 and total == have:  # all of it was there before
+            first, total = _content_range(response)
+            if response.status == 416 and total == size:  # it was complete before
                 return True
-            if first != have:  # the server knows no ranges, or has another file by now
+            if first != size:  # the server has no ranges, or another file now
                 file.truncate(file.seek(0))
-                have = 0
-            if first != have:
+                size = 0
+            if first != size:
                 return False
             for chunk in response.stream(_CHUNK):
                 file.write(chunk)
-                have += len(chunk)
-                on_progress(self._url, {"bytes": have})
-            return total in {have, None}
+                size += len(chunk)
+                on_progress(self._url, {"bytes": size})
+            return total in {size, None}
 
 
 def _download_split(raw: str, contact: str, on_progress: OnProgress) -> None:
     """Download Karpathy's split into the folder `coco` beside `raw`."""
     entries, beside = load("coco").files_of("karpathy"), str(Path(raw).parent / "coco")
     assert any(entry.pattern == KARPATHY_FILE for entry in entries)
-    download_all(_absent(entries, beside), beside, contact, on_progress)
+    download_all(_missing(entries, beside), beside, contact, on_progress)
 
 
-def _absent(entries: Sequence[PublishedFile], raw: str) -> list[PublishedFile]:
-    """The entries that no file under `raw` fits: what a user put there is not asked for."""
-    files = find(raw)
-    return [entry for entry in entries if not any(fits(file, entry.pattern) for file in files)]
+def _missing(entries: Sequence[PublishedFile], raw: str) -> list[PublishedFile]:
+    """The entries that no file under `raw` matches; files that the user has are not downloaded."""
+    files = list_files(raw)
+    return [entry for entry in entries if not any(matches(file, entry.pattern) for file in files)]
 
 
-def _range(response: urllib3.BaseHTTPResponse) -> tuple[int | None, int | None]:
-    """Where the answer begins in the file and how long the file is, where the server says so."""
+def _content_range(response: urllib3.BaseHTTPResponse) -> tuple[int | None, int | None]:
+    """Offset of the response in the file, and the file's size, where the server states them."""
     if response.status == 200:
         return 0, response.length_remaining
-    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    first, total = found.groups() if found else (None, None)
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    first, total = match.groups() if match else (None, None)
     return int(first) if first else None, int(total) if total else None
 
 
-def _in_words(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     reason = getattr(error, "reason", None)
     name = type(reason if isinstance(reason, Exception) else error).__name__
     return str(error) if name == "HTTPError" else name

@@ -1,18 +1,18 @@
-"""Karpathy's held-out COCO images, which no source may bring back into the training pairs."""
+"""Karpathy's held-out COCO images, which no source may add to the training pairs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pmd_pipeline.sources.upstream.files import UpstreamFile, fits, json_items
+from pmd_pipeline.sources.upstream.files import UpstreamFile, json_items, matches
 
 KARPATHY_FILE = "dataset_coco.json"
-"""The only file that names the split of every COCO image."""
+"""The file that states Karpathy's split of every COCO image."""
 
 
 @dataclass(frozen=True)
 class HeldOutImages:
-    """Where the held-out ids are read from."""
+    """The file with the held-out ids."""
 
     file: UpstreamFile
 
@@ -23,7 +23,7 @@ class HeldOutImages:
 
 def find_held_out(files: Iterable[UpstreamFile]) -> HeldOutImages | None:
     """The first `dataset_coco.json` among the files; None without one."""
-    return next((HeldOutImages(file) for file in files if fits(file, KARPATHY_FILE)), None)
+    return next((HeldOutImages(file) for file in files if matches(file, KARPATHY_FILE)), None)
 
 
 @lru_cache(maxsize=4)

@@ -1,32 +1,32 @@
-"""Values out of JSON that anyone may have written: of the type asked for, or None."""
+"""Values of untrusted JSON: of the expected type, or None."""
 
 from typing import Any
 
 _LARGEST = 1 << 53
-"""Every reader of JSON holds whole numbers up to here exactly."""
+"""Largest integer that every JSON reader represents exactly."""
 
 
 def text_at(item: object, key: str) -> str | None:
-    """The string under `key`; None where `item` is no object or has none there."""
+    """The string under `key`; None if there is no such value."""
     value = item.get(key) if isinstance(item, dict) else None
     return value if isinstance(value, str) else None
 
 
 def int_at(item: object, key: str) -> int | None:
-    """The whole number from 0 up under `key`; None where `item` is no object or has none there."""
+    """The integer of at least 0 under `key`; None if there is no such value."""
     value = item.get(key) if isinstance(item, dict) else None
-    sound = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
-    return value if sound else None
+    is_valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+    return value if is_valid else None
 
 
 def number_at(item: object, key: str) -> float | None:
-    """The number under `key`; None where `item` is no object or has none there."""
+    """The number under `key`; None if there is no such value."""
     value = item.get(key) if isinstance(item, dict) else None
-    sound = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if sound else None
+    is_valid = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_valid else None
 
 
 def list_at(item: object, key: str) -> list[Any] | None:
-    """The list under `key`; None where `item` is no object or has none there."""
+    """The list under `key`; None if there is no such value."""
     value = item.get(key) if isinstance(item, dict) else None
     return value if isinstance(value, list) else None

@@ -1,4 +1,4 @@
-"""Columns of texts out of Parquet files, in stretches of row groups."""
+"""A text column of Parquet files, read by ranges of row groups."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,45 +14,45 @@ _BATCH = 256
 
 
 def by_row_groups(file: UpstreamFile, num_bytes: int) -> Sequence[tuple[int, int | None]]:
-    """Stretches of row groups of about `num_bytes`."""
-    metadata = _opened(file).metadata
-    starts, weight = [0], 0
+    """Ranges of row groups of about `num_bytes`."""
+    metadata = _open_parquet(file).metadata
+    starts, size = [0], 0
     for group in range(metadata.num_row_groups):
-        if weight >= num_bytes:
+        if size >= num_bytes:
             starts.append(group)
-            weight = 0
-        weight += metadata.row_group(group).total_byte_size
+            size = 0
+        size += metadata.row_group(group).total_byte_size
     return list(zip(starts, [*starts[1:], metadata.num_row_groups], strict=True))
 
 
 def cells(span: Span, column: str) -> Iterator[bytes | BadRow]:
-    """The cells of a column of texts in one span, as the bytes they are, or what is wrong."""
-    table = _opened(span.file)
+    """The cells of a text column in one span, as undecoded bytes, or bad rows."""
+    table = _open_parquet(span.file)
     groups = range(span.start, table.metadata.num_row_groups if span.stop is None else span.stop)
     names = table.schema_arrow.names
-    kind = table.schema_arrow.field(column).type if column in names else None
-    if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        wrong = f"there is no column {column!r} of texts, only {', '.join(names)}"
+    dtype = table.schema_arrow.field(column).type if column in names else None
+    if dtype is None or not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
+        detail = f"there is no column {column!r} of texts, only {', '.join(names)}"
         for group in groups:
-            yield from [BadRow(wrong)] * table.metadata.row_group(group).num_rows
+            yield from [BadRow(detail)] * table.metadata.row_group(group).num_rows
         return
     try:
         for batch in table.iter_batches(_BATCH, row_groups=list(groups), columns=[column]):
             for cell in pc.cast(batch.column(0), pa.large_binary()).to_pylist():
                 yield BadRow(f"{column} is null") if cell is None else cell
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(span.file, error) from error
+        raise _damage_error(span.file, error) from error
 
 
-def _opened(file: UpstreamFile) -> pq.ParquetFile:
+def _open_parquet(file: UpstreamFile) -> pq.ParquetFile:
     if file.member or file.path.endswith((".gz", ".bz2")):
-        raise PmdError(f"{file} is packed: unpack it, Parquet is read in pieces")
+        raise PmdError(f"{file} is packed: unpack it, because Parquet is read by row groups")
     try:
         return pq.ParquetFile(file.path)
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(file, error) from error
+        raise _damage_error(file, error) from error
 
 
-def _damaged(file: UpstreamFile, error: Exception) -> PmdError:
-    said = str(error).partition("\n")[0]
-    return PmdError(f"{file} is no whole Parquet file ({said}): download it again")
+def _damage_error(file: UpstreamFile, error: Exception) -> PmdError:
+    message = str(error).partition("\n")[0]
+    return PmdError(f"{file} is not a whole Parquet file ({message}): download it again")

@@ -1,4 +1,4 @@
-"""What the two Conceptual Captions sources share: lines of two columns, in either order."""
+"""The two-column lines of both Conceptual Captions sources."""
 
 from collections.abc import Iterator
 
@@ -9,8 +9,8 @@ from pmd_pipeline.sources.upstream.files import Span, lines
 def captioned_urls(span: Span, *, url: int, caption: int) -> Iterator[Row | BadRow]:
     """Rows of a TSV without header or quoting; `url` and `caption` are its columns.
 
-    Quotes mean nothing: a caption that starts with `"` must not swallow the rows after it. An
-    address column that holds no address is a bad row, so swapped files do not pass silently.
+    A quote has no meaning, so a caption that starts with `"` does not take in the next rows. A row
+    whose `url` column is not an address is a bad row, so swapped columns are noticed.
     """
     for line in lines(span):
         fields = line.decode("utf-8", errors="replace").split("\t")
