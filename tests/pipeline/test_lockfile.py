@@ -86,18 +86,21 @@ def codes_by_key(manifest):
     return found
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """A dataset of 40 pictures in five shards, of which 36 are there, with image codes."""
-    folder = tmp_path_factory.mktemp("original")
+def make_dataset(folder, images):
+    """The manifest of 40 records in five shards, of which 36 have an image, with image codes."""
     write_rows(folder / "raw", [*toy_rows(40), ("no address here", "nowhere")])
     write_pictures(folder / "pictures", [f"{number}.jpg" for number in range(36)])
-    recipe = toy_recipe(part_records=8, images={"size": 32})
+    recipe = toy_recipe(part_records=8, images=images)
     order = toy_source_build(folder, recipe, pictures=folder / "pictures")
     toy_build(order)
     request = CodesRequest(order.manifest, vocabulary=8, grid=2, views=2, runner="local", workers=1)
     code_manifest(request, QUIET)
     return Path(order.manifest)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("original"), {"size": 32})
 
 
 @pytest.fixture
@@ -120,6 +123,18 @@ def test_webp_images_are_locked_by_their_stored_bytes(tmp_path):
 
     [row] = pq.read_table(tmp_path / "locked" / "toy" / "00000.parquet").to_pylist()
     assert row["stored_sha256"] == hashlib.sha256(webp(image)).hexdigest()
+
+
+def test_a_dataset_of_webp_is_verified_locked_and_rebuilt(tmp_path):
+    manifest = make_dataset(tmp_path / "a", {"size": 32, "format": "webp", "quality": 80})
+    assert findings(manifest) == []
+    locked(manifest, tmp_path / "locked")
+
+    result = rebuilt(tmp_path / "locked", tmp_path / "again", tmp_path / "a" / "pictures")
+
+    assert result.is_same
+    assert not result.codes_lost
+    assert findings(result.path) == []
 
 
 def test_over_an_unchanged_web_the_digest_is_the_same(original, lock_folder, pictures, tmp_path):
