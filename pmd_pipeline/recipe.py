@@ -207,9 +207,9 @@ class Texts(_Section):
     """How documents become sequences, for sources of texts.
 
     Args:
-        tokenizer: the `vocab.txt` or `tokenizer.json` whose pieces are counted.
+        tokenizer: the `vocab.txt` or `tokenizer.json` whose tokens are counted.
         sha256: of its vocabulary; another than this one is refused. Filled in where it is empty.
-        tokens: most pieces in a sequence, with one [CLS] and a [SEP] after each document.
+        tokens: tokens of a sequence at most, with one [CLS] and a [SEP] after each document.
         dataset: folder, or id on the hub, of a dataset to read through the library `datasets`, in
             place of files in the source's folder.
         config: the dataset's configuration, if it has several.

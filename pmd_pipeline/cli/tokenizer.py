@@ -28,10 +28,10 @@ def tokenizer(
     from pmd_pipeline.text.vocabulary import learn_vocabulary
 
     with make_reporter(quiet=quiet).stage("tokenizer", "texts") as stage:
-        vocabulary, forgotten = learn_vocabulary(manifest, size, stage.update)
+        vocabulary, max_error = learn_vocabulary(manifest, size, stage.update)
     write_whole(out, vocabulary.content)
-    if forgotten:
-        say(f"words that occur at most {forgotten} times may be missing: there are too many words")
-    if len(vocabulary.pieces) < size:
-        say(f"{len(vocabulary.pieces):,} tokens: no further pair of tokens occurs twice")
+    if max_error:
+        say(f"words that occur at most {max_error} times may be missing: there are too many words")
+    if len(vocabulary.tokens) < size:
+        say(f"{len(vocabulary.tokens):,} tokens: no further pair of tokens occurs twice")
     typer.echo(f"{out}  {vocabulary.sha256}")

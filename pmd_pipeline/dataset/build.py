@@ -31,7 +31,7 @@ from pmd_pipeline.recipe import Recipe, load_recipe
 from pmd_pipeline.sources import Annotations, find_annotations
 from pmd_pipeline.sources.upstream.download import download_annotations
 from pmd_pipeline.sources.upstream.held_out import KARPATHY_FILE
-from pmd_pipeline.text.hub import dataset_folder, keep_dataset
+from pmd_pipeline.text.hub import dataset_folder, save_dataset
 from pmd_pipeline.text.packing import build_texts, with_tokenizer
 
 
@@ -214,7 +214,7 @@ def _with_downloads(build: SourceBuild, reporter: Reporter) -> SourceBuild:
         return build  # images are too many to download one by one
     if recipe.texts.dataset:
         with reporter.stage(f"{recipe.source} dataset", "rows") as stage:
-            keep_dataset(recipe, build.raw, stage.update)
+            save_dataset(recipe, build.raw, stage.update)
         return build
     with reporter.stage(f"{recipe.source} annotations", "bytes") as stage:
         annotations, warnings = download_annotations(

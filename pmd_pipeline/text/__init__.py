@@ -1,1 +1,1 @@
-"""Texts without images: documents become sequences by a vocabulary, which is learned here too."""
+"""Texts without images: documents packed into sequences, and the vocabulary for it."""

@@ -1,4 +1,4 @@
-"""A dataset of texts read through the library `datasets`, kept as Parquet files of one column."""
+"""A dataset of texts, read through the library `datasets` and saved as Parquet files."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -17,17 +17,17 @@ from pmd_pipeline.contract.files import whole_file
 from pmd_pipeline.recipe import Recipe
 
 FILE_ROWS = 100_000
-"""Rows of a file: what is read again after an interruption, at most."""
+"""Rows of a file: at most so many are read again after an interruption."""
 
 _GROUP_ROWS = 1000
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def dataset_folder(recipe: Recipe, raw: str) -> str:
-    """Where below `raw` the dataset that the recipe names is kept; `raw` where it names none.
+    """The folder below `raw` for the dataset of the recipe; `raw` if it names none.
 
     Raises:
-        PmdError: it is one of the hub without the commit that makes it the same on every day.
+        PmdError: the dataset is on the hub and the recipe names no commit.
     """
     texts = recipe.texts
     if not texts.dataset:
@@ -35,42 +35,42 @@ def dataset_folder(recipe: Recipe, raw: str) -> str:
     if not Path(texts.dataset).exists() and not _COMMIT.fullmatch(texts.revision):
         raise PmdError(
             f"texts.dataset = {texts.dataset!r}: there is no such folder; for one of the hub, give "
-            "its commit (40 hex digits) as texts.revision, since branches move"
+            "its commit (40 hex digits) as texts.revision, since branches change"
         )
-    named = digest([texts.dataset, texts.config, texts.revision, texts.split, _column(recipe)])
-    return f"{raw}/dataset-{named[:12]}"
+    name = digest([texts.dataset, texts.config, texts.revision, texts.split, _column(recipe)])
+    return f"{raw}/dataset-{name[:12]}"
 
 
-def keep_dataset(recipe: Recipe, folder: str, on_progress: OnProgress) -> None:
-    """Read the dataset into Parquet files in `folder`; an interrupted reading is gone on with.
+def save_dataset(recipe: Recipe, folder: str, on_progress: OnProgress) -> None:
+    """Save the dataset as Parquet files in `folder`; an interrupted download is resumed.
 
-    All files appear together, so that a part is never taken for the whole.
+    All files appear together, so that no reader sees a part of them.
 
     Raises:
-        PmdError: the library is not there, or the dataset cannot be read or has no such column.
+        PmdError: the library is not installed, or the dataset cannot be read or has no such column.
     """
-    here, column = Path(folder), _column(recipe)
-    if (here / _name(0)).exists():  # it appears last
+    target, column = Path(folder), _column(recipe)
+    if (target / _file_name(0)).exists():  # the file that appears last
         return
-    num_files = len(list(here.glob("*.parquet")))  # the hidden ones too
-    with _as_sentences(recipe):
-        rows = iter(_opened(recipe).skip(num_files * FILE_ROWS))
+    num_files = len(list(target.glob("*.parquet")))  # the hidden ones included
+    with _library_errors(recipe):
+        rows = iter(_streaming_dataset(recipe).skip(num_files * FILE_ROWS))
         while group := list(islice(rows, _GROUP_ROWS)):
             left = islice(rows, FILE_ROWS - len(group))
-            with whole_file(str(here / f".{_name(num_files)}")) as file:
+            with whole_file(str(target / f".{_file_name(num_files)}")) as file:
                 num_rows = _write(file, group, left, column)
             on_progress(recipe.texts.dataset, {"rows": num_files * FILE_ROWS + num_rows})
             num_files += 1
     for number in reversed(range(num_files)):
-        hidden = here / f".{_name(number)}"
+        hidden = target / f".{_file_name(number)}"
         if hidden.exists():
-            hidden.replace(here / _name(number))
+            hidden.replace(target / _file_name(number))
 
 
 def _write(
     file: BinaryIO, group: list[Mapping[str, Any]], left: Iterator[Mapping[str, Any]], column: str
 ) -> int:
-    """Write the rows of `group` and of `left`; how many there were."""
+    """Write the rows of `group` and of `left`; their number."""
     num_rows = 0
     with pq.ParquetWriter(file, pa.schema([(column, pa.string())])) as writer:
         while group:
@@ -86,7 +86,7 @@ def _write(
     return num_rows
 
 
-def _opened(recipe: Recipe) -> Any:  # noqa: ANN401 - an IterableDataset of a library that may be absent
+def _streaming_dataset(recipe: Recipe) -> Any:  # noqa: ANN401 - an IterableDataset of a library that may be absent
     try:
         import datasets  # noqa: PLC0415 - only who streams must have it
     except ImportError as error:
@@ -105,15 +105,15 @@ def _opened(recipe: Recipe) -> Any:  # noqa: ANN401 - an IterableDataset of a li
 
 
 @contextmanager
-def _as_sentences(recipe: Recipe) -> Iterator[None]:
-    """Turn what `datasets` raises over input, hub and network into one sentence."""
+def _library_errors(recipe: Recipe) -> Iterator[None]:
+    """Turn what `datasets` raises about input, hub and network into a PmdError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
-        said = str(error).partition("\n")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise PmdError(
-            f"cannot read the dataset {recipe.texts.dataset} ({said}): run the same command again "
-            "to go on, or put its files into a folder for --raw"
+            f"cannot read the dataset {recipe.texts.dataset} ({reason}): run the same command "
+            "again to resume, or put its files into a folder for --raw"
         ) from error
 
 
@@ -121,5 +121,5 @@ def _column(recipe: Recipe) -> str:
     return str(recipe.options["column"])
 
 
-def _name(number: int) -> str:
+def _file_name(number: int) -> str:
     return f"{number:05d}.parquet"

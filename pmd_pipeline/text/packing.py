@@ -1,4 +1,4 @@
-"""Second stage for texts: the documents of a part become sequences that fill a model's window."""
+"""Second stage for texts: the documents of a part are packed into sequences of limited length."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _ROW_GROUP = 64
-"""Rows that a reader of one row has to unpack."""
+"""Rows that a reader decompresses to read one."""
 
 _CLS = _SEP = 1
-
+"""Tokens that each of them counts."""
 
 Words: TypeAlias = list[tuple[int, int]]
-"""Where in a document each word begins, and how many pieces it has."""
+"""For each word of a document: its first character, and its number of tokens."""
 
 
-class Sequence(NamedTuple):
+class PackedSequence(NamedTuple):
     """A row of a shard; see `TEXT_SCHEMA`."""
 
     text: str
@@ -46,49 +46,49 @@ class Sequence(NamedTuple):
 
 
 class Packer:
-    """Fills sequences with documents, one after another; what does not fit goes on in the next.
+    """Packs documents into sequences one after another; a document may continue in the next.
 
-    A document is cut between words only, so the pieces of its stretches are those of the whole.
+    A document is split between words only, so its segments have the tokens of the whole.
 
     Args:
-        tokens: most pieces of a sequence; a word has at most a hundred.
+        max_tokens: of a sequence; a word has at most a hundred.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self._tokens = tokens
-        self._empty()
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._start_sequence()
 
-    def add(self, key: str, document: str, cuts: Words) -> Iterator[Sequence]:
-        """The sequences that a document of these words makes full."""
-        begin = pieces = 0
-        for start, count in cuts:
-            if self._used + pieces + count + _SEP > self._tokens:
-                self._put(key, document[begin:start], pieces)
+    def add(self, key: str, document: str, words: Words) -> Iterator[PackedSequence]:
+        """The sequences that are full after a document with these words."""
+        begin = num_tokens = 0
+        for start, count in words:
+            if self._num_tokens + num_tokens + count + _SEP > self._max_tokens:
+                self._append(key, document[begin:start], num_tokens)
                 yield from self.close()
-                begin, pieces = start, 0
-            pieces += count
-        self._put(key, document[begin:], pieces)
+                begin, num_tokens = start, 0
+            num_tokens += count
+        self._append(key, document[begin:], num_tokens)
 
-    def close(self) -> Iterator[Sequence]:
-        """The sequence in hand, if anything is in it."""
+    def close(self) -> Iterator[PackedSequence]:
+        """The unfinished sequence, unless it is empty."""
         if self._texts:
-            yield Sequence(DOCUMENT_SEPARATOR.join(self._texts), self._used, self._keys)
-        self._empty()
+            yield PackedSequence(DOCUMENT_SEPARATOR.join(self._texts), self._num_tokens, self._keys)
+        self._start_sequence()
 
-    def _empty(self) -> None:
+    def _start_sequence(self) -> None:
         self._texts: list[str] = []
         self._keys: list[str] = []
-        self._used = _CLS
+        self._num_tokens = _CLS
 
-    def _put(self, key: str, stretch: str, pieces: int) -> None:
-        if pieces:
-            self._texts.append(stretch.strip())
+    def _append(self, key: str, segment: str, num_tokens: int) -> None:
+        if num_tokens:
+            self._texts.append(segment.strip())
             self._keys.append(key)
-            self._used += pieces + _SEP
+            self._num_tokens += num_tokens + _SEP
 
 
 @dataclass
-class _Tally:
+class _DocumentCounts:
     documents: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -97,16 +97,16 @@ class _Tally:
 
 
 def build_texts(task: PartTask, report_progress: ReportProgress) -> Report:
-    """Build the shard and, last, the report of one part; `counts` are documents.
+    """Build the shard and, last, the report of one part; `counts` of the report are documents.
 
     Raises:
-        PmdError: the tokenizer is not the one that the recipe means.
+        PmdError: the tokenizer is not the one of the recipe.
     """
     stopwatch = Stopwatch()
     paths, names = task.shard.paths, task.shard.names
-    remove(paths.report)  # nothing may vouch for a file that is being replaced
-    tally = _Tally()
-    sequences = list(_packed(task, tally, report_progress))
+    remove(paths.report)  # it belongs to a file that is replaced from here on
+    counts = _DocumentCounts()
+    sequences = list(_pack(task, counts, report_progress))
     content = _as_parquet(sequences)
     write_whole(paths.ledger, content)
     shard = FileDigest.of(names.ledger, content)
@@ -115,11 +115,13 @@ def build_texts(task: PartTask, report_progress: ReportProgress) -> Report:
         part=task.part.part,
         dependency=task.shard.dependency,
         counts=Counts(
-            pairs_in=tally.documents, kept=tally.kept, dropped=dict(sorted(tally.dropped.items()))
+            pairs_in=counts.documents,
+            kept=counts.kept,
+            dropped=dict(sorted(counts.dropped.items())),
         ),
-        records=tally.records,
+        records=counts.records,
         images=0,
-        words=dict(sorted(tally.words.items())),
+        words=dict(sorted(counts.words.items())),
         sequences=len(sequences),
         tokens=sum(sequence.tokens for sequence in sequences),
         fetched_bytes=0,
@@ -134,61 +136,63 @@ def build_texts(task: PartTask, report_progress: ReportProgress) -> Report:
 
 
 def with_tokenizer(recipe: Recipe) -> Recipe:
-    """The recipe, with the digest of its tokenizer if it is one for texts.
+    """The recipe; one for texts with the digest of its tokenizer.
 
     Raises:
-        PmdError: it names no tokenizer, or one that cannot be read or is another than it means.
+        PmdError: it names no tokenizer, or one that cannot be read or has another digest.
     """
     if recipe.kind != "text":
         return recipe
     path = recipe.texts.tokenizer
     if not path:
         raise PmdError(
-            f"{recipe.source} needs a tokenizer to fill sequences by: give --tokenizer vocab.txt, "
-            "BERT's or one that `pmd tokenizer` made"
+            f"{recipe.source} needs a tokenizer to pack sequences: give --tokenizer vocab.txt, "
+            "from BERT or from `pmd tokenizer`"
         )
     sha256 = load_vocabulary(path).sha256
-    _check(path, sha256, recipe.texts.sha256 or sha256)
-    here = str(Path(path).resolve()) if is_local(path) else path
-    texts = recipe.texts.model_copy(update={"tokenizer": here, "sha256": sha256})
+    _check_sha256(path, sha256, recipe.texts.sha256 or sha256)
+    absolute = str(Path(path).resolve()) if is_local(path) else path
+    texts = recipe.texts.model_copy(update={"tokenizer": absolute, "sha256": sha256})
     return recipe.model_copy(update={"texts": texts})
 
 
-def words(cutter: "Tokenizer", document: str) -> Words:
-    """The words of a document, as `cutter` sees them; see `Vocabulary.wordpiece`."""
-    encoding = cutter.encode(document, add_special_tokens=False)
-    found: Words = []
-    last = None
+def split_words(tokenizer: "Tokenizer", document: str) -> Words:
+    """The words of a document that have tokens, as `Vocabulary.tokenizer` splits them."""
+    encoding = tokenizer.encode(document, add_special_tokens=False)
+    words: Words = []
+    previous = None
     for number, (start, _) in zip(encoding.word_ids, encoding.offsets, strict=True):
-        if number == last:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
+        if number == previous:
+            words[-1] = (words[-1][0], words[-1][1] + 1)
         else:
-            found.append((start, 1))
-        last = number
-    return found
+            words.append((start, 1))
+        previous = number
+    return words
 
 
-def _packed(task: PartTask, tally: _Tally, report_progress: ReportProgress) -> Iterator[Sequence]:
+def _pack(
+    task: PartTask, counts: _DocumentCounts, report_progress: ReportProgress
+) -> Iterator[PackedSequence]:
     texts = task.shard.recipe.texts
     vocabulary = load_vocabulary(texts.tokenizer)
-    _check(texts.tokenizer, vocabulary.sha256, texts.sha256)
-    cutter = vocabulary.wordpiece()
+    _check_sha256(texts.tokenizer, vocabulary.sha256, texts.sha256)
+    tokenizer = vocabulary.tokenizer()
     packer = Packer(texts.tokens)
     for record in read_part(task.index, task.part, task.limit):
-        tally.records += 1
+        counts.records += 1
         for document in record.captions:
-            tally.documents += 1
-            if cuts := words(cutter, document):
-                tally.kept += 1
-                tally.words[len(document.split())] += 1
-                yield from packer.add(record.key, document, cuts)
+            counts.documents += 1
+            if words := split_words(tokenizer, document):
+                counts.kept += 1
+                counts.words[len(document.split())] += 1
+                yield from packer.add(record.key, document, words)
             else:
-                tally.dropped["no_text"] += 1  # signs that BERT does not see
-        report_progress({"records": tally.records})
+                counts.dropped["no_text"] += 1  # only characters that BERT ignores
+        report_progress({"records": counts.records})
     yield from packer.close()
 
 
-def _as_parquet(sequences: Iterable[Sequence]) -> bytes:
+def _as_parquet(sequences: Iterable[PackedSequence]) -> bytes:
     rows = [sequence._asdict() for sequence in sequences]
     out = BytesIO()
     pq.write_table(
@@ -200,9 +204,9 @@ def _as_parquet(sequences: Iterable[Sequence]) -> bytes:
     return out.getvalue()
 
 
-def _check(path: str, sha256: str, meant: str) -> None:
-    if sha256 != meant:
+def _check_sha256(path: str, sha256: str, expected: str) -> None:
+    if sha256 != expected:
         raise PmdError(
-            f"the vocabulary in {path} has sha256 {sha256}, but {meant} is meant: give that one, "
+            f"the vocabulary in {path} has sha256 {sha256}, the recipe {expected}: give that one, "
             "or change texts.sha256 in the recipe"
         )

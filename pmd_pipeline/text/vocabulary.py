@@ -1,4 +1,4 @@
-"""The texts of a manifest, in its order, and the vocabulary that is learned from them."""
+"""The texts of a manifest, in its order, and a vocabulary learned from them."""
 
 import json
 from collections.abc import Iterator
@@ -13,41 +13,41 @@ from pmd_pipeline.contract.files import open_read
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.contract.models import Manifest
 from pmd_pipeline.contract.reasons import Status
-from pmd_pipeline.text.wordpiece import MOST_WORDS, Vocabulary, WordCounts, learned
+from pmd_pipeline.text.wordpiece import MAX_WORDS, Vocabulary, WordCounts, learn_wordpiece
 
-_TICK_TEXTS = 10_000
-_ROWS = 1000
+_PROGRESS_TEXTS = 10_000
+_BATCH_ROWS = 1000
 
 
 def learn_vocabulary(
-    path: str, size: int, on_progress: OnProgress, most_words: int = MOST_WORDS
+    path: str, size: int, on_progress: OnProgress, max_words: int = MAX_WORDS
 ) -> tuple[Vocabulary, int]:
-    """A vocabulary of at most `size` pieces, learned from all texts of the manifest at `path`.
+    """A vocabulary of at most `size` tokens, learned from all texts of the manifest at `path`.
 
-    The second value is `WordCounts.forgotten`.
+    The second value is `WordCounts.max_error`.
 
     Raises:
-        PmdError: the manifest has no texts, or a shard is not there or damaged; or the library
-            `tokenizers` is not there.
+        PmdError: the manifest has no texts, a shard is missing or damaged, or the library
+            `tokenizers` is not installed.
     """
-    counts = WordCounts(most_words)
+    counts = WordCounts(max_words)
     number = 0
     for number, text in enumerate(texts(path, load_manifest(path)), start=1):
         counts.add(text)
-        if number % _TICK_TEXTS == 0:
+        if number % _PROGRESS_TEXTS == 0:
             on_progress(path, {"texts": number})
     on_progress(path, {"texts": number})
     words = counts.words()
     if not words:
         raise PmdError(f"{path} has no words to learn from: its shards are empty")
-    return learned(words, size), counts.forgotten
+    return learn_wordpiece(words, size), counts.max_error
 
 
 def texts(path: str, manifest: Manifest) -> Iterator[str]:
     """Every caption, or every sequence of a manifest of texts, in the order of the shards.
 
     Raises:
-        PmdError: the manifest is one of images, or a shard is not there or damaged.
+        PmdError: the manifest is one of images, or a shard is missing or damaged.
     """
     if manifest.kind == "images":
         raise PmdError(f"{path} holds images without texts: give a manifest of pairs or of texts")
@@ -64,7 +64,7 @@ def texts(path: str, manifest: Manifest) -> Iterator[str]:
 
 def _sequences(shard: str) -> Iterator[str]:
     with open_read(shard) as file:
-        for batch in read_batches(file, ["text"], _ROWS):
+        for batch in read_batches(file, ["text"], _BATCH_ROWS):
             yield from batch.column("text").to_pylist()
 
 
@@ -72,7 +72,7 @@ def _captions(shard: str, ledger: str) -> Iterator[str]:
     """The captions of a shard, from the JSON members that its ledger points at."""
     columns = ["status", "json_offset", "json_size"]
     with open_read(ledger) as rows, open_read(shard) as tar:
-        for batch in read_batches(rows, columns, _ROWS):
+        for batch in read_batches(rows, columns, _BATCH_ROWS):
             for row in batch.to_pylist():
                 if row["status"] == Status.SUCCESS:
                     tar.seek(row["json_offset"])

@@ -14,7 +14,7 @@ from pmd_pipeline.dataset.build import build_source
 from pmd_pipeline.dataset.source_build import SourceBuild
 from pmd_pipeline.recipe import load_recipe
 from pmd_pipeline.text.packing import with_tokenizer
-from pmd_pipeline.text.wordpiece import WordCounts, learned
+from pmd_pipeline.text.wordpiece import WordCounts, learn_wordpiece
 
 WORDS = ["the", "a", "dog", "cat", "runs", "under", "beach", "while", "rain", "falls,", "it."]
 
@@ -34,7 +34,7 @@ def write_vocabulary(path):
     for text in [*WORDS, "abcdefghijklmnopqrstuvwxyz0123456789:"]:
         counts.add(f"{text} {text}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(learned(counts.words(), 400).content)
+    path.write_bytes(learn_wordpiece(counts.words(), 400).content)
     return str(path)
 
 

@@ -65,7 +65,7 @@ def test_an_interrupted_reading_goes_on_and_all_files_appear_together(
     monkeypatch.setattr(hub, "FILE_ROWS", 10)
     monkeypatch.setattr(hub, "_GROUP_ROWS", 4)
     whole, folder = tmp_path / "whole", tmp_path / "again"
-    hub.keep_dataset(recipe, str(whole), ignore_progress)
+    hub.save_dataset(recipe, str(whole), ignore_progress)
     steps = []
 
     def stop_at_cut(*_):
@@ -77,10 +77,10 @@ def test_an_interrupted_reading_goes_on_and_all_files_appear_together(
         replace = type(folder).replace
         patch.setattr(type(folder), "replace", lambda *a: (stop_at_cut(), replace(*a))[1])
         with pytest.raises(KeyboardInterrupt) if 0 < cut < 7 else pytest.MonkeyPatch.context():
-            hub.keep_dataset(recipe, str(folder), ignore_progress)
+            hub.save_dataset(recipe, str(folder), ignore_progress)
     assert cut == 0 or not (folder / "00000.parquet").exists()
 
-    hub.keep_dataset(recipe, str(folder), ignore_progress)
+    hub.save_dataset(recipe, str(folder), ignore_progress)
 
     assert files(folder) == files(whole)
     assert sorted(files(whole)) == ["00000.parquet", "00001.parquet", "00002.parquet"]
@@ -101,9 +101,9 @@ def test_mistakes_are_one_sentence(tmp_path, recipe, monkeypatch):
     other = recipe.model_copy(update={"options": {**recipe.options, "column": "body"}})
 
     with pytest.raises(PmdError, match="no column 'body', only title, text"):
-        hub.keep_dataset(other, str(tmp_path / "a"), ignore_progress)
+        hub.save_dataset(other, str(tmp_path / "a"), ignore_progress)
     with pytest.raises(PmdError, match=r"cannot read the dataset .*Bad split: test"):
-        hub.keep_dataset(changed(recipe, split="test"), str(tmp_path / "b"), ignore_progress)
+        hub.save_dataset(changed(recipe, split="test"), str(tmp_path / "b"), ignore_progress)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(PmdError, match="pip install datasets"):
-        hub.keep_dataset(recipe, str(tmp_path / "c"), ignore_progress)
+        hub.save_dataset(recipe, str(tmp_path / "c"), ignore_progress)

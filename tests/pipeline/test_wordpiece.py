@@ -1,4 +1,4 @@
-"""The vocabulary: the library's own merges with ties settled, and the same on every run."""
+"""The vocabulary: the merges of the library with a rule for ties, the same on every run."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.tokens import SPECIAL_TOKENS
 from pmd_pipeline.text import wordpiece
-from pmd_pipeline.text.wordpiece import Vocabulary, WordCounts, learned, load_vocabulary
+from pmd_pipeline.text.wordpiece import Vocabulary, WordCounts, learn_wordpiece, load_vocabulary
 
 LETTERS = "abcdeé中-!"
 
@@ -34,8 +34,8 @@ def some_texts(seed=0, count=300):
     return [" ".join(dice.choices(stems, k=8)) for _ in range(count)]
 
 
-def by_the_library(texts, size, first):
-    """The library's vocabulary where the numbers of the first pieces are no accident."""
+def trained_by_the_library(texts, size, first):
+    """The library's vocabulary where the numbers of the first tokens are no accident."""
     found = Tokenizer(models.WordPiece())
     found.normalizer = normalizers.BertNormalizer(lowercase=True)
     found.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -48,20 +48,20 @@ def by_the_library(texts, size, first):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_pieces_are_those_of_the_librarys_trainer(seed):
+def test_the_tokens_are_those_of_the_librarys_trainer(seed):
     texts = some_texts(seed)
 
-    pieces = list(learned(counted(texts), 160).pieces)
+    tokens = list(learn_wordpiece(counted(texts), 160).tokens)
 
-    letters = sum(len(piece.removeprefix("##")) == 1 for piece in pieces)
-    assert pieces == by_the_library(texts, 160, pieces[: len(SPECIAL_TOKENS) + letters])
+    letters = sum(len(token.removeprefix("##")) == 1 for token in tokens)
+    assert tokens == trained_by_the_library(texts, 160, tokens[: len(SPECIAL_TOKENS) + letters])
 
 
 @pytest.mark.parametrize("threads", ["false", "true"])
 def test_fresh_processes_learn_the_same(threads):
     code = (
         "import sys; sys.path.insert(0, 'tests/pipeline'); import test_wordpiece as t\n"
-        "print(t.learned(t.counted(t.some_texts()), 300).sha256)"
+        "print(t.learn_wordpiece(t.counted(t.some_texts()), 300).sha256)"
     )
     environment = {"PATH": "", "TOKENIZERS_PARALLELISM": threads, "PYTHONHASHSEED": "random"}
 
@@ -74,14 +74,14 @@ def test_fresh_processes_learn_the_same(threads):
         env=environment,
     )
 
-    assert found.stdout.strip() == learned(counted(some_texts()), 300).sha256
+    assert found.stdout.strip() == learn_wordpiece(counted(some_texts()), 300).sha256
 
 
 @given(st.lists(st.text(LETTERS, max_size=6), max_size=20), st.randoms(use_true_random=False))
-def test_the_order_of_the_texts_is_all_the_same(texts, dice):
+def test_the_order_of_the_texts_does_not_matter(texts, dice):
     shuffled = dice.sample(texts, len(texts))
 
-    assert learned(counted(texts), 60) == learned(counted(shuffled), 60)
+    assert learn_wordpiece(counted(texts), 60) == learn_wordpiece(counted(shuffled), 60)
 
 
 @given(st.lists(st.text(max_size=30), max_size=8))
@@ -92,7 +92,7 @@ def test_words_are_counted_as_bert_splits_them(texts):
     assert counted(texts) == Counter(whole)
 
 
-def test_words_beyond_the_room_are_forgotten_with_a_bound():
+def test_the_rarest_words_are_removed_with_a_bound_on_the_error():
     texts = ["often " * 50, *(f"rare{n}" for n in range(200))]
     counts = WordCounts(most=100)
 
@@ -101,21 +101,21 @@ def test_words_beyond_the_room_are_forgotten_with_a_bound():
 
     words = counts.words()
     assert len(words) <= 100
-    assert 50 - counts.forgotten <= words["often"] <= 50
-    assert all(50 >= words.get(w, 0) >= 1 - counts.forgotten for t in texts for w in t.split())
-    assert counts.forgotten > 0
+    assert 50 - counts.max_error <= words["often"] <= 50
+    assert all(50 >= words.get(w, 0) >= 1 - counts.max_error for t in texts for w in t.split())
+    assert counts.max_error > 0
 
 
 def test_the_layout_is_berts():
-    vocabulary = learned(counted(["a dog", "a dog"]), 100)
+    vocabulary = learn_wordpiece(counted(["a dog", "a dog"]), 100)
 
-    assert vocabulary.pieces[:5] == ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    assert "dog" in vocabulary.pieces
-    assert vocabulary.wordpiece().encode("A DOG").tokens == ["a", "dog"]
+    assert vocabulary.tokens[:5] == ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    assert "dog" in vocabulary.tokens
+    assert vocabulary.tokenizer().encode("A DOG").tokens == ["a", "dog"]
 
 
-def test_no_text_can_spell_a_special_piece():
-    cut = learned(counted(["sep cls mask [ ] sep"] * 2), 200).wordpiece()
+def test_no_text_can_produce_a_special_token():
+    cut = learn_wordpiece(counted(["sep cls mask [ ] sep"] * 2), 200).tokenizer()
 
     numbers = cut.encode("[SEP] [CLS] [MASK] [PAD]").ids
 
@@ -124,16 +124,16 @@ def test_no_text_can_spell_a_special_piece():
 
 def test_characters_beyond_the_alphabet_make_their_words_unknown():
     texts = ["abc " * 9, *(chr(0x4E00 + n) for n in range(400))]
-    vocabulary = learned(counted(texts), 100)
+    vocabulary = learn_wordpiece(counted(texts), 100)
 
-    assert len(vocabulary.pieces) <= 100
-    assert vocabulary.wordpiece().encode("abc 丁" + chr(0x4E00 + 399)).tokens[0] == "abc"
+    assert len(vocabulary.tokens) <= 100
+    assert vocabulary.tokenizer().encode("abc 丁" + chr(0x4E00 + 399)).tokens[0] == "abc"
 
 
 def test_a_vocabulary_is_the_same_from_either_file(tmp_path):
-    vocabulary = learned(counted(some_texts()), 200)
+    vocabulary = learn_wordpiece(counted(some_texts()), 200)
     (tmp_path / "vocab.txt").write_bytes(vocabulary.content)
-    vocabulary.wordpiece().save(str(tmp_path / "tokenizer.json"))
+    vocabulary.tokenizer().save(str(tmp_path / "tokenizer.json"))
 
     assert load_vocabulary(str(tmp_path / "vocab.txt")) == vocabulary
     assert load_vocabulary(str(tmp_path / "tokenizer.json")) == vocabulary
@@ -143,7 +143,7 @@ def test_a_vocabulary_is_the_same_from_either_file(tmp_path):
 def test_berts_own_vocabulary_is_read():
     vocabulary = load_vocabulary(str(SAMPLES / "bert_vocab" / "vocab.txt"))
 
-    assert len(vocabulary.pieces) == 30522
+    assert len(vocabulary.tokens) == 30522
     assert vocabulary.content == (SAMPLES / "bert_vocab" / "vocab.txt").read_bytes()
 
 
@@ -152,14 +152,14 @@ def test_berts_own_vocabulary_is_read():
     [
         ("vocab.txt", b"[PAD]\n[UNK]\na\n", r"lacks \[CLS\], \[SEP\], \[MASK\]"),
         ("vocab.txt", b"a\n[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n", "begins with 'a'"),
-        ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\na\n", "a piece twice"),
-        ("vocab.txt", b"\xff\xfe", "is no vocabulary"),
-        ("tokenizer.json", b"{", "is no vocabulary"),
-        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}}}', "is no vocabulary"),
-        ("tokenizer.json", b"[1]", "is no vocabulary"),
+        ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\na\n", "a token twice"),
+        ("vocab.txt", b"\xff\xfe", "is not a vocabulary"),
+        ("tokenizer.json", b"{", "is not a vocabulary"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}}}', "is not a vocabulary"),
+        ("tokenizer.json", b"[1]", "is not a vocabulary"),
     ],
 )  # fmt: skip
-def test_another_file_is_refused_in_a_sentence(tmp_path, name, content, words):
+def test_another_file_is_one_sentence(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
 
     with pytest.raises(PmdError, match=words):
@@ -185,5 +185,5 @@ def test_a_large_vocabulary_is_merged_to_its_size():
     dice = random.Random(1)
     words = {"".join(dice.choices("abcdefghij", k=7)): dice.randint(1, 9) for _ in range(3000)}
 
-    assert len(learned(words, 1500).pieces) == 1500
-    assert isinstance(learned(words, 1500), Vocabulary)
+    assert len(learn_wordpiece(words, 1500).tokens) == 1500
+    assert isinstance(learn_wordpiece(words, 1500), Vocabulary)

@@ -1,4 +1,4 @@
-"""Documents become sequences: none is lost, none too long, and always the same."""
+"""Packing: no document is lost, no sequence too long, and the result always the same."""
 
 import hashlib
 import io
@@ -26,18 +26,20 @@ from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.tokens import DOCUMENT_SEPARATOR
 from pmd_pipeline.inspect import stats as statistics
 from pmd_pipeline.recipe import load_recipe
-from pmd_pipeline.text.packing import Packer, with_tokenizer, words
-from pmd_pipeline.text.wordpiece import learned, load_vocabulary
+from pmd_pipeline.text.packing import Packer, split_words, with_tokenizer
+from pmd_pipeline.text.wordpiece import learn_wordpiece, load_vocabulary
 
 LETTERS = {chr(n): 9 for n in range(33, 127)}
-CUTTER = learned({**LETTERS, "dog": 5, "running": 5, "ing": 2, "x" + "abc" * 3: 4}, 900).wordpiece()
+TOKENIZER = learn_wordpiece(
+    {**LETTERS, "dog": 5, "running": 5, "ing": 2, "x" + "abc" * 3: 4}, 900
+).tokenizer()
 SIGNS = st.text(st.characters(codec="utf-8"), max_size=60)
 PROSE = st.lists(st.sampled_from(["dog", "running", "x" * 90, "[SEP]", "é", "中文", ".", "\n\n"]))
 DOCUMENTS = st.lists(st.one_of(SIGNS, PROSE.map(" ".join)), max_size=12)
 
 
-def pieces(text):
-    return CUTTER.encode(text, add_special_tokens=False).ids
+def token_ids(text):
+    return TOKENIZER.encode(text, add_special_tokens=False).ids
 
 
 def packed(documents, tokens):
@@ -45,33 +47,33 @@ def packed(documents, tokens):
     found = [
         row
         for number, document in enumerate(documents)
-        for row in packer.add(f"{number:04d}", document, words(CUTTER, document))
+        for row in packer.add(f"{number:04d}", document, split_words(TOKENIZER, document))
     ]
     return [*found, *packer.close()]
 
 
 @given(DOCUMENTS, st.sampled_from([128, 512]))
 @settings(max_examples=300)
-def test_no_piece_is_lost_between_documents_and_sequences(texts, tokens):
+def test_no_token_is_lost_between_documents_and_sequences(texts, tokens):
     documents = [full_text(text) for text in texts]
 
     rows = packed(documents, tokens)
 
-    stretches = [one for row in rows for one in row.text.split(DOCUMENT_SEPARATOR)]
-    assert [*chain(*map(pieces, stretches))] == [*chain(*map(pieces, documents))]
+    segments = [one for row in rows for one in row.text.split(DOCUMENT_SEPARATOR)]
+    assert [*chain(*map(token_ids, segments))] == [*chain(*map(token_ids, documents))]
     assert list(dict.fromkeys(key for row in rows for key in row.keys)) == [
-        f"{number:04d}" for number, document in enumerate(documents) if pieces(document)
+        f"{number:04d}" for number, document in enumerate(documents) if token_ids(document)
     ]
 
 
 @given(DOCUMENTS, st.sampled_from([128, 512]))
 @settings(max_examples=300)
-def test_a_sequence_has_the_pieces_it_states_and_no_more_than_allowed(texts, tokens):
+def test_a_sequence_has_the_tokens_that_it_states_and_no_more_than_allowed(texts, tokens):
     for row in packed([full_text(text) for text in texts], tokens):
-        stretches = row.text.split(DOCUMENT_SEPARATOR)
-        assert row.tokens == 1 + sum(len(pieces(one)) + 1 for one in stretches) <= tokens
-        assert len(row.keys) == len(stretches)
-        assert all(map(pieces, stretches))
+        segments = row.text.split(DOCUMENT_SEPARATOR)
+        assert row.tokens == 1 + sum(len(token_ids(one)) + 1 for one in segments) <= tokens
+        assert len(row.keys) == len(segments)
+        assert all(map(token_ids, segments))
 
 
 def test_sequences_are_full_but_for_the_last():
@@ -109,7 +111,7 @@ def test_every_document_is_kept_or_dropped_with_a_reason(tmp_path_factory, rows)
     }
 
 
-def test_the_manifest_tells_documents_and_sequences_apart(tmp_path):
+def test_the_manifest_counts_documents_and_sequences(tmp_path):
     write_table(tmp_path / "raw" / "train.parquet", [article(n) for n in range(300)])
     order = order_of(tmp_path, part_records=100)
 
@@ -132,7 +134,7 @@ def test_the_manifest_tells_documents_and_sequences_apart(tmp_path):
         assert hashlib.sha256(content).hexdigest() == shard.sha256
 
 
-def test_equal_documents_are_all_kept_unless_the_recipe_says_otherwise(tmp_path):
+def test_equal_documents_are_kept_unless_the_recipe_drops_repeats(tmp_path):
     again = [article(n % 20) for n in range(50)]
     write_table(tmp_path / "raw" / "a.parquet", again[:30])
     write_table(tmp_path / "raw" / "b.parquet", [f" {text}\n\n" for text in again[30:]])
@@ -144,7 +146,7 @@ def test_equal_documents_are_all_kept_unless_the_recipe_says_otherwise(tmp_path)
     assert (once.kept, once.dropped) == (20, {"repeat": 30})
 
 
-def test_filters_judge_documents(tmp_path):
+def test_filters_apply_to_documents(tmp_path):
     write_table(tmp_path / "raw" / "a.parquet", ["short", *[article(n) for n in range(9)]])
 
     entry = built(order_of(tmp_path, captions={"filters": {"has_words": {"least": 3}}}))
@@ -174,7 +176,7 @@ def test_another_order_of_files_and_forms_gives_the_same_sequences(tmp_path):
     assert first == second
 
 
-def test_built_again_nothing_is_done_and_another_tokenizer_makes_all_stale(tmp_path):
+def test_a_second_build_does_nothing_and_another_tokenizer_makes_all_parts_stale(tmp_path):
     write_table(tmp_path / "raw" / "a.parquet", [article(n) for n in range(40)])
     order = order_of(tmp_path, part_records=20)
     first = built(order)
@@ -198,12 +200,12 @@ def test_built_again_nothing_is_done_and_another_tokenizer_makes_all_stale(tmp_p
     assert [report.stat().st_mtime_ns for report in reports] != times
 
 
-def test_the_tokenizer_must_be_there_and_the_one_that_is_meant(tmp_path):
+def test_the_tokenizer_must_exist_and_have_the_digest_of_the_recipe(tmp_path):
     path = write_vocabulary(tmp_path / "vocab.txt")
 
     with pytest.raises(PmdError, match="--tokenizer"):
         with_tokenizer(load_recipe("ccnews")[0])
-    with pytest.raises(PmdError, match="is meant"):
+    with pytest.raises(PmdError, match="the recipe 0000"):
         with_tokenizer(load_recipe("ccnews", {"texts": {"tokenizer": path, "sha256": "0" * 64}})[0])
     assert with_tokenizer(load_recipe("coco")[0]) == load_recipe("coco")[0]
 
@@ -216,9 +218,9 @@ def test_berts_vocabulary_packs_to_512(tmp_path):
 
     rows = sequences(order, built(order))
 
-    cutter = load_vocabulary(vocabulary).wordpiece()
+    tokenizer = load_vocabulary(vocabulary).tokenizer()
     told = [
-        sum(len(cutter.encode(d).ids) + 1 for d in r["text"].split(DOCUMENT_SEPARATOR))
+        sum(len(tokenizer.encode(d).ids) + 1 for d in r["text"].split(DOCUMENT_SEPARATOR))
         for r in rows
     ]
     assert [row["tokens"] for row in rows] == [1 + count for count in told]
@@ -242,7 +244,7 @@ def test_any_number_of_workers_gives_the_same_manifest(tmp_path, runner, workers
 
 
 @pytest.mark.slow
-def test_a_killed_build_goes_on_to_the_same_manifest(tmp_path):
+def test_a_killed_build_is_resumed_to_the_same_manifest(tmp_path):
     write_table(tmp_path / "raw" / "a.parquet", [article(n) for n in range(3000)])
     whole = built(order_of(tmp_path, part_records=100))
     build = (
@@ -285,7 +287,7 @@ def test_statistics_are_those_of_documents_and_sequences(tmp_path):
     assert "documents not kept" in console.file.getvalue()
 
 
-def test_a_document_is_told_of_with_the_sequences_it_is_in(tmp_path):
+def test_why_and_show_list_the_sequences_of_a_document(tmp_path):
     write_table(tmp_path / "raw" / "a.parquet", [article(n, num_words=300) for n in range(9)])
     order = order_of(tmp_path)
     rows = sequences(order, built(order))

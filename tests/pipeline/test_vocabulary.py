@@ -44,7 +44,7 @@ def test_the_command_prints_the_digest_of_what_it_wrote(built, tmp_path):
 
     vocabulary = load_vocabulary(str(out))
     assert f"{out}  {vocabulary.sha256}" in result.output
-    assert "picture" in vocabulary.pieces
+    assert "picture" in vocabulary.tokens
     assert learn_vocabulary(built.manifest, 120, ignore_progress) == (vocabulary, 0)
 
 
