@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a row becomes, and what was decided on the way.
+    """The pairs of a row, and the decisions that led to them.
 
     Args:
         pairs: the row's pairs, kept and dropped; none for a row that states only the image.
@@ -81,7 +81,7 @@ class Chooser:
     def choose(self, row: Row) -> Choice:
         """The row's pairs with the decisions that led to them.
 
-        A refused row drops its pairs without a look at their texts, and at least one pair. With
+        A refused row drops all its pairs without a check of their texts, and at least one. With
         `choose = "first"` a row is one pair: the first candidate that passes, or else the last one
         that has text, with its reason.
         """
@@ -116,7 +116,7 @@ class Chooser:
     def _filtered(
         self, text: str, *, already: bool
     ) -> tuple[str | None, tuple[FilterVerdict, ...]]:
-        """The reason against the text, if there is one, and the verdicts of the filters that ran.
+        """The reason to drop the text, or None, and the verdicts of the filters that ran.
 
         Args:
             already: upstream has applied the filters.

@@ -87,10 +87,10 @@ def percentile(histogram: Mapping[int, int], share: float) -> int | None:
     5
     """
     total = sum(histogram.values())
-    seen = 0
+    cumulative = 0
     for words, count in sorted(histogram.items()):
-        seen += count
-        if seen * 100 >= share * total:
+        cumulative += count
+        if cumulative * 100 >= share * total:
             return words
     return None
 

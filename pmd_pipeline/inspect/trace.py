@@ -118,7 +118,7 @@ def find_traces(data: str, query: str, pool: Pool, source: str | None = None) ->
 
 
 def stored_image(trace: Trace) -> bytes:
-    """The stored image of the record, as it lies in the tar.
+    """The stored image of the record, with the bytes that the tar has.
 
     Raises:
         PmdError: the record has none.

@@ -18,7 +18,7 @@ _MAX_TEXTS = 20
 
 _MAX_CHARS = 1000
 
-_NOT_IN_SHARD = "it lies beyond --limit in key order, or the shard is older than the index"
+_NOT_IN_SHARD = "it is beyond --limit in key order, or the shard is older than the index"
 
 _STEPS = {
     Status.FAILED_TO_DOWNLOAD: "not fetched",

@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from hand import Hand, jpeg, png, tiles, webp, write_manifest, write_shard
+from handmade_shards import HandmadeRecord, jpeg, png, tiles, webp, write_manifest, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 from toy import QUIET, toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
@@ -80,17 +80,19 @@ def tensors(shard):
 def random_shard(folder, part=0, count=6, source="toy", side=24):
     """A shard of pictures in random tiles, every other one with two boxes, one failed."""
     dice = np.random.default_rng(part)
-    records = [Hand(key(100 * part), None)]
+    records = [HandmadeRecord(key(100 * part), None)]
     for number in range(1, count):
         boxes = ((0, 0, 0.5, 1), (0.25, 0.5, 0.75, 1)) if number % 2 else None
         names = dice.integers(0, 4, (3, 4))
         captions = ("one", "two") if boxes else ("one",)
-        records.append(Hand(key(100 * part + number), painted(names, side // 3), captions, boxes))
+        records.append(
+            HandmadeRecord(key(100 * part + number), painted(names, side // 3), captions, boxes)
+        )
     return write_shard(folder / source, source, part, records)
 
 
 def test_codes_say_which_patch_is_where(tmp_path, order):
-    shard = write_shard(tmp_path, "toy", 0, [Hand(key(1), painted(NAMES))])
+    shard = write_shard(tmp_path, "toy", 0, [HandmadeRecord(key(1), painted(NAMES))])
 
     coded(order(shard))
 
@@ -100,7 +102,7 @@ def test_codes_say_which_patch_is_where(tmp_path, order):
 
 
 def test_codes_of_webp_images_are_those_of_their_pixels(tmp_path, order):
-    shard = write_shard(tmp_path, "toy", 0, [Hand(key(1), painted(NAMES))], WEBP)
+    shard = write_shard(tmp_path, "toy", 0, [HandmadeRecord(key(1), painted(NAMES))], WEBP)
 
     coded(order(shard))
 
@@ -114,9 +116,9 @@ def test_an_image_with_boxes_has_a_view_for_each_caption_and_none_drawn(tmp_path
         "toy",
         0,
         [
-            Hand(key(1), painted(NAMES), ("left", "low"), (left, low)),
-            Hand(key(2), None),
-            Hand(key(3), painted(NAMES.T)),
+            HandmadeRecord(key(1), painted(NAMES), ("left", "low"), (left, low)),
+            HandmadeRecord(key(2), None),
+            HandmadeRecord(key(3), painted(NAMES.T)),
         ],
     )
 
@@ -132,7 +134,7 @@ def test_an_image_with_boxes_has_a_view_for_each_caption_and_none_drawn(tmp_path
 
 
 def test_images_without_captions_get_codes_too(tmp_path, order):
-    shard = write_shard(tmp_path, "toy", 0, [Hand(key(1), painted(NAMES), captions=())])
+    shard = write_shard(tmp_path, "toy", 0, [HandmadeRecord(key(1), painted(NAMES), captions=())])
 
     found = coded(order(shard, kind="images", views=2)).manifest
 
@@ -140,7 +142,7 @@ def test_images_without_captions_get_codes_too(tmp_path, order):
 
 
 def test_a_shard_without_images_has_an_empty_file(tmp_path, order):
-    shard = write_shard(tmp_path, "toy", 0, [Hand(key(1), None)])
+    shard = write_shard(tmp_path, "toy", 0, [HandmadeRecord(key(1), None)])
 
     found = coded(order(shard)).manifest
 
@@ -320,8 +322,8 @@ HOSTILE = {
     "a box of three": ({"boxes": [[0, 0, 1]]}, "a box that is not inside the image"),
     "a box without area": ({"boxes": [[0.5, 0, 0.5 + 1e-12, 1]]}, "a box that is not inside"),
     "a box too many": ({"boxes": [[0, 0, 1, 1], [0, 0, 1, 1]]}, "2 boxes for 1 captions"),
-    "boxes that are words": ({"described": {"boxes": ["abcd"]}}, "a box that is not inside"),
-    "boxes that are none": ({"described": {"boxes": 7}}, "boxes that are no list"),
+    "boxes that are words": ({"json_changes": {"boxes": ["abcd"]}}, "a box that is not inside"),
+    "boxes that are none": ({"json_changes": {"boxes": 7}}, "boxes that are no list"),
 }
 
 
@@ -338,7 +340,7 @@ def test_a_hostile_shard_is_one_sentence(tmp_path, order, kind):
     if cut := changes.pop("cut", None):
         changes["image"] = jpeg(painted(NAMES))[:-cut]
         changes["row"] = {"width": 16, "height": 16}
-    record = Hand(key(1), **{"image": painted(NAMES), **changes})
+    record = HandmadeRecord(key(1), **{"image": painted(NAMES), **changes})
     shard = write_shard(tmp_path / "toy", "toy", 0, [record])
 
     refused(order(shard), words)

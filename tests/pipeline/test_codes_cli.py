@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hand import Hand, tiles, write_manifest, write_shard
+from handmade_shards import HandmadeRecord, tiles, write_manifest, write_shard
 
 from pmd_pipeline import cli
 from pmd_pipeline.cli.codes import codes
@@ -48,7 +48,7 @@ def manifest(tmp_path):
             "toy",
             part,
             [
-                Hand(f"{part * 100 + n:016x}", tiles(dice.integers(0, 256, (3, 3, 3))))
+                HandmadeRecord(f"{part * 100 + n:016x}", tiles(dice.integers(0, 256, (3, 3, 3))))
                 for n in range(8)
             ],
         )
@@ -252,7 +252,7 @@ def test_the_same_tokenizer_may_code_another_dataset(pmd, manifest, tmp_path):
     pmd(manifest, *HERE, "--vocabulary", 12, "--grid", 3)
     first = load_manifest(manifest).codes
     image = tiles(np.random.default_rng(9).integers(0, 256, (3, 3, 3)))
-    shard = write_shard(tmp_path / "held", "toy", 0, [Hand("1" * 16, image)])
+    shard = write_shard(tmp_path / "held", "toy", 0, [HandmadeRecord("1" * 16, image)])
     other = write_manifest(tmp_path / "manifests" / "held.json", [shard])
 
     code, _, _ = pmd(other, *HERE, "--weights", "manifests/toy.kmeans.safetensors", "--grid", 3)

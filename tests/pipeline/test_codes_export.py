@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from hand import Hand, tiles, write_manifest, write_shard
+from handmade_shards import HandmadeRecord, tiles, write_manifest, write_shard
 from toy import QUIET
 
 from pmd_pipeline.base.overwrite import refuse_overwrite
@@ -28,7 +28,7 @@ def records(part):
     for number in range(12):
         boxes = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)] if number % 3 == 1 else None
         image = tiles(dice.integers(0, 256, (4, 4, 3))) if number % 5 else None
-        yield Hand(f"{part * 100 + number:016x}", image, ("one", "two"), boxes)
+        yield HandmadeRecord(f"{part * 100 + number:016x}", image, ("one", "two"), boxes)
 
 
 @pytest.fixture(params=[JPEG, WEBP], ids=lambda stored: stored.name)

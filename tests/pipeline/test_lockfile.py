@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from hand import Hand, tiles, webp, write_manifest, write_shard
+from handmade_shards import HandmadeRecord, tiles, webp, write_manifest, write_shard
 from toy import QUIET, toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline import cli
@@ -117,7 +117,7 @@ def pictures(original, tmp_path):
 
 def test_webp_images_are_locked_by_their_stored_bytes(tmp_path):
     image = tiles([[[250, 20, 20], [20, 250, 20]]])
-    shard = write_shard(tmp_path / "toy", "toy", 0, [Hand("1" * 16, image)], WEBP)
+    shard = write_shard(tmp_path / "toy", "toy", 0, [HandmadeRecord("1" * 16, image)], WEBP)
 
     locked(write_manifest(tmp_path / "hand.json", [shard]), tmp_path / "locked")
 

@@ -63,7 +63,7 @@ def loss_reasons(entry: SourceEntry) -> list[LossReason]:
 def meaning(reason: str, rules: Mapping[str, Any]) -> str:
     """The meaning of a reason; of a filter, its arguments and the summary of its docstring.
 
-    Code outside the package is never imported for it: the manifest may be a stranger's.
+    Code outside the package is not imported for it, since the manifest may be untrusted.
     """
     known = DROP_REASONS.get(reason) or FAILURE_REASONS.get(reason)
     if known:

@@ -105,7 +105,7 @@ def lost_examples(
 
 
 class _Description(BaseModel):
-    """The fields of a sample's JSON that the page needs, validated since it may be a stranger's."""
+    """The fields of a sample's JSON that the page needs, validated, since the file is untrusted."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 

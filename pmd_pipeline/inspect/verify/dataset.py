@@ -63,8 +63,8 @@ def verify(path: str, pool: Pool, reporter: Reporter, *, fast: bool = False) -> 
             yield Finding(source, None, path, f"{source}: {error}")
         tasks = _shard_tasks(path, manifest, source, image_format, fast=fast)
         findings = _check_shards(tasks, source, pool, reporter, fast=fast)
-        for task, found in zip(tasks, findings, strict=True):
-            for fault in found.faults:
+        for task, shard_findings in zip(tasks, findings, strict=True):
+            for fault in shard_findings.faults:
                 yield Finding(source, task.entry.part, _absolute(fault.path), fault.description)
         for task, description in _order_faults(tasks, findings):
             yield Finding(source, task.entry.part, _absolute(task.address), description)
@@ -119,7 +119,7 @@ def _order_faults(
     for before, after in pairwise(tasks):
         if before.entry.part >= after.entry.part:
             yield after, f"part {after.entry.part} comes after part {before.entry.part}"
-    ranges = [(task, found.keys) for task, found in zip(tasks, findings, strict=True) if found.keys]
+    ranges = [(task, shard.keys) for task, shard in zip(tasks, findings, strict=True) if shard.keys]
     for (before, low), (after, high) in pairwise(ranges):
         if low[1] >= high[0]:
             overlap = f"begins with the key {high[0]}, but {before} ends with {low[1]}"
@@ -143,7 +143,7 @@ def _source_faults(
         yield f"part {min(both)} is listed as missing, but has a shard"
     if manifest.codes is None and any(shard.codes_sha256 for shard in shards):
         yield "shards have image codes, but the manifest does not state how they were made"
-    reports = [found.report for found in findings if found.report]
+    reports = [shard.report for shard in findings if shard.report]
     if len(reports) == len(shards):
         yield from _report_faults(entry, reports)
         yield from _version_faults(manifest, reports)
@@ -166,8 +166,8 @@ def _sums(
     sums["pairs kept"] = (entry.counts.kept, sum(shard.pairs for shard in shards))
     if manifest.kind == "pairs":
         sums["captions by length"] = (entry.counts.kept, sum(entry.words.values()))
-    if tasks and not tasks[0].fast and not any(found.faults for found in findings):
-        hashes = [np.frombuffer(found.image_hashes, dtype=np.uint64) for found in findings]
+    if tasks and not tasks[0].fast and not any(shard.faults for shard in findings):
+        hashes = [np.frombuffer(shard.image_hashes, dtype=np.uint64) for shard in findings]
         unique, copies = count_equal(hashes)
         sums["unique images"] = (entry.unique_images, unique)
         stated = {sha256[:16]: count for sha256, count in entry.repeated.items()}

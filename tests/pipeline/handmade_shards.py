@@ -1,4 +1,4 @@
-"""Shards and manifests written by hand, for tests of what reads them."""
+"""Shards and manifests written without a build, for tests of their readers."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,22 +20,22 @@ from pmd_pipeline.contract.schemas import LedgerRow, ledger_bytes
 
 
 @dataclass
-class Hand:
-    """One record of a shard written by hand.
+class HandmadeRecord:
+    """One record of a handmade shard.
 
     Args:
         key: sixteen hex digits.
-        image: RGB [h, w, 3], or the bytes that stand in its place.
+        image: RGB [h, w, 3], or the stored bytes.
         boxes: of the captions.
-        described: laid over the JSON.
-        row: laid over the ledger row.
+        json_changes: values of the JSON that replace those of the record.
+        row: values of the ledger row that replace those of the record.
     """
 
     key: str
     image: Any
     captions: Sequence[str] = ("a caption",)
     boxes: Sequence[Sequence[float]] | None = None
-    described: dict[str, Any] = field(default_factory=dict)
+    json_changes: dict[str, Any] = field(default_factory=dict)
     row: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,7 +69,7 @@ def write_shard(
     folder: Path,
     source: str,
     part: int,
-    records: Sequence[Hand],
+    records: Sequence[HandmadeRecord],
     stored: ImageFormat = JPEG,
 ) -> ShardEntry:
     """A tar with its ledger; failed records are those without an image."""
@@ -84,14 +84,14 @@ def write_shard(
         if record.image is not None:
             is_array = isinstance(record.image, np.ndarray)
             content = encode(record.image) if is_array else record.image
-            described = {"captions": list(record.captions), **record.described}
+            sample = {"captions": list(record.captions), **record.json_changes}
             if record.boxes is not None:
-                described["boxes"] = [list(box) for box in record.boxes]
+                sample["boxes"] = [list(box) for box in record.boxes]
             places = writer.add(
                 record.key,
                 {
                     stored.extension: content,
-                    "json": canonical_json(described).encode(),
+                    "json": canonical_json(sample).encode(),
                     "txt": b"a caption",
                 },
             )
