@@ -19,7 +19,7 @@ def build(options: BuildOptions = BUILD_DEFAULTS) -> None:
 
     Example: pmd build --source yfcc100m --limit 10000
     """
-    _build(options)
+    _run_build(options)
 
 
 @app.command()
@@ -39,7 +39,7 @@ def retry(
     """
     from pmd_pipeline.dataset.build import parse_reasons
 
-    _build(options, parse_reasons(reason))
+    _run_build(options, parse_reasons(reason))
 
 
 @app.command()
@@ -73,7 +73,7 @@ def fail_if_parts_failed(result: "BuildResult") -> None:
         raise typer.Exit(1)
 
 
-def _build(options: BuildOptions, retry_reasons: frozenset[str] = frozenset()) -> None:
+def _run_build(options: BuildOptions, retry_reasons: frozenset[str] = frozenset()) -> None:
     from pmd_pipeline.dataset.build import build_all
     from pmd_pipeline.filters import caption
 

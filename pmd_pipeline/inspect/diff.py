@@ -40,7 +40,7 @@ class Change:
     after: Any
 
     def __str__(self) -> str:
-        return f"{self.name}: {_brief(self.before)} -> {_brief(self.after)}"
+        return f"{self.name}: {_shortened_value(self.before)} -> {_shortened_value(self.after)}"
 
 
 @dataclass
@@ -157,7 +157,7 @@ def as_lines(comparison: Comparison) -> Iterator[str]:
 def _manifest_changes(old: Manifest, new: Manifest) -> Iterator[Change]:
     """Differences that concern no single source: name, versions, codes."""
     parts = ("format", "name", "versions", "codes")
-    yield from _changes(
+    yield from _value_changes(
         old.model_dump(mode="json", include=set(parts)),
         new.model_dump(mode="json", include=set(parts)),
     )
@@ -170,9 +170,9 @@ def _source_changes(
     if old is None or new is None:
         return SourceChanges(source, there="before" if new is None else "after")
     changes = SourceChanges(source)
-    changes.changes += _changes(_comparable(old), _comparable(new))
+    changes.changes += _value_changes(_comparable(old), _comparable(new))
     missing = [manifest.missing.get(source, []) for _, manifest in (before, after)]
-    changes.changes += _changes({"parts missing": missing[0]}, {"parts missing": missing[1]})
+    changes.changes += _value_changes({"parts missing": missing[0]}, {"parts missing": missing[1]})
     left, right = (_shards_by_part(manifest, source) for _, manifest in (before, after))
     for part in sorted(left.keys() | right.keys()):
         changes.shards.update(_shard_changes(left.get(part), right.get(part)))
@@ -185,7 +185,7 @@ def _source_changes(
         _read_ledgers([located(path, shard.ledger_path) for shard in shards.values()])
         for path, shards in ((before[0], left), (after[0], right))
     )
-    for rows in _side_by_side(*sides):
+    for rows in _join_by_key(*sides):
         _count(rows, changes)
         stage.resume_from({"records": len(rows)})
     return changes
@@ -212,12 +212,14 @@ def _shard_changes(old: ShardEntry | None, new: ShardEntry | None) -> Iterator[s
         yield "with other codes"
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[Change]:
+def _value_changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[Change]:
     """The values that differ, with dotted names."""
     for name in [*old, *(name for name in new if name not in old)]:
         before, after = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from _changes(before, after, f"{prefix}{name}.")
+            yield from _value_changes(before, after, f"{prefix}{name}.")
         elif before != after:
             yield Change(prefix + name, before, after)
 
@@ -234,7 +236,7 @@ def _read_ledgers(addresses: Sequence[str]) -> Iterator[pl.DataFrame]:
                 raise PmdError(f"{address} is no whole ledger: run pmd verify") from error
 
 
-def _side_by_side(
+def _join_by_key(
     left: Iterator[pl.DataFrame], right: Iterator[pl.DataFrame]
 ) -> Iterator[pl.DataFrame]:
     """Full join by key, by which both sides are sorted; columns of the right end in `_right`."""
@@ -291,8 +293,8 @@ def _count(rows: pl.DataFrame, changes: SourceChanges) -> None:
             keys = changes.examples.setdefault(kind, [])
             keys += some["key"].head(NUM_EXAMPLES - len(keys)).to_list()
     more = both["num_pairs_right"] - both["num_pairs"]
-    changes.pairs["gained"] += _sum(gained["num_pairs_right"]) + _sum(more.filter(more > 0))
-    changes.pairs["lost"] += _sum(lost["num_pairs"]) - _sum(more.filter(more < 0))
+    changes.pairs["gained"] += _total(gained["num_pairs_right"]) + _total(more.filter(more > 0))
+    changes.pairs["lost"] += _total(lost["num_pairs"]) - _total(more.filter(more < 0))
     changes.pairs = +changes.pairs  # removes zeros
     changes.gained.update(_reasons(gained, "status", "reason"))
     changes.lost.update(_reasons(lost, "status_right", "reason_right"))
@@ -312,10 +314,10 @@ def _reasons(rows: pl.DataFrame, status: str, reason: str) -> list[str]:
     return rows.select(known.fill_null("?").alias("reason"))["reason"].to_list()
 
 
-def _sum(counts: pl.Series) -> int:
+def _total(counts: pl.Series) -> int:
     return int(counts.sum())
 
 
-def _brief(value: object) -> str:
+def _shortened_value(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:60]}..."

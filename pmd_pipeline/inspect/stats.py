@@ -66,11 +66,11 @@ def lengths(manifest: Manifest) -> list[Lengths]:
     table = paper_order()
     listed = [name for name in table if name in manifest.sources]
     order = [*listed, *sorted(manifest.sources.keys() - set(listed))]
-    rows = [_summarize(name, manifest, [name], *_paper_columns(name)) for name in order]
+    rows = [_row_of(name, manifest, [name], *_paper_columns(name)) for name in order]
     if len(rows) > 1:
         pairs = sum(row.paper_pairs or 0 for row in rows) or None
         words = PAPER_WORDS if len(listed) == len(table) == len(order) else None
-        rows.append(_summarize("total", manifest, order, pairs, words))
+        rows.append(_row_of("total", manifest, order, pairs, words))
     return rows
 
 
@@ -207,12 +207,12 @@ def plot(rows: Sequence[Lengths], manifest: Manifest, path: str) -> None:
     figure = Figure(figsize=(4.2 * columns, 2.6 * lines), layout="constrained")
     for number, row in enumerate(plotted):
         axes = figure.add_subplot(lines, columns, number + 1)
-        _histogram(axes, row, manifest.sources[row.dataset].words, _COUNTED[manifest.kind])
+        _draw_histogram(axes, row, manifest.sources[row.dataset].words, _COUNTED[manifest.kind])
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
 
 
-def _histogram(
+def _draw_histogram(
     axes: "Axes", row: Lengths, words: Mapping[int, int], names: tuple[str, str]
 ) -> None:
     thing, text = names
@@ -251,7 +251,7 @@ def _paper_columns(name: str) -> tuple[int | None, float | None]:
     return (row.pairs, row.words) if row else (None, None)
 
 
-def _summarize(
+def _row_of(
     dataset: str,
     manifest: Manifest,
     names: Sequence[str],

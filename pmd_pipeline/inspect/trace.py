@@ -209,7 +209,7 @@ def _trace(data: str, index: Index, key: str) -> Trace:
     built = size_of(paths.report) is not None
     kind = _kind_of(index, paths)
     shard = paths.ledger if kind == "text" else paths.tar
-    ledger = _ledger_row(paths.ledger, key) if built and kind != "text" else None
+    ledger = _find_ledger_row(paths.ledger, key) if built and kind != "text" else None
     texts = read_texts(shard) if built and kind == "text" else ()
     return Trace(
         source=index.source,
@@ -248,7 +248,7 @@ def _rows_with_key(address: str, key: str, mend: str = MEND_INDEX) -> pa.Table:
     return table.filter(pc.equal(table["key"], key))
 
 
-def _ledger_row(address: str, key: str) -> LedgerRow | None:
+def _find_ledger_row(address: str, key: str) -> LedgerRow | None:
     return next(iter(ledger_rows(_rows_with_key(address, key, MEND_SHARD))), None)
 
 

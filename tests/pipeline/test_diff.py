@@ -168,7 +168,7 @@ def test_ledgers_are_joined_by_key_for_any_batches(seed):
 
     joined = [
         (row["key"], row["num_pairs"], row["num_pairs_right"])
-        for frame in diff._side_by_side(*map(frames, sides))
+        for frame in diff._join_by_key(*map(frames, sides))
         for row in frame.iter_rows(named=True)
     ]
 

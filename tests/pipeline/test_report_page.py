@@ -280,7 +280,7 @@ def test_shards_at_another_address_give_the_same_page(built):
 def test_captions_of_one_box_share_a_region():
     box, other = (0.1, 0.2, 0.5, 0.6), (0.0, 0.0, 1.0, 1.0)
 
-    regions = gallery._regions([box, None, other, box])
+    regions = gallery._caption_regions([box, None, other, box])
 
     assert [(one.numbers, one.x, one.y, one.width, one.height) for one in regions] == [
         ("1, 4", 10, 20, 40, 40),
@@ -314,7 +314,7 @@ def test_duplicates_across_sources_are_counted_by_pairs_of_sources():
         [(0, pl.Series([1, 2, 3, 3])), (1, pl.Series([2, 3])), (2, pl.Series([3]))]
     )
 
-    stats = duplicates._summarize(copies, limit, ["a", "b", "c"])
+    stats = duplicates._duplicate_stats(copies, limit, ["a", "b", "c"])
 
     assert stats.distinct == 3
     assert stats.repeated == 2

@@ -73,9 +73,9 @@ class WordStats:
     shares: list[CountedName]
 
 
-def languages(sample: LedgerSample) -> LanguageStats | None:
+def language_stats(sample: LedgerSample) -> LanguageStats | None:
     """Languages of captions by fastText's identifier; None without captions."""
-    captions = _captions(sample, MAX_LANGUAGE_CAPTIONS)
+    captions = _every_nth_caption(sample, MAX_LANGUAGE_CAPTIONS)
     if not len(captions):
         return None
     counts = Counter(identify(" ".join(caption.split()))[0] for caption in captions)
@@ -90,9 +90,9 @@ def languages(sample: LedgerSample) -> LanguageStats | None:
     return LanguageStats(len(captions), LID_MODELS[lid_model()[1]], shares)
 
 
-def words(sample: LedgerSample) -> WordStats | None:
+def word_stats(sample: LedgerSample) -> WordStats | None:
     """Words of captions: letters, and the marks that join them; None without words."""
-    captions = _captions(sample, MAX_WORD_CAPTIONS)
+    captions = _every_nth_caption(sample, MAX_WORD_CAPTIONS)
     split = captions.str.to_lowercase().str.extract_all(_WORD)
     flat = split.list.explode(keep_nulls=False, empty_as_null=False)
     if not len(flat):
@@ -108,7 +108,7 @@ def words(sample: LedgerSample) -> WordStats | None:
     )
 
 
-def _captions(sample: LedgerSample, limit: int) -> pl.Series:
+def _every_nth_caption(sample: LedgerSample, limit: int) -> pl.Series:
     """At most `limit` captions that are not empty, at equal distances."""
     captions = sample.kept["caption"].cast(pl.String).drop_nulls()
     captions = captions.filter(captions.str.strip_chars() != "")

@@ -48,7 +48,7 @@ def find_duplicates(path: str, manifest: Manifest, on_progress: OnProgress) -> D
     """
     names = sorted(manifest.sources)
     copies, limit = count_copies(_shard_hashes(path, manifest, names, on_progress))
-    return _summarize(copies, limit, names)
+    return _duplicate_stats(copies, limit, names)
 
 
 def count_copies(ledgers: Iterable[tuple[int, pl.Series]]) -> tuple[pl.DataFrame, int]:
@@ -83,11 +83,11 @@ def _shard_hashes(
     number = {name: at for at, name in enumerate(names)}
     for done, shard in enumerate(manifest.shards, 1):
         if shard.images:
-            yield number[shard.source], _image_hashes(located(path, shard.ledger_path))
+            yield number[shard.source], _hash_prefixes(located(path, shard.ledger_path))
         on_progress("copies", {"ledgers": done})
 
 
-def _image_hashes(address: str) -> pl.Series:
+def _hash_prefixes(address: str) -> pl.Series:
     rows = read_columns(address, ["sha256", "status"]).filter(pl.col("status") == Status.SUCCESS)
     digits = rows["sha256"].cast(pl.String).str.slice(0, _HEX_DIGITS)
     return digits.str.to_integer(base=16, dtype=pl.Int64, strict=False).drop_nulls()
@@ -98,7 +98,7 @@ def _add_up(frames: list[pl.DataFrame]) -> pl.DataFrame:
     return summed.sort("hash", "source")
 
 
-def _summarize(copies: pl.DataFrame, limit: int, names: list[str]) -> DuplicateStats:
+def _duplicate_stats(copies: pl.DataFrame, limit: int, names: list[str]) -> DuplicateStats:
     images = copies.group_by("hash").agg(
         pl.col("copies").sum(),
         pl.lit(2, pl.UInt64).pow(pl.col("source")).sum().alias("sources"),  # one bit per source

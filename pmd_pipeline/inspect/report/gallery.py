@@ -138,7 +138,9 @@ def _gallery_image(row: dict[str, Any]) -> GalleryImage:
         height=size[1],
         captions=description.captions[:MAX_CAPTIONS],
         num_captions=len(description.captions),
-        regions=_regions(description.boxes[:MAX_CAPTIONS]) if image and description.boxes else [],
+        regions=_caption_regions(description.boxes[:MAX_CAPTIONS])
+        if image and description.boxes
+        else [],
         problem=problem,
     )
 
@@ -151,7 +153,7 @@ def _thumbnail(body: bytes) -> bytes:
     return encode_jpeg(pixels, THUMBNAIL.quality)
 
 
-def _regions(boxes: Iterable[tuple[float, ...] | None]) -> list[Region]:
+def _caption_regions(boxes: Iterable[tuple[float, ...] | None]) -> list[Region]:
     numbers: dict[tuple[float, ...], list[str]] = {}
     for number, box in enumerate(boxes, 1):
         if box:

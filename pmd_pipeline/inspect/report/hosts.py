@@ -42,15 +42,15 @@ def host_stats(sample: LedgerSample) -> list[HostStats]:
     by_host = rows.group_by("host").agg(pl.len().alias("records"))
     ordered = by_host.sort(["records", "host"], descending=[True, False])
     names = ordered["host"].head(MAX_HOSTS).to_list()
-    stats = [_summarize(name, rows.filter(pl.col("host") == name)) for name in names]
+    stats = [_one_host(name, rows.filter(pl.col("host") == name)) for name in names]
     others = rows.filter(~pl.col("host").is_in(names))
     if len(others):
         rest = f"{len(ordered) - len(names):,} other hosts"
-        stats.append(_summarize(rest, others, is_rest=True))
+        stats.append(_one_host(rest, others, is_rest=True))
     return stats
 
 
-def _summarize(name: str, rows: pl.DataFrame, *, is_rest: bool = False) -> HostStats:
+def _one_host(name: str, rows: pl.DataFrame, *, is_rest: bool = False) -> HostStats:
     failures = rows.filter(~pl.col("is_fetched"))["reason"].drop_nulls().value_counts()
     ordered = failures.sort(["count", "reason"], descending=[True, False])
     first = ordered["reason"].head(1).to_list()

@@ -115,9 +115,9 @@ def source_section(path: str, manifest: Manifest, row: Lengths, data: str | None
         lengths=charts.lengths_chart(entry.words, row.paper_words),
         sides=charts.sides_chart(np.minimum(width, height)),
         aspect_ratios=charts.aspect_ratios_chart(width / height),
-        languages=captions.languages(sample),
-        words=captions.words(sample),
-        licences=_licences(data, index, sample),
+        languages=captions.language_stats(sample),
+        words=captions.word_stats(sample),
+        licences=_licence_counts(data, index, sample),
         images=gallery.gallery_images(sample),
         texts=gallery.sample_texts(sample),
         lost=gallery.lost_examples(sample, dropped),
@@ -209,7 +209,7 @@ def short_bytes(count: int) -> str:
     return f"{count / 1000**power:,.1f} {_UNITS[power - 1]}"
 
 
-def _licences(
+def _licence_counts(
     data: str | None, index: Index | None, sample: LedgerSample
 ) -> list[captions.CountedName]:
     if data is None or index is None:
