@@ -1,4 +1,4 @@
-"""Recipes: TOML that says what to do, checked before anything is done, and frozen after."""
+"""Recipes: TOML files with the rules of one source or several, validated before a build begins."""
 
 import inspect
 import json
@@ -40,52 +40,51 @@ from pmd_pipeline.sources import Source
 
 Signal: TypeAlias = Literal["robots", "tdm", "x-robots-tag"]
 SIGNALS: tuple[Signal, ...] = get_args(Signal)
-"""Ways in which those who publish an image can say that they do not want it kept."""
+"""Signals by which a publisher asks that an image is not kept."""
 
 _Name = TypeVar("_Name", bound=str)
 
 _ORDERED_TABLES = {"filters", "pixel_filters"}
-"""Tables whose order counts: a change replaces them as a whole."""
+"""Tables whose order matters, so a change replaces the whole table."""
 
-Keywords = dict[str, Any]
-"""Keyword arguments of a filter or of a source's `read`, checked against its signature."""
-
+Arguments = dict[str, Any]
+"""Arguments of a filter or of a source's `read`, validated against its signature."""
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-"""A value of another type is a mistake: nothing is guessed from `"256"` or `95.0`."""
+"""A value of another type is an error; `"256"` or `95.0` is not converted."""
 
 
 def _added_key(default: object) -> Any:  # noqa: ANN401 - as pydantic's Field
-    """A key that was added after the first release.
+    """A key that is left out of the rules at its default.
 
-    At its default it is left out of the rules, so that the digests of recipes without it stay.
+    So a new key does not change the digests of recipes without it.
     """
     return Field(default=default, exclude_if=lambda value: value == default)
 
 
 class RecipeError(PmdError):
-    """A recipe says something that cannot be done; the sentence says where and what is possible."""
+    """A recipe is invalid; the message states where, and what would be valid."""
 
 
 class _Section(BaseModel):
     model_config = _STRICT
 
 
-Filters: TypeAlias = dict[str, Keywords]
-"""Filters in their order, each a name of the package or `module:function`, with its arguments."""
+Filters: TypeAlias = dict[str, Arguments]
+"""Arguments of each filter, in order; a filter is a name of the package or `module:function`."""
 
 FileDigests: TypeAlias = dict[str, Sha256]
-"""SHA-256 of the source file of each filter of the user's own; another file is refused. Filled in
-where it is absent, so that the rules of a dataset tell one version of a filter from the next."""
+"""SHA-256 of the source file of each filter from outside the package. Another file is refused. A
+missing digest is filled in, so that the rules of a dataset identify the version of each filter."""
 
 
 class Clean(_Section):
     """Optional cleaning of captions before the filters; the paper does none of it.
 
     Args:
-        entities: `&amp;` becomes `&`.
-        html: tags go; `<3`, `a < b` and `<PERSON>` stay.
-        urls: addresses go.
+        entities: replace `&amp;` by `&`.
+        html: remove tags; `<3`, `a < b` and `<PERSON>` stay.
+        urls: remove addresses.
         camera_names: a text that is only a camera's file name (`IMG_1234.JPG`) becomes empty.
     """
 
@@ -99,8 +98,8 @@ class Captions(_Section):
     """Which candidates of a row become pairs.
 
     Args:
-        choose: `all` makes each candidate a pair; `first` makes the first that passes the filters
-            the row's one pair.
+        choose: `all` makes a pair of each candidate; `first` makes one pair of a row, of the first
+            candidate that passes the filters.
         filters: see `Filters`; names are those of `filters/caption.py`.
         filters_sha256: see `FileDigests`.
         clean: see `Clean`.
@@ -114,31 +113,30 @@ class Captions(_Section):
     drop_repeats: bool = False
 
 
-def _as_set(names: list[_Name]) -> list[_Name]:
-    return sorted(set(names))  # the order says nothing, so no digest may depend on it
+def _sorted_set(names: list[_Name]) -> list[_Name]:
+    return sorted(set(names))  # no digest may depend on their order
 
 
 class Images(_Section):
-    """What becomes of the fetched bytes.
+    """How fetched images are filtered and stored.
 
     Args:
-        size: pixels of the side that `mode` names; larger images are made smaller, never the
-            other way round.
-        mode: `shorter` or `longer` side, or `none` to leave the size alone.
+        size: pixels of the side that `mode` names; smaller images are not enlarged.
+        mode: `shorter` or `longer` side, or `none` to keep the size.
         format: of the stored images.
         quality: of the JPEG or the lossy WebP, 1 to 100.
-        fast: decode larger JPEGs more coarsely; saves up to a third where it saves anything, for
-            up to about 1 dB.
+        fast: decode larger JPEGs at a reduced scale; saves up to a third of the time, and costs up
+            to about 1 dB.
         max_bytes: larger bodies are not fetched (`too_large`).
         max_pixels: larger images are not decoded (`bomb`).
-        respect: signals of those who publish an image that are obeyed, by leaving it out: `robots`
-            (robots.txt), `x-robots-tag`, `tdm` (TDM-Reservation). It stands here because it shapes
-            what is kept; images from shelves were fetched by somebody else and carry none.
-        licences: globs, of which the licence that upstream states for an image must fit one;
-            empty allows all, and images without one.
+        respect: publishers' signals for which an image is left out: `robots` (robots.txt),
+            `x-robots-tag`, `tdm` (TDM-Reservation). They decide what is kept, so they are not in
+            `[fetch]`. Local images have no signals.
+        licences: globs; the licence that upstream states for an image must match one of them.
+            Empty allows all images, and those without a licence.
         filters: see `Filters`; names are those of `filters/image.py`.
-        pixel_filters: likewise of `filters/pixels.py`; they run on the resized pixels.
-        filters_sha256: see `FileDigests`; of both.
+        pixel_filters: likewise, of `filters/pixels.py`; they run on the resized pixels.
+        filters_sha256: see `FileDigests`; for both.
     """
 
     size: Annotated[int, Field(ge=16, le=8192)] = 256
@@ -148,27 +146,27 @@ class Images(_Section):
     fast: bool = False
     max_bytes: Annotated[int, Field(ge=1)] = 64 << 20
     max_pixels: Annotated[int, Field(ge=1)] = 128_000_000
-    respect: Annotated[list[Signal], AfterValidator(_as_set)] = sorted(SIGNALS)
-    licences: Annotated[list[str], AfterValidator(_as_set)] = Field(default_factory=list)
+    respect: Annotated[list[Signal], AfterValidator(_sorted_set)] = sorted(SIGNALS)
+    licences: Annotated[list[str], AfterValidator(_sorted_set)] = Field(default_factory=list)
     filters: Filters = Field(default_factory=dict)
     pixel_filters: Filters = _added_key({})
     filters_sha256: FileDigests = _added_key({})
 
 
 class Fetch(_Section):
-    """How images are asked for. No digest covers this section: it is manners, not data.
+    """How images are requested. No digest covers this section, because it does not shape data.
 
     Args:
-        contact: mail or web address for the User-Agent, so that a host can reach whoever asks.
+        contact: mail or web address for the User-Agent, for operators of hosts.
         concurrency: most requests in flight in each task; fewer while bodies are large.
         per_host: most requests in flight to one host in each task; fewer while it is busy.
-        delay: host (`*.example` for all below it) to the least seconds between requests to it, in
-            each task; not for a host in `connect_to`.
-        timeout: seconds for one address, all attempts' bodies included.
-        least_rate: bytes a second; an answer that is slower for 15 seconds is given up.
-        retries: further attempts after a failure that may pass by itself.
-        connect_to: host (`*.example` for all below it) to `address:port` that is asked instead, as
-            with curl's option of that name; a host named here may be on a private network.
+        delay: host (`*.example` for its subdomains) to the least seconds between requests to it,
+            in each task; not for a host in `connect_to`.
+        timeout: seconds for one address, including the bodies of all attempts.
+        least_rate: bytes per second; a response that is slower for 15 seconds is ended.
+        retries: further attempts after a transient failure.
+        connect_to: host (`*.example` for its subdomains) to the `address:port` to connect to
+            instead, as curl's option of that name; it may be on a private network.
     """
 
     contact: str = ""
@@ -182,13 +180,13 @@ class Fetch(_Section):
 
 
 class Expected(_Section):
-    """What others found, for `pmd plan` where nobody has probed; no digest covers this section.
+    """Published figures, for `pmd plan` without a probe; no digest covers this section.
 
     Args:
-        records: images that the source names, after its filters.
-        pairs: pairs of them.
-        alive: share of the images that could be had.
-        seen: who found that, and when.
+        records: images of the source, after its filters.
+        pairs: pairs of these images.
+        alive: share of the images that could be fetched.
+        seen: origin and date of `alive`.
         image_bytes: mean size of an image on the web.
         pixels: mean number of its pixels.
         stored_bytes: mean size of a stored image.
@@ -208,10 +206,10 @@ class Texts(_Section):
 
     Args:
         tokenizer: the `vocab.txt` or `tokenizer.json` whose tokens are counted.
-        sha256: of its vocabulary; another than this one is refused. Filled in where it is empty.
-        tokens: tokens of a sequence at most, with one [CLS] and a [SEP] after each document.
-        dataset: folder, or id on the hub, of a dataset to read through the library `datasets`, in
-            place of files in the source's folder.
+        sha256: of its vocabulary; another one is refused. Filled in if empty.
+        tokens: most tokens in a sequence, with one [CLS] and a [SEP] after each document.
+        dataset: folder, or id on the hub, of a dataset to read with the library `datasets`, instead
+            of files in the source's folder.
         config: the dataset's configuration, if it has several.
         revision: the dataset's commit on the hub.
         split: of the dataset.
@@ -227,16 +225,16 @@ class Texts(_Section):
 
 
 class Recipe(_Section):
-    """What to do with one source.
+    """The rules of one source.
 
     Args:
-        source: name of the source: of the package, or chosen by the user for their own `module`.
-            It names folders, and is part of every key.
-        module: the module that defines a source of the user's own, as Python imports it.
-        module_sha256: of its file; another is refused. Filled in where it is absent.
-        form: the form of its annotation files to read; None takes the first that is there.
-        options: keyword arguments of the source's `read`.
-        part_records: about how many records make a part.
+        source: name of a source of the package, or any other name for the source of `module`. It
+            names folders, and is part of every key.
+        module: module of a source from outside the package, as Python imports it.
+        module_sha256: of its file; another one is refused. Filled in if missing.
+        form: the form of the annotation files to read; None takes the first complete one.
+        options: arguments of the source's `read`.
+        part_records: approximate number of records in a part.
         expected: see `Expected`.
     """
 
@@ -244,7 +242,7 @@ class Recipe(_Section):
     module: str | None = _added_key(None)
     module_sha256: Sha256 | None = _added_key(None)
     form: str | None = None
-    options: Keywords = Field(default_factory=dict)
+    options: Arguments = Field(default_factory=dict)
     captions: Captions = Captions()
     images: Images = Images()
     fetch: Fetch = Fetch()
@@ -261,47 +259,47 @@ class Recipe(_Section):
         """The source.
 
         Raises:
-            PmdError: it is not there, or is not what `module_sha256` states.
+            PmdError: it does not exist, or `module_sha256` is another.
         """
         return sources.load(self.source, self.module, self.module_sha256)
 
     def index_rules(self) -> dict[str, Any]:
-        """The part of the recipe that shapes the index."""
+        """The keys that shape the index."""
         return self.model_dump(mode="json", exclude={"images", "fetch", "texts", "expected"})
 
     def shard_rules(self) -> dict[str, Any]:
-        """The part of the recipe that shapes shards, given their index."""
+        """The keys that shape the shards of a given index."""
         if self.kind == "text":
             return {"texts": self.texts.model_dump(mode="json", exclude={"tokenizer"})}
         return {"images": self.images.model_dump(mode="json")}
 
     def rules(self) -> dict[str, Any]:
-        """All of the recipe that shapes data: what the manifest holds."""
+        """The keys that shape data, as the manifest holds them."""
         return {**self.index_rules(), **self.shard_rules()}
 
 
 def load_recipe(name_or_path: str, changes: Mapping[str, Any] | None = None) -> list[Recipe]:
-    """The recipes that a name (`yfcc100m`, `pmd`) or a TOML file stands for, checked.
+    """The validated recipes of a name (`yfcc100m`, `pmd`) or a TOML file.
 
-    A file with `include = [...]` stands for the recipes it names, each changed by the file's other
-    sections; paths in it are relative to the file. `changes` are laid over each recipe last.
+    A file with `include = [...]` gives the recipes that it names, each changed by the file's other
+    sections; paths in it are relative to the file. `changes` are merged into each recipe last.
 
     Raises:
-        RecipeError: no such recipe, no TOML, an unknown key, a value out of range, an unknown
-            filter or an argument that it does not take.
+        RecipeError: there is no such recipe, it is not TOML, or it has an unknown key, filter or
+            argument, or a value out of range.
     """
-    path = _find(name_or_path)
-    content = _read(path)
+    path = _recipe_path(name_or_path)
+    content = _read_toml(path)
     if "include" not in content:
-        return [_checked(path, _merged(content, changes or {}))]
+        return [_validated(path, _merge(content, changes or {}))]
     included, rest = content["include"], {k: v for k, v in content.items() if k != "include"}
     if not (included and isinstance(included, list) and all(isinstance(n, str) for n in included)):
         raise RecipeError(f"{path}: include must be a list of recipe names")
     if "source" in rest:
         raise RecipeError(f"{path}: include and source exclude each other; the included have one")
-    paths = [_find(name, path.parent) for name in included]
+    paths = [_recipe_path(name, path.parent) for name in included]
     recipes = [
-        _checked(one if not rest else path, _merged(_merged(_read(one), rest), changes or {}))
+        _validated(one if not rest else path, _merge(_merge(_read_toml(one), rest), changes or {}))
         for one in paths
     ]
     if twice := [name for name, count in Counter(r.source for r in recipes).items() if count > 1]:
@@ -310,13 +308,13 @@ def load_recipe(name_or_path: str, changes: Mapping[str, Any] | None = None) -> 
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package; those of `flava_train` are left out."""
-    found = (path.stem for path in recipe_folder().glob("*.toml"))
-    return sorted(name for name in found if not name.startswith("flava_"))
+    """Names of the package's recipes, without the configurations of `flava_train`."""
+    names = (path.stem for path in recipe_folder().glob("*.toml"))
+    return sorted(name for name in names if not name.startswith("flava_"))
 
 
 def recipe_folder() -> Path:
-    """Where the recipes are: inside an installed package, or beside it in a checkout."""
+    """The folder of the recipes: inside an installed package, or beside it in a checkout."""
     packed = Path(__file__).parent / "_recipes"
     return packed if packed.is_dir() else Path(__file__).parent.parent / "recipes"
 
@@ -324,57 +322,58 @@ def recipe_folder() -> Path:
 def predicates(
     module: ModuleType, filters: Filters, digests: Mapping[str, str]
 ) -> dict[str, Callable[..., bool]]:
-    """The filters by name, in order, with their keyword arguments bound.
+    """The filters by name, in order, with their arguments bound.
 
     Args:
         module: the package's filters of this kind.
         digests: see `FileDigests`.
 
     Raises:
-        PmdError: a filter does not exist, does not take its arguments, or is not of the file whose
-            SHA-256 is stated.
+        PmdError: a filter does not exist, its arguments are invalid, or its file has another
+            SHA-256.
     """
     bound: dict[str, Callable[..., bool]] = {}
-    for name, keywords in filters.items():
+    for name, arguments in filters.items():
         if is_reference(name):
             check_digest(name, digests.get(name))
-        bound[name] = predicate(module, name, keywords)
+        bound[name] = predicate(module, name, arguments)
     return bound
 
 
-def predicate(module: ModuleType, name: str, keywords: Mapping[str, Any]) -> Callable[..., bool]:
-    """The filter `name` with its keyword arguments bound: of `module`, or `module:function`.
+def predicate(module: ModuleType, name: str, arguments: Mapping[str, Any]) -> Callable[..., bool]:
+    """The filter `name`, of `module` or `module:function`, with its arguments bound.
 
     Raises:
-        RecipeError: no such filter, or it does not take these arguments.
+        RecipeError: there is no such filter, or an argument is invalid.
         PmdError: the user's module cannot be imported.
     """
     if is_reference(name):
         function = load_reference(name)
         if not callable(function):
-            raise RecipeError(f"filter {name} is no function")
-        bound = partial(function, **keywords_of(function, keywords, where=f"filter {name}"))
-        return partial(_guarded, name, bound)
-    found = {
+            raise RecipeError(f"filter {name} is not a function")
+        bound = partial(function, **checked_arguments(function, arguments, where=f"filter {name}"))
+        return partial(_passes_own, name, bound)
+    filters = {
         known: function
         for known, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__
         and not known.startswith("_")
         and get_type_hints(function)["return"] is bool
     }
-    if name not in found:
-        raise RecipeError(f"no filter {name!r} in {module.__name__}; {suggestion(name, found)}")
-    return partial(found[name], **keywords_of(found[name], keywords, where=f"filter {name}"))
+    if name not in filters:
+        raise RecipeError(f"no filter {name!r} in {module.__name__}; {suggestion(name, filters)}")
+    function = filters[name]
+    return partial(function, **checked_arguments(function, arguments, where=f"filter {name}"))
 
 
-def keywords_of(
+def checked_arguments(
     function: Callable[..., object], given: Mapping[str, Any], *, where: str
-) -> Keywords:
-    """`given` with the defaults of the function's arguments after the first, types checked.
+) -> Arguments:
+    """`given`, with the defaults of the function's arguments after the first, types checked.
 
     Raises:
-        RecipeError: an argument is unknown, missing or of the wrong type; or one of the function
-            has no type.
+        RecipeError: an argument is unknown, missing or of the wrong type, or the function declares
+            no type for it.
     """
     try:
         hints = get_type_hints(function, include_extras=True)
@@ -391,14 +390,14 @@ def keywords_of(
     except (NameError, TypeError, ValueError, PydanticUserError) as error:
         raise RecipeError(f"{where}: its arguments cannot be read: {error}") from error
     try:
-        checked: Keywords = model(**given).model_dump(mode="json")
+        checked: Arguments = model(**given).model_dump(mode="json")
     except ValidationError as error:
-        raise RecipeError(_sentence(where, error, list(fields))) from error
+        raise RecipeError(_validation_message(where, error, list(fields))) from error
     return checked
 
 
-def _guarded(name: str, passes: Callable[..., bool], subject: object) -> bool:
-    """Whether `subject` passes a filter of the user's own.
+def _passes_own(name: str, passes: Callable[..., bool], subject: object) -> bool:
+    """Whether `subject` passes a filter from outside the package.
 
     Raises:
         PmdError: the filter raises an exception.
@@ -409,7 +408,7 @@ def _guarded(name: str, passes: Callable[..., bool], subject: object) -> bool:
         raise failure(name, error) from error
 
 
-def _find(name_or_path: str, folder: Path = Path()) -> Path:
+def _recipe_path(name_or_path: str, folder: Path = Path()) -> Path:
     if name_or_path.endswith(".toml"):
         path = folder / name_or_path
         if not path.is_file():
@@ -421,32 +420,32 @@ def _find(name_or_path: str, folder: Path = Path()) -> Path:
     return recipe_folder() / f"{name_or_path}.toml"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: this is no TOML: {error}") from error
+        raise RecipeError(f"{path}: this is not TOML: {error}") from error
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`below` with the values of `above` laid over it, table by table."""
-    both = dict(below)
-    for name, value in above.items():
-        old = both.get(name)
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `changes`, table by table."""
+    merged = dict(base)
+    for name, value in changes.items():
+        old = merged.get(name)
         if isinstance(old, Mapping) and isinstance(value, Mapping) and name not in _ORDERED_TABLES:
-            both[name] = _merged(old, value)
+            merged[name] = _merge(old, value)
         else:
-            both[name] = value
-    return both
+            merged[name] = value
+    return merged
 
 
-def _checked(path: Path, content: Mapping[str, Any]) -> Recipe:
+def _validated(path: Path, content: Mapping[str, Any]) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(_sentence(str(path), error, _known_keys(error))) from error
+        raise RecipeError(_validation_message(str(path), error, _keys_of_section(error))) from error
     known = sources.names()
     if recipe.module is None and recipe.source not in known:
         near = suggestion(recipe.source, known)
@@ -465,15 +464,15 @@ def _checked(path: Path, content: Mapping[str, Any]) -> Recipe:
     if recipe.form is not None and recipe.form not in source.forms():
         near = suggestion(recipe.form, source.forms())
         raise RecipeError(f"{path}: {source.name} has no form {recipe.form!r}; {near}")
-    options = keywords_of(source.read, recipe.options, where=f"{path} [options]")
+    options = checked_arguments(source.read, recipe.options, where=f"{path} [options]")
     return recipe.model_copy(update={"options": options})
 
 
 def _with_digests(recipe: Recipe) -> Recipe:
-    """The recipe with the SHA-256 of each source file of the user's own that it states none of.
+    """The recipe with the missing SHA-256 digests of files from outside the package filled in.
 
     Raises:
-        PmdError: a file cannot be read, or a SHA-256 is stated of what the recipe does not use.
+        PmdError: a file cannot be read, or a digest is stated of code that the recipe does not use.
     """
     changes: dict[str, Any] = {}
     if recipe.module is not None:
@@ -496,7 +495,7 @@ def _with_digests(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def _known_keys(error: ValidationError) -> list[str]:
+def _keys_of_section(error: ValidationError) -> list[str]:
     model: type[BaseModel] = Recipe
     for step in error.errors()[0]["loc"][:-1]:
         inner = (
@@ -507,7 +506,7 @@ def _known_keys(error: ValidationError) -> list[str]:
     return list(model.model_fields)
 
 
-def _sentence(where: str, error: ValidationError, known: Sequence[str]) -> str:
+def _validation_message(where: str, error: ValidationError, known: Sequence[str]) -> str:
     first = error.errors()[0]
     key = ".".join(str(step) for step in first["loc"])
     if first["type"] == "extra_forbidden":

@@ -147,9 +147,9 @@ def test_an_unknown_source_form_or_recipe_is_refused_with_a_suggestion(write):
 
 
 def test_invalid_toml_is_one_sentence(write, tmp_path):
-    assert refusal(write('source = "coco')).startswith("this is no TOML: ")
+    assert refusal(write('source = "coco')).startswith("this is not TOML: ")
     (tmp_path / "latin.toml").write_bytes(b'source = "caf\xe9"')
-    assert refusal(str(tmp_path / "latin.toml")).startswith("this is no TOML: ")
+    assert refusal(str(tmp_path / "latin.toml")).startswith("this is not TOML: ")
 
 
 def test_include_gives_the_named_recipes_each_changed_by_the_rest(write):

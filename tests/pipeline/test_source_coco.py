@@ -7,7 +7,7 @@ from source_helpers import FIXTURES, SAMPLES, bad_rows, good_rows, needs_samples
 
 from pmd_pipeline.base.record import Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.recipe import RecipeError, keywords_of, load_recipe
+from pmd_pipeline.recipe import RecipeError, checked_arguments, load_recipe
 from pmd_pipeline.sources import find_annotations, load
 
 KARPATHY = FIXTURES / "coco" / "karpathy"
@@ -65,7 +65,7 @@ def test_the_recipe_takes_train_and_restval_and_cannot_take_test():
 
     assert recipe.options == {"splits": ["train", "restval"]}
     with pytest.raises(RecipeError, match="splits"):
-        keywords_of(load("coco").read, {"splits": ["test"]}, where="coco")
+        checked_arguments(load("coco").read, {"splits": ["test"]}, where="coco")
 
 
 def test_a_bad_image_and_a_bad_sentence_count_once_each():

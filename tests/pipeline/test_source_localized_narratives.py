@@ -7,7 +7,7 @@ from source_helpers import FIXTURES, bad_rows, good_rows, read_all, texts
 
 from pmd_pipeline.base.record import Candidate, Row
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.recipe import RecipeError, keywords_of, load_recipe
+from pmd_pipeline.recipe import RecipeError, checked_arguments, load_recipe
 from pmd_pipeline.sources import find_annotations, load
 from pmd_pipeline.sources.localized_narratives import pmd_sentences
 
@@ -248,7 +248,7 @@ def test_the_recipe_is_pmds():
         "splits": ["train"],
     }
     with pytest.raises(RecipeError, match="families"):
-        keywords_of(load(NAME).read, {"families": ["imagenet"]}, where=NAME)
+        checked_arguments(load(NAME).read, {"families": ["imagenet"]}, where=NAME)
 
 
 @settings(deadline=None)  # one byte a span opens files thousands of times

@@ -69,7 +69,7 @@ def test_damage_is_an_error_with_the_address_and_advice(file, read, damage):
         content.clear()
     columns = ["caption"] if damage == "column" else None
 
-    with pytest.raises(PmdError, match=r"^a/b\.parquet is not a whole Parquet file: do this$"):
+    with pytest.raises(PmdError, match=r"^a/b\.parquet is no whole Parquet file: do this$"):
         read(BytesIO(content), columns, address="a/b.parquet", mend="do this")
 
 

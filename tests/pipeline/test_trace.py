@@ -87,7 +87,7 @@ def test_a_damaged_ledger_is_one_sentence(data):
     overwrite_end(ledger)
 
     sentence = (
-        f"^{re.escape(str(ledger))} is not a whole Parquet file: delete the .json beside it, and"
+        f"^{re.escape(str(ledger))} is no whole Parquet file: delete the .json beside it, and"
     )
     with pytest.raises(PmdError, match=sentence):
         traces_of(data, "http://a.test/4.jpg")
@@ -104,7 +104,7 @@ def test_a_damaged_index_is_one_sentence_and_its_advice_helps(data, query, file)
     overwrite_end(damaged)
 
     with pytest.raises(
-        PmdError, match=r"is not a whole Parquet file: delete index\.json beside it, and"
+        PmdError, match=r"is no whole Parquet file: delete index\.json beside it, and"
     ):
         traces_of(data, query)
 

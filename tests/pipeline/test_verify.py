@@ -395,7 +395,7 @@ def rename_column(copy):
 
 def empty_ledger(copy):
     copy.path("parquet").write_bytes(b"PAR1")
-    return "is not a whole Parquet file"
+    return "is no whole Parquet file"
 
 
 def row(name, value, sentence, **where):
