@@ -2,15 +2,13 @@
 
 import base64
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import polars as pl
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pmd_pipeline.contract.errors import RecordError
-from pmd_pipeline.contract.files import open_read
 from pmd_pipeline.contract.image_format import JPEG
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.images.decode.decoder import open_image
@@ -18,6 +16,7 @@ from pmd_pipeline.images.decode.jpeg import encode_jpeg
 from pmd_pipeline.images.decode.stored_image import make_stored_image
 from pmd_pipeline.index.records import DroppedPair
 from pmd_pipeline.inspect.report.ledgers import LedgerSample
+from pmd_pipeline.inspect.shard_contents import read_bytes_at
 from pmd_pipeline.recipe import Images
 
 NUM_KEPT = 8
@@ -83,7 +82,8 @@ def gallery_images(sample: LedgerSample) -> list[GalleryImage]:
         PmdError: a shard is missing.
     """
     first = sample.kept.filter(pl.col("image_offset").is_not_null()).head(NUM_KEPT)
-    return [_gallery_image(row) for row in first.iter_rows(named=True)]
+    columns = [column.name for column in fields(_LedgerPlace)]
+    return [_gallery_image(_LedgerPlace(*row)) for row in first.select(columns).iter_rows()]
 
 
 def sample_texts(sample: LedgerSample) -> list[str]:
@@ -113,14 +113,25 @@ class _Description(BaseModel):
     boxes: list[tuple[float, float, float, float] | None] | None = None
 
 
-def _gallery_image(row: dict[str, Any]) -> GalleryImage:
-    description, image, size = _Description(captions=[row["caption"] or ""]), None, (4, 3)
+@dataclass(frozen=True)
+class _LedgerPlace:
+    """The columns of a ledger row that locate a sample, and `shard`, the address of its tar."""
+
+    key: str
+    url: str | None
+    caption: str | None
+    json_offset: int
+    json_size: int
+    image_offset: int
+    image_size: int
+    shard: str
+
+
+def _gallery_image(row: _LedgerPlace) -> GalleryImage:
+    description, image, size = _Description(captions=[row.caption or ""]), None, (4, 3)
     problem = ""
-    with open_read(row["shard"]) as file:
-        file.seek(row["json_offset"])
-        text = file.read(min(row["json_size"], MAX_MEMBER_BYTES))
-        file.seek(row["image_offset"])
-        body = file.read(min(row["image_size"], MAX_MEMBER_BYTES))
+    text = read_bytes_at(row.shard, row.json_offset, min(row.json_size, MAX_MEMBER_BYTES))
+    body = read_bytes_at(row.shard, row.image_offset, min(row.image_size, MAX_MEMBER_BYTES))
     try:
         description = _Description.model_validate_json(text)
         thumbnail = _thumbnail(body)
@@ -131,8 +142,8 @@ def _gallery_image(row: dict[str, Any]) -> GalleryImage:
     except ValidationError:
         problem = "the stored JSON cannot be read; run pmd verify"
     return GalleryImage(
-        key=row["key"],
-        url=row["url"],
+        key=row.key,
+        url=row.url,
         image=image,
         width=size[0],
         height=size[1],
@@ -172,7 +183,5 @@ def _from_index(dropped: Iterable[DroppedPair]) -> Iterator[LostExample]:
 def _from_ledgers(sample: LedgerSample) -> Iterator[LostExample]:
     lost = sample.rows.filter(pl.col("status") != Status.SUCCESS)
     first = lost.filter(pl.int_range(pl.len()).over("reason") < NUM_PER_REASON)
-    for row in first.iter_rows(named=True):
-        yield LostExample(
-            row["key"], row["reason"], row["url"], row["caption"], row["error_message"]
-        )
+    columns = ("key", "reason", "url", "caption", "error_message")
+    yield from (LostExample(*row) for row in first.select(columns).iter_rows())

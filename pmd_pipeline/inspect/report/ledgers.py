@@ -155,7 +155,7 @@ def _ledger_frame(path: str, shard: ShardEntry) -> pl.DataFrame:
             f"{address} is not the ledger that {path} names: build its part again, or use the "
             "manifest that was written with it"
         )
-    if shard.path.endswith(".parquet"):
+    if shard.path == shard.ledger_path:
         return _text_frame(address, shard)
     rows = read_columns(address, COLUMNS).cast(pl.Schema(_TYPES))
     return rows.with_columns(shard=pl.lit(located(path, shard.path)))
