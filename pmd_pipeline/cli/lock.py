@@ -79,7 +79,7 @@ def rebuild(
         lockfile=kit,
         out=out,
         manifests=manifests,
-        places=tuple(images or ("web",)),
+        images=tuple(images or ("web",)),
         raw=raw,
         changes={"fetch": {"contact": contact}} if contact else {},
     )

@@ -2,11 +2,11 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import polars as pl
 from PIL import Image
@@ -25,6 +25,8 @@ from pmd_pipeline.contract.files import open_read, read_bytes
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.contract.models import Manifest, ShardEntry
 from pmd_pipeline.contract.schemas import LedgerColumn
+
+_Item = TypeVar("_Item")
 
 _KEPT_LEDGERS = 64
 """Ledgers that stay in memory for look-ups by key; each has about 10,000 rows."""
@@ -134,14 +136,12 @@ class Dataset:
         for entry in self._entries(None):
             by_source.setdefault(entry.source, []).append(entry)
         for entries in by_source.values():
-            shard = _Last(entries, lambda entry: self._samples(entry)[0].key).at_most(key)
-            if shard is None:
-                continue
-            samples = self._samples(shard)
-            number = bisect_right(samples, key, key=lambda one: one.key) - 1
-            if number >= 0 and samples[number].key == key:
-                with open_read(samples[number].shard) as file:
-                    return _sample(file, samples[number], shard.source)
+            entries.sort(key=lambda entry: entry.part)  # parts are key ranges
+            shard = _last_up_to(key, entries, lambda entry: self._samples(entry)[0].key)
+            stored = shard and _last_up_to(key, self._samples(shard), lambda one: one.key)
+            if shard and stored and stored.key == key:
+                with open_read(stored.shard) as file:
+                    return _sample(file, stored, shard.source)
         raise KeyError(key)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -178,19 +178,6 @@ class Dataset:
         return read_samples(located(self.path, entry.path), entry)
 
 
-class _Last:
-    """Binary search over the shards of one source, which are ordered by key."""
-
-    def __init__(self, entries: Sequence[ShardEntry], first_key: Any) -> None:  # noqa: ANN401 - a function
-        self._entries = sorted(entries, key=lambda entry: entry.part)
-        self._first_key = first_key
-
-    def at_most(self, key: str) -> ShardEntry | None:
-        """The last shard whose first key is not above `key`."""
-        place = bisect_right(self._entries, key, key=self._first_key)
-        return self._entries[place - 1] if place else None
-
-
 def open_manifest(path: str) -> Dataset:
     """The dataset of the manifest at `path`, a path or any fsspec address.
 
@@ -200,6 +187,12 @@ def open_manifest(path: str) -> Dataset:
     pmd_pipeline.contract.files.FileAbsentError: cannot read nowhere.json: there is no such file
     """
     return Dataset(path)
+
+
+def _last_up_to(key: str, items: Sequence[_Item], key_of: Callable[[_Item], str]) -> _Item | None:
+    """The last item whose key is not above `key`; `items` are in order of their keys."""
+    number = bisect_right(items, key, key=key_of)
+    return items[number - 1] if number else None
 
 
 def _sample(file: Any, stored: ShardSample, source: str) -> Sample:  # noqa: ANN401 - a binary file

@@ -57,7 +57,7 @@ def rebuilt(lock_folder, folder, pictures, *, workers=1, raw=None):
         lockfile=str(lock_folder),
         out=str(folder / "data"),
         manifests=str(folder / "manifests"),
-        places=(str(pictures),),
+        images=(str(pictures),),
         raw=raw and str(raw),
     )
     with open_pool("local", workers, None) as pool:
@@ -377,7 +377,7 @@ def test_a_part_whose_workers_die_is_missing(lock_folder, pictures, tmp_path):
         lockfile=str(lock_folder),
         out=str(tmp_path / "again" / "data"),
         manifests=str(tmp_path / "again" / "manifests"),
-        places=(str(pictures),),
+        images=(str(pictures),),
     )
 
     result = rebuild(order, DyingPool(), QUIET)

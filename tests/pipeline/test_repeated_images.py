@@ -104,7 +104,7 @@ def test_a_rebuild_reports_the_same_and_counts_missing_images(source_build, tmp_
             lockfile=str(tmp_path / "kit"),
             out=str(tmp_path / "again"),
             manifests=str(tmp_path / "again"),
-            places=source_build.images,
+            images=source_build.images,
         )
         assert rebuild(again, pool, QUIET).manifest.digest == result.digest
 
@@ -116,7 +116,7 @@ def test_a_rebuild_reports_the_same_and_counts_missing_images(source_build, tmp_
             again,
             out=str(tmp_path / "fewer"),
             manifests=str(tmp_path / "fewer"),
-            places=(str(less),),
+            images=(str(less),),
         )
         counted = rebuild(fewer, pool, QUIET).manifest.sources["cc3m"].repeated
     assert counted == {sha256(source_build, 1): SAME - 1}
@@ -142,7 +142,7 @@ def test_a_rebuild_reports_images_that_are_the_most_repeated_after_others_are_mi
             lockfile=str(tmp_path / "kit"),
             out=str(tmp_path / "again" / "data"),
             manifests=str(tmp_path / "again"),
-            places=source_build.images,
+            images=source_build.images,
         )
         result = rebuild(again, pool, QUIET)
         assert result.manifest.sources["cc3m"].repeated == {sha256(source_build, 1): 12}

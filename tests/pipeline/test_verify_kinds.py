@@ -121,7 +121,7 @@ def test_images_without_captions_are_locked_and_rebuilt(classes, tmp_path):
             lockfile=str(tmp_path / "kit"),
             out=str(again / "data"),
             manifests=str(again / "manifests"),
-            places=(str(tmp_path / "raw"),),
+            images=(str(tmp_path / "raw"),),
         )
         made = rebuild(order, pool, QUIET)
 

@@ -264,7 +264,7 @@ def rebuild_at(origin, world, kit, folder, runner="local"):
         lockfile=str(kit),
         out=str(folder / "data"),
         manifests=str(folder / "manifests"),
-        places=(WEB, *(str(path) for paths in world.images.values() for path in paths)),
+        images=(WEB, *(str(path) for paths in world.images.values() for path in paths)),
         changes={"fetch": {"connect_to": {"*": origin}}},
     )
     with open_pool(runner, 2, None) as pool:

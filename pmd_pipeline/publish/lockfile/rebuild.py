@@ -45,7 +45,7 @@ class RebuildRequest:
         lockfile: folder of the lock file.
         out: address under which `shards/` lies, and the list of images to leave out, if any.
         manifests: address for the manifest, and for the list of missing images.
-        places: where images are looked for, in order: `web`, or paths of folders, zips and tars.
+        images: where images are looked for, in order: `web`, or paths of folders, zips and tars.
         raw: folder of upstream's annotation files, of one source or with a folder per source;
             needed for the captions if the lock file has their hashes.
         changes: override the recipe of each source; only `fetch` has an effect.
@@ -54,7 +54,7 @@ class RebuildRequest:
     lockfile: str
     out: str
     manifests: str
-    places: tuple[str, ...] = (WEB,)
+    images: tuple[str, ...] = (WEB,)
     raw: str | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -252,7 +252,7 @@ def _tasks(
     scratch = _scratch(request, source)
     shards = join(request.out, "shards", source)
     sweep(shards)
-    locations = image_locations(request.places, scratch, pool)
+    locations = image_locations(request.images, scratch, pool)
     parts = [
         (part, entry)
         for part, entry in zip(lockfile.parts, lockfile.manifest.shards, strict=True)
