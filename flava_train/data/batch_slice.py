@@ -8,7 +8,7 @@ import numpy as np
 from flava_train.data.image_codes import boxes_match
 from flava_train.data.masking import draw_uniforms
 from flava_train.data.order import random_bits
-from flava_train.data.pixels import crop_pixels
+from flava_train.data.pixels import resized_crop
 from flava_train.data.shard_readers import ImageShard
 from flava_train.data.shard_stream import OpenWindow, ShardStream
 from flava_train.data.wordpiece import WordPiece
@@ -56,7 +56,7 @@ class ImageCrop:
         Raises:
             PmdError: the stored image is not the one that the ledger describes.
         """
-        return crop_pixels(self.shard.image(self.sample), self.box, size)
+        return resized_crop(self.shard.image(self.sample), self.box, size)
 
 
 @dataclass(frozen=True)

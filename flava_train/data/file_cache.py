@@ -122,7 +122,7 @@ class FileCache:
                     self._make_room(size, folder, part)
                     out.truncate(size)  # reserves the bytes: `_make_room` counts them
                 sha256 = _with_retries(
-                    file.address, lambda: _download(filesystem, path, out, folder)
+                    file.address, lambda: _download_to_cache(filesystem, path, out, folder)
                 )
                 if sha256 != file.sha256:
                     part.unlink()
@@ -167,7 +167,7 @@ def _verify(path: Path, file: ExpectedFile) -> None:
             if age < _STAMP_SECONDS:
                 return
         with path.open("rb", buffering=0) as content:
-            if _sha256(content) != file.sha256:
+            if _sha256_of_file(content) != file.sha256:
                 raise _changed(str(path))
         if stamp:
             stamp.seek(0)
@@ -217,7 +217,7 @@ def _remove_copy(path: Path) -> bool:
     return True
 
 
-def _download(
+def _download_to_cache(
     filesystem: fsspec.AbstractFileSystem, path: str, target: BinaryIO, folder: Path
 ) -> str:
     """Copy the file at `path` to `target` in `folder`; return the SHA-256 of its content."""
@@ -235,7 +235,7 @@ def _download(
     return digest.hexdigest()
 
 
-def _sha256(file: BinaryIO) -> str:
+def _sha256_of_file(file: BinaryIO) -> str:
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)

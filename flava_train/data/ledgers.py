@@ -121,7 +121,7 @@ def read_captions(
     Raises:
         PmdError: the tar does not hold what the ledger states.
     """
-    content = _read_member(descriptor, ledger, ledger.json, sample, shard)
+    content = _read_range(descriptor, ledger, ledger.json, sample, shard)
     key = ledger.keys[sample].decode()
     try:
         parsed = parse_captions(content)
@@ -135,7 +135,7 @@ def read_captions(
 
 def read_image(descriptor: int, ledger: ShardLedger, sample: int, shard: str) -> bytes:
     """The stored image of a sample, JPEG or WebP. Arguments and errors as for `read_captions`."""
-    return _read_member(descriptor, ledger, ledger.image, sample, shard)
+    return _read_range(descriptor, ledger, ledger.image, sample, shard)
 
 
 def _check_ledger(ledger: ShardLedger, num_records: int, shard: ShardEntry) -> None:
@@ -151,7 +151,7 @@ def _check_ledger(ledger: ShardLedger, num_records: int, shard: ShardEntry) -> N
             raise _mismatch(shard, f"the byte range of a sample's {name} lies outside the tar")
 
 
-def _read_member(
+def _read_range(
     descriptor: int, ledger: ShardLedger, ranges: ByteRanges, sample: int, shard: str
 ) -> bytes:
     offset, size = int(ranges.offsets[sample]), int(ranges.sizes[sample])

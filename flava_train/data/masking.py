@@ -75,7 +75,7 @@ def mask_patches(
     start = 0
     while blocks.unfinished.any():
         rows = np.flatnonzero(blocks.unfinished)
-        draws = _uniform(seed, "patches", numbers[rows], chunk, start=start)  # rows chunk 4
+        draws = _philox_uniforms(seed, "patches", numbers[rows], chunk, start=start)  # rows chunk 4
         for attempt in range(chunk):
             unfinished = blocks.unfinished[rows]
             if not unfinished.any():
@@ -113,7 +113,9 @@ def mask_tokens(
     limits = np.where(
         num_eligible > 0, np.maximum(1, np.rint(TOKEN_MASK_RATIO * num_eligible)), 0
     ).astype(int)
-    draws = _uniform(seed, "tokens", numbers, tokens.shape[1])  # a block for each position, so
+    draws = _philox_uniforms(
+        seed, "tokens", numbers, tokens.shape[1]
+    )  # a block for each position, so
     priority, action, other = np.moveaxis(draws, 2, 0)[:3]  # that masks do not depend on padding
     if starts is None:
         selected = _select_tokens(np.where(eligible, priority, np.inf), limits)
@@ -157,7 +159,7 @@ def word_starts(vocabulary: Sequence[str]) -> Bool[Array, " vocab"]:
 
 def draw_uniforms(seed: int, numbers: Int[Array, " b"]) -> Float[Array, "b 2"]:
     """Two random numbers in [0, 1) for each sample number, for the choice of ITM negatives."""
-    drawn = _uniform(seed, "negatives", numbers, 1)[:, 0, :2]
+    drawn = _philox_uniforms(seed, "negatives", numbers, 1)[:, 0, :2]
     rounded: Array = np.floor(drawn * 2**24) * 2.0**-24  # else float32 would round some up to 1
     return rounded.astype(np.float32)
 
@@ -249,7 +251,7 @@ def _select_words(
 _PURPOSES = {"patches": 1, "tokens": 2, "negatives": 3}
 
 
-def _uniform(
+def _philox_uniforms(
     seed: int, purpose: str, numbers: Int[Array, " b"], blocks: int, *, start: int = 0
 ) -> Float[Array, "b {blocks} 4"]:
     """Four numbers in [0, 1) for each sample and block from `start`."""

@@ -14,7 +14,7 @@ MAX_PIXELS = 1 << 28
 """Pixels of the largest image that is decoded; the pipeline stores none that is larger."""
 
 
-def decode_image(content: bytes, stored_size: tuple[int, int]) -> Image.Image:
+def decode_rgb(content: bytes, stored_size: tuple[int, int]) -> Image.Image:
     """The stored image as RGB.
 
     Args:
@@ -36,7 +36,7 @@ def decode_image(content: bytes, stored_size: tuple[int, int]) -> Image.Image:
     return decode_stored(content, stored_size)
 
 
-def crop_pixels(image: Image.Image, box: Box, size: int) -> UInt[Array, "3 {size} {size}"]:
+def resized_crop(image: Image.Image, box: Box, size: int) -> UInt[Array, "3 {size} {size}"]:
     """Red, green and blue of a crop, resized to a square by bicubic interpolation.
 
     The values are those of Pillow's `image.resize((size, size), BICUBIC, box)`.

@@ -14,7 +14,7 @@ from PIL import Image
 from flava_train.data.file_cache import ExpectedFile, FileCache
 from flava_train.data.image_codes import ShardCodes, open_codes
 from flava_train.data.ledgers import ShardLedger, read_captions, read_image, read_ledger
-from flava_train.data.pixels import decode_image
+from flava_train.data.pixels import decode_rgb
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import located
 from pmd_pipeline.contract.models import CodeRules, ShardEntry
@@ -128,7 +128,7 @@ class ImageShard:
         content = read_image(self._descriptor, self.ledger, sample, self.address)
         size = int(self.ledger.widths[sample]), int(self.ledger.heights[sample])
         try:
-            return decode_image(content, size)
+            return decode_rgb(content, size)
         except ValueError as error:
             raise PmdError(
                 f"{self.address}: {self.key(sample)} is not the image that its ledger describes: "

@@ -120,7 +120,7 @@ def load_wordpiece(source: str, revision: str | None = None) -> WordPiece:
     """
     path = Path(source)
     if not path.exists():
-        path = _download(source, revision)
+        path = _download_from_hub(source, revision)
     if path.is_dir():
         paths = [path / name for name in _FILE_NAMES if (path / name).is_file()]
         if not paths:
@@ -159,7 +159,7 @@ def _vocabulary_of_json(content: str) -> list[str]:
     return sorted(ids, key=ids.__getitem__)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download_from_hub(name: str, revision: str | None) -> Path:
     if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
         raise PmdError(
             f"{name or 'data.tokenizer'}: there is no such file; `pmd tokenizer` makes one, and "

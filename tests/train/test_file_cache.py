@@ -92,8 +92,10 @@ def test_a_file_that_changes_after_its_verification_is_verified_again(tmp_path):
 def test_a_machine_verifies_a_file_once_a_day(tmp_path, monkeypatch):
     expected = local(tmp_path / "a.tar", b"content")
     read_times = []
-    digest = file_cache._sha256
-    monkeypatch.setattr(file_cache, "_sha256", lambda file: read_times.append(1) or digest(file))
+    digest = file_cache._sha256_of_file
+    monkeypatch.setattr(
+        file_cache, "_sha256_of_file", lambda file: read_times.append(1) or digest(file)
+    )
 
     for _ in range(3):
         FileCache().path(expected)
@@ -128,7 +130,7 @@ def test_a_remote_file_is_copied_once(tmp_path, remote, monkeypatch):
     files = FileCache(tmp_path / "cache")
 
     assert read(files, expected) == b"content"
-    monkeypatch.setattr(file_cache, "_download", None)  # a second copy would fail
+    monkeypatch.setattr(file_cache, "_download_to_cache", None)  # a second copy would fail
     assert read(files, expected) == b"content"
     assert files.path(expected).suffix == ".tar"
 

@@ -11,7 +11,7 @@ from flava_train.data.masking import (
     IGNORE,
     PatchMasking,
     TokenMasking,
-    _uniform,
+    _philox_uniforms,
     draw_uniforms,
     gather_masked,
     mask_patches,
@@ -98,7 +98,7 @@ def test_patch_masks_equal_those_of_beits_loop():
     masks = mask_patches(5, numbers, masking)
 
     for number in numbers:
-        draws = iter(_uniform(5, "patches", np.array([number]), 400)[0])
+        draws = iter(_philox_uniforms(5, "patches", np.array([number]), 400)[0])
         assert (mask_like_beit(masking, draws) == masks[number].reshape(14, 14)).all()
 
 
