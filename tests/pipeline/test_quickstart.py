@@ -78,7 +78,7 @@ def done(out):
 @pytest.mark.slow
 def test_ctrl_c_during_training_saves_and_the_same_command_resumes(out, done):
     assert done.code == 130, done.talk
-    assert "the same command goes on" in done.talk
+    assert "run the same command to resume" in done.talk
     assert 3 <= len(done.steps) < STEPS
     assert steps_in(out) == list(range(STEPS))
 

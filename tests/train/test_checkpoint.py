@@ -153,7 +153,7 @@ def test_sigterm_ends_a_process_with_exit_0_and_a_checkpoint(world, tmp_path):
         _, words = process.communicate(timeout=60)
 
     assert process.returncode == 0
-    assert "the same command goes on" in words
+    assert "run the same command to resume" in words
     assert newest_checkpoint(tmp_path / "run") == len(losses(tmp_path / "run"))
 
 
