@@ -1,9 +1,8 @@
-"""Tensors out of a PyTorch pickle, without running what it asks for.
+"""Tensors of a PyTorch pickle, read without executing it.
 
-OpenAI publishes the dVAE's encoder as a pickled module (`encoder.pkl`). A pickle names the classes
-and functions that its reader shall call, so a reader that calls what it is told runs whatever its
-author likes. Here a few names lead to stand-ins of ours that hold arrays and know nothing else;
-every other name is refused. torch itself is not asked.
+OpenAI publishes the dVAE's encoder as a pickled module (`encoder.pkl`). A pickle names classes and
+functions for its reader to call, so an ordinary reader runs any code of its author. Here a few
+names are mapped to stand-ins that only hold arrays; every other name is refused. torch is not used.
 """
 
 import io
@@ -43,50 +42,51 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "DoubleStorage": np.dtype("<f8"),
 }
 _MAGIC = 0x1950A86A20F9469CFC6C
-"""What the older container starts with, as a pickle."""
+"""First pickle of the older container."""
 
 _PROTOCOL = 1001
-_MALFORMED = (
+_READ_ERRORS = (
     pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, ImportError, LookupError,
     MemoryError, RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile,
     AssertionError,
 )  # fmt: skip
-"""What reading bytes that only look like a pickle or a zip is known to raise."""
+"""Errors of reading bytes that only look like a pickle or a zip."""
 
 
 def read_pickle(address: str) -> dict[str, NDArray[Any]]:
     """The tensors in the pickled module, or pickled mapping of tensors, at `address`, by name.
 
-    Both containers of PyTorch are understood: the zip, and the older row of pickles.
+    Both containers of PyTorch are read: the zip, and the older sequence of pickles.
 
     Raises:
-        PmdError: it is none, or asks for anything that a module of convolutions has no need of.
+        PmdError: it is not a pickle of PyTorch, or names anything that a module of convolutions
+            does not need.
     """
     content = read_bytes(address)
     try:
-        read = _read_zip if zipfile.is_zipfile(io.BytesIO(content)) else _read_row
+        read = _read_zip if zipfile.is_zipfile(io.BytesIO(content)) else _read_sequence
         tensors = dict(_tensors(read(content), "", set()))
         if sum(array.nbytes for array in tensors.values()) > len(content):
             raise ValueError("its tensors hold more numbers than it has bytes for")
         return {name: np.array(array) for name, array in tensors.items()}
     except _Refused as refused:
         raise PmdError(
-            f"{address} is refused: it asks for {refused}, which an image tokenizer has no need "
-            "of; nothing in it was run"
+            f"{address} is refused: it asks for {refused}, which an image tokenizer does not need; "
+            "nothing in it was executed"
         ) from refused
-    except _MALFORMED as error:
-        raise PmdError(f"{address} is no pickle that PyTorch writes of a module: {error}") from (
+    except _READ_ERRORS as error:
+        raise PmdError(f"{address} is not a pickle that PyTorch writes of a module: {error}") from (
             error
         )
 
 
 class _Refused(Exception):
-    """The pickle asks for something that is not on the list; the text says what."""
+    """The pickle names something that is not allowed; the text is its name."""
 
 
 @dataclass(eq=False)
 class _Module:
-    """Stands for any module: what the pickle says is in it."""
+    """Stand-in for any module: its state in the pickle."""
 
     state: dict[str, Any] = field(default_factory=dict)
 
@@ -97,14 +97,14 @@ class _Module:
 
 @dataclass(frozen=True)
 class _Class:
-    """Stands for a storage class: the kind of its numbers."""
+    """Stand-in for a storage class: the type of its numbers."""
 
     dtype: np.dtype[Any]
 
 
 @dataclass(eq=False)
 class _Storage:
-    """A row of numbers, read at once or, in the older container, after the pickle that names it."""
+    """An array of numbers, which the older container has after the pickle that names it."""
 
     dtype: np.dtype[Any]
     count: int
@@ -113,7 +113,7 @@ class _Storage:
 
 @dataclass(eq=False)
 class _Tensor:
-    """A tensor whose storage may still have to be read."""
+    """A tensor whose storage may not be read yet."""
 
     storage: _Storage
     offset: int
@@ -121,8 +121,8 @@ class _Tensor:
     strides: tuple[int, ...]
 
     def array(self) -> NDArray[Any]:
-        """The numbers; refuses what would lie outside the storage."""
-        # asked here, since a pickle may also write into what it has made
+        """The numbers; an error where they would lie outside the storage."""
+        # checked here, since a pickle can also change an object that it has made
         values = self.storage.values if isinstance(self.storage, _Storage) else None
         if not isinstance(values, np.ndarray) or not isinstance(self.shape, tuple):
             raise TypeError("a tensor has no numbers")
@@ -137,19 +137,19 @@ class _Tensor:
         if 0 not in self.shape and last >= values.size:
             raise ValueError("a tensor reaches beyond its numbers")
         if np.prod(self.shape, dtype=np.float64) > values.size:
-            raise ValueError("a tensor has more numbers than there are")
+            raise ValueError("a tensor has more numbers than its storage")
         steps = [stride * values.itemsize for stride in self.strides]
         return as_strided(values[self.offset :], self.shape, steps, writeable=False)
 
 
 _StorageOf: TypeAlias = Callable[[str, np.dtype[Any], int], _Storage]
-"""Gives the storage of a key, of a kind of numbers and a count of them."""
+"""The storage of a key, for a type of numbers and their count."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads one pickle; names lead to stand-ins of ours, or to a refusal.
+    """Reads one pickle; names are mapped to stand-ins or refused.
 
-    Functions are given as methods of this object, which a pickle can call but not change.
+    Functions are methods of this object, which a pickle can call but not change.
     """
 
     def __init__(self, content: io.BytesIO, storage: _StorageOf) -> None:
@@ -178,8 +178,8 @@ class _Unpickler(pickle.Unpickler):
             case ("storage", _Class() as kind, str(key), str(), int(count), *_):
                 return self._storage(key, kind.dtype, count)
             case ("module", kind, str(), str()) if kind is _Module:
-                return _Module  # the older container keeps the source of classes beside them
-        raise _Refused("a persistent id of a kind unknown")
+                return _Module  # the older container stores the source of classes, too
+        raise _Refused("a persistent id of an unknown kind")
 
     def _device(self, *_: object) -> None:
         return None
@@ -193,7 +193,7 @@ class _Unpickler(pickle.Unpickler):
             and isinstance(shape, tuple)
             and isinstance(strides, tuple)
         ):
-            raise TypeError("a tensor is made of other things than numbers")
+            raise TypeError("a tensor is not made of numbers")
         return _Tensor(storage, offset, shape, strides)
 
     def _parameter(self, tensor: object, *_: object) -> object:
@@ -202,7 +202,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _read_zip(content: bytes) -> object:
     """The root object of the zip container; each storage is a stored member."""
-    found: dict[str, _Storage] = {}
+    storages: dict[str, _Storage] = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         roots = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(roots) != 1:
@@ -219,20 +219,22 @@ def _read_zip(content: bytes) -> object:
             raise ValueError("its numbers are big-endian")
 
         def storage(key: str, dtype: np.dtype[Any], count: int) -> _Storage:
-            if key not in found:
-                found[key] = _Storage(dtype, count, _numbers(member(f"data/{key}"), dtype, count))
-            return found[key]
+            if key not in storages:
+                storages[key] = _Storage(
+                    dtype, count, _numbers(member(f"data/{key}"), dtype, count)
+                )
+            return storages[key]
 
         return _load(io.BytesIO(member("data.pkl")), storage)
 
 
-def _read_row(content: bytes) -> object:
+def _read_sequence(content: bytes) -> object:
     """The root object of the older container: magic, version, system, object, keys, numbers."""
     file = io.BytesIO(content)
-    found: dict[str, _Storage] = {}
+    storages: dict[str, _Storage] = {}
 
     def storage(key: str, dtype: np.dtype[Any], count: int) -> _Storage:
-        return found.setdefault(key, _Storage(dtype, count))
+        return storages.setdefault(key, _Storage(dtype, count))
 
     def next_pickle() -> object:
         return _load(file, storage)
@@ -242,24 +244,24 @@ def _read_row(content: bytes) -> object:
     next_pickle()  # the byte order and sizes of the machine that wrote it
     root, keys = next_pickle(), next_pickle()
     if not isinstance(keys, list):
-        raise TypeError("it does not say which numbers follow")
+        raise TypeError("it has no list of the numbers that follow")
     for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
-        one = found[key]
-        if count != one.count:
+        numbers = storages[key]
+        if count != numbers.count:
             raise ValueError("numbers are missing")
-        one.values = _numbers(file.read(count * one.dtype.itemsize), one.dtype, count)
+        numbers.values = _numbers(file.read(count * numbers.dtype.itemsize), numbers.dtype, count)
     return root
 
 
 def _load(file: io.BytesIO, storage: _StorageOf) -> object:
-    """The object of the pickle that begins here; reading ends behind it."""
+    """The object of the pickle that begins here; the file is then at its end."""
     start, most = file.tell(), len(file.getbuffer())
-    with warnings.catch_warnings(action="ignore"):  # Python's words on strings of protocol 0
+    with warnings.catch_warnings(action="ignore"):  # about strings of protocol 0
         for opcode, argument, _ in pickletools.genops(file):
-            # room for all numbers up to that of an entry is made and filled, be it a billion
+            # unpickling allocates entries up to the highest number, even a billion
             if "PUT" in opcode.name and isinstance(argument, int) and argument > most:
-                raise ValueError("it numbers more things than it has bytes for")
+                raise ValueError("it numbers more objects than it has bytes for")
         file.seek(start)
         return _Unpickler(file, storage).load()
 
@@ -270,20 +272,20 @@ def _numbers(content: bytes, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     return np.frombuffer(content, dtype=dtype)
 
 
-def _tensors(root: object, at: str, seen: set[int]) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Tensors below `root` by their dotted names, as `state_dict` gives them.
+def _tensors(root: object, path: str, seen: set[int]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Tensors below `root` by their dotted names, as in `state_dict`.
 
-    What is there twice is entered once, or a few lines could lead to more paths than years.
+    An object is visited once, since a few lines of pickle can make exponentially many paths.
     """
     if isinstance(root, _Tensor):
-        yield at, root.array()
+        yield path, root.array()
         return
     if id(root) in seen or not isinstance(root, _Module | Mapping):
         return
     seen.add(id(root))
     if isinstance(root, _Module):
         for part in ("_parameters", "_modules"):
-            yield from _tensors(root.state.get(part), at, seen)
+            yield from _tensors(root.state.get(part), path, seen)
     else:
         for name, inner in root.items():
-            yield from _tensors(inner, f"{at}.{name}" if at else str(name), seen)
+            yield from _tensors(inner, f"{path}.{name}" if path else str(name), seen)

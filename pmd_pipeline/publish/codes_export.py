@@ -1,4 +1,4 @@
-"""Shards with the image codes inside, for loaders of other people."""
+"""Shards with the image codes inside the tar, for other loaders."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -23,14 +23,14 @@ from pmd_pipeline.contract.files import join, open_read, read_bytes, whole_file
 from pmd_pipeline.contract.image_format import EXTENSIONS
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.contract.models import CodeRules, ShardEntry
-from pmd_pipeline.contract.paths import part_name
+from pmd_pipeline.contract.paths import ShardPaths, part_name
 
-_MEMBERS = {"json", "txt"} | EXTENSIONS
+_EXTENSIONS = {"json", "txt"} | EXTENSIONS
 
 
 @dataclass(frozen=True)
 class ExportTask:
-    """A shard to write again with its codes; `out` is the address of the new tar."""
+    """A shard to export; `out` is the address of the new tar."""
 
     shard: str
     entry: ShardEntry
@@ -44,12 +44,12 @@ class ExportTask:
 def export(path: str, out: str, pool: Pool, reporter: Reporter) -> Iterator[tuple[ExportTask, str]]:
     """Write every shard of the manifest at `path` below `out`, with codes; each tar's sha256.
 
-    A sample has two members more: `<key>.codes.npy`, uint16 [views, grid, grid], and
-    `<key>.boxes.npy`, float32 [views, 4], the boxes of these views as fractions.
+    A sample has two more members: `<key>.codes.npy`, uint16 [crops, grid, grid], and
+    `<key>.boxes.npy`, float32 [crops, 4], the boxes of these crops as fractions.
 
     Raises:
-        PmdError: the manifest has no codes, a shard is not what it says, or the shards themselves
-            lie where they are to be written to.
+        PmdError: the manifest has no codes, a shard is not the one in it, or the shards lie in
+            `out`.
     """
     manifest = load_manifest(path)
     if manifest.codes is None:
@@ -59,7 +59,7 @@ def export(path: str, out: str, pool: Pool, reporter: Reporter) -> Iterator[tupl
             located(path, shard.path),
             shard,
             manifest.codes,
-            join(out, shard.source, f"{part_name(shard.part)}.tar"),
+            ShardPaths.in_folder(join(out, shard.source), shard.part).tar,
         )
         for shard in manifest.shards
     ]
@@ -77,63 +77,63 @@ def export_shard(task: ExportTask, report_progress: ReportProgress) -> str:
     """Write one shard with its codes inside; its sha256.
 
     Raises:
-        PmdError: the shard or its codes are not those that the manifest names.
+        PmdError: the shard or its codes are not those of the manifest.
     """
     check_tar(task.shard, task.entry)
     keys = [sample.key for sample in read_samples(task.shard, task.entry)]
-    codes = _codes(task, len(keys))
+    codes = _read_codes(task, len(keys))
     first = codes["first"]
     with whole_file(task.out) as raw, open_read(task.shard) as file:
         tar = DigestingFile(raw)
         writer = ShardWriter(tar)
         for number, (key, members) in enumerate(_samples(task, file, keys)):
-            views = slice(first[number], first[number + 1])
-            members["codes.npy"] = _npy(codes["codes"][views])
-            members["boxes.npy"] = _npy(codes["boxes"][views])
+            crops = slice(first[number], first[number + 1])
+            members["codes.npy"] = _npy(codes["codes"][crops])
+            members["boxes.npy"] = _npy(codes["boxes"][crops])
             writer.add(key, members)
             report_progress({"images": number + 1})
         writer.close()
     return tar.hexdigest()
 
 
-def _codes(task: ExportTask, images: int) -> Tensors:
-    """The tensors of the shard's codes, which fit its `images` and the rules."""
-    address = task.shard.removesuffix(".tar") + ".codes.safetensors"
+def _read_codes(task: ExportTask, images: int) -> Tensors:
+    """The tensors of the shard's codes, checked against the number of images and the rules."""
+    address = ShardPaths.of(task.shard).codes
     content = read_bytes(address)
     if hashlib.sha256(content).hexdigest() != task.entry.codes_sha256:
         raise PmdError(
-            f"{address} is not the file of codes that the manifest names, its sha256 differs: run "
+            f"{address} is not the file of codes in the manifest, its sha256 differs: run "
             "`pmd codes` again"
         )
-    found = code_tensors(content)
-    if isinstance(found, str):
-        raise PmdError(f"{address} {found}: run `pmd codes` again")
-    views, grid = len(found["boxes"]), task.rules.grid
-    first = found["first"]
+    tensors = code_tensors(content)
+    if isinstance(tensors, str):
+        raise PmdError(f"{address} {tensors}: run `pmd codes` again")
+    num_crops, grid = len(tensors["boxes"]), task.rules.grid
+    first = tensors["first"]
     if (
         first.shape != (images + 1,)
-        or found["boxes"].shape != (views, 4)
-        or found["codes"].shape != (views, grid, grid)
-        or [*first[:1], *first[-1:]] != [0, views]
+        or tensors["boxes"].shape != (num_crops, 4)
+        or tensors["codes"].shape != (num_crops, grid, grid)
+        or [*first[:1], *first[-1:]] != [0, num_crops]
         or (np.diff(first) < 1).any()
     ):
         raise PmdError(f"{address} does not fit its shard: run `pmd codes` again")
-    return found
+    return tensors
 
 
 def _samples(
     task: ExportTask, file: BinaryIO, keys: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of the tar, which are those of `keys`: key, and content by extension."""
-    left = iter(keys)
+    """Key of each sample of the tar, and content by extension; the keys must be `keys`."""
+    expected = iter(keys)
     members = TarReader(file)
-    named = ((*member.name.partition(".")[::2], content) for member, content in members)
-    for key, group in groupby(named, key=itemgetter(0)):
-        found = {extension: content for _, extension, content in group}
-        if members.faults or not found.keys() <= _MEMBERS or key != next(left, None):
-            raise PmdError(f"{task.shard} is no shard of `pmd build`, as {key} in it shows")
-        yield key, found
-    if members.faults or next(left, None) is not None:
+    files = ((*member.name.partition(".")[::2], content) for member, content in members)
+    for key, group in groupby(files, key=itemgetter(0)):
+        sample = {extension: content for _, extension, content in group}
+        if members.faults or not sample.keys() <= _EXTENSIONS or key != next(expected, None):
+            raise PmdError(f"{task.shard} is not a shard of `pmd build`: see {key!r} in it")
+        yield key, sample
+    if members.faults or next(expected, None) is not None:
         raise PmdError(f"{task.shard} ends before its ledger does: build it again")
 
 

@@ -62,7 +62,7 @@ class Vocabulary:
         It does not recognise special tokens: "[SEP]" in a text is three words.
 
         Raises:
-            PmdError: the library `tokenizers` is not there.
+            PmdError: the library `tokenizers` is not installed.
         """
         library = _library()
         numbers = {token: number for number, token in enumerate(self.tokens)}
@@ -114,7 +114,7 @@ class WordCounts:
             missing; 0 if all counts are exact.
 
     Raises:
-        PmdError: the library `tokenizers` is not there.
+        PmdError: the library `tokenizers` is not installed.
     """
 
     def __init__(self, most: int = MAX_WORDS) -> None:

@@ -71,14 +71,14 @@ def built(web, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
     write_rows(folder / "raw", toy_rows(PICTURES))
     recipe = toy_recipe(part_records=4, fetch={"connect_to": {"a.test": web}, "retries": 0})
-    order = SourceBuild(
+    source_build = SourceBuild(
         recipe=recipe,
         raw=str(folder / "raw"),
         data=str(folder / "data"),
         manifest=str(folder / "manifests" / "cc3m.json"),
     )
     with open_pool("local", 1, None) as pool:
-        _, failures = build_source(order, pool, QUIET)
+        _, failures = build_source(source_build, pool, QUIET)
     assert failures == []
     return folder
 
@@ -371,16 +371,18 @@ def test_croissant_is_valid_for_every_kind_of_dataset(manifest, kind, far, tmp_p
 
 
 def test_provenance_names_every_output_and_every_input_by_digest(manifest):
-    told = provenance(with_relative_paths(manifest), ("pmd_flava-0.1.0-py3-none-any.whl", "2" * 64))
+    statement = provenance(
+        with_relative_paths(manifest), ("pmd_flava-0.1.0-py3-none-any.whl", "2" * 64)
+    )
 
-    made = {one["name"]: one["digest"]["sha256"] for one in told["subject"]}
-    used = told["predicate"]["buildDefinition"]["resolvedDependencies"]
+    made = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
+    used = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
     assert made.pop("dataset cc3m") == manifest.digest
     assert list(made.values()) == [shard.sha256 for shard in manifest.shards]
     upstream = manifest.sources["cc3m"].upstream
     assert [one["digest"]["sha256"] for one in used] == [*(u.sha256 for u in upstream), "2" * 64]
-    assert told["_type"] == "https://in-toto.io/Statement/v1"
-    assert "time" not in json.dumps(told).lower()
+    assert statement["_type"] == "https://in-toto.io/Statement/v1"
+    assert "time" not in json.dumps(statement).lower()
 
 
 def test_the_data_card_has_counts_failures_and_licences(members, manifest):
@@ -557,10 +559,10 @@ def test_a_mistake_is_one_sentence(built, tmp_path, monkeypatch, capsys, argumen
     with pytest.raises(SystemExit) as left:
         cli.main()
 
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert left.value.code == 2
-    assert words in said
-    assert said.count("\n") == 1
+    assert words in output
+    assert output.count("\n") == 1
     assert not out.exists()
 
 
@@ -639,8 +641,8 @@ def test_the_commands_of_the_readme_rebuild_the_same_dataset_and_train(
     assert load_manifest(str(folder / "manifests" / "cc3m.json")).digest == manifest.digest
     verified = run("pmd verify manifest.json --runner local --workers 1")
     assert verified.returncode == 0, verified.stdout + verified.stderr
-    learned = run("pmd tokenizer manifest.json --size 120 --out vocab.txt")
-    assert learned.returncode == 0, learned.stderr
+    vocabulary = run("pmd tokenizer manifest.json --size 120 --out vocab.txt")
+    assert vocabulary.returncode == 0, vocabulary.stderr
     trained = run(blocks["Train"])
     assert trained.returncode == 0, trained.stderr
     again = run("pmd bundle manifest.json --config configs/mine.toml --out ../again")

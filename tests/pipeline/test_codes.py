@@ -1,4 +1,4 @@
-"""Codes of shards: of the right boxes, by the right tokenizer, the same however they are made."""
+"""Codes of shards: of the right boxes, by the right tokenizer, the same on any runner."""
 
 import hashlib
 import os
@@ -47,7 +47,7 @@ def painted(names, side=8):
 
 @pytest.fixture
 def weights(tmp_path):
-    """A k-means that knows four plain colours, by their numbers in `COLOURS`."""
+    """A k-means whose centroids are the four colours of `COLOURS`."""
     centroids = np.broadcast_to(COLOURS[:, None, None], (4, 8, 8, 3))
     path = tmp_path / "colours.safetensors"
     path.write_bytes(tensor_bytes({"centroids": np.ascontiguousarray(centroids)}, {}))
@@ -55,18 +55,18 @@ def weights(tmp_path):
 
 
 @pytest.fixture
-def order(tmp_path, weights):
-    """Asks for codes of shards written by hand."""
+def request_for(tmp_path, weights):
+    """A request for codes of shards written by hand."""
 
-    def ask(*shards, kind="pairs", **more):
+    def make_request(*shards, kind="pairs", **more):
         manifest = write_manifest(tmp_path / "manifests" / "hand.json", shards, kind)
-        asked = {"weights": weights, "grid": 2, "runner": "local", "workers": 1} | more
-        return CodesRequest(manifest=manifest, **asked)
+        options = {"weights": weights, "grid": 2, "runner": "local", "workers": 1} | more
+        return CodesRequest(manifest=manifest, **options)
 
-    return ask
+    return make_request
 
 
-def coded(request):
+def make_codes(request):
     return code_manifest(request, QUIET)
 
 
@@ -79,11 +79,11 @@ def tensors(shard):
 
 def random_shard(folder, part=0, count=6, source="toy", side=24):
     """A shard of pictures in random tiles, every other one with two boxes, one failed."""
-    dice = np.random.default_rng(part)
+    random = np.random.default_rng(part)
     records = [HandmadeRecord(key(100 * part), None)]
     for number in range(1, count):
         boxes = ((0, 0, 0.5, 1), (0.25, 0.5, 0.75, 1)) if number % 2 else None
-        names = dice.integers(0, 4, (3, 4))
+        names = random.integers(0, 4, (3, 4))
         captions = ("one", "two") if boxes else ("one",)
         records.append(
             HandmadeRecord(key(100 * part + number), painted(names, side // 3), captions, boxes)
@@ -91,25 +91,25 @@ def random_shard(folder, part=0, count=6, source="toy", side=24):
     return write_shard(folder / source, source, part, records)
 
 
-def test_codes_say_which_patch_is_where(tmp_path, order):
+def test_codes_are_those_of_the_patches(tmp_path, request_for):
     shard = write_shard(tmp_path, "toy", 0, [HandmadeRecord(key(1), painted(NAMES))])
 
-    coded(order(shard))
+    make_codes(request_for(shard))
 
     assert tensors(shard)["codes"].tolist() == [NAMES.tolist()]
     assert tensors(shard)["boxes"].tolist() == [[0, 0, 1, 1]]
     assert tensors(shard)["first"].tolist() == [0, 1]
 
 
-def test_codes_of_webp_images_are_those_of_their_pixels(tmp_path, order):
+def test_codes_of_webp_images_are_those_of_their_pixels(tmp_path, request_for):
     shard = write_shard(tmp_path, "toy", 0, [HandmadeRecord(key(1), painted(NAMES))], WEBP)
 
-    coded(order(shard))
+    make_codes(request_for(shard))
 
     assert tensors(shard)["codes"].tolist() == [NAMES.tolist()]
 
 
-def test_an_image_with_boxes_has_a_view_for_each_caption_and_none_drawn(tmp_path, order):
+def test_an_image_with_boxes_has_a_crop_per_caption_and_no_random_ones(tmp_path, request_for):
     left, low = (0, 0, 0.5, 1), (0, 0.5, 1, 1)
     shard = write_shard(
         tmp_path,
@@ -122,7 +122,7 @@ def test_an_image_with_boxes_has_a_view_for_each_caption_and_none_drawn(tmp_path
         ],
     )
 
-    coded(order(shard, views=3))
+    make_codes(request_for(shard, views=3))
 
     found = tensors(shard)
     assert found["first"].tolist() == [0, 3, 6]
@@ -133,18 +133,18 @@ def test_an_image_with_boxes_has_a_view_for_each_caption_and_none_drawn(tmp_path
     assert len({tuple(box) for box in found["boxes"][3:].tolist()}) == 3
 
 
-def test_images_without_captions_get_codes_too(tmp_path, order):
+def test_images_without_captions_get_codes_too(tmp_path, request_for):
     shard = write_shard(tmp_path, "toy", 0, [HandmadeRecord(key(1), painted(NAMES), captions=())])
 
-    found = coded(order(shard, kind="images", views=2)).manifest
+    found = make_codes(request_for(shard, kind="images", views=2)).manifest
 
     assert found.shards[0].views == 2
 
 
-def test_a_shard_without_images_has_an_empty_file(tmp_path, order):
+def test_a_shard_without_images_has_an_empty_file(tmp_path, request_for):
     shard = write_shard(tmp_path, "toy", 0, [HandmadeRecord(key(1), None)])
 
-    found = coded(order(shard)).manifest
+    found = make_codes(request_for(shard)).manifest
 
     assert found.codes is not None
     assert tensors(shard)["first"].tolist() == [0]
@@ -156,7 +156,7 @@ def test_a_shard_without_images_has_an_empty_file(tmp_path, order):
     seed=st.integers(0, 2**64 - 1),
     size=st.tuples(st.integers(1, 4000), st.integers(1, 4000)),
 )
-def test_drawn_views_are_as_large_and_as_flat_as_they_may(number, seed, size):
+def test_random_crops_are_within_their_limits_of_area_and_aspect_ratio(number, seed, size):
     boxes = crop_boxes(key(number), size, (), 5, seed).astype(float)
 
     assert boxes[0].tolist() == [0, 0, 1, 1]
@@ -172,7 +172,7 @@ def test_drawn_views_are_as_large_and_as_flat_as_they_may(number, seed, size):
     assert (ratio <= 4 / 3 + 1e-3).all()
 
 
-def test_drawn_views_depend_on_seed_and_key_alone():
+def test_random_crops_depend_on_seed_and_key_alone():
     same = crop_boxes(key(7), (40, 30), (), 4, 1)
 
     assert np.array_equal(same, crop_boxes(key(7), (40, 30), (), 4, 1))
@@ -181,8 +181,8 @@ def test_drawn_views_depend_on_seed_and_key_alone():
     assert not np.array_equal(same, crop_boxes(key(7), (40, 30), (), 4, 2))
 
 
-def test_drawn_views_are_those_of_every_dataset_so_far():
-    """A change would move every drawn crop of every dataset."""
+def test_random_crops_are_those_of_all_earlier_datasets():
+    """A change would move every random crop of every dataset."""
     drawn = crop_boxes(key(7), (40, 30), (), 2, 1)[1]
 
     assert drawn.tolist() == pytest.approx(
@@ -190,7 +190,7 @@ def test_drawn_views_are_those_of_every_dataset_so_far():
     )
 
 
-def test_drawn_views_spread_over_all_that_they_may_be():
+def test_random_crops_cover_the_allowed_range():
     boxes = np.stack([crop_boxes(key(n), (400, 400), (), 2, 0)[1] for n in range(500)])
 
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
@@ -213,20 +213,20 @@ def files(folder):
     }
 
 
-def test_a_second_run_does_nothing_and_says_the_same(tmp_path, order, monkeypatch):
-    request = order(*world(tmp_path), views=2)
-    first = coded(request).manifest
+def test_a_second_run_does_nothing_and_gives_the_same_manifest(tmp_path, request_for, monkeypatch):
+    request = request_for(*world(tmp_path), views=2)
+    first = make_codes(request).manifest
 
     monkeypatch.setattr(coding, "code_shard", None)  # would fail if it were called
 
-    assert coded(request).manifest == first
+    assert make_codes(request).manifest == first
     assert load_manifest(request.manifest) == first
 
 
 @pytest.mark.parametrize("harm", ["lost", "cut", "no report", "old report"])
-def test_codes_that_are_harmed_are_made_again_and_no_others(tmp_path, order, harm):
-    request = order(*world(tmp_path), views=2)
-    first = coded(request).manifest
+def test_only_damaged_codes_are_made_again(tmp_path, request_for, harm):
+    request = request_for(*world(tmp_path), views=2)
+    first = make_codes(request).manifest
     content = files(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.codes.*")}
     victim = tmp_path / "one" / "00001.codes.safetensors"
@@ -240,7 +240,7 @@ def test_codes_that_are_harmed_are_made_again_and_no_others(tmp_path, order, har
     else:
         report.write_text('{"format": 0}')
 
-    assert coded(request).manifest == first
+    assert make_codes(request).manifest == first
 
     assert files(tmp_path) == content
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.codes.*")}
@@ -248,19 +248,19 @@ def test_codes_that_are_harmed_are_made_again_and_no_others(tmp_path, order, har
 
 
 @pytest.mark.parametrize("change", [{"views": 3}, {"seed": 1}, {"grid": 3}])
-def test_other_rules_make_other_codes_of_another_digest(tmp_path, order, change):
+def test_other_rules_make_other_codes_of_another_digest(tmp_path, request_for, change):
     shards = world(tmp_path)
-    first = coded(order(*shards, views=2)).manifest
-    other = coded(order(*shards, **{"views": 2, **change})).manifest
+    first = make_codes(request_for(*shards, views=2)).manifest
+    other = make_codes(request_for(*shards, **{"views": 2, **change})).manifest
 
     assert other.digest != first.digest
     assert other.codes != first.codes
-    assert coded(order(*shards, views=2)).manifest == first
+    assert make_codes(request_for(*shards, views=2)).manifest == first
 
 
-def test_the_report_tells_of_the_file(tmp_path, order):
+def test_the_report_describes_the_file(tmp_path, request_for):
     shard = random_shard(tmp_path, count=7)
-    manifest = coded(order(shard, views=2)).manifest
+    manifest = make_codes(request_for(shard, views=2)).manifest
 
     text = Path(shard.path).with_suffix(".codes.json").read_text()
     report = CodesReport.model_validate_json(text)
@@ -274,32 +274,32 @@ def test_the_report_tells_of_the_file(tmp_path, order):
     assert manifest.digest == manifest.computed_digest()
 
 
-def refused(request, *words):
+def assert_refused(request, *words):
     with pytest.raises(PmdError) as caught:
-        coded(request)
+        make_codes(request)
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(Path(request.manifest).parent.parent.rglob("*.codes.*"))
 
 
-def test_a_shard_with_a_flipped_byte_is_refused_by_its_name(tmp_path, order):
+def test_a_shard_with_a_flipped_byte_is_refused_by_its_name(tmp_path, request_for):
     shard = random_shard(tmp_path)
     content = bytearray(Path(shard.path).read_bytes())
     content[len(content) // 2] ^= 1
     Path(shard.path).write_bytes(content)
 
-    refused(order(shard), shard.path, "its sha256 differs")
+    assert_refused(request_for(shard), shard.path, "its sha256 differs")
 
 
-def test_a_ledger_with_a_flipped_byte_is_refused_by_its_name(tmp_path, order):
+def test_a_ledger_with_a_flipped_byte_is_refused_by_its_name(tmp_path, request_for):
     shard = random_shard(tmp_path)
     ledger = Path(shard.path).with_suffix(".parquet")
     content = bytearray(ledger.read_bytes())
     content[len(content) // 2] ^= 1
     ledger.write_bytes(content)
 
-    refused(order(shard), str(ledger), "its sha256 differs")
+    assert_refused(request_for(shard), str(ledger), "its sha256 differs")
 
 
 HOSTILE = {
@@ -327,14 +327,14 @@ HOSTILE = {
 }
 
 
-def test_a_member_larger_than_any_is_not_even_read(tmp_path, order, monkeypatch):
+def test_an_oversized_member_is_not_read(tmp_path, request_for, monkeypatch):
     monkeypatch.setattr(stored, "_MAX_BYTES", 100)
 
-    refused(order(random_shard(tmp_path)), "lies outside the tar")
+    assert_refused(request_for(random_shard(tmp_path)), "lies outside the tar")
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_shard_is_one_sentence(tmp_path, order, kind):
+def test_a_hostile_shard_is_one_sentence(tmp_path, request_for, kind):
     given_record, words = HOSTILE[kind]
     changes = dict(given_record)
     if cut := changes.pop("cut", None):
@@ -343,29 +343,29 @@ def test_a_hostile_shard_is_one_sentence(tmp_path, order, kind):
     record = HandmadeRecord(key(1), **{"image": painted(NAMES), **changes})
     shard = write_shard(tmp_path / "toy", "toy", 0, [record])
 
-    refused(order(shard), words)
+    assert_refused(request_for(shard), words)
 
 
-def test_a_ledger_with_another_number_of_images_is_refused(tmp_path, order):
+def test_a_ledger_with_another_number_of_images_is_refused(tmp_path, request_for):
     shard = random_shard(tmp_path).model_copy(update={"images": 2})
 
-    refused(order(shard), "has 5 images, the manifest 2")
+    assert_refused(request_for(shard), "has 5 images, the manifest 2")
 
 
-def test_texts_and_nothing_get_no_codes(tmp_path, order):
-    refused(order(random_shard(tmp_path), kind="text"), "holds no images")
-    refused(order(), "holds no images")
+def test_texts_and_empty_manifests_get_no_codes(tmp_path, request_for):
+    assert_refused(request_for(random_shard(tmp_path), kind="text"), "holds no images")
+    assert_refused(request_for(), "holds no images")
 
 
-def test_shards_on_the_web_are_refused_at_once(tmp_path, order):
+def test_shards_on_the_web_are_refused_at_once(tmp_path, request_for):
     shard = random_shard(tmp_path).model_copy(update={"path": "https://a.test/00000.tar"})
 
-    refused(order(shard), "nothing can be written to https://a.test/00000.tar")
+    assert_refused(request_for(shard), "nothing can be written to https://a.test/00000.tar")
 
 
-def test_kmeans_has_no_dtype(tmp_path, order):
-    refused(order(random_shard(tmp_path), dtype="bfloat16"), "leave --dtype out")
-    refused(order(random_shard(tmp_path), tokenizer="dalle"), "not dalle")
+def test_kmeans_has_no_dtype(tmp_path, request_for):
+    assert_refused(request_for(random_shard(tmp_path), dtype="bfloat16"), "leave --dtype out")
+    assert_refused(request_for(random_shard(tmp_path), tokenizer="dalle"), "not dalle")
 
 
 def fitting(request):
@@ -375,31 +375,31 @@ def fitting(request):
 
 
 def test_without_weights_kmeans_is_fitted_once_and_kept_beside_the_manifest(
-    tmp_path, order, monkeypatch
+    tmp_path, request_for, monkeypatch
 ):
-    request = fitting(order(*world(tmp_path)))
-    first = coded(request)
+    request = fitting(request_for(*world(tmp_path)))
+    first = make_codes(request)
 
     kept = tmp_path / "manifests" / "hand.kmeans.safetensors"
     assert first.weights == str(kept)
     assert first.rules.sha256 == hashlib.sha256(kept.read_bytes()).hexdigest()
     monkeypatch.setattr(coding, "fit", None)  # would fail if it were called
-    assert coded(request).manifest == first.manifest
+    assert make_codes(request).manifest == first.manifest
     monkeypatch.undo()
     kept.unlink()
-    assert coded(request).manifest == first.manifest
+    assert make_codes(request).manifest == first.manifest
 
 
-def test_kmeans_is_fitted_anew_when_the_shards_are_others(tmp_path, order):
+def test_kmeans_is_fitted_again_for_other_shards(tmp_path, request_for):
     shards = world(tmp_path)
-    first = coded(fitting(order(*shards[:3])))
+    first = make_codes(fitting(request_for(*shards[:3])))
 
-    second = coded(fitting(order(*shards)))
+    second = make_codes(fitting(request_for(*shards)))
 
     assert second.rules.sha256 != first.rules.sha256
 
 
-def test_kmeans_sees_the_images_of_the_lowest_keys_of_all_sources(tmp_path, monkeypatch):
+def test_kmeans_is_fitted_to_the_images_of_the_lowest_keys_of_all_sources(tmp_path, monkeypatch):
     shards = [(shard.path, shard) for shard in world(tmp_path)]
     monkeypatch.setattr(coding, "_FIT_IMAGES", 7)
     read = []
@@ -429,19 +429,19 @@ def toy(tmp_path):
     return toy_source_build(tmp_path, toy_recipe(part_records=4), pictures=pictures)
 
 
-def test_a_build_run_again_keeps_the_codes(toy, weights):
+def test_a_second_build_keeps_the_codes(toy, weights):
     bare = toy_build(toy)
     request = CodesRequest(toy.manifest, weights, grid=2, views=2, runner="local", workers=1)
-    made = coded(request).manifest
+    made = make_codes(request).manifest
 
     assert made.digest != bare.digest
     assert toy_build(toy) == made
 
 
-def test_a_build_keeps_no_codes_where_a_shard_lacks_them_or_has_others(toy, weights):
+def test_a_build_keeps_no_codes_if_one_shard_has_none_or_others(toy, weights):
     bare = toy_build(toy)
     request = CodesRequest(toy.manifest, weights, grid=2, runner="local", workers=1)
-    coded(request)
+    make_codes(request)
     first = Path(toy.shards) / "00000.codes.json"
     kept = first.read_text()
 
@@ -460,22 +460,22 @@ def test_a_build_keeps_no_codes_where_a_shard_lacks_them_or_has_others(toy, weig
     assert toy_build(toy).codes is not None
 
 
-def test_a_part_built_anew_has_no_codes_of_its_old_shard(toy, weights):
+def test_a_rebuilt_part_has_no_codes_of_its_old_shard(toy, weights):
     toy_build(toy)
-    coded(CodesRequest(toy.manifest, weights, grid=2, runner="local", workers=1))
+    make_codes(CodesRequest(toy.manifest, weights, grid=2, runner="local", workers=1))
     smaller = toy_recipe(part_records=4, images={"size": 20})
     changed = toy_source_build(Path(toy.data).parent, smaller, pictures=Path(toy.images[0]))
 
     assert toy_build(changed).codes is None
 
 
-def test_a_merged_manifest_has_codes_if_all_have_them_by_one_rule(tmp_path, order):
+def test_a_merged_manifest_has_codes_if_all_have_the_same_rules(tmp_path, request_for):
     shards = world(tmp_path)
     both = []
     for name in ("one", "two"):
-        request = order(*[shard for shard in shards if shard.source == name], views=2)
-        both.append((request.manifest, coded(request).manifest))
-    bare = load_manifest(order(*shards[3:]).manifest)
+        request = request_for(*[shard for shard in shards if shard.source == name], views=2)
+        both.append((request.manifest, make_codes(request).manifest))
+    bare = load_manifest(request_for(*shards[3:]).manifest)
 
     whole = merge_manifests("both", str(tmp_path / "both.json"), both)
     partly = merge_manifests("both", str(tmp_path / "both.json"), [both[0], (both[1][0], bare)])
@@ -486,7 +486,7 @@ def test_a_merged_manifest_has_codes_if_all_have_them_by_one_rule(tmp_path, orde
     assert not any(shard.codes_sha256 or shard.views for shard in partly.shards)
 
 
-def test_shards_elsewhere_get_their_codes_beside_them(tmp_path, order, weights):
+def test_shards_at_an_address_get_codes_beside_them(tmp_path, request_for, weights):
     far = fsspec.filesystem("memory")
     shards = world(tmp_path)[:2]
     for shard in shards:
@@ -497,16 +497,18 @@ def test_shards_elsewhere_get_their_codes_beside_them(tmp_path, order, weights):
         for shard in shards
     ]
 
-    there = coded(order(*moved, views=2)).manifest
-    again = coded(order(*moved, views=2)).manifest
-    here = coded(order(*shards, views=2)).manifest
+    there = make_codes(request_for(*moved, views=2)).manifest
+    again = make_codes(request_for(*moved, views=2)).manifest
+    here = make_codes(request_for(*shards, views=2)).manifest
 
     assert there.digest == again.digest == here.digest
     assert far.exists("/far/00001.codes.safetensors")
 
 
-def test_a_shard_that_kills_its_workers_leaves_the_manifest_as_it_is(tmp_path, order, monkeypatch):
-    request = order(*world(tmp_path))
+def test_a_shard_whose_workers_die_leaves_the_manifest_unchanged(
+    tmp_path, request_for, monkeypatch
+):
+    request = request_for(*world(tmp_path))
     bare = load_manifest(request.manifest)
 
     class Deadly:
@@ -515,12 +517,12 @@ def test_a_shard_that_kills_its_workers_leaves_the_manifest_as_it_is(tmp_path, o
                 yield task, function(task, lambda _: None) if number else WorkerDied(f"by {task}")
 
     monkeypatch.setattr(coding, "open_pool", lambda *a, **k: nullcontext(Deadly()))
-    found = coded(request)
+    found = make_codes(request)
     monkeypatch.undo()
 
     assert found.failures == ["by codes of part 00000 of one"]
     assert load_manifest(request.manifest) == found.manifest == bare
-    assert coded(request).manifest.codes is not None
+    assert make_codes(request).manifest.codes is not None
 
 
 SPREAD = [
@@ -530,22 +532,22 @@ SPREAD = [
 
 
 @pytest.mark.parametrize(("runner", "workers"), SPREAD)
-def test_codes_are_the_same_whoever_makes_them(tmp_path, order, runner, workers):
+def test_codes_are_the_same_on_any_runner(tmp_path, request_for, runner, workers):
     shards = world(tmp_path)
-    here = coded(order(*shards, views=3)).manifest
+    here = make_codes(request_for(*shards, views=3)).manifest
     content = files(tmp_path)
     for path in tmp_path.rglob("*.codes.*"):
         path.unlink()
 
-    there = coded(order(*shards, views=3, runner=runner, workers=workers)).manifest
+    there = make_codes(request_for(*shards, views=3, runner=runner, workers=workers)).manifest
 
     assert there == here
     assert files(tmp_path) == content
 
 
-def test_decoding_threads_change_nothing(tmp_path, order, monkeypatch):
+def test_codes_do_not_depend_on_decoding_threads(tmp_path, request_for, monkeypatch):
     shard = random_shard(tmp_path, count=40)
-    first = coded(order(shard, views=3)).manifest
+    first = make_codes(request_for(shard, views=3)).manifest
     for path in tmp_path.rglob("*.codes.*"):
         path.unlink()
     code_one = coding.code_shard
@@ -553,18 +555,18 @@ def test_decoding_threads_change_nothing(tmp_path, order, monkeypatch):
         coding, "code_shard", lambda task, tick: code_one(replace(task, threads=5), tick)
     )
 
-    assert coded(order(shard, views=3)).manifest == first
+    assert make_codes(request_for(shard, views=3)).manifest == first
 
 
 @pytest.mark.slow
-def test_codes_killed_anywhere_are_finished_by_the_same_command(tmp_path, order):
+def test_a_killed_run_is_finished_by_the_same_command(tmp_path, request_for):
     shards = [random_shard(tmp_path, part, count=60) for part in range(12)]
-    request = order(*shards, views=8)
-    whole = coded(request).manifest
+    request = request_for(*shards, views=8)
+    whole = make_codes(request).manifest
     content = files(tmp_path)
     for path in tmp_path.rglob("*.codes.*"):
         path.unlink()
-    request = order(*shards, views=8)
+    request = request_for(*shards, views=8)
     command = [
         *(sys.executable, "-c", "from pmd_pipeline.cli import main; main()", "codes"),
         *(request.manifest, "--weights", request.weights, "--grid", "2", "--views", "8"),
@@ -586,9 +588,9 @@ def test_codes_killed_anywhere_are_finished_by_the_same_command(tmp_path, order)
     assert files(tmp_path) == content
 
 
-def test_a_codes_file_names_its_tokenizer_and_its_tar(tmp_path, order):
+def test_a_codes_file_names_its_tokenizer_and_its_tar(tmp_path, request_for):
     shard = random_shard(tmp_path)
-    manifest = coded(order(shard)).manifest
+    manifest = make_codes(request_for(shard)).manifest
 
     header = Path(shard.path).with_suffix(".codes.safetensors").read_bytes()[8:1200]
 

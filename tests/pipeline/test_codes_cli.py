@@ -1,4 +1,4 @@
-"""What a user of `pmd codes` sees: results, sentences, and what is refused."""
+"""The command `pmd codes`: its output, its help and its errors."""
 
 import hashlib
 import os
@@ -41,14 +41,14 @@ def pmd(monkeypatch, capsys, tmp_path):
 @pytest.fixture
 def manifest(tmp_path):
     """A manifest of two shards of pictures."""
-    dice = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     shards = [
         write_shard(
             tmp_path / "data",
             "toy",
             part,
             [
-                HandmadeRecord(f"{part * 100 + n:016x}", tiles(dice.integers(0, 256, (3, 3, 3))))
+                HandmadeRecord(f"{part * 100 + n:016x}", tiles(random.integers(0, 256, (3, 3, 3))))
                 for n in range(8)
             ],
         )
@@ -79,9 +79,9 @@ def test_help_is_one_sentence_and_one_example(command, pmd):
     code, out, err = pmd(*command.split(), "--help")
 
     assert (code, err) == (0, "")
-    usage, told, example, *_ = (" ".join(block.split()) for block in out.split("\n\n"))
+    usage, sentence, example, *_ = (" ".join(block.split()) for block in out.split("\n\n"))
     assert usage.startswith("Usage: pmd codes")
-    assert re.fullmatch(r"[A-Z][^.]*\.", told)
+    assert re.fullmatch(r"[A-Z][^.]*\.", sentence)
     assert example.startswith(f"Example: pmd codes {command}".rstrip())
 
 
@@ -101,7 +101,7 @@ def test_help_loads_neither_torch_nor_numpy(arguments):
     assert found.stderr.strip() == "set()"
 
 
-def test_codes_by_kmeans_are_said_to_be_a_stand_in(pmd, manifest):
+def test_codes_by_kmeans_are_reported_as_a_stand_in(pmd, manifest):
     code, out, err = pmd(manifest, *HERE, "--vocabulary", 12, "--grid", 3)
 
     made = load_manifest(manifest)
@@ -113,7 +113,7 @@ def test_codes_by_kmeans_are_said_to_be_a_stand_in(pmd, manifest):
     assert made.codes.tokenizer == "kmeans"
 
 
-def test_make_may_be_said_or_left_out(pmd, manifest):
+def test_make_is_optional(pmd, manifest):
     options = [*HERE, "--vocabulary", 12, "--grid", 3, "--quiet"]
 
     assert pmd("make", manifest, *options) == pmd(*options, manifest)
@@ -141,7 +141,7 @@ def test_a_pickle_is_converted_and_then_makes_codes(pmd, manifest, encoder):
     assert report.versions["device"] == "cpu"
 
 
-def test_codes_in_float32_have_nothing_to_agree_with(pmd, manifest, encoder):
+def test_codes_in_float32_report_no_agreement(pmd, manifest, encoder):
     pmd("convert", encoder, "dvae.safetensors")
 
     code, _, err = pmd(manifest, "--weights", "dvae.safetensors", "--grid", 2, *HERE)
@@ -152,7 +152,7 @@ def test_codes_in_float32_have_nothing_to_agree_with(pmd, manifest, encoder):
     assert report.agreement is None
 
 
-def test_converting_again_changes_nothing(pmd, encoder):
+def test_a_second_conversion_gives_the_same_file(pmd, encoder):
     first = pmd("convert", encoder, "a.safetensors")[1].split()[1]
 
     assert pmd("convert", "a.safetensors", "b.safetensors")[1].split()[1] == first
@@ -168,15 +168,15 @@ class Call:
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
-def test_an_evil_pickle_is_one_sentence(pmd, tmp_path, new):
+def test_a_malicious_pickle_is_one_sentence(pmd, tmp_path, new):
     torch.save({"w": Call(tmp_path / "mark")}, "evil.pkl", _use_new_zipfile_serialization=new)
 
     code, out, err = pmd("convert", "evil.pkl", "dvae.safetensors")
 
     assert (code, out) == (2, "")
     assert err == (
-        "pmd: evil.pkl is refused: it asks for posix.system, which an image tokenizer has no need "
-        "of; nothing in it was run\n"
+        "pmd: evil.pkl is refused: it asks for posix.system, which an image tokenizer does not "
+        "need; nothing in it was executed\n"
     )
     assert not (tmp_path / "mark").exists()
     assert not Path("dvae.safetensors").exists()
@@ -216,13 +216,13 @@ MISTAKES = {
     ),
     "a conversion of a manifest": (
         ["convert", "M", "x.safetensors"],
-        ["no pickle that PyTorch writes"],
+        ["not a pickle that PyTorch writes"],
     ),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_sentence_that_says_what_to_do(pmd, manifest, encoder, mistake):
+def test_a_mistake_is_one_sentence_with_a_remedy(pmd, manifest, encoder, mistake):
     arguments, words = MISTAKES[mistake]
     kmeans_file()
     local = [] if arguments[0] == "convert" else HERE
@@ -238,7 +238,7 @@ def test_a_mistake_is_one_sentence_that_says_what_to_do(pmd, manifest, encoder, 
     assert not Path("x").exists()
 
 
-def test_the_cuda_that_is_not_there_is_one_sentence(pmd, manifest, encoder, monkeypatch):
+def test_a_missing_cuda_device_is_one_sentence(pmd, manifest, encoder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pmd("convert", encoder, "dvae.safetensors")
 

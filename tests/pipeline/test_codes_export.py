@@ -1,4 +1,4 @@
-"""Exported shards hold what other people's loaders read."""
+"""Exported shards can be read by other loaders."""
 
 import gc
 import hashlib
@@ -24,10 +24,10 @@ from pmd_pipeline.publish.codes_export import export
 
 
 def records(part):
-    dice = np.random.default_rng(part)
+    random = np.random.default_rng(part)
     for number in range(12):
         boxes = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)] if number % 3 == 1 else None
-        image = tiles(dice.integers(0, 256, (4, 4, 3))) if number % 5 else None
+        image = tiles(random.integers(0, 256, (4, 4, 3))) if number % 5 else None
         yield HandmadeRecord(f"{part * 100 + number:016x}", image, ("one", "two"), boxes)
 
 
@@ -49,7 +49,7 @@ def exported(manifest, out):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_webdataset_reads_the_codes_that_lie_beside_the_shards(manifest, tmp_path):
+def test_webdataset_reads_the_codes_of_the_shards(manifest, tmp_path):
     written = exported(manifest, tmp_path / "out")
 
     assert list(written) == [str(tmp_path / "out" / "toy" / f"0000{part}.tar") for part in (0, 1)]
@@ -65,7 +65,7 @@ def test_webdataset_reads_the_codes_that_lie_beside_the_shards(manifest, tmp_pat
     gc.collect()  # webdataset leaves its files to the collector, whose warnings are not ours
 
 
-def test_everything_else_is_as_it_was(manifest, tmp_path):
+def test_all_other_members_are_unchanged(manifest, tmp_path):
     for shard, path in zip(
         load_manifest(manifest).shards, exported(manifest, tmp_path / "out"), strict=True
     ):
@@ -77,7 +77,7 @@ def test_everything_else_is_as_it_was(manifest, tmp_path):
         assert len(names) == 5 * shard.images
 
 
-def test_an_export_is_the_same_each_time(manifest, tmp_path):
+def test_an_export_has_the_same_bytes_each_time(manifest, tmp_path):
     first, second = (exported(manifest, tmp_path / name) for name in ("a", "b"))
 
     assert list(first.values()) == list(second.values())
@@ -106,11 +106,13 @@ def rewritten(path, change):
     save_manifest(path, manifest.model_copy(update={"digest": manifest.computed_digest()}))
 
 
-def test_codes_that_were_changed_are_refused_by_their_name(manifest, tmp_path):
+def test_changed_codes_are_refused(manifest, tmp_path):
     codes = tmp_path / "data" / "toy" / "00000.codes.safetensors"
     codes.write_bytes(codes.read_bytes()[:-1] + b"\xff")
 
-    with pytest.raises(PmdError, match=r"00000\.codes\.safetensors is not the file of codes"):
+    with pytest.raises(
+        PmdError, match=r"00000\.codes\.safetensors is not the file of codes in the manifest"
+    ):
         exported(manifest, tmp_path / "out")
 
 
@@ -133,7 +135,7 @@ def test_a_tar_with_strange_members_is_refused(manifest, tmp_path, name):
     path.write_bytes(out.getvalue())
     rewritten(manifest, {"sha256": hashlib.sha256(out.getvalue()).hexdigest()})
 
-    with pytest.raises(PmdError, match="is no shard of `pmd build`"):
+    with pytest.raises(PmdError, match="is not a shard of `pmd build`"):
         exported(manifest, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.tar"))
 

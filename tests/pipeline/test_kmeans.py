@@ -1,4 +1,4 @@
-"""Patch k-means finds what is there, and counts exactly."""
+"""Patch k-means finds known clusters, and computes exactly."""
 
 import numpy as np
 import pytest
@@ -11,10 +11,10 @@ from pmd_pipeline.demo.world.scenes import draw, make_scene
 
 def clusters(count, each, spread=4, seed=0):
     """Patches around `count` random centres, and the number of the centre of each."""
-    dice = np.random.default_rng(seed)
-    centres = dice.integers(20, 236, (count, 192))
+    random = np.random.default_rng(seed)
+    centres = random.integers(20, 236, (count, 192))
     names = np.repeat(np.arange(count), each)
-    noise = dice.integers(-spread, spread + 1, (len(names), 192))
+    noise = random.integers(-spread, spread + 1, (len(names), 192))
     return (centres[names] + noise).astype(np.uint8), names, centres
 
 
@@ -37,9 +37,9 @@ def test_a_fit_is_the_same_each_time_and_another_with_another_seed():
 
 
 def test_every_code_is_that_of_the_nearest_centroid_in_whole_numbers():
-    dice = np.random.default_rng(0)
-    centroids = dice.choice([0, 255, 127, 128], (50, 8, 8, 3)).astype(np.uint8)
-    images = dice.choice([0, 255, 126, 129], (3, 32, 32, 3)).astype(np.uint8)
+    random = np.random.default_rng(0)
+    centroids = random.choice([0, 255, 127, 128], (50, 8, 8, 3)).astype(np.uint8)
+    images = random.choice([0, 255, 126, 129], (3, 32, 32, 3)).astype(np.uint8)
 
     codes = KMeans(centroids).codes(images)
 
@@ -62,9 +62,9 @@ def test_the_patch_of_a_code_is_the_rounded_mean():
 
 
 def test_codes_do_not_depend_on_what_else_is_in_the_batch(monkeypatch):
-    dice = np.random.default_rng(1)
-    tokenizer = KMeans(dice.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
-    images = dice.integers(0, 256, (9, 24, 24, 3), dtype=np.uint8)
+    random = np.random.default_rng(1)
+    tokenizer = KMeans(random.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    images = random.integers(0, 256, (9, 24, 24, 3), dtype=np.uint8)
     together = tokenizer.codes(images)
 
     monkeypatch.setattr(kmeans, "_ROWS", 7)
@@ -73,9 +73,9 @@ def test_codes_do_not_depend_on_what_else_is_in_the_batch(monkeypatch):
     np.testing.assert_array_equal(together, alone)
 
 
-def test_the_picture_of_codes_is_made_of_their_patches():
-    dice = np.random.default_rng(2)
-    centroids = dice.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+def test_decoded_codes_are_made_of_their_centroids():
+    random = np.random.default_rng(2)
+    centroids = random.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     codes = np.array([[4, 0, 1], [1, 2, 3], [3, 3, 0]], dtype=np.uint16)
     tokenizer = KMeans(centroids)
 
@@ -102,7 +102,7 @@ def test_too_few_different_patches_is_one_sentence():
     assert len(np.unique(fit(seen, 3, 0), axis=0)) == 3
 
 
-def test_a_scene_made_of_its_codes_is_like_it():
+def test_a_decoded_scene_resembles_the_scene():
     scenes = np.stack(
         [np.asarray(draw(make_scene(f"scene {n}")).resize((112, 112))) for n in range(40)]
     )

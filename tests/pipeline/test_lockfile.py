@@ -53,7 +53,7 @@ def locked(manifest, folder, *, workers=1, hashed=False):
 
 
 def rebuilt(lock_folder, folder, pictures, *, workers=1, raw=None):
-    order = RebuildRequest(
+    request = RebuildRequest(
         lockfile=str(lock_folder),
         out=str(folder / "data"),
         manifests=str(folder / "manifests"),
@@ -61,7 +61,7 @@ def rebuilt(lock_folder, folder, pictures, *, workers=1, raw=None):
         raw=raw and str(raw),
     )
     with open_pool("local", workers, None) as pool:
-        return rebuild(order, pool, QUIET)
+        return rebuild(request, pool, QUIET)
 
 
 def findings(manifest):
@@ -91,11 +91,13 @@ def make_dataset(folder, images):
     write_rows(folder / "raw", [*toy_rows(40), ("no address here", "nowhere")])
     write_pictures(folder / "pictures", [f"{number}.jpg" for number in range(36)])
     recipe = toy_recipe(part_records=8, images=images)
-    order = toy_source_build(folder, recipe, pictures=folder / "pictures")
-    toy_build(order)
-    request = CodesRequest(order.manifest, vocabulary=8, grid=2, views=2, runner="local", workers=1)
+    source_build = toy_source_build(folder, recipe, pictures=folder / "pictures")
+    toy_build(source_build)
+    request = CodesRequest(
+        source_build.manifest, vocabulary=8, grid=2, views=2, runner="local", workers=1
+    )
     code_manifest(request, QUIET)
-    return Path(order.manifest)
+    return Path(source_build.manifest)
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +157,8 @@ def test_over_an_unchanged_web_the_digest_is_the_same(original, lock_folder, pic
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_has_changed_or_gone_is_named_exactly(original, lock_folder, pictures, tmp_path, seed):
-    dice = random.Random(seed)
-    victims = dice.sample(range(36), 4)
+    generator = random.Random(seed)
+    victims = generator.sample(range(36), 4)
     changed, gone = set(victims[:2]), set(victims[2:])
     for number in changed:
         other = write_pictures(tmp_path / "other", [f"{number} new.jpg"]) / f"{number} new.jpg"
@@ -166,8 +168,8 @@ def test_what_has_changed_or_gone_is_named_exactly(original, lock_folder, pictur
 
     result = rebuilt(lock_folder, tmp_path / "again", pictures)
 
-    told = [json.loads(line) for line in Path(result.missing).read_text().splitlines()]
-    assert {(one["key"], one["reason"]) for one in told} == {
+    lines = [json.loads(line) for line in Path(result.missing).read_text().splitlines()]
+    assert {(one["key"], one["reason"]) for one in lines} == {
         *((key(number), "changed") for number in changed),
         *((key(number), "not_in_archive") for number in gone),
     }
@@ -373,14 +375,14 @@ class DyingPool:
 
 
 def test_a_part_whose_workers_die_is_missing(lock_folder, pictures, tmp_path):
-    order = RebuildRequest(
+    request = RebuildRequest(
         lockfile=str(lock_folder),
         out=str(tmp_path / "again" / "data"),
         manifests=str(tmp_path / "again" / "manifests"),
         images=(str(pictures),),
     )
 
-    result = rebuild(order, DyingPool(), QUIET)
+    result = rebuild(request, DyingPool(), QUIET)
 
     assert not result.is_same
     assert result.manifest.missing == {"cc3m": [1]}
@@ -500,8 +502,8 @@ def test_an_index_with_other_captions_is_refused(original, pictures, tmp_path, m
 
 
 def test_another_version_of_a_library_is_reported(lock_folder, pictures, tmp_path, monkeypatch):
-    told = {**shard_build.versions(), "pillow": "0.1"}
-    monkeypatch.setattr(shard_build, "versions", lambda _format: told)
+    versions = {**shard_build.versions(), "pillow": "0.1"}
+    monkeypatch.setattr(shard_build, "versions", lambda _format: versions)
 
     result = rebuilt(lock_folder, tmp_path / "again", pictures)
 
@@ -556,7 +558,7 @@ def forge(lock_folder, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "words"),
     [
         (lambda content: content["parts"].pop(), "has other parts than its manifest has shards"),
         (
@@ -573,23 +575,23 @@ def forge(lock_folder, change):
         ),
     ],
 )
-def test_a_forged_lock_file_is_one_sentence(lock_folder, pictures, tmp_path, change, told):
+def test_a_forged_lock_file_is_one_sentence(lock_folder, pictures, tmp_path, change, words):
     forge(lock_folder, change)
 
-    with pytest.raises(PmdError, match=told):
+    with pytest.raises(PmdError, match=words):
         rebuilt(lock_folder, tmp_path / "again", pictures)
     assert not (tmp_path / "again" / "data" / "shards").exists()
 
 
 def test_a_changed_file_or_another_is_not_a_lock_file(lock_folder, pictures, tmp_path):
     content = (lock_folder / LOCKFILE_NAME).read_text()
-    for other, told in (
+    for other, words in (
         (content.replace('"part": 1', '"part": 9'), "was changed"),
         ("{}", "not a lock file"),
     ):
         (lock_folder / LOCKFILE_NAME).write_text(other)
 
-        with pytest.raises(PmdError, match=told):
+        with pytest.raises(PmdError, match=words):
             rebuilt(lock_folder, tmp_path / "again", pictures)
 
 

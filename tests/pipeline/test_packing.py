@@ -96,16 +96,16 @@ def test_every_document_is_kept_or_dropped_with_a_reason(tmp_path_factory, rows)
 
     entry = built(order_of(folder, options={"most_chars": 50})).sources["ccnews"]
 
-    told = Counter(rows)
+    count_of = Counter(rows)
     assert entry.counts.pairs_in == len(rows) + 1
     assert entry.counts.unaccounted() == 0
-    assert entry.counts.kept == told["a dog"] + told["a dog\n"] + 1
+    assert entry.counts.kept == count_of["a dog"] + count_of["a dog\n"] + 1
     assert entry.counts.dropped == {
         reason: count
         for reason, count in {
-            "no_text": told[""] + told[" \n"] + told["\u0301"],
-            "not_text": told["\0"],
-            "too_long": told["x" * 99],
+            "no_text": count_of[""] + count_of[" \n"] + count_of["\u0301"],
+            "not_text": count_of["\0"],
+            "too_long": count_of["x" * 99],
         }.items()
         if count
     }
@@ -113,24 +113,27 @@ def test_every_document_is_kept_or_dropped_with_a_reason(tmp_path_factory, rows)
 
 def test_the_manifest_counts_documents_and_sequences(tmp_path):
     write_table(tmp_path / "raw" / "train.parquet", [article(n) for n in range(300)])
-    order = order_of(tmp_path, part_records=100)
+    source_build = order_of(tmp_path, part_records=100)
 
-    manifest = built(order)
+    manifest = built(source_build)
 
-    rows = sequences(order, manifest)
+    rows = sequences(source_build, manifest)
     entry = manifest.sources["ccnews"]
     assert manifest.kind == "text"
-    assert load_manifest(order.manifest) == manifest
+    assert load_manifest(source_build.manifest) == manifest
     assert entry.counts.kept == sum(entry.words.values()) == 300
     assert entry.tokens == sum(row["tokens"] for row in rows)
     assert sum(shard.pairs for shard in manifest.shards) == len(rows)
     assert {shard.sha256 == shard.ledger_sha256 for shard in manifest.shards} == {True}
     assert all(shard.path == shard.ledger_path for shard in manifest.shards)
     assert len(manifest.shards) == 3
-    assert entry.rules["texts"]["sha256"] == load_vocabulary(order.recipe.texts.tokenizer).sha256
+    assert (
+        entry.rules["texts"]["sha256"]
+        == load_vocabulary(source_build.recipe.texts.tokenizer).sha256
+    )
     assert "tokenizer" not in entry.rules["texts"]
     for shard in manifest.shards:
-        content = (Path(order.manifest).parent / shard.path).read_bytes()
+        content = (Path(source_build.manifest).parent / shard.path).read_bytes()
         assert hashlib.sha256(content).hexdigest() == shard.sha256
 
 
@@ -156,8 +159,8 @@ def test_filters_apply_to_documents(tmp_path):
 
 def test_a_limit_counts_the_rest_as_dropped(tmp_path):
     write_table(tmp_path / "raw" / "a.parquet", [article(n) for n in range(60)])
-    order = order_of(tmp_path, part_records=20)
-    limited = type(order)(**{**vars(order), "limit": 25})
+    source_build = order_of(tmp_path, part_records=20)
+    limited = type(source_build)(**{**vars(source_build), "limit": 25})
 
     entry = built(limited).sources["ccnews"]
 
@@ -169,32 +172,34 @@ def test_another_order_of_files_and_forms_gives_the_same_sequences(tmp_path):
     write_table(tmp_path / "a" / "raw" / "a.parquet", texts)
     write_lines(tmp_path / "b" / "raw" / "1.jsonl.gz", texts[50:])
     write_lines(tmp_path / "b" / "raw" / "2.jsonl", texts[:50])
-    orders = [order_of(tmp_path / name, part_records=40) for name in "ab"]
+    source_builds = [order_of(tmp_path / name, part_records=40) for name in "ab"]
 
-    first, second = ([shard.sha256 for shard in built(order).shards] for order in orders)
+    first, second = (
+        [shard.sha256 for shard in built(source_build).shards] for source_build in source_builds
+    )
 
     assert first == second
 
 
 def test_a_second_build_does_nothing_and_another_tokenizer_makes_all_parts_stale(tmp_path):
     write_table(tmp_path / "raw" / "a.parquet", [article(n) for n in range(40)])
-    order = order_of(tmp_path, part_records=20)
-    first = built(order)
+    source_build = order_of(tmp_path, part_records=20)
+    first = built(source_build)
     reports = sorted((tmp_path / "data" / "shards" / "ccnews").glob("*.json"))
     times = [report.stat().st_mtime_ns for report in reports]
     index = tmp_path / "data" / "index" / "ccnews" / "index.json"
     indexed = index.stat().st_mtime_ns
 
-    assert built(order) == first
+    assert built(source_build) == first
     assert [report.stat().st_mtime_ns for report in reports] == times
 
     (tmp_path / "vocab.txt").write_bytes(
         load_vocabulary(str(tmp_path / "vocab.txt")).content + b"zq\n"
     )
-    recipe = order.recipe.model_copy(
-        update={"texts": order.recipe.texts.model_copy(update={"sha256": ""})}
+    recipe = source_build.recipe.model_copy(
+        update={"texts": source_build.recipe.texts.model_copy(update={"sha256": ""})}
     )
-    other = built(type(order)(**{**vars(order), "recipe": with_tokenizer(recipe)}))
+    other = built(type(source_build)(**{**vars(source_build), "recipe": with_tokenizer(recipe)}))
     assert other.digest != first.digest
     assert index.stat().st_mtime_ns == indexed
     assert [report.stat().st_mtime_ns for report in reports] != times
@@ -214,16 +219,16 @@ def test_the_tokenizer_must_exist_and_have_the_digest_of_the_recipe(tmp_path):
 def test_berts_vocabulary_packs_to_512(tmp_path):
     write_table(tmp_path / "raw" / "a.parquet", [article(n) for n in range(40)])
     vocabulary = str(SAMPLES / "bert_vocab" / "vocab.txt")
-    order = order_of(tmp_path, texts={"tokenizer": vocabulary, "tokens": 512})
+    source_build = order_of(tmp_path, texts={"tokenizer": vocabulary, "tokens": 512})
 
-    rows = sequences(order, built(order))
+    rows = sequences(source_build, built(source_build))
 
     tokenizer = load_vocabulary(vocabulary).tokenizer()
-    told = [
+    num_tokens = [
         sum(len(tokenizer.encode(d).ids) + 1 for d in r["text"].split(DOCUMENT_SEPARATOR))
         for r in rows
     ]
-    assert [row["tokens"] for row in rows] == [1 + count for count in told]
+    assert [row["tokens"] for row in rows] == [1 + count for count in num_tokens]
     assert max(row["tokens"] for row in rows) <= 512
 
 
@@ -233,12 +238,14 @@ def test_any_number_of_workers_gives_the_same_manifest(tmp_path, runner, workers
     for number in range(3):
         texts = [article(n) for n in range(number * 150, number * 150 + 200)]
         write_table(tmp_path / "raw" / f"{number}.parquet", texts)
-    orders = [order_of(tmp_path, part_records=50) for _ in range(2)]
-    orders[1] = type(orders[1])(**{**vars(orders[1]), "data": str(tmp_path / "other")})
-    alone = built(orders[0])
+    source_builds = [order_of(tmp_path, part_records=50) for _ in range(2)]
+    source_builds[1] = type(source_builds[1])(
+        **{**vars(source_builds[1]), "data": str(tmp_path / "other")}
+    )
+    alone = built(source_builds[0])
 
     with open_pool(runner, workers, None) as pool:
-        together = built(orders[1], pool)
+        together = built(source_builds[1], pool)
 
     assert together.digest == alone.digest
 
@@ -250,8 +257,8 @@ def test_a_killed_build_is_resumed_to_the_same_manifest(tmp_path):
     build = (
         "import sys; from pathlib import Path; sys.path.insert(0, 'tests/pipeline')\n"
         "from corpora import built, order_of\n"
-        "order = order_of(Path(sys.argv[1]), part_records=100)\n"
-        "built(type(order)(**{**vars(order), 'data': sys.argv[1] + '/again'}))\n"
+        "source_build = order_of(Path(sys.argv[1]), part_records=100)\n"
+        "built(type(source_build)(**{**vars(source_build), 'data': sys.argv[1] + '/again'}))\n"
     )
     command = [sys.executable, "-c", build, str(tmp_path)]
     shards = tmp_path / "again" / "shards" / "ccnews"
@@ -270,9 +277,9 @@ def test_a_killed_build_is_resumed_to_the_same_manifest(tmp_path):
 
 def test_statistics_are_those_of_documents_and_sequences(tmp_path):
     write_table(tmp_path / "raw" / "a.parquet", [article(n) for n in range(60)])
-    order = order_of(tmp_path)
-    manifest = built(order)
-    rows = sequences(order, manifest)
+    source_build = order_of(tmp_path)
+    manifest = built(source_build)
+    rows = sequences(source_build, manifest)
     console = Console(width=120, file=io.StringIO())
 
     [row] = statistics.lengths(manifest)
@@ -289,8 +296,8 @@ def test_statistics_are_those_of_documents_and_sequences(tmp_path):
 
 def test_why_and_show_list_the_sequences_of_a_document(tmp_path):
     write_table(tmp_path / "raw" / "a.parquet", [article(n, num_words=300) for n in range(9)])
-    order = order_of(tmp_path)
-    rows = sequences(order, built(order))
+    source_build = order_of(tmp_path)
+    rows = sequences(source_build, built(source_build))
     key = rows[3]["keys"][0]
     inside = [str(number) for number, row in enumerate(rows) if key in row["keys"]]
     shard = str(tmp_path / "data" / "shards" / "ccnews" / "00000.parquet")

@@ -1,4 +1,4 @@
-"""The dVAE is the one that transformers has, and nothing of a pickle is ever run."""
+"""The dVAE gives the codes of transformers; pickles are read without executing them."""
 
 import hashlib
 import importlib
@@ -72,7 +72,7 @@ def pictures(count, side=32):
     return tiles.repeat(8, axis=1).repeat(8, axis=2)
 
 
-def theirs(model, images):
+def codes_of_transformers(model, images):
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     with torch.inference_mode():
         return model.get_codebook_indices(0.8 * pixels + 0.1).numpy()
@@ -132,7 +132,7 @@ def test_codes_are_those_of_transformers():
     assert ours.dtype == np.uint16
     assert ours.shape == (11, 4, 4)
     assert len(np.unique(ours)) > 5
-    np.testing.assert_array_equal(ours, theirs(model, images))
+    np.testing.assert_array_equal(ours, codes_of_transformers(model, images))
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_codes_of_the_full_encoder_are_those_of_transformers():
 
     assert ours.shape == (2, 14, 14)
     assert len(np.unique(ours)) > 20
-    np.testing.assert_array_equal(ours, theirs(model, images))
+    np.testing.assert_array_equal(ours, codes_of_transformers(model, images))
 
 
 def test_codes_do_not_depend_on_threads():
@@ -219,7 +219,7 @@ def evil(mark):
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("way", list(evil("")))
-def test_a_malicious_pickle_is_refused_and_nothing_is_run(tmp_path, way, new):
+def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, way, new):
     mark = tmp_path / "mark"
     path = write(tmp_path / "encoder.pkl", evil(mark)[way], new=new)
 
@@ -285,15 +285,15 @@ def bomb(many):
 
 
 @pytest.mark.timeout(20)
-def test_a_pickle_that_asks_for_room_for_billions_gets_none(tmp_path):
+def test_a_pickle_that_would_allocate_billions_of_entries_is_refused(tmp_path):
     (tmp_path / "a.pkl").write_bytes(bomb(3_000_000_000))
 
-    with pytest.raises(PmdError, match="it numbers more things than it has bytes for"):
+    with pytest.raises(PmdError, match="it numbers more objects than it has bytes for"):
         read_pickle(str(tmp_path / "a.pkl"))
 
 
 @pytest.mark.timeout(20)
-def test_what_is_there_many_times_is_entered_once(tmp_path):
+def test_a_shared_object_is_visited_once(tmp_path):
     nested = {"weight": torch.ones(2)}
     for _ in range(15):
         nested = dict.fromkeys("abcdefghij", nested)
@@ -302,7 +302,7 @@ def test_what_is_there_many_times_is_entered_once(tmp_path):
     assert [array.tolist() for array in read_pickle(path).values()] == [[1, 1]]
 
 
-def test_a_tensor_of_a_pickle_has_its_numbers(tmp_path):
+def test_a_tensor_of_a_pickle_has_the_right_numbers(tmp_path):
     (tmp_path / "a.pkl").write_bytes(lying_tensor((2, 2), (1, 2)))
 
     assert read_pickle(str(tmp_path / "a.pkl"))["weight"].tolist() == [[0, 2], [1, 3]]
@@ -328,11 +328,11 @@ def test_a_tensor_of_a_pickle_has_its_numbers(tmp_path):
     ],
     ids=range(14),  # the content of a zip has the time in it
 )
-def test_what_is_no_whole_pickle_is_one_sentence(tmp_path, content):
+def test_an_incomplete_pickle_is_one_sentence(tmp_path, content):
     path = tmp_path / "encoder.pkl"
     path.write_bytes(content)
 
-    with pytest.raises(PmdError, match="is no pickle that PyTorch writes"):
+    with pytest.raises(PmdError, match="is not a pickle that PyTorch writes"):
         read_pickle(str(path))
 
 
@@ -352,16 +352,16 @@ def test_a_pickle_with_changed_bytes_is_read_or_one_sentence(tmp_path, new):
     path = tmp_path / "w.pkl"
     content = Path(write(path, codebook().state_dict(), new=new)).read_bytes()
     for seed in range(150):
-        dice, changed = random.Random(seed), bytearray(content)
+        generator, changed = random.Random(seed), bytearray(content)
         for _ in range(3):
-            changed[dice.randrange(min(len(changed), 4000))] = dice.randrange(256)
+            changed[generator.randrange(min(len(changed), 4000))] = generator.randrange(256)
         path.write_bytes(changed)
 
         with suppress(PmdError):
             read_pickle(str(path))
 
 
-def test_weights_are_named_by_the_sha256_of_our_file_wherever_they_come_from(tmp_path):
+def test_weights_have_the_sha256_of_our_file_wherever_they_come_from(tmp_path):
     model = codebook()
     model.save_pretrained(tmp_path / "hub")
     hub, ours = find_weights(str(tmp_path / "hub"), None), tmp_path / "dvae.safetensors"
@@ -405,7 +405,7 @@ def test_weights_of_another_network_are_refused_by_the_name_of_a_tensor(change):
         dalle_weights(changed(name, change), "w.st")
 
 
-def test_weights_with_a_hole_are_refused():
+def test_weights_that_are_not_finite_are_refused():
     state = changed("blocks.input.bias", lambda state, name: state[name].fill(np.nan))
 
     with pytest.raises(PmdError, match=r"blocks\.input\.bias has values"):
@@ -420,7 +420,7 @@ def test_weights_with_a_hole_are_refused():
         ("facebook/flava-image-codebook", "main", "also give --revision"),
     ],
 )
-def test_weights_that_are_nowhere_are_one_sentence(name, revision, words, tmp_path, monkeypatch):
+def test_missing_weights_are_one_sentence(name, revision, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PmdError, match=words):
         find_weights(name, revision)
@@ -435,20 +435,20 @@ def test_an_unreachable_hub_is_one_sentence(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["encoder.pkl", "pytorch_model.bin"])
-def test_a_pickle_in_the_place_of_weights_is_sent_to_be_converted(name):
+def test_a_pickle_must_be_converted_first(name):
     with pytest.raises(PmdError, match="pmd codes convert"):
         read_tensors(name)
 
 
 @pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{}"])
-def test_a_file_that_is_no_safetensors_is_one_sentence(tmp_path, content):
+def test_a_file_that_is_not_safetensors_is_one_sentence(tmp_path, content):
     (tmp_path / "w.safetensors").write_bytes(content)
 
     with pytest.raises(PmdError):
         open_tokenizer("dalle", str(tmp_path / "w.safetensors"))
 
 
-def test_without_torch_it_says_what_to_install(monkeypatch):
+def test_without_torch_the_error_names_what_to_install(monkeypatch):
     weights = dalle_weights(arrays(codebook()), "")
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "pmd_pipeline.codes.dvae", raising=False)

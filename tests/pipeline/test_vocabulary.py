@@ -1,4 +1,4 @@
-"""Every text of a manifest comes once and in order; what is damaged says so."""
+"""Texts of a manifest, once and in order; a damaged shard is named."""
 
 import shutil
 from pathlib import Path
@@ -20,18 +20,20 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     write_rows(folder / "raw", toy_rows(30))
     pictures = write_pictures(folder / "pictures", [f"{n}.jpg" for n in range(30) if n != 7])
-    order = toy_source_build(folder, toy_recipe(part_records=10), pictures=pictures)
-    toy_build(order)
-    return order
+    source_build = toy_source_build(folder, toy_recipe(part_records=10), pictures=pictures)
+    toy_build(source_build)
+    return source_build
 
 
 def test_every_kept_caption_comes_once(built):
     manifest = load_manifest(built.manifest)
 
-    found = list(texts(built.manifest, manifest))
+    captions = list(texts(built.manifest, manifest))
 
-    assert sorted(found) == sorted(text for text, url in toy_rows(30) if not url.endswith("/7.jpg"))
-    assert found == list(texts(built.manifest, manifest))
+    assert sorted(captions) == sorted(
+        text for text, url in toy_rows(30) if not url.endswith("/7.jpg")
+    )
+    assert captions == list(texts(built.manifest, manifest))
     assert len(manifest.shards) > 1
 
 

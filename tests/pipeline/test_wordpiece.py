@@ -29,9 +29,9 @@ def counted(texts):
 
 
 def some_texts(seed=0, count=300):
-    dice = random.Random(seed)
-    stems = ["".join(dice.choices("abcdefgh", k=dice.randint(1, 6))) for _ in range(60)]
-    return [" ".join(dice.choices(stems, k=8)) for _ in range(count)]
+    generator = random.Random(seed)
+    stems = ["".join(generator.choices("abcdefgh", k=generator.randint(1, 6))) for _ in range(60)]
+    return [" ".join(generator.choices(stems, k=8)) for _ in range(count)]
 
 
 def trained_by_the_library(texts, size, first):
@@ -78,8 +78,8 @@ def test_fresh_processes_learn_the_same(threads):
 
 
 @given(st.lists(st.text(LETTERS, max_size=6), max_size=20), st.randoms(use_true_random=False))
-def test_the_order_of_the_texts_does_not_matter(texts, dice):
-    shuffled = dice.sample(texts, len(texts))
+def test_the_order_of_the_texts_does_not_matter(texts, generator):
+    shuffled = generator.sample(texts, len(texts))
 
     assert learn_wordpiece(counted(texts), 60) == learn_wordpiece(counted(shuffled), 60)
 
@@ -182,8 +182,10 @@ def test_without_the_library_one_sentence_says_what_to_install(monkeypatch):
 
 
 def test_a_large_vocabulary_is_merged_to_its_size():
-    dice = random.Random(1)
-    words = {"".join(dice.choices("abcdefghij", k=7)): dice.randint(1, 9) for _ in range(3000)}
+    generator = random.Random(1)
+    words = {
+        "".join(generator.choices("abcdefghij", k=7)): generator.randint(1, 9) for _ in range(3000)
+    }
 
     assert len(learn_wordpiece(words, 1500).tokens) == 1500
     assert isinstance(learn_wordpiece(words, 1500), Vocabulary)

@@ -107,7 +107,7 @@ def best_device(tokenizer: Tokenizer) -> str:
 
 def _has_cuda() -> bool:
     try:
-        import torch  # noqa: PLC0415 - only a tokenizer that computes on GPUs asks
+        import torch  # noqa: PLC0415 - only a tokenizer for GPUs needs it
     except ModuleNotFoundError:
         return False
     return torch.cuda.is_available()

@@ -140,7 +140,7 @@ def lock(
 
 
 def lock_part(task: LockTask, report_progress: ReportProgress) -> LockedPart:
-    """Write the locked files of one shard; files that are there and current are kept.
+    """Write the locked files of one shard; current files are kept.
 
     Raises:
         PmdError: the shard is not the one of the manifest.
@@ -159,7 +159,7 @@ def lock_part(task: LockTask, report_progress: ReportProgress) -> LockedPart:
 
 
 def _current_rows(task: LockTask, archive_names: Mapping[str, str]) -> bytes | None:
-    """The content of the part's rows, if they are there and were made of this shard."""
+    """The content of the part's rows, if they were made of this shard."""
     if task.names.ledger not in sizes(task.locked.folder):
         return None
     content = read_bytes(task.locked.ledger)

@@ -193,7 +193,7 @@ def rebuild(request: RebuildRequest, pool: Pool, reporter: Reporter) -> RebuildR
 
 
 def _refuse_overwriting_others(lockfile: LockFile, request: RebuildRequest) -> None:
-    """Check the manifest and all shards that are there before any file changes.
+    """Check the manifest and all existing shards before any file changes.
 
     Raises:
         PmdError: the manifest is of shards elsewhere; or as `earlier_report`.

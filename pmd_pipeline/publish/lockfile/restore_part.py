@@ -127,7 +127,7 @@ def earlier_report(
 def restore_part(task: RestoreTask, report_progress: ReportProgress) -> RestoredShard:
     """The shard of one part of a lock file, with its ledger, report and codes.
 
-    A shard that is there already with the same bytes is left as it is, whichever command wrote it.
+    A shard with the same bytes is left as it is, whichever command wrote it.
 
     Raises:
         PmdError: a file of the lock file was changed, the index has other captions, a shard of
@@ -234,9 +234,9 @@ def _locked_report(
     left_out: Sequence[str],
     file_sizes: dict[str, int],
 ) -> Report | None:
-    """The report of the shard that was locked, if it is there complete.
+    """The report of the shard that was locked, if the folder has all of it.
 
-    None: the shard is to be fetched, and whatever is there may be replaced.
+    None: the shard is to be fetched, and files in the folder may be replaced.
     """
     report = earlier_report(task.shards, task.part, task.entry, file_sizes)
     if report is None:
@@ -261,7 +261,7 @@ def _locked_report(
 def _fetch(
     task: RestoreTask, rows: Sequence[LockedRow], dependency: str, report_progress: ReportProgress
 ) -> Report:
-    """Fetch the images that were there into a shard whose ledger has all rows."""
+    """Fetch the images of the locked shard into a shard whose ledger has all rows."""
     build = ShardBuild(
         recipe=task.recipe,
         part=task.part.part,
@@ -338,7 +338,7 @@ def _list_missing(
 def _restore_codes(
     task: RestoreTask, entry: ShardEntry, rows: Sequence[LockedRow], same: set[str]
 ) -> CodesReport | None:
-    """Write the locked codes of the images that are there, which are all stored as they were."""
+    """Write the locked codes of the restored images, which all have the locked bytes."""
     report = task.part.codes
     if report is None:
         return None
