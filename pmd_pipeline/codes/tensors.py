@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from pmd_pipeline.contract.models import CodeRules
+from pmd_pipeline.contract.schemas import CODES_DTYPES
 
-_TYPES = {"boxes": ("F32", np.float32), "codes": ("U16", np.uint16), "first": ("I64", np.int64)}
-"""The tensors of the file, with their types as safetensors and as NumPy name them."""
+_SAFETENSORS_DTYPES = {"float32": "F32", "uint16": "U16", "int64": "I64"}
 
 Tensors: TypeAlias = dict[str, NDArray[Any]]
 Boxes: TypeAlias = NDArray[np.float32]
@@ -88,13 +88,13 @@ def code_tensors(content: bytes) -> Tensors | str:
     position = 0
     headers = {"boxes": header.boxes, "codes": header.codes, "first": header.first}
     for name, tensor in sorted(headers.items(), key=lambda item: item[1].data_offsets):
-        kind, number = _TYPES[name]
+        dtype = np.dtype(CODES_DTYPES[name])
         start, stop = tensor.data_offsets
-        if tensor.dtype != kind or start != position or stop > len(body):
+        if tensor.dtype != _SAFETENSORS_DTYPES[dtype.name] or start != position or stop > len(body):
             return f"holds {name} as {tensor.dtype}, impossibly from byte {start:,} to {stop:,}"
-        if stop - start != np.dtype(number).itemsize * math.prod(tensor.shape):
+        if stop - start != dtype.itemsize * math.prod(tensor.shape):
             return f"holds {name} of the shape {tensor.shape} in {stop - start:,} bytes"
-        tensors[name] = np.frombuffer(body[start:stop], dtype=number).reshape(tensor.shape)
+        tensors[name] = np.frombuffer(body[start:stop], dtype=dtype).reshape(tensor.shape)
         position = stop
     if position != len(body):
         return f"has {len(body) - position:,} bytes after its tensors"
