@@ -21,7 +21,7 @@ unit: $(STAMP)
 slow: $(STAMP)
 	$(BIN)/pytest -m slow
 
-# Plants one bug at a time in a copy of the tree; a unit test must fail for each. Half an hour, not in CI.
+# Plants one bug at a time in a copy of the tree; a unit test must fail for each. About 20 minutes, not in CI.
 mutations: $(STAMP)
 	$(BIN)/python tests/mutations/mutate.py
 

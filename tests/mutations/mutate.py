@@ -3,7 +3,7 @@
     python tests/mutations/mutate.py            all mutations of `catalogue.py`, one after another
     python tests/mutations/mutate.py order      those whose module or reason contains `order`
 
-`make mutations` runs the first. It takes about half an hour on two cores, so CI leaves it out and
+`make mutations` runs the first. It takes about 20 minutes on two cores, so CI leaves it out and
 only checks that every mutation still applies (`test_catalogue.py`). The exit code is 1 if a
 mutation survives, and 2 if one does not apply.
 """
