@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 from pmd_pipeline.base.parallel import ignore_progress, open_pool
-from pmd_pipeline.build.part import PartTask, build_part
-from pmd_pipeline.build.shard import ShardBuild
 from pmd_pipeline.images.decode.decoder import open_image
 from pmd_pipeline.images.decode.stored_image import make_stored_image
 from pmd_pipeline.index.build import build_index
 from pmd_pipeline.recipe import Images, load_recipe
+from pmd_pipeline.shards.part import PartTask, build_part
+from pmd_pipeline.shards.shard import ShardBuild
 from pmd_pipeline.sources import find_annotations
 
 

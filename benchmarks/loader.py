@@ -54,13 +54,13 @@ from flava_train.data.training_data import TrainingData
 from flava_train.data.wordpiece import load_wordpiece
 from flava_train.model.flava import FlavaConfig
 from flava_train.objective.objective import Objective
-from pmd_pipeline.build.shard_writer import ByteRange, DigestingFile, ShardWriter
 from pmd_pipeline.contract.digests import canonical_json
 from pmd_pipeline.contract.manifest import save_manifest, sealed
 from pmd_pipeline.contract.models import CodeRules, Manifest, ShardEntry
 from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.contract.schemas import LedgerRow, ledger_bytes
+from pmd_pipeline.shards.shard_writer import ByteRange, DigestingFile, ShardWriter
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
 RULES = CodeRules(tokenizer="kmeans", sha256="0" * 64, vocabulary=8192, size=112, grid=14, views=2)

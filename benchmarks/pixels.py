@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pmd_pipeline.build.report import versions
 from pmd_pipeline.images.decode.decoder import open_image
 from pmd_pipeline.images.decode.stored_image import make_stored_image
 from pmd_pipeline.recipe import Images
+from pmd_pipeline.shards.report import versions
 
 HERE = Path(__file__).parent
 IMG2DATASET_PYTHON = HERE.parent / ".bench-venv" / "bin" / "python"

@@ -17,14 +17,6 @@ from PIL.Image import Resampling
 from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.stopwatch import Stopwatch
 from pmd_pipeline.base.storage import remove
-from pmd_pipeline.build.shard_reader import (
-    ShardSample,
-    check_tar,
-    decode_image,
-    read_member,
-    read_samples,
-    sample_captions,
-)
 from pmd_pipeline.codes.crops import crop_boxes
 from pmd_pipeline.codes.reports import codes_dependency
 from pmd_pipeline.codes.tokenizers import Codes, Pixels, Tokenizer, open_tokenizer
@@ -34,6 +26,14 @@ from pmd_pipeline.contract.files import open_read, write_whole
 from pmd_pipeline.contract.models import CodeRules, CodesReport, FileDigest, ShardEntry
 from pmd_pipeline.contract.paths import ShardPaths, part_name
 from pmd_pipeline.contract.plugins import is_reference, source_digest
+from pmd_pipeline.shards.shard_reader import (
+    ShardSample,
+    check_tar,
+    decode_image,
+    read_member,
+    read_samples,
+    sample_captions,
+)
 
 Boxes: TypeAlias = NDArray[np.float32]
 

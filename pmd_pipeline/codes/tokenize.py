@@ -13,7 +13,6 @@ import numpy as np
 from pmd_pipeline.base.parallel import WorkerDied, open_pool
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.storage import sizes, sweep
-from pmd_pipeline.build.shard_reader import ShardSample, check_tar, read_member, read_samples
 from pmd_pipeline.codes.reports import done_codes, with_codes
 from pmd_pipeline.codes.shard import CodesTask, code_shard, crop_pixels
 from pmd_pipeline.codes.tokenizers import Pixels, best_device, open_tokenizer
@@ -27,6 +26,7 @@ from pmd_pipeline.contract.manifest import load_manifest, located, save_manifest
 from pmd_pipeline.contract.models import FORMAT, CodeRules, CodesReport, Manifest, ShardEntry
 from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.contract.plugins import is_reference, source_digest
+from pmd_pipeline.shards.shard_reader import ShardSample, check_tar, read_member, read_samples
 
 _FIT_IMAGES = 1024
 """Images that k-means is fitted to: those of the lowest keys, which are a random sample."""

@@ -9,9 +9,6 @@ from typing import Any
 from pmd_pipeline.base.parallel import Pool, WorkerDied, open_pool
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.storage import sweep
-from pmd_pipeline.build.image_locations import WEB, image_locations
-from pmd_pipeline.build.optout import add_to_list, load_list
-from pmd_pipeline.build.part import PartTask, build_part
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import is_local, join
 from pmd_pipeline.contract.manifest import save_manifest
@@ -28,6 +25,9 @@ from pmd_pipeline.dataset.source_build import (
 from pmd_pipeline.images.local.imagenet import check_images, list_images
 from pmd_pipeline.index.build import Index, build_index
 from pmd_pipeline.recipe import Recipe, load_recipe
+from pmd_pipeline.shards.image_locations import WEB, image_locations
+from pmd_pipeline.shards.optout import add_to_list, load_list
+from pmd_pipeline.shards.part import PartTask, build_part
 from pmd_pipeline.sources import Annotations, find_annotations
 from pmd_pipeline.sources.upstream.download import download_annotations
 from pmd_pipeline.sources.upstream.held_out import KARPATHY_FILE

@@ -22,10 +22,10 @@ import numpy as np
 from PIL import Image
 
 from pmd_pipeline.base.record import Row, key_of
-from pmd_pipeline.build.shard import ShardBuild, fetch_into_shard
 from pmd_pipeline.contract.models import Report
 from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.recipe import Fetch, Images, Recipe
+from pmd_pipeline.shards.shard import ShardBuild, fetch_into_shard
 
 NUM_GROUPS = 8
 """Groups of records that a probe builds one by one, to estimate the variance of its figures."""

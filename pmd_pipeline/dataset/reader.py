@@ -12,19 +12,19 @@ import polars as pl
 from PIL import Image
 
 from pmd_pipeline.base.tables import read_table
-from pmd_pipeline.build.shard_reader import (
-    ShardSample,
-    decode_image,
-    read_member,
-    read_samples,
-    sample_captions,
-)
 from pmd_pipeline.contract.boxes import Box
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import open_read, read_bytes
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.contract.models import Manifest, ShardEntry
 from pmd_pipeline.contract.schemas import LedgerColumn
+from pmd_pipeline.shards.shard_reader import (
+    ShardSample,
+    decode_image,
+    read_member,
+    read_samples,
+    sample_captions,
+)
 
 _Item = TypeVar("_Item")
 

@@ -4,15 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pmd_pipeline.base.storage import sizes
-from pmd_pipeline.build.image_locations import WEB, ImageLocation
-from pmd_pipeline.build.part import PartTask, part_dependency
-from pmd_pipeline.build.report import done_report
-from pmd_pipeline.build.shard import ShardBuild
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join
 from pmd_pipeline.contract.models import Report
 from pmd_pipeline.index.build import Index
 from pmd_pipeline.recipe import Recipe
+from pmd_pipeline.shards.image_locations import WEB, ImageLocation
+from pmd_pipeline.shards.part import PartTask, part_dependency
+from pmd_pipeline.shards.report import done_report
+from pmd_pipeline.shards.shard import ShardBuild
 from pmd_pipeline.sources import Annotations
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pmd_pipeline.build.shard_reader import ShardSample, decode_image, read_member, read_samples
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import open_read, whole_file
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.demo.training_summary import DIRECTIONS, LOSSES, RANKS, Learned
+from pmd_pipeline.shards.shard_reader import ShardSample, decode_image, read_member, read_samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

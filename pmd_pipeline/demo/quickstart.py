@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pmd_pipeline.base.progress import Reporter
-from pmd_pipeline.build.image_locations import WEB
 from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import write_whole
@@ -21,6 +20,7 @@ from pmd_pipeline.demo.poster import Found, draw, fingerprints, first_captions
 from pmd_pipeline.demo.training_summary import Learned, read_learned
 from pmd_pipeline.demo.world import World, serve, write_world
 from pmd_pipeline.recipe import recipe_folder
+from pmd_pipeline.shards.image_locations import WEB
 from pmd_pipeline.text.vocabulary import learn_vocabulary
 
 TIMES = 10

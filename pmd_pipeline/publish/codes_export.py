@@ -14,9 +14,6 @@ from numpy.typing import NDArray
 from pmd_pipeline.base.overwrite import refuse_overwrite
 from pmd_pipeline.base.parallel import Pool, ReportProgress, WorkerDied
 from pmd_pipeline.base.progress import Reporter
-from pmd_pipeline.build.shard_reader import check_tar, read_samples
-from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter
-from pmd_pipeline.build.tar_reader import TarReader
 from pmd_pipeline.codes.tensors import Tensors, code_tensors
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, open_read, read_bytes, whole_file
@@ -24,6 +21,9 @@ from pmd_pipeline.contract.image_format import EXTENSIONS
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.contract.models import CodeRules, ShardEntry
 from pmd_pipeline.contract.paths import ShardPaths, part_name
+from pmd_pipeline.shards.shard_reader import check_tar, read_samples
+from pmd_pipeline.shards.shard_writer import DigestingFile, ShardWriter
+from pmd_pipeline.shards.tar_reader import TarReader
 
 _EXTENSIONS = {"json", "txt"} | EXTENSIONS
 

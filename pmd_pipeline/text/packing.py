@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.stopwatch import Stopwatch
 from pmd_pipeline.base.storage import remove
-from pmd_pipeline.build.part import PartTask
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import is_local, write_whole
 from pmd_pipeline.contract.models import Counts, FileDigest, Report
@@ -22,6 +21,7 @@ from pmd_pipeline.contract.schemas import TEXT_SCHEMA
 from pmd_pipeline.contract.tokens import DOCUMENT_SEPARATOR
 from pmd_pipeline.index.records import read_part
 from pmd_pipeline.recipe import Recipe
+from pmd_pipeline.shards.part import PartTask
 from pmd_pipeline.text.wordpiece import load_vocabulary
 
 if TYPE_CHECKING:

@@ -109,35 +109,35 @@ MUTATIONS = [
     ),
     # scheduler and reorder buffer
     Mutation(
-        "pmd_pipeline/build/pipeline.py",
+        "pmd_pipeline/shards/pipeline.py",
         "X.setdefault(Y, number)",
         "X.setdefault((Y, number), number)",
         _PIPELINE,
         "an image that two records name is fetched twice",
     ),
     Mutation(
-        "pmd_pipeline/build/pipeline.py",
+        "pmd_pipeline/shards/pipeline.py",
         "X[Y.host] >= Z.max_per_host",
         "X[Y.host] > Z.max_per_host",
         _PIPELINE,
         "one request more than `max_per_host` is in flight",
     ),
     Mutation(
-        "pmd_pipeline/build/pipeline.py",
+        "pmd_pipeline/shards/pipeline.py",
         "X - Y < Z.max_in_flight",
         "X - Y <= Z.max_in_flight",
         _PIPELINE,
         "one item more than `max_in_flight` is in flight",
     ),
     Mutation(
-        "pmd_pipeline/build/reorder_buffer.py",
+        "pmd_pipeline/shards/reorder_buffer.py",
         "self._file_size += len(X)",
         "self._file_size = len(X)",
         _PIPELINE,
         "the third spilled image overwrites the second",
     ),
     Mutation(
-        "pmd_pipeline/build/reorder_buffer.py",
+        "pmd_pipeline/shards/reorder_buffer.py",
         "self._num_bytes -= X",
         "self._num_bytes -= 0",
         _PIPELINE,
@@ -334,14 +334,14 @@ MUTATIONS = [
     ),
     # shard writer, boxes, names
     Mutation(
-        "pmd_pipeline/build/shard_writer.py",
+        "pmd_pipeline/shards/shard_writer.py",
         "sorted(members)",
         "members",
         _WRITER,
         "members come in the order of the caller",
     ),
     Mutation(
-        "pmd_pipeline/build/shard_writer.py",
+        "pmd_pipeline/shards/shard_writer.py",
         "bytes(-len(X) % Y)",
         "bytes(Y - len(X) % Y)",
         _WRITER,

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter
 from pmd_pipeline.contract.digests import canonical_json
 from pmd_pipeline.contract.image_format import JPEG, WEBP, ImageFormat
 from pmd_pipeline.contract.manifest import save_manifest
 from pmd_pipeline.contract.models import Counts, Manifest, ShardEntry, SourceEntry
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.contract.schemas import LedgerRow, ledger_bytes
+from pmd_pipeline.shards.shard_writer import DigestingFile, ShardWriter
 
 
 @dataclass

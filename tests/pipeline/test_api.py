@@ -7,7 +7,6 @@ import pytest
 from toy import toy_rows, write_pictures, write_rows
 
 import pmd_pipeline
-from pmd_pipeline import api
 from pmd_pipeline.api import Dataset, build, open_manifest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.models import ShardEntry
@@ -111,7 +110,7 @@ def test_a_name_that_the_package_does_not_have_is_an_attribute_error():
 def surface():
     """The public names with their signatures, a line each."""
     for name in sorted(pmd_pipeline.__all__):
-        item = getattr(api, name)
+        item = getattr(pmd_pipeline, name)
         shape = "" if item is PmdError else inspect.signature(item)
         yield f"{name}{shape}"
         if item is Dataset:
@@ -127,3 +126,8 @@ def test_the_public_names_and_signatures_are_these(pytestconfig):
         GOLDEN.write_text(text, encoding="utf-8")
 
     assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_building_twice_calls_the_same_function(path):
+    assert pmd_pipeline.build is build
+    assert pmd_pipeline.open_manifest(path).num_images == 28

@@ -20,10 +20,6 @@ from PIL import Image
 from toy import toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline.base.parallel import open_pool
-from pmd_pipeline.build import pipeline
-from pmd_pipeline.build.image_locations import WEB
-from pmd_pipeline.build.part import build_part
-from pmd_pipeline.build.shard import ShardBuild, fetch_images
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import Report
@@ -32,6 +28,10 @@ from pmd_pipeline.dataset.source_build import SourceBuild
 from pmd_pipeline.images.fetch import rate_limiter
 from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.recipe import load_recipe
+from pmd_pipeline.shards import pipeline
+from pmd_pipeline.shards.image_locations import WEB
+from pmd_pipeline.shards.part import build_part
+from pmd_pipeline.shards.shard import ShardBuild, fetch_images
 
 KINDS = ("good", "missing", "html", "empty", "truncated", "tiny")
 

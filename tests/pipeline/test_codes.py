@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from toy import QUIET, toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline.base.parallel import WorkerDied
-from pmd_pipeline.build import shard_reader as stored
 from pmd_pipeline.codes import tokenize as coding
 from pmd_pipeline.codes.crops import crop_boxes
 from pmd_pipeline.codes.reports import codes_dependency
@@ -31,6 +30,7 @@ from pmd_pipeline.contract.image_format import WEBP
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.contract.models import CodesReport
 from pmd_pipeline.dataset.manifest import merge_manifests
+from pmd_pipeline.shards import shard_reader as stored
 
 COLOURS = np.array([[250, 20, 20], [20, 250, 20], [20, 20, 250], [240, 240, 240]], dtype=np.uint8)
 NAMES = np.array([[0, 1], [2, 3]])

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from toy import QUIET, toy_recipe, write_pictures, write_rows
 
 from pmd_pipeline import cli
-from pmd_pipeline.build.shard import fetch_into_shard
 from pmd_pipeline.cli.plan import _format_bytes, _format_hours, _format_time_range
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.dataset import probe as probe_module
@@ -21,6 +20,7 @@ from pmd_pipeline.dataset.estimate import (
 )
 from pmd_pipeline.dataset.probe import Interval, proportion
 from pmd_pipeline.recipe import load_recipe
+from pmd_pipeline.shards.shard import fetch_into_shard
 
 NUM_LIVE, NUM_DEAD = 30, 10
 

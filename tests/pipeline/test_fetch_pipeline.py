@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmd_pipeline.build.pipeline import FetchPipeline
-from pmd_pipeline.build.reorder_buffer import ReorderBuffer
 from pmd_pipeline.contract.errors import PmdError, RecordError
 from pmd_pipeline.contract.image_format import JPEG
 from pmd_pipeline.images.decode.processor import ImageResult
 from pmd_pipeline.images.decode.stored_image import StoredImage
 from pmd_pipeline.images.fetch.byte_budget import ByteBudget
 from pmd_pipeline.images.fetch.client import FetchedImage
+from pmd_pipeline.shards.pipeline import FetchPipeline
+from pmd_pipeline.shards.reorder_buffer import ReorderBuffer
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_items_of_one_key_are_fetched_once(loop):
 def test_a_slow_item_stalls_no_other_and_the_results_behind_it_go_to_disk(
     loop, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("pmd_pipeline.build.pipeline._MAX_BUFFERED_BYTES", 1000)
+    monkeypatch.setattr("pmd_pipeline.shards.pipeline._MAX_BUFFERED_BYTES", 1000)
     others_done, done, buffered_bytes = asyncio.Event(), [], []
 
     async def fetch(number):

@@ -18,7 +18,6 @@ from toy import QUIET, toy_build, toy_recipe, toy_rows, toy_source_build, write_
 from pmd_pipeline import cli
 from pmd_pipeline.base.parallel import WorkerDied, open_pool
 from pmd_pipeline.base.record import key_of
-from pmd_pipeline.build import shard as shard_build
 from pmd_pipeline.codes.tensors import code_tensors
 from pmd_pipeline.codes.tokenize import CodesRequest, code_manifest
 from pmd_pipeline.contract.errors import PmdError
@@ -41,6 +40,7 @@ from pmd_pipeline.publish.lockfile.format import (
 )
 from pmd_pipeline.publish.lockfile.lock import lock
 from pmd_pipeline.publish.lockfile.rebuild import RebuildRequest, rebuild
+from pmd_pipeline.shards import shard as shard_build
 
 
 def key(number):

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmd_pipeline.base.record import key_of
-from pmd_pipeline.build.optout import OptOut, add_to_list, load_list
 from pmd_pipeline.contract.errors import PmdError
+from pmd_pipeline.shards.optout import OptOut, add_to_list, load_list
 
 PHOTO = "https://farm8.staticflickr.com/7153/6255196340_da26cf2c9e_z.jpg"
 SHA256 = "ab" * 32

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmd_pipeline.build import reorder_buffer
-from pmd_pipeline.build.reorder_buffer import ReorderBuffer
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.image_format import JPEG
 from pmd_pipeline.images.decode.processor import ImageResult
 from pmd_pipeline.images.decode.stored_image import StoredImage
+from pmd_pipeline.shards import reorder_buffer
+from pmd_pipeline.shards.reorder_buffer import ReorderBuffer
 
 
 @given(

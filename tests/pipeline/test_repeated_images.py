@@ -15,7 +15,6 @@ from toy import QUIET, toy_build, toy_recipe, toy_source_build, write_pictures, 
 
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.base.progress import Reporter
-from pmd_pipeline.build.optout import REASON, add_to_list
 from pmd_pipeline.contract.manifest import load_manifest, save_manifest
 from pmd_pipeline.dataset import manifest as manifest_module
 from pmd_pipeline.dataset.build import build_source
@@ -25,6 +24,7 @@ from pmd_pipeline.inspect.stats import remarks
 from pmd_pipeline.inspect.verify.dataset import verify
 from pmd_pipeline.publish.lockfile.lock import lock
 from pmd_pipeline.publish.lockfile.rebuild import RebuildRequest, rebuild
+from pmd_pipeline.shards.optout import REASON, add_to_list
 
 NUM, SAME = 40, 12
 

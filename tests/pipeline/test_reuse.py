@@ -13,14 +13,14 @@ from toy import QUIET, toy_build, toy_recipe, toy_source_build, write_pictures, 
 from pmd_pipeline import cli
 from pmd_pipeline.base.parallel import open_pool
 from pmd_pipeline.base.record import key_of, url_id
-from pmd_pipeline.build import shard as shard_module
-from pmd_pipeline.build.optout import LIST, REASON, add_to_list
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.dataset import build as build_module
 from pmd_pipeline.dataset.build import BuildRequest, build_all, parse_reasons
 from pmd_pipeline.inspect.trace import find_traces
 from pmd_pipeline.inspect.trace_text import trace_lines
+from pmd_pipeline.shards import shard as shard_module
+from pmd_pipeline.shards.optout import LIST, REASON, add_to_list
 
 NUM = 60
 LATE = range(0, NUM, 10)

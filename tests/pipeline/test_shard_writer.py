@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter
+from pmd_pipeline.shards.shard_writer import DigestingFile, ShardWriter
 
 
 def written(*samples):

@@ -23,7 +23,6 @@ from toy import QUIET, toy_build, toy_recipe, toy_rows, toy_source_build, write_
 from pmd_pipeline import cli
 from pmd_pipeline.base.parallel import WorkerDied, open_pool
 from pmd_pipeline.base.storage import sizes
-from pmd_pipeline.build.tar_reader import TarMember
 from pmd_pipeline.codes.crops import crop_boxes
 from pmd_pipeline.codes.tensors import code_faults
 from pmd_pipeline.contract.digests import canonical_json, digest
@@ -36,6 +35,7 @@ from pmd_pipeline.contract.schemas import LEDGER_SCHEMA, LedgerRow, ledger_bytes
 from pmd_pipeline.inspect.verify.dataset import verify
 from pmd_pipeline.inspect.verify.image_headers import image_size
 from pmd_pipeline.inspect.verify.samples import SampleChecker
+from pmd_pipeline.shards.tar_reader import TarMember
 
 RULES = CodeRules(tokenizer="kmeans", sha256="0" * 64, vocabulary=16, size=16, grid=2, views=2)
 FILES = ("tar", "parquet", "codes.safetensors")

@@ -19,7 +19,6 @@ from PIL import Image
 from toy import QUIET
 
 from pmd_pipeline.base.parallel import open_pool
-from pmd_pipeline.build.image_locations import WEB
 from pmd_pipeline.contract.manifest import load_manifest
 from pmd_pipeline.dataset.build import BuildRequest, build_all
 from pmd_pipeline.demo.world import World, serve, write_world
@@ -28,6 +27,7 @@ from pmd_pipeline.inspect.trace_text import outcome, trace_lines
 from pmd_pipeline.inspect.verify.dataset import verify
 from pmd_pipeline.publish.lockfile.lock import lock
 from pmd_pipeline.publish.lockfile.rebuild import RebuildRequest, rebuild
+from pmd_pipeline.shards.image_locations import WEB
 from pmd_pipeline.text.vocabulary import learn_vocabulary
 
 pytestmark = pytest.mark.slow

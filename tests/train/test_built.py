@@ -21,9 +21,9 @@ from flava_train.data.training_data import TrainingData
 from flava_train.evaluation.batches import evaluation_batches
 from flava_train.objective.objective import Objective
 from pmd_pipeline.base.progress import Reporter
-from pmd_pipeline.build.image_locations import WEB
 from pmd_pipeline.dataset.build import BuildRequest, build_all
 from pmd_pipeline.demo.world import serve, write_world
+from pmd_pipeline.shards.image_locations import WEB
 
 pytestmark = pytest.mark.slow
 QUIET = Reporter(Console(quiet=True), quiet=True)

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.numpy import save_file
 
-from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter
 from pmd_pipeline.contract.digests import canonical_json
 from pmd_pipeline.contract.image_format import JPEG, WEBP
 from pmd_pipeline.contract.manifest import sealed
@@ -18,6 +17,7 @@ from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.contract.schemas import LedgerRow, ledger_bytes
 from pmd_pipeline.contract.tokens import SPECIAL_TOKENS
+from pmd_pipeline.shards.shard_writer import DigestingFile, ShardWriter
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz0123456789.[]", "##a", "##b", "##c", "dog", "cat", "sep"]
 RULES = CodeRules(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pmd_pipeline.build.tar_reader import TarMember
 from pmd_pipeline.codes.crops import crop_boxes
 from pmd_pipeline.contract.boxes import are_boxes
 from pmd_pipeline.contract.digests import canonical_json
@@ -16,6 +15,7 @@ from pmd_pipeline.contract.models import CodeRules, Kind
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.contract.schemas import LedgerRow
 from pmd_pipeline.inspect.verify.image_headers import image_size
+from pmd_pipeline.shards.tar_reader import TarMember
 
 _MAX_NAMES = 3
 """Members that are named for one kind of fault; with another part's ledger all have it."""

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pmd_pipeline.base.parallel import ReportProgress
-from pmd_pipeline.build.report import counts_of, images_of
-from pmd_pipeline.build.tar_reader import TarReader
 from pmd_pipeline.contract.files import open_read
 from pmd_pipeline.contract.image_format import JPEG, ImageFormat
 from pmd_pipeline.contract.models import CodeRules, Kind, Report, ShardEntry
@@ -23,6 +21,8 @@ from pmd_pipeline.inspect.verify.findings import (
 from pmd_pipeline.inspect.verify.ledger import check_ledger
 from pmd_pipeline.inspect.verify.samples import SampleChecker
 from pmd_pipeline.inspect.verify.texts import check_texts
+from pmd_pipeline.shards.report import counts_of, images_of
+from pmd_pipeline.shards.tar_reader import TarReader
 
 _PROGRESS_MEMBERS = 300
 

@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.base.tables import read_table
-from pmd_pipeline.build.report import counts_of
 from pmd_pipeline.contract.boxes import are_boxes
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.errors import PmdError
@@ -30,6 +29,7 @@ from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.contract.schemas import LEDGER_SCHEMA, LedgerRow
 from pmd_pipeline.index.records import IndexRecord
+from pmd_pipeline.shards.report import counts_of
 
 LOCKFILE_NAME = "kit.json"
 

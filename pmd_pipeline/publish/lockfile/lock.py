@@ -16,8 +16,6 @@ from pmd_pipeline.base.parallel import Pool, ReportProgress, in_order
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.storage import sizes
 from pmd_pipeline.base.tables import MEND_INDEX, read_batches, read_table
-from pmd_pipeline.build.report import counts_of
-from pmd_pipeline.build.tar_reader import TarReader
 from pmd_pipeline.contract.digests import canonical_json, digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, open_read, read_bytes, write_whole
@@ -44,6 +42,8 @@ from pmd_pipeline.publish.lockfile.format import (
     checked_bytes,
     rows_bytes,
 )
+from pmd_pipeline.shards.report import counts_of
+from pmd_pipeline.shards.tar_reader import TarReader
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from pmd_pipeline import sources
 from pmd_pipeline.base.parallel import Pool, WorkerDied
 from pmd_pipeline.base.progress import Reporter
 from pmd_pipeline.base.storage import remove, sizes, sweep
-from pmd_pipeline.build.image_locations import WEB, image_locations
 from pmd_pipeline.codes.reports import with_codes
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, local_path, read_bytes, whole_file
@@ -35,6 +34,7 @@ from pmd_pipeline.publish.lockfile.restore_part import (
     restore_part,
 )
 from pmd_pipeline.recipe import Fetch, Recipe, load_recipe
+from pmd_pipeline.shards.image_locations import WEB, image_locations
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,6 @@ import numpy as np
 from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.storage import load_model, sizes
 from pmd_pipeline.base.tables import read_table
-from pmd_pipeline.build.image_locations import ImageLocation
-from pmd_pipeline.build.optout import load_list
-from pmd_pipeline.build.report import done_report
-from pmd_pipeline.build.shard import ShardBuild, fetch_into_shard
 from pmd_pipeline.codes.reports import codes_dependency, done_codes
 from pmd_pipeline.codes.tensors import Tensors, code_tensors
 from pmd_pipeline.codes.weights import tensor_bytes
@@ -36,6 +32,10 @@ from pmd_pipeline.publish.lockfile.format import (
     locked_rows,
 )
 from pmd_pipeline.recipe import Recipe
+from pmd_pipeline.shards.image_locations import ImageLocation
+from pmd_pipeline.shards.optout import load_list
+from pmd_pipeline.shards.report import done_report
+from pmd_pipeline.shards.shard import ShardBuild, fetch_into_shard
 
 _MEND = "delete the .json beside it, and rebuild again"
 

@@ -10,7 +10,6 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from pmd_pipeline.base.tables import read_table
-from pmd_pipeline.build.shard_writer import ByteRange
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import read_bytes, sha256_of
 from pmd_pipeline.contract.image_format import decode_stored
@@ -19,6 +18,7 @@ from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.contract.reasons import Status
 from pmd_pipeline.contract.sample_json import SampleCaptions, parse_captions
 from pmd_pipeline.contract.schemas import LedgerColumn
+from pmd_pipeline.shards.shard_writer import ByteRange
 
 _NUMBERS: tuple[LedgerColumn, ...] = (
     "num_pairs", "width", "height", "image_offset", "image_size", "json_offset", "json_size",

@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pmd_pipeline.build.shard_writer import ByteRange, ShardWriter
 from pmd_pipeline.contract.digests import canonical_json
 from pmd_pipeline.contract.schemas import LedgerRow
 from pmd_pipeline.images.decode.processor import ImageResult
 from pmd_pipeline.index.records import IndexRecord
+from pmd_pipeline.shards.shard_writer import ByteRange, ShardWriter
 
 
 def build_shard(

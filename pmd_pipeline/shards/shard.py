@@ -12,13 +12,6 @@ from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.record import url_id
 from pmd_pipeline.base.stopwatch import Stopwatch
 from pmd_pipeline.base.storage import remove, sizes
-from pmd_pipeline.build.image_locations import WEB_LOCATION, ImageLocation, fetch_function
-from pmd_pipeline.build.optout import OptOut, load_list
-from pmd_pipeline.build.pipeline import FetchPipeline
-from pmd_pipeline.build.report import counts_of, images_of, valid_report, versions, words_of
-from pmd_pipeline.build.reuse import Exclusions, KnownResults, earlier_shard
-from pmd_pipeline.build.samples import build_shard
-from pmd_pipeline.build.shard_writer import DigestingFile, ShardWriter
 from pmd_pipeline.contract.files import local_path, whole_file, write_whole
 from pmd_pipeline.contract.models import FileDigest, Report, Timing
 from pmd_pipeline.contract.paths import ShardPaths, part_name
@@ -29,6 +22,13 @@ from pmd_pipeline.images.decode.processor import ImageProcessor, ImageResult, ch
 from pmd_pipeline.images.fetch.client import FetchClient, fetch_client
 from pmd_pipeline.index.records import IndexRecord
 from pmd_pipeline.recipe import Recipe
+from pmd_pipeline.shards.image_locations import WEB_LOCATION, ImageLocation, fetch_function
+from pmd_pipeline.shards.optout import OptOut, load_list
+from pmd_pipeline.shards.pipeline import FetchPipeline
+from pmd_pipeline.shards.report import counts_of, images_of, valid_report, versions, words_of
+from pmd_pipeline.shards.reuse import Exclusions, KnownResults, earlier_shard
+from pmd_pipeline.shards.samples import build_shard
+from pmd_pipeline.shards.shard_writer import DigestingFile, ShardWriter
 
 _RECORDS_PER_REQUEST = 8
 """Records in flight for each concurrent request, so that slow hosts do not stop the others."""

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pmd_pipeline.base.parallel import ReportProgress
-from pmd_pipeline.build.image_locations import ImageLocation
-from pmd_pipeline.build.shard import ShardBuild, fetch_into_shard
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.models import FORMAT, Report
 from pmd_pipeline.index.records import IndexPart, read_part
 from pmd_pipeline.recipe import Recipe
+from pmd_pipeline.shards.image_locations import ImageLocation
+from pmd_pipeline.shards.shard import ShardBuild, fetch_into_shard
 
 
 @dataclass(frozen=True)

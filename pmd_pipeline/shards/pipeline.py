@@ -9,11 +9,11 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from pmd_pipeline.build.reorder_buffer import ReorderBuffer
 from pmd_pipeline.contract.errors import RecordError
 from pmd_pipeline.images.decode.processor import ImageResult
 from pmd_pipeline.images.fetch.byte_budget import ByteBudget
 from pmd_pipeline.images.fetch.client import FetchedImage
+from pmd_pipeline.shards.reorder_buffer import ReorderBuffer
 
 _MAX_BUFFERED_BYTES = 32 << 20
 """Bytes of images that wait in memory for the results before them."""

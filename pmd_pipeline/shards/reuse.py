@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, Self
 import polars as pl
 
 from pmd_pipeline.base.tables import read_table
-from pmd_pipeline.build.optout import REASON, OptOut
 from pmd_pipeline.contract.files import join, open_read, read_bytes, sha256_of
 from pmd_pipeline.contract.image_format import stored_format
 from pmd_pipeline.contract.models import Report
@@ -24,6 +23,7 @@ from pmd_pipeline.contract.schemas import LedgerRow, ledger_rows
 from pmd_pipeline.images.decode.processor import ImageResult
 from pmd_pipeline.images.decode.stored_image import StoredImage
 from pmd_pipeline.index.records import IndexPart, IndexRecord
+from pmd_pipeline.shards.optout import REASON, OptOut
 
 LICENCE = "licence"
 """Drop reason of pairs whose image has none of the licences that the recipe allows."""
