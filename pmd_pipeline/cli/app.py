@@ -66,7 +66,7 @@ def interruptible(*, resumes: bool = True) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say("interrupted; run the same command again to continue" if resumes else "interrupted")
+        say("interrupted; run the same command to resume" if resumes else "interrupted")
         raise typer.Exit(130) from None
 
 

@@ -383,7 +383,7 @@ def test_ctrl_c_ends_a_build_with_all_its_processes(runner, silent_host, tmp_pat
     assert left == []
     assert build.returncode == 130
     assert out == ""
-    assert err.splitlines()[-1] == "interrupted; run the same command again to continue"
+    assert err.splitlines()[-1] == "interrupted; run the same command to resume"
     assert "Traceback" not in err
     assert list(tmp_path.rglob("*.tar")) == []
 

@@ -132,7 +132,7 @@ def test_without_the_libraries_for_training_it_ends_after_the_build_with_advice(
 
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == (
-        "training is left out, since there is no torch and no tokenizers: "
+        "no training, since these packages are not installed: torch, tokenizers; "
         'pip install "pmd-flava[train]"\n'
     )
     assert not (tmp_path / "run").exists()
@@ -145,7 +145,7 @@ def test_too_few_scenes_to_train_on_are_refused_at_once(tmp_path):
 
     assert ended.returncode == 2
     assert ended.stderr == (
-        "pmd: 40 scenes are too few to train on: give --scenes 80, or --no-train\n"
+        "pmd: 40 scenes are too few for training: give --scenes 80 or --no-train\n"
     )
     assert list(tmp_path.iterdir()) == []
 
