@@ -11,7 +11,7 @@ from pmd_pipeline.cli.options import Quiet, Runner, RunnerOption, Workers
 from pmd_pipeline.contract.errors import PmdError
 
 if TYPE_CHECKING:
-    from pmd_pipeline.demo.quickstart import Places
+    from pmd_pipeline.demo.quickstart import QuickstartPaths
 
 
 @app.command()
@@ -38,12 +38,12 @@ def quickstart(
     from pmd_pipeline.inspect import stats as statistics
 
     folder, reporter = Path(out), make_reporter(quiet=quiet)
-    missing_packages = demo.lacking()
+    missing_packages = demo.missing_libraries()
     trains = not (no_train or missing_packages)
-    if trains and scenes < demo.LEAST_SCENES:
+    if trains and scenes < demo.MIN_TRAINING_SCENES:
+        least = demo.MIN_TRAINING_SCENES
         raise PmdError(
-            f"{scenes} scenes are too few for training: give --scenes {demo.LEAST_SCENES} or "
-            "--no-train"
+            f"{scenes} scenes are too few for training: give --scenes {least} or --no-train"
         )
     with interruptible():
         result = demo.run(folder, scenes, runner.value, workers, reporter)
@@ -61,29 +61,29 @@ def quickstart(
         return
     with interruptible():
         demo.prepare(folder, workers, reporter)
-        learned = demo.train(folder, steps, quiet=quiet)
-        poster = demo.show_off(folder, learned)
-    for table in as_tables(learned):
+        summary = demo.train(folder, steps, quiet=quiet)
+        poster = demo.draw_search_results(folder, summary)
+    for table in as_tables(summary):
         out_console.print(table)
-    for line in _next_steps(demo.Places(folder), poster):
+    for line in _next_steps(demo.QuickstartPaths(folder), poster):
         typer.echo(line)
-    if missed := learned.missed(demo.TIMES):
-        for sentence in missed:
+    if shortfalls := summary.shortfalls(demo.MIN_TIMES_CHANCE):
+        for sentence in shortfalls:
             say(f"not learned: {sentence}")
         say("train longer: give more --steps and another --out")
         raise typer.Exit(1)
 
 
-def _next_steps(places: "Places", poster: str | None) -> list[str]:
-    """The picture, and commands to try next."""
+def _next_steps(paths: "QuickstartPaths", poster: str | None) -> list[str]:
+    """The path of the poster, and commands to try next."""
     if poster is None:
         say('no picture, since matplotlib is not installed: pip install "pmd-flava[plot]"')
-    held_out = places.held_out
+    held_out = paths.held_out
     query = "two large red stars on a striped grey background"
     return [
         *([f"picture   {poster}"] if poster else []),
-        f'search    flava-train search {places.trained} {held_out} "{query}"',
-        f"show      pmd show KEY --out {places.folder / 'held_out' / 'data'} --image found.jpg",
-        f"evaluate  flava-train eval {places.trained} {held_out}",
+        f'search    flava-train search {paths.run_folder} {held_out} "{query}"',
+        f"show      pmd show KEY --out {paths.folder / 'held_out' / 'data'} --image found.jpg",
+        f"evaluate  flava-train eval {paths.run_folder} {held_out}",
         "real data pmd sources, then pmd plan and pmd build",
     ]

@@ -6,7 +6,7 @@ import pytest
 from pmd_pipeline.codes.tokenizers import kmeans
 from pmd_pipeline.codes.tokenizers.kmeans import KMeans, fit, patches
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.demo.world.scenes import draw, make_scene
+from pmd_pipeline.demo.world.scenes import draw_scene, make_scene
 
 
 def clusters(count, each, spread=4, seed=0):
@@ -104,7 +104,7 @@ def test_too_few_different_patches_is_one_sentence():
 
 def test_a_decoded_scene_resembles_the_scene():
     scenes = np.stack(
-        [np.asarray(draw(make_scene(f"scene {n}")).resize((112, 112))) for n in range(40)]
+        [np.asarray(draw_scene(make_scene(f"scene {n}")).resize((112, 112))) for n in range(40)]
     )
     tokenizer = KMeans(fit(patches(scenes[:-1]), 256, 0))
 

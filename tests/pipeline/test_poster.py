@@ -1,4 +1,4 @@
-"""The picture of a run: what is asked, what is compared, and what is drawn."""
+"""The poster of a run: its queries, its images, and what is drawn."""
 
 import sys
 
@@ -8,8 +8,8 @@ from PIL import Image
 from toy import toy_build, toy_recipe, toy_rows, toy_source_build, write_pictures, write_rows
 
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.demo.poster import Found, draw, fingerprints, first_captions
-from pmd_pipeline.demo.training_summary import DIRECTIONS, LOSSES, RANKS, Learned
+from pmd_pipeline.demo.poster import SearchResult, draw_poster, image_digests, sample_queries
+from pmd_pipeline.demo.training_summary import DIRECTIONS, LOSSES, RANKS, TrainingSummary
 
 GREEN = (42, 157, 92)
 
@@ -25,26 +25,26 @@ def manifest(tmp_path_factory):
 
 
 @pytest.fixture
-def learned():
-    figures = {f"{way}_r{rank}": 0.05 * rank for way in DIRECTIONS for rank in RANKS}
-    recall = {100: {**figures, "chance": dict.fromkeys(figures, 0.01)}}
+def summary():
+    metrics = {f"{direction}_r{rank}": 0.05 * rank for direction in DIRECTIONS for rank in RANKS}
+    recall = {100: {**metrics, "chance": dict.fromkeys(metrics, 0.01)}}
     losses = {name: (list(range(100)), [4 - step / 50 for step in range(100)]) for name in LOSSES}
-    return Learned(100, losses, recall)
+    return TrainingSummary(100, losses, recall)
 
 
 def test_queries_are_captions_of_different_images_from_the_whole_manifest(manifest):
-    asked = first_captions(manifest, 3)
+    queries = sample_queries(manifest, 3)
 
-    keys = [key for key, _ in asked]
+    keys = [key for key, _ in queries]
     assert keys == sorted(set(keys))
-    assert all(text.startswith("a caption of picture ") for _, text in asked)
+    assert all(text.startswith("a caption of picture ") for _, text in queries)
 
 
 def test_an_image_has_the_digest_of_its_fetched_bytes(manifest):
-    found = list(fingerprints(manifest))
+    results = list(image_digests(manifest))
 
-    assert len(found) == len(set(found)) == 9
-    assert all(len(one) == 64 for one in found)
+    assert len(results) == len(set(results)) == 9
+    assert all(len(one) == 64 for one in results)
 
 
 def green_pixels(path):
@@ -54,21 +54,24 @@ def green_pixels(path):
     return int((np.abs(rows - GREEN).max(axis=2) < 8).sum())
 
 
-def test_a_hit_is_framed_in_green(manifest, learned, tmp_path):
-    keys = [key for key, _ in first_captions(manifest, 9)]
-    missed = [Found("words", keys[0], keys[1:6]), Found("more words", keys[1], keys[2:7])]
-    hit = [*missed[:1], Found("more words", keys[1], keys[1:6])]
+def test_a_hit_is_framed_in_green(manifest, summary, tmp_path):
+    keys = [key for key, _ in sample_queries(manifest, 9)]
+    missed = [
+        SearchResult("words", keys[0], keys[1:6]),
+        SearchResult("more words", keys[1], keys[2:7]),
+    ]
+    hit = [*missed[:1], SearchResult("more words", keys[1], keys[1:6])]
 
-    for name, found in (("missed", missed), ("hit", hit)):
-        draw(learned, found, manifest, str(tmp_path / f"{name}.png"))
+    for name, results in (("missed", missed), ("hit", hit)):
+        draw_poster(summary, results, manifest, str(tmp_path / f"{name}.png"))
 
     assert green_pixels(tmp_path / "hit.png") > green_pixels(tmp_path / "missed.png") + 1000
 
 
 def test_without_matplotlib_a_poster_is_refused_in_a_sentence(
-    manifest, learned, tmp_path, monkeypatch
+    manifest, summary, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
     with pytest.raises(PmdError, match=r"pmd-flava\[plot\]"):
-        draw(learned, [], manifest, str(tmp_path / "a.png"))
+        draw_poster(summary, [], manifest, str(tmp_path / "a.png"))

@@ -15,7 +15,7 @@ from toy import toy_build, toy_recipe, toy_rows, toy_source_build, write_picture
 
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
-from pmd_pipeline.demo.quickstart import _check_apart
+from pmd_pipeline.demo.quickstart import _refuse_overlap
 from pmd_pipeline.demo.training_summary import LOSSES
 
 STEPS = 16
@@ -157,4 +157,4 @@ def test_a_held_out_image_that_is_trained_on_is_an_error(tmp_path):
     toy_build(order)
 
     with pytest.raises(PmdError, match=r"3 images of .* are among those of"):
-        _check_apart(SimpleNamespace(held_out=order.manifest, manifest=lambda _: order.manifest))
+        _refuse_overlap(SimpleNamespace(held_out=order.manifest, manifest=lambda _: order.manifest))

@@ -1,4 +1,4 @@
-"""The sample world: same seed same bytes, true captions, and a web that misbehaves as planted."""
+"""The sample world: deterministic bytes, true captions, and a web with the stated failures."""
 
 import http.client
 import io
@@ -20,22 +20,22 @@ from pmd_pipeline.contract.reasons import DROP_REASONS, FAILURE_REASONS
 from pmd_pipeline.demo.world import load_world, serve, write_world
 from pmd_pipeline.demo.world.captions import foreign, region_phrases
 from pmd_pipeline.demo.world.languages import LANGUAGES
-from pmd_pipeline.demo.world.plan import address_of
 from pmd_pipeline.demo.world.responses import (
-    FAILURE,
     FIRST_STATUSES,
     REMOVED,
+    RESPONSE_REASONS,
     STATUSES,
     UNAVAILABLE,
-    picture,
+    image_body,
 )
+from pmd_pipeline.demo.world.sample_source import address_of
 from pmd_pipeline.demo.world.scenes import (
+    BACKGROUNDS,
     COLOURS,
-    GROUNDS,
     PATTERNS,
     SHAPES,
     SIZES,
-    draw,
+    draw_scene,
     make_scene,
 )
 from pmd_pipeline.filters.caption import identify
@@ -44,7 +44,7 @@ from pmd_pipeline.recipe import load_recipe
 
 SOURCES = sources.names("pmd")
 
-WHERE = {
+POSITION_PHRASES = {
     "left": "on the left",
     "right": "on the right",
     "top": "at the top",
@@ -53,10 +53,10 @@ WHERE = {
 }
 GROUP = re.compile(
     rf"\b(an?|two|three) (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-    rf"((?:e?s)?)\b(?: ({'|'.join(WHERE.values())}))?",
+    rf"((?:e?s)?)\b(?: ({'|'.join(POSITION_PHRASES.values())}))?",
     re.IGNORECASE,
 )
-GROUND = re.compile(rf"\b({'|'.join(PATTERNS)}) (\w+) background")
+BACKGROUND = re.compile(rf"\b({'|'.join(PATTERNS)}) (\w+) background")
 NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3}
 
 
@@ -78,15 +78,20 @@ def rows(world):
 
 
 @pytest.fixture(scope="module")
-def told(world, rows):
-    """Every text of a source with the scene it is about."""
+def captions_of(world, rows):
+    """Every text of a source with the scene that it describes."""
 
-    def tell(name):
-        found = [row for row in rows(name) if not isinstance(row, BadRow)]
-        shown = {row.id: scene for row in found if (scene := scene_of(world, row))}
-        return [(shown[row.id], one) for row in found if row.id in shown for one in row.candidates]
+    def read_captions(name):
+        valid_rows = [row for row in rows(name) if not isinstance(row, BadRow)]
+        scenes = {row.id: scene for row in valid_rows if (scene := scene_of(world, row))}
+        return [
+            (scenes[row.id], one)
+            for row in valid_rows
+            if row.id in scenes
+            for one in row.candidates
+        ]
 
-    return tell
+    return read_captions
 
 
 @pytest.fixture(scope="module")
@@ -97,21 +102,21 @@ def origin(world):
 
 def scene_of(world, row):
     if row.url:
-        there = world.web.get(address_of(row.url))
-        return there.scene if there else None
+        entry = world.web.get(address_of(row.url))
+        return entry.scene if entry else None
     path = next((path for path in world.archived if row.file and path.endswith(row.file)), None)
     return world.archived.get(path)
 
 
 def addresses(world, kind):
-    return [address for address, there in world.web.items() if there.answer == kind]
+    return [address for address, entry in world.web.items() if entry.response == kind]
 
 
-def ask(origin, address, connection=None):
+def request(origin, address, connection=None):
     host, _, path = address.partition("/")
-    with closing(connect(origin)) if connection is None else nullcontext(connection) as asked:
-        asked.request("GET", f"/{path}", headers={"Host": host})
-        response = asked.getresponse()
+    with closing(connect(origin)) if connection is None else nullcontext(connection) as client:
+        client.request("GET", f"/{path}", headers={"Host": host})
+        response = client.getresponse()
         return response.status, response.read(), response.headers
 
 
@@ -127,10 +132,10 @@ def files(folder):
     }
 
 
-def groups_said(caption):
+def groups_of_caption(caption):
     return [
-        (NUMBERS[count.lower()], size.lower(), colour.lower(), shape, plural, place)
-        for count, size, colour, shape, plural, place in GROUP.findall(caption)
+        (NUMBERS[count.lower()], size.lower(), colour.lower(), shape, plural, position)
+        for count, size, colour, shape, plural, position in GROUP.findall(caption)
     ]
 
 
@@ -156,13 +161,13 @@ def test_a_source_does_not_depend_on_the_other_sources_written(tmp_path):
     whole = write_world(tmp_path / "whole", scenes=40)
     alone = write_world(tmp_path / "alone", scenes=40, only=("coco",))
 
-    assert alone.planted == {"coco": whole.planted["coco"]}
+    assert alone.expected == {"coco": whole.expected["coco"]}
     assert load_world(tmp_path / "alone") == alone
     assert files(tmp_path / "alone" / "raw").items() <= files(tmp_path / "whole" / "raw").items()
 
 
 def test_a_folder_without_a_world_is_named(tmp_path):
-    with pytest.raises(PmdError, match="holds no sample world"):
+    with pytest.raises(PmdError, match="has no sample world"):
         load_world(tmp_path)
 
 
@@ -173,7 +178,7 @@ def test_too_few_scenes_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_expected_counts_add_up_and_use_known_reasons(world, name):
-    counts = world.planted[name]
+    counts = world.expected[name]
 
     assert counts.unaccounted() == 0
     assert counts.dropped["bad_row"] > 0
@@ -182,17 +187,17 @@ def test_expected_counts_add_up_and_use_known_reasons(world, name):
 
 
 def test_about_a_tenth_of_the_pairs_is_dropped_or_fails(world):
-    pairs_in = sum(counts.pairs_in for counts in world.planted.values())
-    kept = sum(counts.kept for counts in world.planted.values())
+    pairs_in = sum(counts.pairs_in for counts in world.expected.values())
+    kept = sum(counts.kept for counts in world.expected.values())
 
     assert 0.85 < kept / pairs_in < 0.95
 
 
 def test_every_kind_of_response_occurs(world):
-    planted = {there.answer for there in world.web.values()}
+    expected = {entry.response for entry in world.web.values()}
 
-    assert planted == set(FAILURE) - {"absent"}
-    assert world.planted["localized_narratives"].failed["not_in_archive"] > 0
+    assert expected == set(RESPONSE_REASONS) - {"absent"}
+    assert world.expected["localized_narratives"].failed["not_in_archive"] > 0
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -201,11 +206,11 @@ def test_rows_are_dropped_by_the_expected_reasons(world, rows, name):
     heldout = {one["cocoid"] for one in split["images"] if one["split"] in {"val", "test"}}
     [recipe] = load_recipe(name)
     chooser = Chooser(recipe.captions)
-    found = rows(name)
-    good = [row for row in found if not isinstance(row, BadRow)]
+    valid_rows = rows(name)
+    good = [row for row in valid_rows if not isinstance(row, BadRow)]
     leaked = {row.id for row in good if row.meta.get("coco_id") in heldout}
     placed = {row.id: row for row in good if row.url or row.file or row.refused}
-    reasons = Counter("bad_row" for row in found if isinstance(row, BadRow))
+    reasons = Counter("bad_row" for row in valid_rows if isinstance(row, BadRow))
 
     pairs = [(row.id, pair) for row in good for pair in chooser.pairs(row)]
     bare = {row.id for row in good} - {image for image, _ in pairs}
@@ -219,45 +224,47 @@ def test_rows_are_dropped_by_the_expected_reasons(world, rows, name):
         reasons[reason] += 1
     reasons.update("heldout" if image in leaked else "no_caption" for image in bare)
 
-    planted = world.planted[name]
-    assert reasons.total() == planted.pairs_in
-    assert {word: count for word, count in reasons.items() if word} == planted.dropped
+    expected = world.expected[name]
+    assert reasons.total() == expected.pairs_in
+    assert {word: count for word, count in reasons.items() if word} == expected.dropped
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_captions_describe_their_scene(told, name):
-    found = told(name)
+def test_captions_describe_their_scene(captions_of, name):
+    valid_rows = captions_of(name)
 
-    said = 0
-    for scene, candidate in found:
+    stated = 0
+    for scene, candidate in valid_rows:
         if candidate.box:
             continue
-        groups = groups_said(candidate.text)
-        said += bool(groups)
-        for count, size, colour, shape, plural, place in groups:
+        groups = groups_of_caption(candidate.text)
+        stated += bool(groups)
+        for count, size, colour, shape, plural, position in groups:
             assert bool(plural) == (count > 1), candidate.text
             fits = [
                 group
                 for group in scene.groups
                 if (group.count, group.colour, group.shape) == (count, colour, shape)
                 and size in {"", group.size}
-                and place in {"", WHERE[group.place]}
+                and position in {"", POSITION_PHRASES[group.position]}
             ]
             assert fits, (candidate.text, scene.groups)
-        for pattern, colour in GROUND.findall(candidate.text):
-            assert (pattern, colour) == (scene.ground.pattern, scene.ground.colour), candidate.text
-    assert said > 0.5 * sum(candidate.box is None for _, candidate in found)
+        for pattern, colour in BACKGROUND.findall(candidate.text):
+            assert (pattern, colour) == (scene.background.pattern, scene.background.colour), (
+                candidate.text
+            )
+    assert stated > 0.5 * sum(candidate.box is None for _, candidate in valid_rows)
 
 
-def test_a_region_contains_exactly_the_shape_of_its_phrase(told):
+def test_a_region_contains_exactly_the_shape_of_its_phrase(captions_of):
     exact = 0
-    for scene, candidate in told("visual_genome"):
+    for scene, candidate in captions_of("visual_genome"):
         text = one_line(candidate.text)
         here = [shape for shape in scene.shapes if text in region_phrases(shape.group)]
         exact += any(candidate.box == shape.box for shape in here)
         assert here or not text
 
-    assert exact > 0.95 * len(told("visual_genome"))
+    assert exact > 0.95 * len(captions_of("visual_genome"))
 
 
 def test_shapes_lie_inside_the_image_at_the_stated_position():
@@ -275,35 +282,37 @@ def test_shapes_lie_inside_the_image_at_the_stated_position():
                 "top": down < 1 / 3,
                 "bottom": down > 2 / 3,
                 "middle": 1 / 3 < across < 2 / 3 or 1 / 3 < down < 2 / 3,
-            }[group.place]
+            }[group.position]
 
 
 def test_shapes_are_drawn_in_their_colour_on_their_background():
     for number in range(100):
         scene = make_scene(f"test/{number}")
-        image = draw(scene)
+        image = draw_scene(scene)
 
         for group, (x0, y0, x1, y1) in scene.shapes:
             assert image.getpixel(((x0 + x1) // 2, (y0 + y1) // 2)) == COLOURS[group.colour]
         colours = {colour: count for count, colour in image.getcolors(image.width * image.height)}
-        assert colours[GROUNDS[scene.ground.colour]] > image.width * image.height / 5
+        assert colours[BACKGROUNDS[scene.background.colour]] > image.width * image.height / 5
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_captions_are_about_as_long_as_in_the_paper(told, name):
-    texts = [one_line(candidate.text) for _, candidate in told(name) if not candidate.refused]
-    english = [len(text.split()) for text in texts if groups_said(text) or "the " in text]
+def test_captions_are_about_as_long_as_in_the_paper(captions_of, name):
+    texts = [
+        one_line(candidate.text) for _, candidate in captions_of(name) if not candidate.refused
+    ]
+    english = [len(text.split()) for text in texts if groups_of_caption(text) or "the " in text]
 
     assert statistics.mean(english) == pytest.approx(sources.load(name).info.paper.words, rel=0.3)
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "visual_genome"])
-def test_english_captions_are_identified_as_english_and_no_others_are(told, name):
-    for _, candidate in told(name):
+def test_english_captions_are_identified_as_english_and_no_others_are(captions_of, name):
+    for _, candidate in captions_of(name):
         text = one_line(candidate.text)
         if len(text.split()) > 2:
             language, score = identify(text)
-            assert (language == "en") == bool(groups_said(text) or "background" in text), text
+            assert (language == "en") == bool(groups_of_caption(text) or "background" in text), text
             assert score > 0.25, text
 
 
@@ -312,14 +321,14 @@ def test_other_languages_are_identified_with_certainty(language):
     for number in range(200):
         text = foreign(make_scene(f"test/{number}"), language)
 
-        found, score = identify(text)
-        assert found == language, text
+        valid_rows, score = identify(text)
+        assert valid_rows == language, text
         assert score > 0.8, text
         assert len(text.split()) > 2
 
 
-def test_sources_have_different_scenes(told):
-    seen = {name: {scene for scene, _ in told(name)} for name in SOURCES}
+def test_sources_have_different_scenes(captions_of):
+    seen = {name: {scene for scene, _ in captions_of(name)} for name in SOURCES}
     shares_coco = {"localized_narratives", "visual_genome"}
 
     for name in SOURCES:
@@ -328,28 +337,30 @@ def test_sources_have_different_scenes(told):
                 assert not seen[name] & seen[other]
 
 
-@pytest.mark.parametrize("kind", [kind for kind, reason in FAILURE.items() if reason is None])
+@pytest.mark.parametrize(
+    "kind", [kind for kind, reason in RESPONSE_REASONS.items() if reason is None]
+)
 def test_a_valid_image_decodes_to_its_scene(kind):
     scene = make_scene("test/good")
 
-    body, content_type = picture(kind, scene)
+    body, content_type = image_body(kind, scene)
     with Image.open(io.BytesIO(body)) as image:
         pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=float)
 
     assert content_type.startswith("image/")
-    assert np.abs(pixels - np.asarray(draw(scene), dtype=float)).mean() < 4
+    assert np.abs(pixels - np.asarray(draw_scene(scene), dtype=float)).mean() < 4
 
 
 @pytest.mark.parametrize("kind", ["page", "drawing", "empty"])
 def test_content_that_is_not_an_image_does_not_open(kind):
-    body, _ = picture(kind, make_scene("test/bad"))
+    body, _ = image_body(kind, make_scene("test/bad"))
 
     with pytest.raises(OSError, match="cannot identify"):
         Image.open(io.BytesIO(body))
 
 
 def test_a_truncated_image_opens_and_then_ends_early():
-    body, _ = picture("cut", make_scene("test/bad"))
+    body, _ = image_body("cut", make_scene("test/bad"))
 
     with Image.open(io.BytesIO(body)) as image, pytest.raises(OSError, match="truncated"):
         image.load()
@@ -357,7 +368,7 @@ def test_a_truncated_image_opens_and_then_ends_early():
 
 def test_a_decompression_bomb_is_small_and_states_too_many_pixels(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    body, _ = picture("bomb", make_scene("test/bad"))
+    body, _ = image_body("bomb", make_scene("test/bad"))
 
     with Image.open(io.BytesIO(body)) as image:
         assert image.width * image.height > 128_000_000
@@ -367,7 +378,7 @@ def test_a_decompression_bomb_is_small_and_states_too_many_pixels(monkeypatch):
 def test_a_cropped_image_has_another_aspect_ratio():
     scene = make_scene("test/bad")
 
-    with Image.open(io.BytesIO(picture("cropped", scene)[0])) as image:
+    with Image.open(io.BytesIO(image_body("cropped", scene)[0])) as image:
         assert image.width / image.height > 1.5 * scene.frame[0] / scene.frame[1]
 
 
@@ -375,7 +386,7 @@ def test_a_cropped_image_has_another_aspect_ratio():
 def test_an_address_without_an_image_fails_on_every_request(world, origin, kind):
     address = addresses(world, kind)[0]
 
-    statuses = [ask(origin, address)[0] for _ in range(3)]
+    statuses = [request(origin, address)[0] for _ in range(3)]
 
     assert statuses == [STATUSES[kind]] * 3
 
@@ -384,22 +395,22 @@ def test_an_address_without_an_image_fails_on_every_request(world, origin, kind)
 def test_a_busy_host_answers_the_second_request(world, origin, kind):
     address = addresses(world, kind)[0]
 
-    first, second = ask(origin, address), ask(origin, address)
+    first, second = request(origin, address), request(origin, address)
 
     assert first[0] == FIRST_STATUSES[kind]
     assert first[2]["Retry-After"] in {"0", "1"}
     assert second[0] == 200
-    assert second[1] == picture("jpeg", world.web[address].scene)[0]
+    assert second[1] == image_body("jpeg", world.web[address].scene)[0]
 
 
 def test_connections_are_reset_once_or_always(world, origin):
-    reset, hiccup = addresses(world, "reset")[0], addresses(world, "hiccup")[0]
+    reset, hiccup = addresses(world, "reset")[0], addresses(world, "reset_once")[0]
     for address in (reset, reset, hiccup):
         with pytest.raises(ConnectionResetError) as caught:
-            ask(origin, address)
+            request(origin, address)
         assert caught.type is ConnectionResetError  # not only closed
 
-    assert ask(origin, hiccup)[0] == 200
+    assert request(origin, hiccup)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -408,19 +419,19 @@ def test_connections_are_reset_once_or_always(world, origin):
 def test_redirects_lead_to_an_image(world, origin, kind, target):
     address = addresses(world, kind)[0]
 
-    status, _, headers = ask(origin, address)
+    status, _, headers = request(origin, address)
     leads_to = headers["Location"].removeprefix("https://")
-    body = ask(origin, leads_to)[1]
+    body = request(origin, leads_to)[1]
 
     assert status == 302
     assert target is None or leads_to == target
-    assert (body == picture("jpeg", world.web[address].scene)[0]) == (target is None)
+    assert (body == image_body("jpeg", world.web[address].scene)[0]) == (target is None)
 
 
 def test_a_redirect_loop_leads_to_itself(world, origin):
     address = addresses(world, "loop")[0]
 
-    assert ask(origin, address)[2]["Location"] == f"https://{address}"
+    assert request(origin, address)[2]["Location"] == f"https://{address}"
 
 
 def test_images_of_one_host_use_one_connection(world, origin):
@@ -428,26 +439,26 @@ def test_images_of_one_host_use_one_connection(world, origin):
     with closing(connect(origin)) as connection:
         connection.connect()
         socket = connection.sock
-        bodies = [ask(origin, one, connection)[1] for one in (address, other, address)]
+        bodies = [request(origin, one, connection)[1] for one in (address, other, address)]
         assert connection.sock is socket
 
-    assert bodies[0] == bodies[2] == picture("jpeg", world.web[address].scene)[0]
-    assert bodies[1] == picture("jpeg", world.web[other].scene)[0]
+    assert bodies[0] == bodies[2] == image_body("jpeg", world.web[address].scene)[0]
+    assert bodies[1] == image_body("jpeg", world.web[other].scene)[0]
 
 
 def test_an_address_outside_the_world_is_a_404(origin):
-    assert ask(origin, "images.cocodataset.org/train2014/nothing.jpg")[0] == 404
-    assert ask(origin, "elsewhere.example/")[0] == 404
+    assert request(origin, "images.cocodataset.org/train2014/nothing.jpg")[0] == 404
+    assert request(origin, "elsewhere.example/")[0] == 404
 
 
 def test_closing_does_not_wait_for_open_connections(world):
     with serve(world) as address:
         connection = connect(address)
-        ask(address, addresses(world, "jpeg")[0], connection)
+        request(address, addresses(world, "jpeg")[0], connection)
 
     connection.close()
     with pytest.raises(ConnectionError):
-        ask(address, addresses(world, "jpeg")[0])
+        request(address, addresses(world, "jpeg")[0])
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -58,7 +58,7 @@ def test_bad_rows_are_counted_and_later_rows_are_read(world, name):
     rows = rows_of(world, name)
 
     bad = [row for row in rows if isinstance(row, BadRow)]
-    assert len(bad) == world.planted[name].dropped.get("bad_row", 0) > 0
+    assert len(bad) == world.expected[name].dropped.get("bad_row", 0) > 0
     assert all(row.detail for row in bad)
     assert any(isinstance(row, Row) for row in rows[rows.index(bad[-1]) :])
 
@@ -76,7 +76,7 @@ def test_a_key_belongs_to_one_image_and_no_pair_is_lost(world, name, tmp_path):
 
     assert index.counts.unaccounted() == 0
     assert index.counts.pairs_in - sum(part.bare for part in index.parts) == pairs
-    assert index.counts.dropped == world.planted[name].dropped
+    assert index.counts.dropped == world.expected[name].dropped
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -84,7 +84,7 @@ def manifest(world, origin, out):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_counts_of_a_source_are_those_planted_in_the_world(manifest, world, source):
-    assert manifest.sources[source].counts == world.planted[source]
+    assert manifest.sources[source].counts == world.expected[source]
     assert manifest.sources[source].counts.unaccounted() == 0
 
 
@@ -107,7 +107,7 @@ def test_the_counts_of_a_text_source_are_those_planted_in_the_world(
     [(_, built)] = build_all(request, QUIET).manifests
 
     assert built.kind == "text"
-    assert built.sources[source].counts == world.planted[source]
+    assert built.sources[source].counts == world.expected[source]
     assert built.sources[source].tokens > 0
 
 

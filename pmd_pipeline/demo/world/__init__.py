@@ -1,4 +1,4 @@
-"""The sample world: nine tiny sources in upstream's form, drawn and served on loopback."""
+"""The sample world: small sources in upstream's formats, with images on a local server."""
 
 from pmd_pipeline.demo.world.server import serve
 from pmd_pipeline.demo.world.world import World, load_world, write_world

@@ -1,15 +1,15 @@
-"""What people say of a scene: a small grammar, and one style per source. All of it is true."""
+"""True captions of scenes: a small grammar, and one style per source."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 from pmd_pipeline.demo.world.languages import LANGUAGES
-from pmd_pipeline.demo.world.scenes import Ground, Group, Scene
+from pmd_pipeline.demo.world.scenes import Background, Group, Scene
 
 COUNTS = {1: "a", 2: "two", 3: "three"}
 
-WHERE = {
+POSITION_PHRASES = {
     "left": "on the left",
     "right": "on the right",
     "top": "at the top",
@@ -18,7 +18,7 @@ WHERE = {
 }
 
 
-def phrase(group: Group, *, size: bool = False, place: bool = False) -> str:
+def phrase(group: Group, *, size: bool = False, position: bool = False) -> str:
     """The group as a noun phrase.
 
     >>> phrase(Group(2, "large", "red", "star", "left"), size=True, place=True)
@@ -31,11 +31,11 @@ def phrase(group: Group, *, size: bool = False, place: bool = False) -> str:
     article = COUNTS[group.count]
     if article == "a" and words[0][0] in "aeiou":
         article = "an"
-    return " ".join([article, *words, *([WHERE[group.place]] if place else [])])
+    return " ".join([article, *words, *([POSITION_PHRASES[group.position]] if position else [])])
 
 
 def plural(noun: str) -> str:
-    """More than one of them.
+    """The plural of a noun.
 
     >>> plural("cross"), plural("heart")
     ('crosses', 'hearts')
@@ -43,16 +43,16 @@ def plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
-def ground_phrase(ground: Ground) -> str:
-    """The ground as a noun phrase.
+def background_phrase(background: Background) -> str:
+    """The background as a noun phrase.
 
     >>> ground_phrase(Ground("striped", "grey"))
     'a striped grey background'
     """
-    return f"a {ground.pattern} {ground.colour} background"
+    return f"a {background.pattern} {background.colour} background"
 
 
-def listing(parts: Sequence[str]) -> str:
+def enumeration(parts: Sequence[str]) -> str:
     """The parts as one phrase.
 
     >>> listing(["a star", "a heart", "a cross"])
@@ -61,9 +61,9 @@ def listing(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
 
-def things(scene: Scene, *, size: bool = False, place: bool = False) -> str:
+def scene_phrase(scene: Scene, *, size: bool = False, position: bool = False) -> str:
     """All groups of the scene as one phrase."""
-    return listing([phrase(group, size=size, place=place) for group in scene.groups])
+    return enumeration([phrase(group, size=size, position=position) for group in scene.groups])
 
 
 def sentence(text: str) -> str:
@@ -71,110 +71,111 @@ def sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def five_sentences(scene: Scene, dice: random.Random) -> list[str]:
-    """COCO: five people, one sentence each, about ten words."""
-    one = dice.choice(scene.groups)
+def five_sentences(scene: Scene, rng: random.Random) -> list[str]:
+    """COCO: five captions of about ten words."""
+    one = rng.choice(scene.groups)
     verb = "is" if scene.groups[0].count == 1 else "are"
-    ground = ground_phrase(scene.ground)
+    background = background_phrase(scene.background)
     return [
-        sentence(f"{things(scene, size=True)} on {ground}"),
-        sentence(f"there {verb} {things(scene, place=True)}"),
-        sentence(f"this is a picture of {things(scene)}"),
-        sentence(f"{phrase(one, size=True, place=True)} of {ground}"),
-        sentence(f"a {scene.ground.colour} background with {things(scene)} on it"),
+        sentence(f"{scene_phrase(scene, size=True)} on {background}"),
+        sentence(f"there {verb} {scene_phrase(scene, position=True)}"),
+        sentence(f"this is a picture of {scene_phrase(scene)}"),
+        sentence(f"{phrase(one, size=True, position=True)} of {background}"),
+        sentence(f"a {scene.background.colour} background with {scene_phrase(scene)} on it"),
     ]
 
 
-def photo_title(scene: Scene, dice: random.Random) -> str:
-    """SBU: what the photographer calls it, about twelve words."""
-    text = dice.choice(
+def photo_title(scene: Scene, rng: random.Random) -> str:
+    """SBU: the photographer's title, about twelve words."""
+    text = rng.choice(
         (
-            f"{things(scene, place=True)} of the {scene.ground.colour} wall at home",
-            f"{things(scene, size=True)} in front of {ground_phrase(scene.ground)}",
-            f"{things(scene)} - I love the {scene.ground.pattern} look",
+            f"{scene_phrase(scene, position=True)} of the {scene.background.colour} wall at home",
+            f"{scene_phrase(scene, size=True)} in front of {background_phrase(scene.background)}",
+            f"{scene_phrase(scene)} - I love the {scene.background.pattern} look",
         )
     )
     return text[0].upper() + text[1:]
 
 
-def alt_text(scene: Scene, dice: random.Random) -> str:
+def alt_text(scene: Scene, rng: random.Random) -> str:
     """CC3M: lower case, tokenised, about ten words."""
-    return dice.choice(
+    return rng.choice(
         (
-            f"{things(scene)} isolated on {ground_phrase(scene.ground)} .",
-            f"illustration of {things(scene, size=True)}",
-            f"{things(scene)} on the {scene.ground.colour} wall of person",
+            f"{scene_phrase(scene)} isolated on {background_phrase(scene.background)} .",
+            f"illustration of {scene_phrase(scene, size=True)}",
+            f"{scene_phrase(scene)} on the {scene.background.colour} wall of person",
         )
     )
 
 
-def stock_title(scene: Scene, dice: random.Random) -> str:
-    """CC12M: a web page's alternative text as it was, about seventeen words."""
-    text = dice.choice(
+def stock_title(scene: Scene, rng: random.Random) -> str:
+    """CC12M: unchanged alternative text of a web page, about seventeen words."""
+    sized = scene_phrase(scene, size=True)
+    text = rng.choice(
         (
-            f"{things(scene, size=True, place=True)} - Stock Photo, Vector Art",
-            f"Poster by <PERSON> | {things(scene, size=True)} on {scene.ground.colour} paper",
-            f"{things(scene, size=True)} on {ground_phrase(scene.ground)}, Free Download for Kids",
+            f"{scene_phrase(scene, size=True, position=True)} - Stock Photo, Vector Art",
+            f"Poster by <PERSON> | {sized} on {scene.background.colour} paper",
+            f"{sized} on {background_phrase(scene.background)}, Free Download for Kids",
         )
     )
     return text[0].upper() + text[1:]
 
 
-def narrative(scene: Scene, dice: random.Random) -> str:
-    """Localized Narratives: a sentence for each group and one for the ground."""
-    opening = dice.choice(("In this image I can see", "In this picture we can see", "There we see"))
-    first, *others = (phrase(group, size=True, place=True) for group in scene.groups)
-    said = [f"{opening} {first} of the image."]
-    said += [f"Next to that I can also see {other}." for other in others]
-    kind = "of a single tone" if scene.ground.pattern == "plain" else scene.ground.pattern
-    said.append(f"In the background the colour is {scene.ground.colour} and it is {kind}.")
-    return " ".join(said)
+def narrative(scene: Scene, rng: random.Random) -> str:
+    """Localized Narratives: a sentence for each group and one for the background."""
+    opening = rng.choice(("In this image I can see", "In this picture we can see", "There we see"))
+    first, *others = (phrase(group, size=True, position=True) for group in scene.groups)
+    texts = [f"{opening} {first} of the image."]
+    texts += [f"Next to that I can also see {other}." for other in others]
+    kind = "of a single tone" if scene.background.pattern == "plain" else scene.background.pattern
+    texts.append(f"In the background the colour is {scene.background.colour} and it is {kind}.")
+    return " ".join(texts)
 
 
 def region_phrases(group: Group) -> list[str]:
-    """Visual Genome: what one shape of the group is called, about five words."""
+    """Visual Genome: phrases for one shape of the group, about five words."""
     return [
-        phrase(replace(group, count=1), size=True, place=True),
+        phrase(replace(group, count=1), size=True, position=True),
         f"the {group.shape} is {group.colour}",
         f"the {group.colour} {group.shape} is {group.size}",
     ]
 
 
-def encyclopedic(scene: Scene, dice: random.Random) -> str:
-    """WIT: the caption under a picture in an article, about thirteen words."""
-    text = dice.choice(
+def encyclopedic(scene: Scene, rng: random.Random) -> str:
+    """WIT: the caption of an image in an article, about thirteen words."""
+    text = rng.choice(
         (
-            f"example of {things(scene, place=True)}, as seen in geometry",
-            f"{things(scene)} shown together on {ground_phrase(scene.ground)}",
-            f"diagram with {things(scene, size=True)}",
+            f"example of {scene_phrase(scene, position=True)}, as seen in geometry",
+            f"{scene_phrase(scene)} shown together on {background_phrase(scene.background)}",
+            f"diagram with {scene_phrase(scene, size=True)}",
         )
     )
     return text[0].upper() + text[1:]
 
 
-def post_title(scene: Scene, dice: random.Random) -> str:
-    """RedCaps: what somebody writes above a post, about ten words."""
-    return dice.choice(
+def post_title(scene: Scene, rng: random.Random) -> str:
+    """RedCaps: the title of a post, about ten words."""
+    return rng.choice(
         (
-            f"I painted {things(scene)} today",
-            f"My first try: {things(scene)}!",
-            f"{things(scene, size=True)}, what do you think?",
+            f"I painted {scene_phrase(scene)} today",
+            f"My first try: {scene_phrase(scene)}!",
+            f"{scene_phrase(scene, size=True)}, what do you think?",
         )
     )
 
 
-def description(scene: Scene, dice: random.Random) -> str:
-    """YFCC100M: what the photographer writes below the photo, about thirteen words."""
-    return dice.choice(
+def description(scene: Scene, rng: random.Random) -> str:
+    """YFCC100M: the photographer's description, about thirteen words."""
+    return rng.choice(
         (
-            f"I took this picture of {things(scene)} last summer.",
-            f"Here you can see {things(scene, place=True)}.",
-            f"We found {things(scene, size=True)}.\n\nEnjoy the picture!",
+            f"I took this picture of {scene_phrase(scene)} last summer.",
+            f"Here you can see {scene_phrase(scene, position=True)}.",
+            f"We found {scene_phrase(scene, size=True)}.\n\nEnjoy the picture!",
         )
     )
 
 
 def foreign(scene: Scene, language: str) -> str:
-    """What is in the scene in another language: kinds and colours, in words that need no ending."""
-    things_seen = {(group.shape, group.colour) for group in scene.groups}
-    return LANGUAGES[language].tell(sorted(things_seen))
+    """The shapes and colours of the scene in another language."""
+    pairs = {(group.shape, group.colour) for group in scene.groups}
+    return LANGUAGES[language].describe(sorted(pairs))

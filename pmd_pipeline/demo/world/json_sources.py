@@ -1,4 +1,4 @@
-"""The sources whose upstream is JSON: COCO, Localized Narratives, Visual Genome and RedCaps."""
+"""Sources with JSON annotations: COCO, Localized Narratives, Visual Genome and RedCaps."""
 
 import json
 from collections import defaultdict
@@ -12,17 +12,25 @@ from pmd_pipeline.demo.world.captions import (
     post_title,
     region_phrases,
 )
-from pmd_pipeline.demo.world.plan import Picture, Plan
-from pmd_pipeline.demo.world.responses import FAILURE
+from pmd_pipeline.demo.world.responses import RESPONSE_REASONS
+from pmd_pipeline.demo.world.sample_source import SampleImage, SampleSource
 
 _COCO_QUIRKS = (
-    *("untold", "missing", "blank", "cmyk", "no_name", "echo", "busy", "gone", "newline"),
+    *("uncaptioned", "missing", "blank", "cmyk", "no_name", "echo", "busy", "gone", "newline"),
     *("mislabelled", "cut", "moved"),
 )
 
 _LN_QUIRKS = (
     *("leak", "missing", "again", "flickr30k_val", "blank", "coco_val", "broken", "absent"),
-    *("flickr30k_test", "rotated", "cut_line", "open_images_validation", "leak", "page", "hurried"),
+    *(
+        "flickr30k_test",
+        "rotated",
+        "cut_line",
+        "open_images_validation",
+        "leak",
+        "page",
+        "rate_limited_once",
+    ),
     *("ade20k_validation", "open_images_test", "cut", "webp", "coco_val"),
 )
 
@@ -32,20 +40,41 @@ _VG_QUIRKS = (
         "outside",
         "missing",
         "flat",
-        "untold",
+        "uncaptioned",
         "shared",
         "cropped",
         "orphan",
         "over",
         "blank",
     ),
-    *("no_phrase", "rotated", "unseen", "echo", "busy", "leak", "broken", "shared", "cut", "flat"),
+    *(
+        "no_phrase",
+        "rotated",
+        "no_regions",
+        "echo",
+        "busy",
+        "leak",
+        "broken",
+        "shared",
+        "cut",
+        "flat",
+    ),
 )
 
 _REDCAPS_QUIRKS = (
     *("removed", "several", "missing", "blank", "unavailable", "no_url", "png", "crosspost"),
-    *("removed", "gif", "emoji", "gone", "hurried", "removed", "several", "forbidden", "withheld"),
-    *("de", "empty", "again", "webp", "unavailable", "cut", "overrun", "rotated"),
+    *(
+        "removed",
+        "gif",
+        "emoji",
+        "gone",
+        "rate_limited_once",
+        "removed",
+        "several",
+        "forbidden",
+        "withheld",
+    ),
+    *("de", "empty", "again", "webp", "unavailable", "cut", "rate_limited", "rotated"),
 )
 
 _FLICKR_LICENCES = (
@@ -63,35 +92,35 @@ _VAL, _TEST = 18, 19
 _RESTVAL = 14
 
 
-def coco(plan: Plan) -> None:
-    """COCO: Karpathy's file, and COCO's own of 2014 that know size, licence and Flickr id."""
+def coco(source: SampleSource) -> None:
+    """COCO: Karpathy's file, and COCO's files of 2014 with size, licence and Flickr id."""
     karpathy: list[dict[str, Any]] = []
     by_folder: dict[str, list[dict[str, Any]]] = {"train2014": [], "val2014": []}
     annotations = defaultdict[str, list[dict[str, Any]]](list)
-    for picture in plan.pictures(_COCO_QUIRKS):
-        split = karpathy_split(picture.number)
+    for sample in source.samples(_COCO_QUIRKS):
+        split = karpathy_split(sample.number)
         folder = "train2014" if split == "train" else "val2014"
-        name = f"COCO_{folder}_{coco_id(picture.number):012d}.jpg"
-        # the same photo has another name in 2017, by which Localized Narratives ask for it
-        for path in (f"{folder}/{name}", _path_of_2017(picture.number)):
-            plan.put(f"http://images.cocodataset.org/{path}", picture)
-        image = _karpathy_image(picture, name, folder, split)
+        name = f"COCO_{folder}_{coco_id(sample.number):012d}.jpg"
+        # Localized Narratives use the photo's name of 2017
+        for path in (f"{folder}/{name}", _path_of_2017(sample.number)):
+            source.put(f"http://images.cocodataset.org/{path}", sample)
+        image = _karpathy_image(sample, name, folder, split)
         karpathy.append(image)
-        if picture.quirk == "no_name":
+        if sample.quirk == "no_name":
             del image["filename"]
-            plan.expect(picture, "bad_row")
+            source.expect(sample, "bad_row")
             continue
-        by_folder[folder].append(_coco_image(picture, name, folder))
+        by_folder[folder].append(_coco_image(sample, name, folder))
         heldout = "heldout" if split in {"val", "test"} else None
         for sentence in image["sentences"]:
             number, text = sentence["sentid"], sentence["raw"]
             annotations[folder].append({"image_id": image["cocoid"], "id": number, "caption": text})
-            plan.expect(picture, heldout or (None if text.strip() else "no_text"))
+            source.expect(sample, heldout or (None if text.strip() else "no_text"))
         if not image["sentences"]:
-            plan.expect(picture, heldout or "no_caption")
-    plan.files["dataset_coco.json"] = _json({"images": karpathy, "dataset": "coco"})
+            source.expect(sample, heldout or "no_caption")
+    source.files["dataset_coco.json"] = _json({"images": karpathy, "dataset": "coco"})
     for folder, images in by_folder.items():
-        plan.files[f"captions_{folder}.json"] = _json(
+        source.files[f"captions_{folder}.json"] = _json(
             {
                 "info": {"description": "COCO 2014 Dataset", "year": 2014, "version": "1.0"},
                 "images": images,
@@ -109,144 +138,144 @@ def coco(plan: Plan) -> None:
 
 
 def coco_id(number: int) -> int:
-    """COCO's id of picture `number`."""
+    """COCO's id of image `number`."""
     return 139 + 1201 * number
 
 
 def karpathy_split(number: int) -> str:
-    """Karpathy's split of COCO's picture `number`."""
-    place = number % _KARPATHY_CYCLE
-    if place in {_VAL, _TEST}:
-        return "val" if place == _VAL else "test"
-    return "restval" if place >= _RESTVAL else "train"
+    """Karpathy's split of COCO's image `number`."""
+    position = number % _KARPATHY_CYCLE
+    if position in {_VAL, _TEST}:
+        return "val" if position == _VAL else "test"
+    return "restval" if position >= _RESTVAL else "train"
 
 
-def localized_narratives(plan: Plan) -> None:
+def localized_narratives(source: SampleSource) -> None:
     """Localized Narratives: the small form, a file for each collection and split."""
     lines: defaultdict[str, list[str]] = defaultdict(list)
-    for picture in plan.pictures(_LN_QUIRKS):
-        part, image_id, shown = _ln_image(plan, picture)
+    for sample in source.samples(_LN_QUIRKS):
+        part, image_id, original = _ln_image(source, sample)
         dropped = {"flickr30k_val": "heldout", "flickr30k_test": "heldout"}.get(part)
         dropped = dropped or (None if part.endswith(("_train", "_train_v6")) else "split")
-        dropped = "heldout" if picture.quirk == "leak" else dropped
-        if picture.quirk == "cut_line":
+        dropped = "heldout" if sample.quirk == "leak" else dropped
+        if sample.quirk == "cut_line":
             lines[part].append('{"dataset_id": "openimages_train", "image_id": "0fe\n')
-            plan.expect(picture, "bad_row")
+            source.expect(sample, "bad_row")
             continue
-        for annotator in range(2 if picture.quirk == "again" else 1):
-            text = "" if picture.quirk == "blank" else narrative(shown.scene, picture.dice)
-            told = {
+        for annotator in range(2 if sample.quirk == "again" else 1):
+            text = "" if sample.quirk == "blank" else narrative(original.scene, sample.rng)
+            row = {
                 "dataset_id": _DATASETS[part],
                 "image_id": image_id,
-                "annotator_id": annotator + picture.number % 90,
+                "annotator_id": annotator + sample.number % 90,
                 "caption": text,
             }
-            lines[part].append(f"{json.dumps(told)}\n")
-            plan.expect(
-                shown, dropped or (None if text else "no_text"), pairs=max(1, text.count("."))
+            lines[part].append(f"{json.dumps(row)}\n")
+            source.expect(
+                original, dropped or (None if text else "no_text"), pairs=max(1, text.count("."))
             )
     for part in _DATASETS:
-        plan.files[f"{part}_captions.jsonl"] = "".join(lines[part]).encode()
+        source.files[f"{part}_captions.jsonl"] = "".join(lines[part]).encode()
 
 
-def visual_genome(plan: Plan) -> None:
+def visual_genome(source: SampleSource) -> None:
     """Visual Genome: version 1.2, regions and images in two lists."""
     images: list[dict[str, Any]] = []
-    described: list[dict[str, Any]] = []
-    for picture in plan.pictures(_VG_QUIRKS):
-        shown = _vg_picture(plan, picture)
-        image_id = picture.number + 1
-        folder = "VG_100K_2" if picture.number % 3 else "VG_100K"
+    region_lists: list[dict[str, Any]] = []
+    for sample in source.samples(_VG_QUIRKS):
+        original = _vg_original(source, sample)
+        image_id = sample.number + 1
+        folder = "VG_100K_2" if sample.number % 3 else "VG_100K"
         url = f"https://cs.stanford.edu/people/rak248/{folder}/{image_id}.jpg"
-        width, height = shown.scene.frame
-        shared = picture.quirk in {"leak", "shared"}
+        width, height = original.scene.frame
+        shared = sample.quirk in {"leak", "shared"}
         image = {
             "width": width,
-            "url": plan.put(url, shown),
+            "url": source.put(url, original),
             "height": height,
             "image_id": image_id,
-            "coco_id": coco_id(shown.number) if shared else None,
-            "flickr_id": int(picture.digits(10)) if shared or picture.number % 2 else None,
+            "coco_id": coco_id(original.number) if shared else None,
+            "flickr_id": int(sample.random_digits(10)) if shared or sample.number % 2 else None,
         }
-        if picture.quirk != "orphan":
+        if sample.quirk != "orphan":
             images.append(image)
-        if picture.quirk == "unseen":
-            plan.expect(shown, "no_caption")
+        if sample.quirk == "no_regions":
+            source.expect(original, "no_caption")
             continue
-        regions = _vg_regions(plan, shown)
-        described.append({"regions": regions, "id": image_id})
+        regions = _vg_regions(source, original)
+        region_lists.append({"regions": regions, "id": image_id})
         if not regions:
-            plan.expect(shown, "no_caption")
-    plan.files["region_descriptions.json"] = _json(described)
-    plan.files["image_data.json"] = _json(images)
+            source.expect(original, "no_caption")
+    source.files["region_descriptions.json"] = _json(region_lists)
+    source.files["image_data.json"] = _json(images)
 
 
-def redcaps(plan: Plan) -> None:
-    """RedCaps: a file for each subreddit and year, some of them without a post."""
+def redcaps(source: SampleSource) -> None:
+    """RedCaps: a file for each subreddit and year, one of them without a post."""
     posts: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for picture in plan.pictures(_REDCAPS_QUIRKS):
-        subreddit = _SUBREDDITS[picture.number % len(_SUBREDDITS)]
-        year = _YEARS[picture.number // 3 % len(_YEARS)]
-        for post in _posts(plan, picture, subreddit, year):
+    for sample in source.samples(_REDCAPS_QUIRKS):
+        subreddit = _SUBREDDITS[sample.number % len(_SUBREDDITS)]
+        year = _YEARS[sample.number // 3 % len(_YEARS)]
+        for post in _posts(source, sample, subreddit, year):
             posts[subreddit, year].append(post)
             blank = "no_text" if not post["raw_caption"] else None
-            plan.expect(picture, blank if "url" in post else "bad_row")
+            source.expect(sample, blank if "url" in post else "bad_row")
     posts["geometryisneat", 2018] = []
     for (subreddit, year), annotations in posts.items():
         document: dict[str, Any] = {"annotations": annotations}
         if year != _YEARS[0]:
             info = {"start_date": f"{year}-01-01", "end_date": f"{year}-12-31"}
             document = {"info": {**info, "url": "https://redcaps.xyz", "version": "1.0"}} | document
-        plan.files[f"annotations/{subreddit}_{year}.json"] = _json(document)
+        source.files[f"annotations/{subreddit}_{year}.json"] = _json(document)
 
 
 def _path_of_2017(number: int) -> str:
     return f"train2017/{coco_id(number):012d}.jpg"
 
 
-def _karpathy_image(picture: Picture, name: str, folder: str, split: str) -> dict[str, Any]:
-    said = five_sentences(picture.scene, picture.dice)
-    if picture.quirk == "untold":
-        said = []
-    elif picture.quirk == "blank":
-        said[1] = " "
-    elif picture.quirk == "echo":
-        said[1] = said[0]
-    elif picture.quirk == "newline":
-        said[2] = f"{said[2]}\n"
-    first = 5 * picture.number
+def _karpathy_image(sample: SampleImage, name: str, folder: str, split: str) -> dict[str, Any]:
+    texts = five_sentences(sample.scene, sample.rng)
+    if sample.quirk == "uncaptioned":
+        texts = []
+    elif sample.quirk == "blank":
+        texts[1] = " "
+    elif sample.quirk == "echo":
+        texts[1] = texts[0]
+    elif sample.quirk == "newline":
+        texts[2] = f"{texts[2]}\n"
+    first = 5 * sample.number
     sentences = [
         {
             "tokens": text.lower().replace(".", "").split(),
             "raw": text,
-            "imgid": picture.number,
-            "sentid": first + place,
+            "imgid": sample.number,
+            "sentid": first + position,
         }
-        for place, text in enumerate(said)
+        for position, text in enumerate(texts)
     ]
     return {
         "filepath": folder,
         "sentids": [sentence["sentid"] for sentence in sentences],
         "filename": name,
-        "imgid": picture.number,
+        "imgid": sample.number,
         "split": split,
         "sentences": sentences,
-        "cocoid": coco_id(picture.number),
+        "cocoid": coco_id(sample.number),
     }
 
 
-def _coco_image(picture: Picture, name: str, folder: str) -> dict[str, Any]:
-    width, height = picture.scene.frame
-    photo = f"{picture.digits(10)}_{picture.hexes(10)}_z.jpg"
+def _coco_image(sample: SampleImage, name: str, folder: str) -> dict[str, Any]:
+    width, height = sample.scene.frame
+    photo = f"{sample.random_digits(10)}_{sample.random_hex(10)}_z.jpg"
     return {
-        "license": picture.number % len(_FLICKR_LICENCES) + 1,
+        "license": sample.number % len(_FLICKR_LICENCES) + 1,
         "file_name": name,
         "coco_url": f"http://images.cocodataset.org/{folder}/{name}",
         "height": height,
         "width": width,
         "date_captured": "2013-11-21 01:37:46",
         "flickr_url": f"http://farm4.staticflickr.com/3448/{photo}",
-        "id": coco_id(picture.number),
+        "id": coco_id(sample.number),
     }
 
 
@@ -262,144 +291,146 @@ _DATASETS = {
     "ade20k_train": "ADE20k_train",
     "ade20k_validation": "ADE20k_validation",
 }
-"""What the lines of each file name as their data set."""
+"""`dataset_id` of the lines of each file."""
 
 _TRAIN = ("open_images_train_v6", "coco_train", "flickr30k_train", "ade20k_train")
 
 
-def _ln_image(plan: Plan, picture: Picture) -> tuple[str, str, Picture]:
-    """The file that a picture's narratives are in, its id there, and the picture as shown."""
-    part = _TRAIN[picture.number % len(_TRAIN)]
-    if picture.quirk in _DATASETS:
-        part = picture.quirk
-    elif picture.quirk == "leak":
+def _ln_image(source: SampleSource, sample: SampleImage) -> tuple[str, str, SampleImage]:
+    """The file of an image's narratives, its id there, and the image in its own source."""
+    part = _TRAIN[sample.number % len(_TRAIN)]
+    if sample.quirk in _DATASETS:
+        part = sample.quirk
+    elif sample.quirk == "leak":
         part = "coco_train"
-    elif picture.quirk == "absent":
+    elif sample.quirk == "absent":
         part = "ade20k_train"
-    elif picture.quirk in FAILURE or picture.quirk == "cut_line":
+    elif sample.quirk in RESPONSE_REASONS or sample.quirk == "cut_line":
         part = "open_images_train_v6"
     if part.startswith("coco"):
-        number = _coco_number(plan, picture)
-        shown = plan.picture(number, plan.quirk_of(number, _COCO_QUIRKS), source="coco")
+        number = _coco_number(source, sample)
+        original = source.sample(number, source.quirk_of(number, _COCO_QUIRKS), owner="coco")
         folder = "train2017" if part == "coco_train" else "val2017"
-        plan.put(f"http://images.cocodataset.org/{folder}/{coco_id(number):012d}.jpg", shown)
-        return part, str(coco_id(number)), shown
+        source.put(f"http://images.cocodataset.org/{folder}/{coco_id(number):012d}.jpg", original)
+        return part, str(coco_id(number)), original
     if part.startswith("flickr30k"):
-        image_id = picture.digits(10)
-        plan.images[f"flickr30k-images/{image_id}.jpg"] = picture.scene
-        return part, image_id, picture
+        image_id = sample.random_digits(10)
+        source.images[f"flickr30k-images/{image_id}.jpg"] = sample.scene
+        return part, image_id, sample
     if part.startswith("ade20k"):
         split = "train" if part == "ade20k_train" else "val"
-        image_id = f"ADE_{split}_{picture.number + 1:08d}"
+        image_id = f"ADE_{split}_{sample.number + 1:08d}"
         folder = "training" if split == "train" else "validation"
         path = f"ADEChallengeData2016/images/{folder}/{image_id}.jpg"
-        if picture.quirk != "absent":
-            plan.images[path] = picture.scene
-        return part, image_id, picture
-    image_id = picture.hexes(16)
+        if sample.quirk != "absent":
+            source.images[path] = sample.scene
+        return part, image_id, sample
+    image_id = sample.random_hex(16)
     split = part.removeprefix("open_images_").removesuffix("_v6")
-    plan.put(f"https://s3.amazonaws.com/open-images-dataset/{split}/{image_id}.jpg", picture)
-    return part, image_id, picture
+    source.put(f"https://s3.amazonaws.com/open-images-dataset/{split}/{image_id}.jpg", sample)
+    return part, image_id, sample
 
 
-def _coco_number(plan: Plan, picture: Picture) -> int:
-    """The number of the COCO picture that another source's picture is: held out for a leak."""
-    block = min(picture.number // _KARPATHY_CYCLE, plan.scenes // _KARPATHY_CYCLE - 1)
-    if picture.quirk == "leak":
-        return block * _KARPATHY_CYCLE + (_TEST if picture.number % 2 else _VAL)
-    if picture.quirk in {"coco_val", "shared"}:
+def _coco_number(source: SampleSource, sample: SampleImage) -> int:
+    """Number of the COCO image that another source shares; a held-out one for a leak."""
+    block = min(sample.number // _KARPATHY_CYCLE, source.scenes // _KARPATHY_CYCLE - 1)
+    if sample.quirk == "leak":
+        return block * _KARPATHY_CYCLE + (_TEST if sample.number % 2 else _VAL)
+    if sample.quirk in {"coco_val", "shared"}:
         return block * _KARPATHY_CYCLE
-    return picture.number
+    return sample.number
 
 
-def _vg_picture(plan: Plan, picture: Picture) -> Picture:
-    """The picture as shown: COCO's where Visual Genome shares it."""
-    if picture.quirk not in {"leak", "shared"}:
-        return picture
-    shown = plan.picture(_coco_number(plan, picture), source="coco")
-    return replace(shown, quirk=picture.quirk)
+def _vg_original(source: SampleSource, sample: SampleImage) -> SampleImage:
+    """The image in its own source: COCO's if Visual Genome shares it."""
+    if sample.quirk not in {"leak", "shared"}:
+        return sample
+    original = source.sample(_coco_number(source, sample), owner="coco")
+    return replace(original, quirk=sample.quirk)
 
 
-def _vg_regions(plan: Plan, picture: Picture) -> list[dict[str, Any]]:
-    """The regions of a picture, two for each shape, with their pairs expected."""
-    if picture.quirk == "untold":
+def _vg_regions(source: SampleSource, sample: SampleImage) -> list[dict[str, Any]]:
+    """The regions of an image, two for each shape; counts their pairs."""
+    if sample.quirk == "uncaptioned":
         return []
-    dropped = {"leak": "heldout", "orphan": "no_image"}.get(picture.quirk or "")
+    dropped = {"leak": "heldout", "orphan": "no_image"}.get(sample.quirk or "")
     regions: list[dict[str, Any]] = []
 
-    def add(said: str | None, box: tuple[int, int, int, int], reason: str | None) -> None:
+    def add(texts: str | None, box: tuple[int, int, int, int], reason: str | None) -> None:
         region = {
-            "region_id": 1382 + 100 * picture.number + len(regions),
+            "region_id": 1382 + 100 * sample.number + len(regions),
             "width": box[2] - box[0],
             "height": box[3] - box[1],
-            "image_id": picture.number + 1,
-            "phrase": said,
+            "image_id": sample.number + 1,
+            "phrase": texts,
             "y": box[1],
             "x": box[0],
         }
         regions.append({key: value for key, value in region.items() if value is not None})
-        plan.expect(picture, reason)
+        source.expect(sample, reason)
 
-    for group, box in picture.scene.shapes:
-        for said in picture.dice.sample(region_phrases(group), 2):
-            add(said, box, dropped)
-    width, height = picture.scene.frame
-    group, box = picture.scene.shapes[-1]
-    said = region_phrases(group)[0]
+    for group, box in sample.scene.shapes:
+        for texts in sample.rng.sample(region_phrases(group), 2):
+            add(texts, box, dropped)
+    width, height = sample.scene.frame
+    group, box = sample.scene.shapes[-1]
+    texts = region_phrases(group)[0]
     odd: dict[str, tuple[str | None, tuple[int, int, int, int], str | None]] = {
-        "outside": (said, (width + 5, 10, width + 60, 70), "bad_box"),
-        "flat": (said, (box[0], box[1], box[0], box[3]), "bad_box"),
-        "over": (said, (box[0], box[1], width + 20, height + 20), None),
+        "outside": (texts, (width + 5, 10, width + 60, 70), "bad_box"),
+        "flat": (texts, (box[0], box[1], box[0], box[3]), "bad_box"),
+        "over": (texts, (box[0], box[1], width + 20, height + 20), None),
         "blank": (" ", box, "no_text"),
         "no_phrase": (None, box, "bad_row"),
-        "echo": (f"{said} \n", box, None),
+        "echo": (f"{texts} \n", box, None),
     }
-    if picture.quirk in odd:
-        add(*odd[picture.quirk])
+    if sample.quirk in odd:
+        add(*odd[sample.quirk])
     return regions
 
 
-def _posts(plan: Plan, picture: Picture, subreddit: str, year: int) -> list[dict[str, Any]]:
-    """The posts of one picture: one, or two where it was posted again."""
-    number, quirk = picture.number, picture.quirk
-    title = picture.said(post_title)
+def _posts(
+    source: SampleSource, sample: SampleImage, subreddit: str, year: int
+) -> list[dict[str, Any]]:
+    """The posts of one image: one, or two if it was posted again."""
+    number, quirk = sample.number, sample.quirk
+    title = sample.caption(post_title)
     tail = {"emoji": " \N{ARTIST PALETTE}\N{SPARKLES}", "crosspost": " (x-post)"}.get(
         quirk or "", ""
     )
     if not tail and title and number % 3 == 0:
         tail = " [OC]" if number % 2 else " [4000x3000]"
     post: dict[str, Any] = {
-        "image_id": picture.hexes(6),
+        "image_id": sample.random_hex(6),
         "author": "None" if number % 9 == 0 else "sample_person",
-        "url": plan.put(_post_url(picture), picture),
+        "url": source.put(_post_url(sample), sample),
         "raw_caption": f"{title}{tail}",
         "caption": title.lower().encode("ascii", errors="ignore").decode().strip(),
         "subreddit": subreddit,
         "score": number % 50,
         "created_utc": 1_302_998_814 + 86_400 * (365 * (year - 2011) + number),
-        "permalink": f"/r/{subreddit}/comments/{number}/{phrase(picture.scene.groups[0])}/",
+        "permalink": f"/r/{subreddit}/comments/{number}/{phrase(sample.scene.groups[0])}/",
     }
     post["permalink"] = post["permalink"].replace(" ", "_")
     if quirk == "several":
         separator = "," if number % 2 else " "
-        post["url"] += f"{separator}https://i.imgur.com/{picture.hexes(7)}.jpg"
+        post["url"] += f"{separator}https://i.imgur.com/{sample.random_hex(7)}.jpg"
     elif quirk == "no_url":
         del post["url"]
     elif quirk == "crosspost":
         del post["score"]
-        post["crosspost_parents"] = [picture.hexes(6)]
+        post["crosspost_parents"] = [sample.random_hex(6)]
     elif quirk == "again":
-        return [post, {**post, "image_id": picture.hexes(6)}]
+        return [post, {**post, "image_id": sample.random_hex(6)}]
     return [post]
 
 
-def _post_url(picture: Picture) -> str:
-    imgur = f"https://i.imgur.com/{picture.hexes(7)}.jpg"
-    reddit = f"https://i.redd.it/{picture.hexes(13)}.jpg"
-    flickr = f"https://farm9.staticflickr.com/8345/{picture.digits(10)}_{picture.hexes(10)}_b.jpg"
-    if picture.quirk in {"removed", "unavailable"}:
-        return imgur if picture.quirk == "removed" else flickr
-    return (reddit, imgur, reddit, reddit, flickr)[picture.number % 5]
+def _post_url(sample: SampleImage) -> str:
+    imgur = f"https://i.imgur.com/{sample.random_hex(7)}.jpg"
+    reddit = f"https://i.redd.it/{sample.random_hex(13)}.jpg"
+    flickr = f"https://farm9.staticflickr.com/8345/{sample.random_digits(10)}_{sample.random_hex(10)}_b.jpg"
+    if sample.quirk in {"removed", "unavailable"}:
+        return imgur if sample.quirk == "removed" else flickr
+    return (reddit, imgur, reddit, reddit, flickr)[sample.number % 5]
 
 
 def _json(document: object) -> bytes:

@@ -1,17 +1,17 @@
-"""Words for shapes and colours in six other languages, in forms that agree with everything."""
+"""Words for shapes and colours in six other languages, in forms that need no agreement."""
 
 from typing import NamedTuple
 
 
 class Language(NamedTuple):
-    """How a language lists what is in a picture.
+    """How a language lists the contents of an image.
 
     Args:
-        sentence: with one gap for the list.
-        separator: between two things of the list.
-        coloured: a thing and its colour, as `{shape}` and `{colour}`.
-        shapes: nouns by the English one.
-        colours: by the English one.
+        sentence: a sentence with one gap for the list.
+        separator: text between two items of the list.
+        coloured: format of a shape with its colour, `{shape}` and `{colour}`.
+        shapes: nouns by the English noun.
+        colours: words by the English word.
     """
 
     sentence: str
@@ -20,11 +20,11 @@ class Language(NamedTuple):
     shapes: dict[str, str]
     colours: dict[str, str]
 
-    def tell(self, things: list[tuple[str, str]]) -> str:
-        """Say that these pairs of shape and colour are in the picture."""
+    def describe(self, scene_phrase: list[tuple[str, str]]) -> str:
+        """A sentence that lists these pairs of shape and colour."""
         listed = [
             self.coloured.format(shape=self.shapes[shape], colour=self.colours[colour])
-            for shape, colour in things
+            for shape, colour in scene_phrase
         ]
         return self.sentence.format(self.separator.join(listed))
 
@@ -64,7 +64,7 @@ LANGUAGES = {
         _colours("rojo naranja amarillo verde azul morado rosa negro"),
     ),
     "ru": Language(
-        "На этой картинке нарисованы фигуры: {}",  # noqa: RUF001 - meant to be Cyrillic
+        "На этой картинке нарисованы фигуры: {}",  # noqa: RUF001 - Cyrillic on purpose
         " и ",
         "{shape} {colour} цвета",
         _shapes("круг квадрат треугольник звезда сердце крест"),
@@ -85,4 +85,4 @@ LANGUAGES = {
         _colours("الأحمر البرتقالي الأصفر الأخضر الأزرق البنفسجي الوردي الأسود"),
     ),
 }
-"""By the code that fastText and Wikipedia use. The Japanese has blanks, so it has words."""
+"""Languages by the code of fastText and Wikipedia. The Japanese has blanks, so it has words."""

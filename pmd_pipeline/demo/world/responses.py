@@ -1,4 +1,4 @@
-"""What the sample server answers: pictures of many kinds, and trouble of many kinds."""
+"""Responses of the sample server: images of many formats, and failures of many kinds."""
 
 import struct
 import zlib
@@ -9,10 +9,10 @@ from io import BytesIO
 
 from PIL import Image
 
-from pmd_pipeline.demo.world.scenes import Scene, draw
+from pmd_pipeline.demo.world.scenes import Scene, draw_scene
 
-FAILURE: dict[str, str | None] = {
-    # good pictures, of the kinds that the web has
+RESPONSE_REASONS: dict[str, str | None] = {
+    # valid images in the formats of the web
     "jpeg": None,
     "png": None,
     "deep_png": None,
@@ -22,18 +22,18 @@ FAILURE: dict[str, str | None] = {
     "cmyk": None,
     "rotated": None,
     "mislabelled": None,
-    # trouble that passes by itself
+    # transient failures
     "moved": None,
     "busy": None,
-    "hurried": None,
-    "hiccup": None,
-    # trouble that stays
+    "rate_limited_once": None,
+    "reset_once": None,
+    # permanent failures
     "missing": "http_404",
     "gone": "http_410",
     "forbidden": "http_403",
     "withheld": "http_4xx",
     "broken": "http_5xx",
-    "overrun": "http_429",
+    "rate_limited": "http_429",
     "reset": "connect",
     "loop": "redirects",
     "removed": "placeholder",
@@ -44,10 +44,10 @@ FAILURE: dict[str, str | None] = {
     "cut": "truncated",
     "bomb": "bomb",
     "cropped": "wrong_size",
-    # no address at all, and not in the archive either
+    # no address, and not in the archive
     "absent": "not_in_archive",
 }
-"""What may become of asking for a picture, with the reason under which a build must count it."""
+"""Kinds of responses, with the reason under which a build must count their images."""
 
 STATUSES = {
     "missing": 404,
@@ -55,19 +55,19 @@ STATUSES = {
     "forbidden": 403,
     "withheld": 451,
     "broken": 500,
-    "overrun": 429,
+    "rate_limited": 429,
 }
 
-FIRST_STATUSES = {"busy": 503, "hurried": 429}
-"""Statuses of the first attempt; the second gets the picture."""
+FIRST_STATUSES = {"busy": 503, "rate_limited_once": 429}
+"""Statuses of the first attempt; the second attempt gets the image."""
 
-RETRY_AFTER = {"busy": "1", "hurried": "0", "broken": "0", "overrun": "0"}
+RETRY_AFTER = {"busy": "1", "rate_limited_once": "0", "broken": "0", "rate_limited": "0"}
 
 REMOVED = "i.imgur.com/removed.png"
-"""Where Imgur leads in place of a removed picture."""
+"""Address to which Imgur redirects for a removed image."""
 
 UNAVAILABLE = "s.yimg.com/pw/images/en-us/photo_unavailable.png"
-"""Where Flickr does."""
+"""Address to which Flickr redirects for a removed image."""
 
 _PAGE = (
     b"<!DOCTYPE html><html><head><title>Domain for sale</title></head>"
@@ -83,16 +83,16 @@ _EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
-class Answer:
-    """An HTTP answer; without status, the connection is reset instead."""
+class SampleResponse:
+    """An HTTP response; without a status, the connection is reset instead."""
 
     status: int | None
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def new_home(address: str) -> str:
-    """Where the picture at `address` (host and path) has moved to.
+def moved_address(address: str) -> str:
+    """The new address of a moved image; an address is host and path.
 
     >>> new_home("static.flickr.com/2723/4385058960_b0f291553e.jpg")
     'cdn.static.flickr.com/2723/4385058960_b0f291553e.jpg'
@@ -100,47 +100,49 @@ def new_home(address: str) -> str:
     return f"cdn.{address}"
 
 
-def answer(kind: str, address: str, scene: Scene, *, first: bool) -> Answer:
-    """The answer to a request for `address` (host and path).
+def respond(kind: str, address: str, scene: Scene, *, first: bool) -> SampleResponse:
+    """The response to a request for `address` (host and path).
 
     Args:
-        kind: one of `FAILURE`.
-        scene: what the picture shows.
-        first: nobody has asked for this address before.
+        kind: one of `RESPONSE_REASONS`.
+        scene: content of the image.
+        first: whether it is the first request for this address.
     """
-    wish = {"Retry-After": RETRY_AFTER[kind]} if kind in RETRY_AFTER else {}
+    retry_after = {"Retry-After": RETRY_AFTER[kind]} if kind in RETRY_AFTER else {}
     if kind in STATUSES:
-        return Answer(STATUSES[kind], b"no picture here\n", {"Content-Type": "text/plain", **wish})
-    if kind == "reset" or (kind == "hiccup" and first):
-        return Answer(None)
+        return SampleResponse(
+            STATUSES[kind], b"no picture here\n", {"Content-Type": "text/plain", **retry_after}
+        )
+    if kind == "reset" or (kind == "reset_once" and first):
+        return SampleResponse(None)
     if kind in FIRST_STATUSES and first:
-        return Answer(FIRST_STATUSES[kind], b"", wish)
+        return SampleResponse(FIRST_STATUSES[kind], b"", retry_after)
     targets = {
-        "moved": new_home(address),
+        "moved": moved_address(address),
         "loop": address,
         "removed": REMOVED,
         "unavailable": UNAVAILABLE,
     }
     if kind in targets:
-        return Answer(302, b"", {"Location": f"https://{targets[kind]}"})
-    body, content_type = picture(kind, scene)
-    return Answer(200, body, {"Content-Type": content_type})
+        return SampleResponse(302, b"", {"Location": f"https://{targets[kind]}"})
+    body, content_type = image_body(kind, scene)
+    return SampleResponse(200, body, {"Content-Type": content_type})
 
 
-def picture(kind: str, scene: Scene) -> tuple[bytes, str]:
-    """The body of an answer that has one, and its content type."""
+def image_body(kind: str, scene: Scene) -> tuple[bytes, str]:
+    """The body of a response, and its content type."""
     if kind in _BODIES:
-        return _BODIES[kind](draw(scene)), _CONTENT_TYPES.get(kind, "image/jpeg")
-    return _encoded(draw(scene), "JPEG"), _CONTENT_TYPES.get(kind, "image/jpeg")
+        return _BODIES[kind](draw_scene(scene)), _CONTENT_TYPES.get(kind, "image/jpeg")
+    return _encode(draw_scene(scene), "JPEG"), _CONTENT_TYPES.get(kind, "image/jpeg")
 
 
-def placeholder() -> Answer:
-    """The small grey picture that hosts show in place of a removed one."""
-    body = _encoded(Image.new("RGB", (161, 81), (222, 222, 222)), "PNG")
-    return Answer(200, body, {"Content-Type": "image/png"})
+def placeholder() -> SampleResponse:
+    """The small grey image that hosts serve instead of a removed one."""
+    body = _encode(Image.new("RGB", (161, 81), (222, 222, 222)), "PNG")
+    return SampleResponse(200, body, {"Content-Type": "image/png"})
 
 
-def _encoded(image: Image.Image, file_format: str) -> bytes:
+def _encode(image: Image.Image, file_format: str) -> bytes:
     out = BytesIO()
     if file_format == "JPEG":
         image.save(out, "JPEG", quality=_QUALITY)
@@ -150,7 +152,7 @@ def _encoded(image: Image.Image, file_format: str) -> bytes:
 
 
 def _rotated(image: Image.Image) -> bytes:
-    """Pixels that lie on their side, as a camera held upright writes them; EXIF says so."""
+    """A JPEG of rotated pixels with the EXIF orientation that undoes the rotation."""
     exif = Image.Exif()
     exif[_EXIF_ORIENTATION] = 6
     out = BytesIO()
@@ -159,7 +161,7 @@ def _rotated(image: Image.Image) -> bytes:
 
 
 def _deep_png(image: Image.Image) -> bytes:
-    """The image in 16 bits a channel, which Pillow reads but does not write."""
+    """The image with 16 bits per channel, which Pillow reads but does not write."""
     width, height = image.size
     pixels = image.tobytes()
     doubled = bytearray(2 * len(pixels))
@@ -171,7 +173,7 @@ def _deep_png(image: Image.Image) -> bytes:
 
 @lru_cache(maxsize=1)
 def _bomb() -> bytes:
-    """A few kilobytes that unpack to more pixels than anyone should decode."""
+    """A decompression bomb: a few kilobytes that decode to too many pixels."""
     lines = bytes((_BOMB_SIDE // 8 + 1) * _BOMB_SIDE)
     return _png(_BOMB_SIDE, _BOMB_SIDE, (1, 0), lines)
 
@@ -193,21 +195,21 @@ def _upper_half(image: Image.Image) -> Image.Image:
 
 
 _BODIES: dict[str, Callable[[Image.Image], bytes]] = {
-    "png": lambda image: _encoded(image, "PNG"),
+    "png": lambda image: _encode(image, "PNG"),
     "deep_png": _deep_png,
-    "palette_png": lambda image: _encoded(image.quantize(64), "PNG"),
-    "gif": lambda image: _encoded(image, "GIF"),
-    "webp": lambda image: _encoded(image, "WEBP"),
-    "cmyk": lambda image: _encoded(image.convert("CMYK"), "JPEG"),
+    "palette_png": lambda image: _encode(image.quantize(64), "PNG"),
+    "gif": lambda image: _encode(image, "GIF"),
+    "webp": lambda image: _encode(image, "WEBP"),
+    "cmyk": lambda image: _encode(image.convert("CMYK"), "JPEG"),
     "rotated": _rotated,
-    "cropped": lambda image: _encoded(_upper_half(image), "JPEG"),
-    "cut": lambda image: _encoded(image, "JPEG")[:2000],
+    "cropped": lambda image: _encode(_upper_half(image), "JPEG"),
+    "cut": lambda image: _encode(image, "JPEG")[:2000],
     "bomb": lambda _: _bomb(),
     "page": lambda _: _PAGE,
     "drawing": lambda _: _DRAWING,
     "empty": lambda _: b"",
 }
-"""Bodies of the answers that are no plain JPEG of the scene."""
+"""Bodies of the responses that are not a plain JPEG of the scene."""
 
 _CONTENT_TYPES = {
     "png": "image/png",

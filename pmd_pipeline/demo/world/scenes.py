@@ -1,4 +1,4 @@
-"""What is in a scene and how it looks: coloured shapes in rows on a plain or patterned ground."""
+"""Scenes and their drawing: rows of coloured shapes on a plain or patterned background."""
 
 import math
 import random
@@ -23,7 +23,7 @@ COLOURS: dict[str, Rgb] = {
     "black": (28, 28, 32),
 }
 
-GROUNDS: dict[str, Rgb] = {
+BACKGROUNDS: dict[str, Rgb] = {
     "white": (250, 250, 247),
     "grey": (172, 176, 182),
     "beige": (231, 212, 176),
@@ -35,8 +35,8 @@ PATTERNS = ("plain", "striped", "dotted")
 SIZES = {"small": 0.18, "large": 0.29}
 """Side of a shape as a share of the image's shorter side."""
 
-PLACES = (("left", "middle", "right"), ("top", "middle", "bottom"))
-"""The thirds of an image, across and down; a scene keeps to one of the two ways."""
+POSITIONS = (("left", "middle", "right"), ("top", "middle", "bottom"))
+"""The thirds of an image, horizontal and vertical; a scene uses one of the two."""
 
 FRAMES = ((400, 300), (360, 270), (320, 240), (300, 400), (320, 320))
 """Width and height of images in pixels."""
@@ -50,11 +50,11 @@ class Group:
     size: str
     colour: str
     shape: str
-    place: str
+    position: str
 
 
-class Ground(NamedTuple):
-    """What the shapes lie on."""
+class Background(NamedTuple):
+    """Pattern and colour behind the shapes."""
 
     pattern: str
     colour: str
@@ -69,7 +69,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is in one image.
+    """The content of one image.
 
     Args:
         frame: width and height in pixels.
@@ -78,7 +78,7 @@ class Scene:
     """
 
     frame: tuple[int, int]
-    ground: Ground
+    background: Background
     shapes: tuple[Shape, ...]
 
     @property
@@ -88,54 +88,54 @@ class Scene:
 
 
 def make_scene(name: str) -> Scene:
-    """The scene called `name`; other names give other scenes, with few exceptions."""
-    dice = random.Random(name)
-    frame = dice.choice(FRAMES)
-    across = dice.random() < 0.5
-    number = dice.choices((1, 2, 3), weights=(3, 5, 2))[0]
-    thirds = sorted(dice.sample(range(3), number))
-    colours = dice.sample(sorted(COLOURS), number)
-    ground = Ground(dice.choice(PATTERNS), dice.choice(sorted(GROUNDS)))
+    """The scene of the seed `name`; two names seldom give one scene."""
+    rng = random.Random(name)
+    frame = rng.choice(FRAMES)
+    across = rng.random() < 0.5
+    number = rng.choices((1, 2, 3), weights=(3, 5, 2))[0]
+    thirds = sorted(rng.sample(range(3), number))
+    colours = rng.sample(sorted(COLOURS), number)
+    background = Background(rng.choice(PATTERNS), rng.choice(sorted(BACKGROUNDS)))
     shapes: list[Shape] = []
     for third, colour in zip(thirds, colours, strict=True):
         group = Group(
-            count=dice.randint(1, 3),
-            size=dice.choice(sorted(SIZES)),
+            count=rng.randint(1, 3),
+            size=rng.choice(sorted(SIZES)),
             colour=colour,
-            shape=dice.choice(sorted(SHAPES)),
-            place=PLACES[0 if across else 1][third],
+            shape=rng.choice(sorted(SHAPES)),
+            position=POSITIONS[0 if across else 1][third],
         )
-        shapes += _row(group, third, frame, dice, across=across)
-    return Scene(frame, ground, tuple(shapes))
+        shapes += _row_of_shapes(group, third, frame, rng, across=across)
+    return Scene(frame, background, tuple(shapes))
 
 
-def draw(scene: Scene) -> Image.Image:
-    """The scene in RGB, the same pixels each time."""
-    image = _ground(scene.ground, scene.frame).copy()
+def draw_scene(scene: Scene) -> Image.Image:
+    """The scene in RGB; deterministic."""
+    image = _draw_background(scene.background, scene.frame).copy()
     for group, box in scene.shapes:
         side = box[2] - box[0]
         colour = COLOURS[group.colour]
-        image.paste(_shade(colour, 0.72), box[:2], _mask(group.shape, side))
+        image.paste(_shaded(colour, 0.72), box[:2], _shape_mask(group.shape, side))
         rim = max(side // 16, 1)
         inner = (box[0] + rim, box[1] + rim)
-        image.paste(colour, inner, _mask(group.shape, side - 2 * rim))
+        image.paste(colour, inner, _shape_mask(group.shape, side - 2 * rim))
     return image
 
 
-def _row(
-    group: Group, third: int, frame: tuple[int, int], dice: random.Random, *, across: bool
+def _row_of_shapes(
+    group: Group, third: int, frame: tuple[int, int], rng: random.Random, *, across: bool
 ) -> list[Shape]:
-    """Boxes of a group's shapes: centred in its third, in a row along it, a little displaced."""
+    """Boxes of a group's shapes: a row in its third, slightly displaced."""
     side = round(SIZES[group.size] * min(frame))
     width, height = frame
     thick, length = (width / 3, height) if across else (height / 3, width)
     gap = min((length - group.count * side) / (group.count + 1), side * 0.6)
     spare = (length - group.count * side - (group.count - 1) * gap) / 2
-    start = spare + dice.uniform(-0.5, 0.5) * spare
+    start = spare + rng.uniform(-0.5, 0.5) * spare
     shapes = []
     for number in range(group.count):
         along = start + number * (side + gap)
-        beside = (third + 0.5) * thick - side / 2 + dice.uniform(-0.4, 0.4) * (thick - side)
+        beside = (third + 0.5) * thick - side / 2 + rng.uniform(-0.4, 0.4) * (thick - side)
         x, y = (beside, along) if across else (along, beside)
         left, top = round(x), round(y)
         shapes.append(Shape(group, (left, top, left + side, top + side)))
@@ -143,17 +143,17 @@ def _row(
 
 
 @lru_cache(maxsize=256)
-def _ground(ground: Ground, frame: tuple[int, int]) -> Image.Image:
-    colour = GROUNDS[ground.colour]
+def _draw_background(background: Background, frame: tuple[int, int]) -> Image.Image:
+    colour = BACKGROUNDS[background.colour]
     image = Image.new("RGB", frame, colour)
     pen = ImageDraw.Draw(image)
-    darker = _shade(colour, 0.86)
+    darker = _shaded(colour, 0.86)
     width, height = frame
     step = min(frame) // 8
-    if ground.pattern == "striped":
+    if background.pattern == "striped":
         for y in range(0, height, 2 * step):
             pen.rectangle((0, y, width, y + step - 1), fill=darker)
-    elif ground.pattern == "dotted":
+    elif background.pattern == "dotted":
         for x in range(step // 2, width, step):
             for y in range(step // 2, height, step):
                 pen.circle((x, y), step // 4, fill=darker)
@@ -161,8 +161,8 @@ def _ground(ground: Ground, frame: tuple[int, int]) -> Image.Image:
 
 
 @lru_cache(maxsize=256)
-def _mask(shape: str, side: int) -> Image.Image:
-    """The shape in white on black, drawn four times as large so that its edge is smooth."""
+def _shape_mask(shape: str, side: int) -> Image.Image:
+    """The shape in white on black, drawn at four times the size for a smooth edge."""
     large = Image.new("L", (4 * side, 4 * side))
     pen = ImageDraw.Draw(large)
     if shape == "circle":
@@ -172,37 +172,37 @@ def _mask(shape: str, side: int) -> Image.Image:
     return large.reduce(4)
 
 
-def _shade(colour: Rgb, light: float) -> Rgb:
+def _shaded(colour: Rgb, light: float) -> Rgb:
     red, green, blue = (round(channel * light) for channel in colour)
     return red, green, blue
 
 
-def _ring(points: int, *, inner: float = 1.0) -> list[Point]:
-    """Points on a circle, the first on top; with `inner` below 1 every second one lies inside."""
-    found = []
-    for number in range(points):
-        angle = 2 * math.pi * number / points
+def _ring_points(count: int, *, inner: float = 1.0) -> list[Point]:
+    """Points on a circle, the first at the top; every second one at the radius `inner`."""
+    points = []
+    for number in range(count):
+        angle = 2 * math.pi * number / count
         radius = 0.5 * (inner if number % 2 else 1.0)
-        found.append((0.5 + radius * math.sin(angle), 0.5 - radius * math.cos(angle)))
-    return found
+        points.append((0.5 + radius * math.sin(angle), 0.5 - radius * math.cos(angle)))
+    return points
 
 
-def _heart() -> list[Point]:
-    found = []
+def _heart_points() -> list[Point]:
+    points = []
     for number in range(40):
         angle = 2 * math.pi * number / 40
         wave = 13 * math.cos(angle) - 5 * math.cos(2 * angle)
         wave -= 2 * math.cos(3 * angle) + math.cos(4 * angle)
-        found.append((0.5 + 0.5 * math.sin(angle) ** 3, 0.41 - wave / 29))
-    return found
+        points.append((0.5 + 0.5 * math.sin(angle) ** 3, 0.41 - wave / 29))
+    return points
 
 
 SHAPES: dict[str, Callable[[], list[Point]]] = {
-    "circle": lambda: _ring(64),
+    "circle": lambda: _ring_points(64),
     "square": lambda: [(0, 0), (1, 0), (1, 1), (0, 1)],
     "triangle": lambda: [(0.5, 0), (1, 1), (0, 1)],
-    "star": lambda: _ring(10, inner=0.42),
-    "heart": _heart,
+    "star": lambda: _ring_points(10, inner=0.42),
+    "heart": _heart_points,
     "cross": lambda: [
         *((0.33, 0), (0.67, 0), (0.67, 0.33), (1, 0.33), (1, 0.67), (0.67, 0.67)),
         *((0.67, 1), (0.33, 1), (0.33, 0.67), (0, 0.67), (0, 0.33), (0.33, 0.33)),

@@ -1,4 +1,4 @@
-"""What a run's metrics say it has learned."""
+"""Summaries of training runs."""
 
 import io
 import json
@@ -7,15 +7,17 @@ import pytest
 from rich.console import Console
 
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.demo.training_summary import DIRECTIONS, LOSSES, RANKS, as_tables, read_learned
+from pmd_pipeline.demo.training_summary import DIRECTIONS, LOSSES, RANKS, as_tables, read_summary
 
 CHANCE = {1: 0.01, 5: 0.05, 10: 0.1}
 
 
 def evaluation(after, r1):
-    figures = {f"{way}_r{rank}": min(1.0, r1 * rank) for way in DIRECTIONS for rank in RANKS}
-    chance = {f"{way}_r{rank}": CHANCE[rank] for way in DIRECTIONS for rank in RANKS}
-    return {"after": after, **figures, "chance": chance}
+    metrics = {
+        f"{direction}_r{rank}": min(1.0, r1 * rank) for direction in DIRECTIONS for rank in RANKS
+    }
+    chance = {f"{direction}_r{rank}": CHANCE[rank] for direction in DIRECTIONS for rank in RANKS}
+    return {"after": after, **metrics, "chance": chance}
 
 
 def write_metrics(folder, *, last_loss=1.0, r1=0.3, losses=tuple(LOSSES), evaluated=True):
@@ -32,21 +34,21 @@ def write_metrics(folder, *, last_loss=1.0, r1=0.3, losses=tuple(LOSSES), evalua
 
 
 def test_metrics_are_those_of_the_last_evaluation(tmp_path):
-    learned = read_learned(write_metrics(tmp_path))
+    summary = read_summary(write_metrics(tmp_path))
 
-    assert learned.steps == 60
-    assert learned.last("text_to_image_r1") == (0.3, 0.01)
-    assert sorted(learned.recall) == [30, 60]
+    assert summary.steps == 60
+    assert summary.last_evaluation("text_to_image_r1") == (0.3, 0.01)
+    assert sorted(summary.recall) == [30, 60]
 
 
 def test_a_loss_is_averaged_over_both_ends_of_the_run(tmp_path):
-    learned = read_learned(write_metrics(tmp_path, last_loss=4 - 59))  # 4 - step
+    summary = read_summary(write_metrics(tmp_path, last_loss=4 - 59))  # 4 - step
 
-    assert learned.ends("itm") == (pytest.approx(4 - 9.5), pytest.approx(4 - 49.5))
+    assert summary.first_and_last("itm") == (pytest.approx(4 - 9.5), pytest.approx(4 - 49.5))
 
 
 def test_a_run_that_has_learned_has_no_shortfalls(tmp_path):
-    assert read_learned(write_metrics(tmp_path)).missed(10) == []
+    assert read_summary(write_metrics(tmp_path)).shortfalls(10) == []
 
 
 @pytest.mark.parametrize(
@@ -58,27 +60,27 @@ def test_a_run_that_has_learned_has_no_shortfalls(tmp_path):
     ],
 )
 def test_each_shortfall_is_one_sentence(tmp_path, change, sentence):
-    assert sentence in read_learned(write_metrics(tmp_path, **change)).missed(10)
+    assert sentence in read_summary(write_metrics(tmp_path, **change)).shortfalls(10)
 
 
 def test_a_run_without_evaluation_is_refused(tmp_path):
     with pytest.raises(PmdError, match="no evaluation"):
-        read_learned(write_metrics(tmp_path, evaluated=False))
+        read_summary(write_metrics(tmp_path, evaluated=False))
 
 
 def test_missing_or_damaged_metrics_are_refused(tmp_path):
     with pytest.raises(PmdError, match=r"metrics\.jsonl cannot be read"):
-        read_learned(tmp_path / "metrics.jsonl")
+        read_summary(tmp_path / "metrics.jsonl")
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "los')
     with pytest.raises(PmdError, match=r"metrics\.jsonl cannot be read"):
-        read_learned(tmp_path / "metrics.jsonl")
+        read_summary(tmp_path / "metrics.jsonl")
 
 
 def test_tables_show_recall_beside_chance_and_every_loss(tmp_path):
     console = Console(width=120, record=True, file=io.StringIO())
 
-    for table in as_tables(read_learned(write_metrics(tmp_path))):
+    for table in as_tables(read_summary(write_metrics(tmp_path))):
         console.print(table)
     text = console.export_text()
 
