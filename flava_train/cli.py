@@ -165,11 +165,13 @@ def export(
     Example: flava-train export --hf flava-hf runs/flava_pmd
     """
     from flava_train.evaluation.trained_model import load_trained_model
-    from flava_train.model.hf import export_hf
+    from flava_train.model.hf import export_hf, untrained_heads
 
     trained = load_trained_model(run, best=best)
     export_hf(trained.model, hf, vocabulary=trained.wordpiece.vocabulary)
     typer.echo(f"{hf}: the model of {trained.checkpoint}")
+    if untrained := untrained_heads(trained.model):
+        typer.echo(f"{hf}: no loss trained the heads {', '.join(untrained)}", err=True)
 
 
 @app.command(name="eval")

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flava_train.data.masking import IGNORE
-from flava_train.objective.losses import LOSSES, Batch
+from flava_train.objective.losses import LOSSES, Batch, count_targets
 from flava_train.shapes import Float
 
 
@@ -41,9 +40,8 @@ def accuracy(loss: str) -> StepMetric:
     def measure(outputs: LossOutputs) -> tuple[Tensor, Tensor] | None:
         if outputs.loss != loss:
             return None
-        counts = outputs.targets != IGNORE
-        correct = (outputs.predictions.argmax(-1) == outputs.targets) & counts
-        return correct.sum(), counts.sum()
+        correct = outputs.predictions.argmax(-1) == outputs.targets  # never `IGNORE`
+        return correct.sum(), count_targets(outputs.targets)
 
     return measure
 

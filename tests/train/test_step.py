@@ -100,6 +100,18 @@ def test_a_users_loss_has_the_gradient_of_the_whole_batch_too(make, added):
     assert losses.keys() - train_step(model, [batch], FULL).keys() == added
 
 
+def test_an_unmasked_loss_does_not_see_swapped_captions():
+    plain = {"plain_length": WITH_USER_LOSSES.losses["plain_length"]}
+    swapping = replace(FULL, itm_negatives="batch", itm_rate=1.0, losses=plain)
+    model, batch = flava(heads=swapping.heads), pairs(6)
+
+    losses = train_step(model, [batch], swapping)
+    alone = train_step(model, [batch], replace(swapping, itm=0.0))
+
+    assert losses["plain_length"] == pytest.approx(alone["plain_length"].item(), abs=1e-12)
+    assert losses["mmm_text"] != alone["mmm_text"]
+
+
 def test_losses_of_the_package_do_not_change_beside_a_users():
     model = flava(heads=WITH_USER_LOSSES.heads)
     batch = pairs(6, mismatched=(2,))
