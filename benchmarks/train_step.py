@@ -1,16 +1,16 @@
-"""Time a training step of ours and of transformers' `FlavaForPreTraining`, in one run.
+"""Time a training step of this package and of transformers' `FlavaForPreTraining`, in one run.
 
     python benchmarks/train_step.py
 
-On a CUDA GPU: FLAVA at its full size in bfloat16, compiled: pairs per second and the share of
-the card's dense peak that the model's own operations are (they are counted by torch, and what
-gradient caching computes twice counts once). On a CPU: a small FLAVA, uncompiled, and no such
-share. Ours needs torch and numpy alone; without transformers the comparison is left out.
-Captions have 12 words, about 17 tokens, as in PMD; images and weights are random.
+On a CUDA GPU: FLAVA at full size in bfloat16, compiled; pairs per second and model FLOPs
+utilisation (torch counts the operations; what gradient caching computes twice counts once). On a
+CPU: a small FLAVA, not compiled, without utilisation. Our step needs only torch and numpy; without
+transformers there is no comparison. Captions have 12 words, about 17 tokens, as in PMD; images and
+weights are random.
 
-transformers is timed in two ways: given the codes of masked patches as labels, as ours is, and as
-it is published, with its codebook (DALL-E's encoder, always of full size) run on every image in
-every step. Ours has the codes from `pmd codes`, which computes them once.
+transformers is timed in two ways: with the codes of masked patches as labels, as ours, and as
+published, with its codebook (DALL-E's encoder, always of full size) run on every image in every
+step. Ours gets the codes from `pmd codes`, which computes them once.
 """
 
 import argparse
@@ -58,15 +58,15 @@ from flava_train.objective.step import train_step
 from flava_train.run.flops import peak_of
 
 GOAL = 2.5
-"""Times as many pairs per second as transformers, on a CPU."""
+"""Goal: this many times the pairs per second of transformers, on a CPU."""
 
 LONGEST = 77
 """Tokens to which the published recipe pads every caption."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A batch in the forms that both models want."""
+class RandomBatch:
+    """A random batch, with what either model needs."""
 
     pairs: PairBatch
     token_mask: np.ndarray
@@ -75,32 +75,31 @@ class Drawn:
 
 
 def main() -> None:
-    """Print what was measured, on what, and what was not."""
-    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    words.add_argument("--pairs", type=int, help="in one step; 2048 on a GPU, 16 on a CPU")
-    words.add_argument("--micro-batch", type=int, default=256, help="pairs at once, on a GPU")
-    words.add_argument("--full-size", action="store_true", help="the paper's FLAVA, on a CPU too")
-    words.add_argument("--rounds", type=int, default=4)
-    words.add_argument("--peak", type=float, help="dense bfloat16 TFLOP/s of the card")
-    options = words.parse_args()
+    """Print the measurements and the machine."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--pairs", type=int, help="in one step; 2048 on a GPU, 16 on a CPU")
+    parser.add_argument("--micro-batch", type=int, default=256, help="pairs at once, on a GPU")
+    parser.add_argument("--full-size", action="store_true", help="the paper's FLAVA, on a CPU too")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--peak", type=float, help="dense bfloat16 TFLOP/s of the card")
+    options = parser.parse_args()
     print(_machine(options.device))
     _time_masking()
     if options.device == "cpu":
         tower = TowerConfig() if options.full_size else TowerConfig(4, 256, 4, 1024)
         _compare_on_cpu(options.pairs or 16, tower, options.rounds)
-        print("no CUDA GPU used: nothing is said about its speed or utilisation")
+        print("no CUDA GPU used: its speed and utilisation were not measured")
     else:
-        torch.cuda.set_device(
-            torch.device(options.device).index or 0
-        )  # it is this card that is waited for
+        # `synchronize` waits for this card
+        torch.cuda.set_device(torch.device(options.device).index or 0)
         peak = options.peak or peak_of(torch.device(options.device))
         _measure_on_gpu(
             options.device, options.pairs or 2048, options.micro_batch, options.rounds, peak
         )
 
 
-def draw(count: int, config: FlavaConfig) -> Drawn:
+def draw_batch(count: int, config: FlavaConfig) -> RandomBatch:
     """Random pairs with captions of 12 words: about 15 WordPieces and two specials."""
     rng = np.random.default_rng(0)
     numbers = np.arange(count)
@@ -123,29 +122,29 @@ def draw(count: int, config: FlavaConfig) -> Drawn:
         of(numbers),
         of(draw_uniforms(0, numbers)),
     )
-    return Drawn(pairs, token_mask, patch_mask, codes)
+    return RandomBatch(pairs, token_mask, patch_mask, codes)
 
 
 def _compare_on_cpu(count: int, tower: TowerConfig, rounds: int) -> None:
     fused = replace(tower, layers=tower.layers // 2)
     config = FlavaConfig(image=tower, text=tower, multimodal=fused, projection_dim=tower.width)
-    drawn = draw(count, config)
-    longest = int(drawn.pairs.texts.lengths.max())
+    batch = draw_batch(count, config)
+    longest = int(batch.pairs.texts.lengths.max())
     print(
         f"{count} pairs in one micro-batch, image 224, captions of "
-        f"{drawn.pairs.texts.lengths.float().mean():.1f} tokens (longest {longest}); "
+        f"{batch.pairs.texts.lengths.float().mean():.1f} tokens (longest {longest}); "
         f"encoders of {tower.layers}/{tower.layers}/{fused.layers} layers, width {tower.width}; "
         f"step = forward, backward, AdamW; "
-        f"best of {rounds} rounds, in turns"
+        f"best of {rounds} rounds, alternating"
     )
-    steps = _steps_of_ours(Flava(config), drawn)
+    steps = _our_steps(Flava(config), batch)
     if find_spec("transformers"):
-        steps |= _steps_of_theirs(_their_model(config), drawn, longest)
-        steps |= _steps_with_codebook(_their_model(config, codebook=True), drawn)
-    work = {name: _counted(step) / count / 1e9 for name, step in steps.items()}
-    seconds = _in_turns(steps, rounds)
-    for name, taken in seconds.items():
-        print(f"  {name:<69} {count / taken:7.2f} per second, {work[name]:6.2f} GFLOP each")
+        steps |= _their_steps(_their_model(config), batch, longest)
+        steps |= _their_steps_with_codebook(_their_model(config, codebook=True), batch)
+    gflop = {name: _count_flops(step) / count / 1e9 for name, step in steps.items()}
+    seconds = _best_seconds(steps, rounds)
+    for name, best in seconds.items():
+        print(f"  {name:<69} {count / best:7.2f} per second, {gflop[name]:6.2f} GFLOP each")
     if not find_spec("transformers"):
         print("transformers is not installed: no comparison")
         return
@@ -157,12 +156,12 @@ def _compare_on_cpu(count: int, tower: TowerConfig, rounds: int) -> None:
             print(f"{kind}, {precision}, transformers {padding}: ours x {ratio:.2f}{goal}")
 
 
-def _steps_of_ours(model: Flava, drawn: Drawn) -> dict[str, Callable[[], object]]:
+def _our_steps(model: Flava, batch: RandomBatch) -> dict[str, Callable[[], object]]:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batches: dict[str, Sequence[PairBatch | ImageBatch | TextBatch]] = {
-        "pairs": micro_batches(drawn.pairs, len(drawn.pairs)),
-        "images": [drawn.pairs.images],
-        "texts": [micro_batches(drawn.pairs, len(drawn.pairs))[0].texts],
+        "pairs": micro_batches(batch.pairs, len(batch.pairs)),
+        "images": [batch.pairs.images],
+        "texts": [micro_batches(batch.pairs, len(batch.pairs))[0].texts],
     }
 
     def step(kind: str, autocast: torch.dtype | None) -> None:
@@ -175,7 +174,7 @@ def _steps_of_ours(model: Flava, drawn: Drawn) -> dict[str, Callable[[], object]
 
 
 def _their_model(config: FlavaConfig, *, codebook: bool = False) -> nn.Module:
-    from transformers import FlavaConfig as Theirs  # noqa: PLC0415  # only to compare with
+    from transformers import FlavaConfig as Theirs  # noqa: PLC0415  # only for the comparison
     from transformers import FlavaForPreTraining  # noqa: PLC0415  # the same
 
     def tower(ours: TowerConfig) -> dict[str, int]:
@@ -199,17 +198,17 @@ def _their_model(config: FlavaConfig, *, codebook: bool = False) -> nn.Module:
     return model.train()
 
 
-def _steps_of_theirs(
-    model: nn.Module, drawn: Drawn, longest: int, device: str = "cpu"
+def _their_steps(
+    model: nn.Module, batch: RandomBatch, longest: int, device: str = "cpu"
 ) -> dict[str, Callable[[], object]]:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     kind_of_device = torch.device(device).type
     has_codebook = getattr(model, "image_codebook", None) is not None
-    pairs = to_device(drawn.pairs, device)
-    pixels = (pairs.images.pixels.float() / 255 - 0.45) / 0.27  # as its processor hands them over
-    patch_mask = torch.from_numpy(drawn.patch_mask).to(device)
-    codes = torch.from_numpy(np.where(drawn.patch_mask, drawn.codes, IGNORE)).to(device)
-    token_mask = torch.from_numpy(drawn.token_mask).to(device)
+    pairs = to_device(batch.pairs, device)
+    pixels = (pairs.images.pixels.float() / 255 - 0.45) / 0.27  # about as its processor normalises
+    patch_mask = torch.from_numpy(batch.patch_mask).to(device)
+    codes = torch.from_numpy(np.where(batch.patch_mask, batch.codes, IGNORE)).to(device)
+    token_mask = torch.from_numpy(batch.token_mask).to(device)
     smaller = nn.functional.interpolate(pairs.images.pixels / 255, (112, 112))  # for the codebook
 
     def step(kind: str, width: int, autocast: torch.dtype | None) -> None:
@@ -226,7 +225,7 @@ def _steps_of_theirs(
         if has_codebook:
             images["codebook_pixel_values"] = smaller
         else:
-            images["mim_labels"] = codes.clone()  # it writes into them
+            images["mim_labels"] = codes.clone()  # its forward pass changes them
         inputs = (texts if kind != "images" else {}) | (images if kind != "texts" else {})
         if kind == "pairs":
             inputs["itm_labels"] = pairs.matched.long()
@@ -247,10 +246,10 @@ def _steps_of_theirs(
     }
 
 
-def _steps_with_codebook(
-    model: nn.Module, drawn: Drawn, device: str = "cpu"
+def _their_steps_with_codebook(
+    model: nn.Module, batch: RandomBatch, device: str = "cpu"
 ) -> dict[str, Callable[[], object]]:
-    steps = _steps_of_theirs(model, drawn, LONGEST, device)
+    steps = _their_steps(model, batch, LONGEST, device)
     return {
         f"{name}, codebook in the step": step
         for name, step in steps.items()
@@ -261,10 +260,10 @@ def _steps_with_codebook(
 def _measure_on_gpu(device: str, count: int, size: int, rounds: int, peak: float | None) -> None:
     torch.manual_seed(0)
     config = FlavaConfig()
-    drawn = draw(count, config)
-    batch = [to_device(piece, device) for piece in micro_batches(drawn.pairs, size)]
+    pairs = draw_batch(count, config).pairs
+    batch = [to_device(piece, device) for piece in micro_batches(pairs, size)]
     model = Flava(config).to(device)
-    flops = [_flops(model, piece) for piece in batch]  # before compilation hides them
+    flops = [_flops(model, piece) for piece in batch]  # the counter does not see compiled code
     print(
         f"{count} pairs in {len(batch)} micro-batches of widths "
         f"{[piece.texts.tokens.shape[1] for piece in batch]}; ViT-B/16, bfloat16, compiled, "
@@ -277,98 +276,98 @@ def _measure_on_gpu(device: str, count: int, size: int, rounds: int, peak: float
         train_step(model, pieces, Objective(), autocast=torch.bfloat16)
         optimizer.step()
 
-    def report(name: str, pieces: Sequence[PairBatch], work: float) -> float:
+    def report(name: str, pieces: Sequence[PairBatch], flop: float) -> float:
         torch.cuda.reset_peak_memory_stats()
         seconds = _median_seconds(lambda: step(pieces), rounds)
         memory = torch.cuda.max_memory_allocated() / 2**30
-        pace = sum(map(len, pieces)) / seconds
-        share = f"{work / seconds / peak / 1e12:.1%} of {peak:.0f}" if peak else "unknown share of"
+        pairs_per_second = sum(map(len, pieces)) / seconds
+        share = f"{flop / seconds / peak / 1e12:.1%} of {peak:.0f}" if peak else "unknown share of"
         print(
-            f"  {name}: {pace:.0f} pairs/s, {work / seconds / 1e12:.0f} TFLOP/s, "
+            f"  {name}: {pairs_per_second:.0f} pairs/s, {flop / seconds / 1e12:.0f} TFLOP/s, "
             f"{share} peak, {memory:.1f} GiB"
         )
-        return pace
+        return pairs_per_second
 
     start = time.perf_counter()
     step(batch)
     step(batch[:1])
     torch.cuda.synchronize()
     print(f"  compilation, with the first steps: {time.perf_counter() - start:.0f} s")
-    print(f"  waits for the device in a step: {_waits(lambda: step(batch))}")
+    print(f"  waits for the device in a step: {_count_waits(lambda: step(batch))}")
     report("whole batch, cached gradients", batch, sum(flops))
-    pace = report("one micro-batch", batch[:1], flops[0])
+    ours = report("one micro-batch", batch[:1], flops[0])
     if peak is None:
         print("  this card's peak is not in the table: give it with --peak")
     if find_spec("transformers"):
         del optimizer, model
-        _compare_on_gpu(device, config, pace, rounds)
+        _compare_on_gpu(device, config, ours, rounds)
 
 
-def _compare_on_gpu(device: str, config: FlavaConfig, pace: float, rounds: int) -> None:
-    count = 64  # its attention keeps every weight, so fewer pairs fit
-    drawn = draw(count, config)
-    longest = int(drawn.pairs.texts.lengths.max())
-    steps = _steps_of_theirs(_their_model(config).to(device), drawn, longest, device)
-    whole = _their_model(config, codebook=True).to(device)
-    steps |= _steps_with_codebook(whole, drawn, device)
+def _compare_on_gpu(device: str, config: FlavaConfig, ours: float, rounds: int) -> None:
+    count = 64  # its attention stores all weights, so fewer pairs fit
+    batch = draw_batch(count, config)
+    longest = int(batch.pairs.texts.lengths.max())
+    steps = _their_steps(_their_model(config).to(device), batch, longest, device)
+    with_codebook = _their_model(config, codebook=True).to(device)
+    steps |= _their_steps_with_codebook(with_codebook, batch, device)
     for name in (f"{LONGEST}, codebook in the step", f"{LONGEST}", f"{longest}"):
         theirs = steps[f"transformers pairs bfloat16 padded to {name}"]
         theirs()
-        their_pace = count / _median_seconds(theirs, rounds)
+        pairs_per_second = count / _median_seconds(theirs, rounds)
         print(
-            f"  transformers, padded to {name}, {count} pairs: {their_pace:.0f} pairs/s, "
-            f"ours x {pace / their_pace:.2f}"
+            f"  transformers, padded to {name}, {count} pairs: {pairs_per_second:.0f} pairs/s, "
+            f"ours x {ours / pairs_per_second:.2f}"
         )
 
 
 def _flops(model: Flava, piece: PairBatch) -> float:
-    """Operations of one micro-batch's own step, without what caching computes again."""
+    """Operations of a step with this micro-batch alone, so without gradient caching."""
     some = select_rows(piece, torch.arange(min(8, len(piece)), device=piece.matched.device))
-    each = _counted(lambda: train_step(model, [some], Objective(), autocast=torch.bfloat16))
-    return each * len(piece) / len(some)
+    flop = _count_flops(lambda: train_step(model, [some], Objective(), autocast=torch.bfloat16))
+    return flop * len(piece) / len(some)
 
 
-def _counted(step: Callable[[], object]) -> float:
-    # the plain attention: fused ones are counted with what they compute again, or not at all
+def _count_flops(step: Callable[[], object]) -> float:
+    # the counter counts what fused attention computes twice, or does not count it at all
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
     return float(counter.get_total_flops())
 
 
-def _waits(step: Callable[[], object]) -> int:
+def _count_waits(step: Callable[[], object]) -> int:
     torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         step()
     torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in seen)
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def _median_seconds(step: Callable[[], object], rounds: int) -> float:
-    taken = []
+    seconds = []
     for _ in range(rounds):
         torch.cuda.synchronize()
         start = time.perf_counter()
         step()
         torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
-def _in_turns(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Least seconds of each step; in turns, so that a busy spell of the machine meets them all."""
+def _best_seconds(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Least seconds of each step; alternating, so that other load on the machine affects all."""
     best = dict.fromkeys(steps, float("inf"))
     for number in range(rounds + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            if number:  # the first makes buffers and moments
+            if number:  # the first round allocates buffers and moments
                 best[name] = min(best[name], time.perf_counter() - start)
     return best
 
 
 def _time_masking() -> None:
-    """Microseconds of one core for each sample, at the batch sizes of a loader."""
+    """Print microseconds of one core per sample, at the batch size of a loader."""
     numbers = np.arange(256)
     rng = np.random.default_rng(0)
     tokens = rng.integers(1000, 30_000, (256, 80))
@@ -381,9 +380,9 @@ def _time_masking() -> None:
         "caption, whole words": lambda: mask_tokens(0, numbers, tokens, rule, starts=starts),
         "512 tokens": lambda: mask_tokens(0, numbers, texts, rule),
     }
-    seconds = _in_turns(jobs, 10)
-    each = ", ".join(f"{name} {taken / 256 * 1e6:.1f}" for name, taken in seconds.items())
-    print(f"masking, microseconds a sample in batches of 256: {each}")
+    seconds = _best_seconds(jobs, 10)
+    per_sample = ", ".join(f"{name} {best / 256 * 1e6:.1f}" for name, best in seconds.items())
+    print(f"masking, microseconds a sample in batches of 256: {per_sample}")
 
 
 def _machine(device: str) -> str:

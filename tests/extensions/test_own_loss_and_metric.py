@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "train"))
 import tiny_datasets  # noqa: E402  # a folder of tests is no package
-from trials import told, write_world  # noqa: E402  # a folder of tests is no package
+from trials import small_config, write_datasets  # noqa: E402  # a folder of tests is no package
 
 from flava_train.config import as_toml  # noqa: E402
 from flava_train.run.checkpoint import load_progress  # noqa: E402
@@ -64,14 +64,14 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Data of a small world, and the user's module."""
-    folder = write_world(tmp_path_factory.mktemp("own-loss"))
+    folder = write_datasets(tmp_path_factory.mktemp("own-loss"))
     (folder / "my_losses.py").write_text(MODULE)
     return folder
 
 
 def flava_train(folder, out, *options, ranks=1, changes=None):
     """The command, in `folder`, which is where it finds the user's module."""
-    config = told(folder, folder / out, SETTINGS | (changes or {}))
+    config = small_config(folder, folder / out, SETTINGS | (changes or {}))
     path = folder / f"{out}.toml"
     path.write_text(as_toml(config))
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -146,7 +146,7 @@ def test_a_changed_module_is_reported_on_resume(folder, trained, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
     (moved / "my_losses.py").write_text(MODULE)
-    config = told(folder, moved / "run", SETTINGS | {"steps": 3})
+    config = small_config(folder, moved / "run", SETTINGS | {"steps": 3})
     (moved / "run.toml").write_text(as_toml(config))
     command = [sys.executable, "-m", "flava_train.cli", "--config", "run.toml"]
     options = {"cwd": moved, "env": os.environ | {"PYTHONPATH": str(ROOT)}}

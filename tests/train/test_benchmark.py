@@ -7,7 +7,7 @@ import torch
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_the_step_claims_nothing_without_a_gpu(pytestconfig):
+def test_without_a_gpu_the_benchmark_states_no_gpu_speed(pytestconfig):
     done = subprocess.run(
         [
             sys.executable,
@@ -22,22 +22,22 @@ def test_the_benchmark_of_the_step_claims_nothing_without_a_gpu(pytestconfig):
 
     assert done.returncode == 0, done.stderr
     assert "ours pairs float32" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("no CUDA GPU used: nothing is said")
+    assert done.stdout.splitlines()[-1].startswith("no CUDA GPU used: its speed")
 
 
-def test_the_benchmark_waits_for_the_card_that_it_is_told(pytestconfig, monkeypatch):
-    place = pytestconfig.rootpath / "benchmarks" / "train_step.py"
-    spec = importlib.util.spec_from_file_location("benchmark_of_the_step", place)
+def test_the_benchmark_measures_the_given_card(pytestconfig, monkeypatch):
+    path = pytestconfig.rootpath / "benchmarks" / "train_step.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_the_step", path)
     benchmark = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, benchmark)
     spec.loader.exec_module(benchmark)
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
     monkeypatch.setattr(benchmark, "_time_masking", lambda: None)
-    monkeypatch.setattr(benchmark, "_measure_on_gpu", lambda *_: chosen.append("measured"))
+    monkeypatch.setattr(benchmark, "_measure_on_gpu", lambda *_: calls.append("measured"))
     monkeypatch.setattr(sys, "argv", ["train_step.py", "--device", "cuda:1"])
 
     benchmark.main()
 
-    assert chosen == [1, "measured"]
+    assert calls == [1, "measured"]

@@ -9,7 +9,7 @@ import sys
 
 sys.path.insert(0, {here!r})
 import torch
-from tiny import farthest, flava, gradients, images, pairs, texts
+from tiny import max_difference, flava, gradients, images, pairs, texts
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from flava_train.data.batches import pad_to_width, select_rows
@@ -34,9 +34,10 @@ def losses_of(stream):
     entries = {name: loss for name, loss in LOSSES.items() if loss.stream == stream}
 
     def loss_sum(batch):
-        found = predict(model, batch, entries)
+        predictions = predict(model, batch, entries)
         return sum(
-            entry.loss_sum(found[name], entry.targets(batch)) for name, entry in entries.items()
+            entry.loss_sum(predictions[name], entry.targets(batch))
+            for name, entry in entries.items()
         )
 
     return loss_sum
@@ -69,7 +70,7 @@ model.compile_regions(backend=counter)
 batch = pairs(8)
 widths = (16, 18, 20)
 counts = []
-for turn in range(2):
+for repetition in range(2):
     for width in widths:
         wide = replace(batch, texts=pad_to_width(batch.texts, width))
         cut = [select_rows(wide, rows) for rows in torch.arange(8).split(4)]
@@ -77,8 +78,8 @@ for turn in range(2):
             train_step(model, [other, other], Objective())
         losses = train_step(model, cut, Objective())
         expected = train_step(plain, cut, Objective())
-        assert farthest(losses, expected) < 1e-10
-        assert farthest(gradients(model), gradients(plain)) < 1e-10
+        assert max_difference(losses, expected) < 1e-10
+        assert max_difference(gradients(model), gradients(plain)) < 1e-10
     counts.append(counter.frame_count)
 first, second = counts
 image = 2 * 2 + 1  # with and without gradient, all positions and [CLS] alone; masked patches
@@ -92,7 +93,7 @@ EVALUATED = """
 import tempfile
 from pathlib import Path
 
-from trials import write_world
+from trials import write_datasets
 
 from flava_train.config import EvaluationConfig
 from flava_train.evaluation.evaluate import evaluate
@@ -105,7 +106,7 @@ model.compile_regions(backend=counter)
 train_step(model, [pairs(4)], Objective())
 counts = [counter.frame_count]
 with tempfile.TemporaryDirectory() as folder:
-    world = write_world(Path(folder))
+    world = write_datasets(Path(folder))
     config = EvaluationConfig(retrieval=str(world / "held-out.json"), batch=5)
     evaluate(
         model,
@@ -123,7 +124,7 @@ assert len(set(counts)) == 1, counts
 
 
 def run(body, pytestconfig):
-    """In a process of its own: type-checked functions would not be compiled as users have them."""
+    """Run without the type checks of this process, which would change what is compiled."""
     here = str(pytestconfig.rootpath / "tests" / "train")
     return subprocess.run(
         [sys.executable, "-c", SCRIPT.format(here=here, body=body)],
@@ -134,20 +135,20 @@ def run(body, pytestconfig):
     )
 
 
-def test_every_branch_is_one_graph(pytestconfig):
+def test_every_stream_is_one_graph(pytestconfig):
     done = run(WHOLE, pytestconfig)
 
     assert done.returncode == 0, done.stderr
 
 
-def test_an_evaluation_compiles_nothing_and_steps_after_it_neither(pytestconfig):
+def test_an_evaluation_compiles_nothing_and_causes_no_recompilation(pytestconfig):
     done = run(EVALUATED, pytestconfig)
 
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-def test_regions_compile_once_for_each_width_and_change_nothing(pytestconfig):
+def test_regions_are_compiled_once_for_each_width_and_change_no_gradient(pytestconfig):
     done = run(REGIONS, pytestconfig)
 
     assert done.returncode == 0, done.stderr
@@ -155,7 +156,7 @@ def test_regions_compile_once_for_each_width_and_change_nothing(pytestconfig):
 
 @pytest.mark.slow
 @pytest.mark.skipif(which("g++") is None, reason="the default compiler writes C++")
-def test_the_default_compiler_changes_nothing(pytestconfig):
+def test_the_default_compiler_changes_no_gradient(pytestconfig):
     body = REGIONS.replace('counter = CompileCounterWithBackend("aot_eager")', "").replace(
         "backend=counter", ""
     )

@@ -6,7 +6,7 @@ import pytest
 from ablations import ABLATIONS
 from hypothesis import given
 from hypothesis import strategies as st
-from trials import told
+from trials import small_config
 
 from flava_train.config import (
     as_toml,
@@ -25,7 +25,7 @@ from pmd_pipeline.recipe import recipe_names
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a configuration file; its path."""
+    """Writes a configuration file, and returns its path."""
 
     def write_file(text, name="mine.toml"):
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -34,10 +34,10 @@ def write(tmp_path):
     return write_file
 
 
-def refusal(*words, **more):
-    """What a configuration is refused with."""
+def error_of(*args, **kwargs):
+    """The message of `load_config`, which must fail."""
     with pytest.raises(PmdError) as caught:
-        load_config(*words, **more)
+        load_config(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -53,7 +53,7 @@ def refusal(*words, **more):
         ("flava_mlm", "mlm"),
     ],
 )
-def test_every_row_of_the_papers_ablation_has_its_configuration(name, row):
+def test_every_row_of_the_papers_ablation_has_a_configuration(name, row):
     assert load_config(name).objective == ABLATIONS[row]
 
 
@@ -68,7 +68,7 @@ def test_the_full_model_is_trained_as_in_the_paper():
     assert config.evaluation.every == 8000
 
 
-def test_the_text_encoder_is_trained_before_as_roberta():
+def test_the_text_encoder_is_trained_as_roberta():
     config = load_config("flava_text_mlm")
 
     assert (config.steps, config.batch, config.optimizer.lr) == (125_000, 2048, 5e-4)
@@ -76,7 +76,7 @@ def test_the_text_encoder_is_trained_before_as_roberta():
     assert config.out == load_config("flava_pmd").model.init_text
 
 
-def test_training_configurations_and_data_recipes_do_not_meet():
+def test_training_configurations_and_data_recipes_have_different_names():
     assert not set(config_names()) & set(recipe_names())
     assert "flava_tiny" in config_names()
 
@@ -92,7 +92,7 @@ def test_a_resolved_configuration_can_be_loaded_again(name, write):
     st.text(st.characters(exclude_categories=["Cs"])), st.floats(0, 1e300), st.integers(0, 2**62)
 )
 def test_any_value_survives_toml(text, number, seed):
-    config = told(Path("world"), "run", {"data.cache": text, "seed": seed})
+    config = small_config(Path("datasets"), "run", {"data.cache": text, "seed": seed})
     config = replace(config, optimizer=replace(config.optimizer, lr=number))
 
     assert validate_config(tomllib.loads(as_toml(config)), source="again") == config
@@ -135,13 +135,13 @@ def test_a_mistake_in_a_file_is_one_sentence(text, sentence, write):
     write("steps = 10\nbatch = 4\nmicro_batch_size = 4\n[optimizer]\nwarmup = 0\n", "below.toml")
     path = write(f'base = "below.toml"\n{text}\n')
 
-    assert refusal(path).startswith(f"{path}: {sentence}")
+    assert error_of(path).startswith(f"{path}: {sentence}")
 
 
 def test_a_missing_key_is_named(write):
     path = write("steps = 10\nbatch = 4\n")
 
-    assert refusal(path) == f"{path}: micro_batch_size is missing"
+    assert error_of(path) == f"{path}: micro_batch_size is missing"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_missing_key_is_named(write):
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(setting, sentence):
-    assert refusal("flava_pmd", settings=[setting]) == sentence
+    assert error_of("flava_pmd", settings=[setting]) == sentence
 
 
 @pytest.mark.parametrize(
@@ -174,11 +174,11 @@ def test_a_mistake_on_the_command_line_is_one_sentence(setting, sentence):
     ],
 )
 def test_a_value_can_be_set_by_its_dotted_key(setting, value):
-    found = load_config("flava_pmd", settings=[setting])
+    node = load_config("flava_pmd", settings=[setting])
 
     for key in setting.partition("=")[0].strip().split("."):
-        found = getattr(found, key)
-    assert found == value
+        node = getattr(node, key)
+    assert node == value
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_value_can_be_set_by_its_dotted_key(setting, value):
 def test_a_key_of_an_earlier_version_suggests_its_successor(text, sentence, write):
     path = write(f'base = "flava_pmd"\n{text}\n')
 
-    assert refusal(path).startswith(f"{path}: {sentence}")
+    assert error_of(path).startswith(f"{path}: {sentence}")
 
 
 def test_the_command_line_overrides_the_file(write):
@@ -210,7 +210,7 @@ def test_the_command_line_overrides_the_file(write):
     assert config.out == "runs/mine"
 
 
-def test_a_base_is_looked_for_beside_its_file(write):
+def test_a_base_is_found_beside_its_file(write):
     write("steps = 5\nbatch = 4\nmicro_batch_size = 2\n[optimizer]\nwarmup = 1\n", "below.toml")
     path = write('base = "below.toml"\nbatch = 8\n')
 
@@ -220,16 +220,16 @@ def test_a_base_is_looked_for_beside_its_file(write):
 def test_bases_in_a_circle_are_refused(write):
     write('base = "mine.toml"\n', "other.toml")
 
-    assert "is based on it" in refusal(write('base = "other.toml"\n'))
+    assert "is based on it" in error_of(write('base = "other.toml"\n'))
 
 
-def test_what_is_no_configuration_is_refused(write, tmp_path):
-    assert refusal("flava_pdm") == (
+def test_an_unknown_or_invalid_configuration_is_refused(write, tmp_path):
+    assert error_of("flava_pdm") == (
         "there is no configuration 'flava_pdm'; did you mean 'flava_pmd'?"
     )
-    assert refusal("no.toml") == "no.toml: there is no such configuration file"
-    assert "this is no TOML" in refusal(write("steps ="))
-    assert "should be a name or a file" in refusal(write("base = 5"))
+    assert error_of("no.toml") == "no.toml: there is no such configuration file"
+    assert "this is no TOML" in error_of(write("steps ="))
+    assert "should be a name or a file" in error_of(write("base = 5"))
 
 
 def test_defaults_of_the_objective_are_those_of_the_full_model():
@@ -238,7 +238,7 @@ def test_defaults_of_the_objective_are_those_of_the_full_model():
 
 @pytest.fixture
 def user_module(tmp_path, monkeypatch):
-    """Writes the user's module `mine_<number>`; its name. Each name is imported only once."""
+    """Writes a module of the user's own, and returns its name, which no other test uses."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", "")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from trials import TOWER, told, write_world
+from trials import TOWER, small_config, write_datasets
 
 from flava_train import cli
 from flava_train.config import EvaluationConfig
@@ -106,7 +106,7 @@ def test_captions_may_be_in_any_order():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
+    return write_datasets(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_an_impossible_evaluation_is_refused_before_the_first_step(
     ],
 )
 def test_a_manifest_without_pairs_is_refused_before_the_first_step(tmp_path, manifest, message):
-    write_world(tmp_path)
+    write_datasets(tmp_path)
     tiny_datasets.write_pairs(tmp_path / "empty.json", [])
 
     with pytest.raises(PmdError, match=message):
@@ -246,7 +246,7 @@ def test_a_manifest_without_pairs_is_refused_before_the_first_step(tmp_path, man
 
 @pytest.mark.parametrize("suffix", ["tar", "parquet"])
 def test_missing_held_out_shards_are_refused_before_the_first_step(tmp_path, suffix):
-    write_world(tmp_path)
+    write_datasets(tmp_path)
     config = EvaluationConfig(retrieval=str(tmp_path / "held-out.json"))
     check_evaluation(config)
     for path in (tmp_path / "held-out").glob(f"*.{suffix}"):
@@ -267,7 +267,7 @@ def test_classes_without_any_image_are_refused(tmp_path, embedder):
 def trained(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
     changes = {"evaluation.retrieval": str(world / "held-out.json"), "steps": 4}
-    train(told(world, out, changes), quiet=True)
+    train(small_config(world, out, changes), quiet=True)
     return out
 
 

@@ -5,15 +5,15 @@ from shutil import copyfile
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY, farthest, flava
+from tiny import TINY, flava, max_difference
 from user_losses import USER_LOSSES
 
 from flava_train.model.flava import PUBLISHED_HEADS, Flava, TowerConfig
 from flava_train.model.hf import WEIGHTS, export_hf, load_hf, untrained_heads
 from pmd_pipeline.contract.errors import PmdError
 
-PIECES = ["[PAD]", *(f"[unused{n}]" for n in range(1, 95)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-VOCABULARY = [*PIECES, "dog", "##s"]
+TOKENS = ["[PAD]", *(f"[unused{n}]" for n in range(1, 95)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCABULARY = [*TOKENS, "dog", "##s"]
 
 
 def weights(model):
@@ -21,7 +21,7 @@ def weights(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_weights_survive_both_ways_bit_for_bit(tmp_path, dtype):
+def test_weights_survive_a_round_trip_bit_for_bit(tmp_path, dtype):
     model = flava(replace(TINY, mm_pad_mask=False), dtype=dtype)
 
     export_hf(model, tmp_path / "model")
@@ -29,7 +29,7 @@ def test_weights_survive_both_ways_bit_for_bit(tmp_path, dtype):
 
     assert back.config == model.config
     if dtype != torch.float64:  # loaded in float32
-        assert farthest(weights(model), weights(back)) == 0
+        assert max_difference(weights(model), weights(back)) == 0
     again = load_file(tmp_path / "model" / WEIGHTS)
     assert {tensor.dtype for tensor in again.values()} == {dtype}
 
@@ -42,7 +42,7 @@ def some_heads():
     }
 
 
-def test_a_model_without_some_heads_is_exported_with_untrained_ones_and_comes_back(tmp_path):
+def test_a_model_without_some_heads_survives_a_round_trip_with_untrained_ones(tmp_path):
     model = flava(dtype=torch.float32, heads=some_heads())
 
     export_hf(model, tmp_path / "model")
@@ -51,18 +51,18 @@ def test_a_model_without_some_heads_is_exported_with_untrained_ones_and_comes_ba
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["untrained_heads"] == untrained_heads(back) == ["mim", "mmm_image", "mmm_text"]
     expected = {name: one for name, one in weights(model).items() if "rotation" not in name}
-    assert farthest(expected, weights(back)) == 0
+    assert max_difference(expected, weights(back)) == 0
 
 
 def test_transformers_loads_an_export_with_untrained_heads(tmp_path):
     transformers = pytest.importorskip("transformers")
     export_hf(flava(dtype=torch.float32, heads=some_heads()), tmp_path / "model")
 
-    theirs, seen = transformers.FlavaForPreTraining.from_pretrained(
+    theirs, loading_info = transformers.FlavaForPreTraining.from_pretrained(
         tmp_path / "model", output_loading_info=True
     )
 
-    assert {name: list(found) for name, found in seen.items() if found} == {}
+    assert {name: list(names) for name, names in loading_info.items() if names} == {}
     assert theirs.mim_head.decoder.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert (theirs.mim_head.transform.LayerNorm.weight == 1).all()
 
@@ -81,23 +81,23 @@ def test_siglips_bias_survives_in_the_configuration(tmp_path):
     assert torch.equal(load_hf(tmp_path / "model").logit_bias, model.logit_bias)
 
 
-def test_transformers_loads_what_we_export_with_nothing_missing_and_nothing_left(tmp_path):
+def test_transformers_loads_an_export_without_missing_or_unexpected_tensors(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = flava(dtype=torch.float32)
     export_hf(model, tmp_path / "model")
 
-    theirs, seen = transformers.FlavaForPreTraining.from_pretrained(
+    theirs, loading_info = transformers.FlavaForPreTraining.from_pretrained(
         tmp_path / "model", output_loading_info=True
     )
 
-    assert {name: list(found) for name, found in seen.items() if found} == {}
+    assert {name: list(names) for name, names in loading_info.items() if names} == {}
     ours = load_file(tmp_path / "model" / WEIGHTS)
-    held = theirs.state_dict()
-    assert all(torch.equal(held[name], tensor) for name, tensor in ours.items())
+    loaded = theirs.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in ours.items())
     assert theirs.image_codebook is None
 
 
-def test_what_transformers_saves_comes_back_bit_for_bit(tmp_path):
+def test_a_model_saved_by_transformers_has_the_same_bits(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = flava(dtype=torch.float32)
     export_hf(model, tmp_path / "ours")
@@ -107,10 +107,10 @@ def test_what_transformers_saves_comes_back_bit_for_bit(tmp_path):
     back = load_hf(tmp_path / "theirs")
 
     assert (tmp_path / "theirs" / f"{WEIGHTS}.index.json").is_file()
-    assert farthest(weights(model), weights(back)) == 0
+    assert max_difference(weights(model), weights(back)) == 0
 
 
-def test_the_processor_of_an_exported_folder_reads_pictures_and_captions(tmp_path):
+def test_the_processor_of_an_export_encodes_images_and_captions(tmp_path):
     transformers = pytest.importorskip("transformers")
     image = pytest.importorskip("PIL.Image").new("RGB", (50, 40), (255, 0, 0))
     export_hf(flava(dtype=torch.float32), tmp_path / "model", vocabulary=VOCABULARY)
@@ -129,7 +129,7 @@ def test_the_processor_of_an_exported_folder_reads_pictures_and_captions(tmp_pat
     assert inputs["pixel_values"][0, :, 5, 5].tolist() == pytest.approx(red, abs=1e-4)
 
 
-def test_an_export_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_an_export_appears_complete_or_not_at_all(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
@@ -174,14 +174,14 @@ def changed(tmp_path, change):
         ),
     ],
 )
-def test_what_is_not_flava_is_refused_with_a_reason(tmp_path, change, message):
+def test_a_folder_of_another_model_is_refused_with_a_reason(tmp_path, change, message):
     folder = changed(tmp_path, change)
 
     with pytest.raises(PmdError, match=message):
         load_hf(folder)
 
 
-def test_either_name_of_a_tied_bias_and_unused_tensors_are_fine(tmp_path):
+def test_either_name_of_a_tied_bias_is_read_and_unused_tensors_are_skipped(tmp_path):
     def older(state, _):
         state["mim_head.bias"] = state.pop("mim_head.decoder.bias")
         state["image_codebook.blocks.input.weight"] = torch.ones(1)
@@ -189,7 +189,7 @@ def test_either_name_of_a_tied_bias_and_unused_tensors_are_fine(tmp_path):
 
     model = load_hf(changed(tmp_path, older))
 
-    assert farthest(weights(flava(dtype=torch.float32)), weights(model)) == 0
+    assert max_difference(weights(flava(dtype=torch.float32)), weights(model)) == 0
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
@@ -200,7 +200,7 @@ def test_a_folder_without_safetensors_is_refused(tmp_path):
         load_hf(tmp_path / "model")
 
 
-def test_an_index_cannot_lead_out_of_the_folder(tmp_path):
+def test_an_index_of_shards_cannot_name_files_outside_the_folder(tmp_path):
     export_hf(flava(dtype=torch.float32), tmp_path / "model")
     index = {"weight_map": {"x": "../model.safetensors"}}
     (tmp_path / "model" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
@@ -211,30 +211,30 @@ def test_an_index_cannot_lead_out_of_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("revision", [None, "main"])
-def test_a_model_of_the_hub_needs_its_commit(revision):
+def test_a_model_of_the_hub_needs_a_commit(revision):
     with pytest.raises(PmdError, match="also give its commit"):
         load_hf("facebook/flava-full", revision=revision)
 
 
-def test_a_model_of_the_hub_is_fetched_at_its_commit_without_other_files(tmp_path, monkeypatch):
+def test_only_weights_and_configuration_are_downloaded_from_the_hub(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     export_hf(flava(dtype=torch.float32), tmp_path / "model")
-    asked = []
+    downloads = []
 
     def snapshot_download(name, *, revision, allow_patterns):
-        asked.append((name, revision, allow_patterns))
+        downloads.append((name, revision, allow_patterns))
         return str(tmp_path / "model")
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
 
     load_hf("facebook/flava-full", revision="a" * 40)
 
-    ((name, revision, patterns),) = asked
+    ((name, revision, patterns),) = downloads
     assert (name, revision) == ("facebook/flava-full", "a" * 40)
     assert all(pattern.split("*")[-1].endswith(("json", ".safetensors")) for pattern in patterns)
 
 
-def test_an_export_overwrites_nothing(tmp_path):
+def test_an_export_does_not_overwrite_a_folder(tmp_path):
     with pytest.raises(PmdError, match="exists; remove it"):
         export_hf(flava(dtype=torch.float32), tmp_path)
 
@@ -244,7 +244,7 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path):
         export_hf(flava(dtype=torch.float32), tmp_path / "model", vocabulary=["a", "b", "c"])
 
 
-def test_towers_of_different_widths_cannot_be_exported(tmp_path):
+def test_encoders_of_different_widths_cannot_be_exported(tmp_path):
     model = Flava(replace(TINY, text=TowerConfig(1, 16, 4, 16)))
 
     with pytest.raises(PmdError, match="one width for all"):

@@ -4,12 +4,12 @@ import sys
 SCRIPT = """
 import sys
 
-class Only:
+class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {blocked}:
             raise ImportError(f"{{name}} is not installed here")
 
-sys.meta_path.insert(0, Only())
+sys.meta_path.insert(0, Blocker())
 sys.path.insert(0, {here!r})
 import torch
 from tiny import flava, images, pairs, texts
@@ -32,7 +32,7 @@ BLOCKED = {
 }
 
 
-def test_a_step_needs_torch_and_numpy_alone(pytestconfig):
+def test_a_step_needs_only_torch_and_numpy(pytestconfig):
     here = str(pytestconfig.rootpath / "tests" / "train")
     script = SCRIPT.format(blocked=BLOCKED, here=here)
 

@@ -14,14 +14,14 @@ from flava_train.objective.objective import Objective, UserLoss
 from flava_train.objective.step import train_step
 
 
-def units(count, *, seed=0):
+def unit_vectors(count, *, seed=0):
     draw = torch.Generator().manual_seed(seed)
     return torch.nn.functional.normalize(
         torch.randn(count, 8, generator=draw, dtype=torch.float64), dim=1
     )
 
 
-def test_contrast_of_random_guessing_is_log_b():
+def test_contrastive_loss_of_random_guessing_is_log_b():
     same = torch.ones(8, 4) / 2
 
     loss = clip_loss_sum(same, same, torch.ones(8, dtype=torch.bool), torch.ones(1)) / 8
@@ -29,8 +29,8 @@ def test_contrast_of_random_guessing_is_log_b():
     assert loss.item() == pytest.approx(math.log(8))
 
 
-def test_contrast_is_cross_entropy_of_both_directions():
-    image, text = units(5), units(5, seed=1)
+def test_contrastive_loss_is_the_mean_cross_entropy_of_both_directions():
+    image, text = unit_vectors(5), unit_vectors(5, seed=1)
 
     loss = clip_loss_sum(image, text, torch.ones(5, dtype=torch.bool), torch.tensor([3.0])) / 5
 
@@ -39,8 +39,8 @@ def test_contrast_is_cross_entropy_of_both_directions():
     assert loss.item() == pytest.approx(expected.item())
 
 
-def test_a_mismatched_pair_is_a_negative_but_no_question():
-    image, text = units(5), units(5, seed=1)
+def test_a_mismatched_pair_is_a_negative_without_a_loss_of_its_own():
+    image, text = unit_vectors(5), unit_vectors(5, seed=1)
     matched = torch.tensor([True, True, False, True, True])
 
     loss = clip_loss_sum(image, text, matched, torch.tensor([3.0]))
@@ -50,8 +50,8 @@ def test_a_mismatched_pair_is_a_negative_but_no_question():
     assert loss.item() == pytest.approx(-rows[matched].sum().item() / 2)
 
 
-def test_sigmoid_loss_asks_of_every_image_and_text_whether_they_belong_together():
-    image, text = units(4), units(4, seed=1)
+def test_siglip_loss_is_binary_cross_entropy_of_every_image_with_every_text():
+    image, text = unit_vectors(4), unit_vectors(4, seed=1)
     matched = torch.tensor([True, True, False, True])
 
     loss = siglip_loss_sum(image, text, matched, torch.tensor([10.0]), torch.tensor([-10.0]))
@@ -78,7 +78,7 @@ def test_padding_masks_no_patch():
     assert [row.nonzero().flatten().tolist() for row in mask] == [[3, 7], [0, 5], []]
 
 
-PARTS = {
+MODULES = {
     "image": {"mim", "flava_c", "flava_mm", "flava_without_init", "flava"},
     "text": {"mlm", "flava_c", "flava_mm", "flava_without_init", "flava"},
     "multimodal": {"flava_mm", "flava_without_init", "flava"},
@@ -93,7 +93,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("row", ABLATIONS)
-def test_each_row_of_the_ablation_trains_its_parts_and_no_others(row):
+def test_each_row_of_the_ablation_trains_only_its_modules(row):
     objective = ABLATIONS[row]
     model = flava()
     batches = {"pairs": pairs(3), "images": images(3), "texts": texts(3)}
@@ -104,10 +104,10 @@ def test_each_row_of_the_ablation_trains_its_parts_and_no_others(row):
             train_step(model, [batch], objective)
             trained |= {name.split(".")[0] for name in gradients(model)}
 
-    assert trained & PARTS.keys() == {part for part, rows in PARTS.items() if row in rows}
+    assert trained & MODULES.keys() == {module for module, rows in MODULES.items() if row in rows}
 
 
-def test_the_rows_of_the_ablation_draw_streams_as_the_paper_does():
+def test_the_streams_of_each_row_of_the_ablation_add_up_to_1():
     for objective in ABLATIONS.values():
         streams = objective.streams
         assert streams.pairs + streams.images + streams.texts == pytest.approx(1)
@@ -116,13 +116,13 @@ def test_the_rows_of_the_ablation_draw_streams_as_the_paper_does():
 
 
 @pytest.mark.parametrize("name", ["contrastive", "mmm_image", "mmm_text", "itm"])
-def test_a_weight_scales_the_gradient_of_its_loss_alone(name):
-    nothing = dict.fromkeys(["contrastive", "mmm_image", "mmm_text", "itm"], 0.0)
+def test_a_weight_scales_the_gradient_of_its_loss_and_not_the_loss(name):
+    zero = dict.fromkeys(["contrastive", "mmm_image", "mmm_text", "itm"], 0.0)
     model, batch = flava(), pairs(4)
 
-    one = train_step(model, [batch], Objective(**nothing | {name: 1.0}))
+    one = train_step(model, [batch], Objective(**zero | {name: 1.0}))
     single = gradients(model)
-    two = train_step(model, [batch], Objective(**nothing | {name: 2.0}))
+    two = train_step(model, [batch], Objective(**zero | {name: 2.0}))
 
     assert one.keys() == {name}
     assert one[name] == two[name]
@@ -131,7 +131,7 @@ def test_a_weight_scales_the_gradient_of_its_loss_alone(name):
     )
 
 
-def test_a_batch_without_weight_leaves_no_gradient():
+def test_a_batch_for_which_no_loss_counts_leaves_no_gradient():
     model = flava()
 
     losses = train_step(model, [images(2)], Objective(mim=0.0))
@@ -140,7 +140,7 @@ def test_a_batch_without_weight_leaves_no_gradient():
     assert gradients(model) == {}
 
 
-def test_siglip_asks_for_the_bias_it_needs():
+def test_siglip_without_a_bias_is_an_error():
     with pytest.raises(ValueError, match=r"FlavaConfig\(logit_bias=-10.0\)"):
         train_step(flava(TINY), [pairs(2)], Objective(contrastive_loss="siglip"))
 
@@ -195,7 +195,7 @@ def test_each_users_head_has_its_own_initial_weights_and_each_seed_others():
     assert not any(torch.equal(weights[i], weights[j]) for i in range(4) for j in range(i))
 
 
-def test_a_loss_with_a_head_needs_what_it_predicts_of_the_data():
+def test_data_needs_follow_from_the_losses():
     masked = {"masked_length": USER_LOSSES["masked_length"]}
     plain = {"plain_length": USER_LOSSES["plain_length"]}
     contrastive = ABLATIONS["flava_c"]

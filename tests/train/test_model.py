@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import PATCHES, TINY, farthest, flava, gradients, images, pairs, texts
+from tiny import PATCHES, TINY, flava, gradients, images, max_difference, pairs, texts
 
 from flava_train.data.batches import pad_to_width
 from flava_train.model.flava import (
@@ -23,7 +23,7 @@ from flava_train.objective.objective import Objective
 from flava_train.objective.step import train_step
 
 
-def test_the_default_is_as_large_as_the_published_model():
+def test_the_default_model_has_as_many_parameters_as_the_published_one():
     with torch.device("meta"):
         model = Flava(FlavaConfig())
 
@@ -34,14 +34,14 @@ def test_the_default_is_as_large_as_the_published_model():
     assert count / 1e6 == pytest.approx(357.65 - 53.79 - 3 * (768 * 769) / 1e6, abs=0.01)
 
 
-def test_a_model_that_cannot_be_built_says_why():
+def test_an_invalid_shape_of_the_model_is_an_error_with_its_reason():
     with pytest.raises(ValueError, match="a width of 30 cannot be split among 4 heads"):
         TowerConfig(width=30, heads=4)
     with pytest.raises(ValueError, match="480 pixels cannot be cut into patches of 14"):
         FlavaConfig(image_size=480, patch_size=14)
 
 
-def test_a_fresh_model_guesses():
+def test_losses_of_a_fresh_model_are_those_of_random_guessing():
     torch.manual_seed(0)
     # random vectors of many dimensions are about orthogonal
     model = Flava(replace(TINY, projection_dim=768))
@@ -50,7 +50,7 @@ def test_a_fresh_model_guesses():
     losses |= train_step(model, [images(32, dtype=torch.float32)], Objective())
     losses |= train_step(model, [texts(32)], Objective())
 
-    guessing = {
+    log_of_choices = {
         "contrastive": math.log(32),
         "mmm_image": math.log(TINY.image_vocab),
         "mmm_text": math.log(TINY.text_vocab),
@@ -58,10 +58,12 @@ def test_a_fresh_model_guesses():
         "mim": math.log(TINY.image_vocab),
         "mlm": math.log(TINY.text_vocab),
     }
-    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(guessing, abs=0.1)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
+        log_of_choices, abs=0.1
+    )
 
 
-def test_a_fresh_model_starts_as_published():
+def test_initial_weights_are_as_published():
     torch.manual_seed(0)
     model = Flava(replace(TINY, text_vocab=5000))
 
@@ -74,7 +76,7 @@ def test_a_fresh_model_starts_as_published():
     assert not model.multimodal.cls.any()
 
 
-def test_wider_padding_changes_nothing():
+def test_wider_padding_changes_no_loss_and_no_gradient():
     model = flava()
     batch = pairs(5, lengths=[3, 9, 12, 7, 5])
     wide = replace(batch, texts=pad_to_width(batch.texts, 20))
@@ -83,11 +85,11 @@ def test_wider_padding_changes_nothing():
     narrow = gradients(model)
     more = train_step(model, [wide], Objective())
 
-    assert farthest(losses, more) < 1e-12
-    assert farthest(narrow, gradients(model)) < 1e-12
+    assert max_difference(losses, more) < 1e-12
+    assert max_difference(narrow, gradients(model)) < 1e-12
 
 
-def test_the_padding_token_learns_nothing_even_where_it_is_seen():
+def test_the_padding_token_gets_no_gradient_even_without_the_padding_mask():
     model = flava(replace(TINY, mm_pad_mask=False))
 
     train_step(model, [pairs(5, lengths=[3, 9, 12, 7, 5])], Objective())
@@ -97,7 +99,7 @@ def test_the_padding_token_learns_nothing_even_where_it_is_seen():
     assert gradient[5].any()
 
 
-def test_whole_images_are_normalised_as_for_clip():
+def test_uint8_images_are_normalised_as_for_clip():
     model = flava(dtype=torch.float32)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
@@ -107,7 +109,7 @@ def test_whole_images_are_normalised_as_for_clip():
     assert torch.allclose(model.image(pixels), model.image(normalised), atol=1e-5)
 
 
-def test_some_positions_are_computed_as_among_all():
+def test_states_at_some_positions_equal_those_among_all():
     model, batch = flava(), pairs(3)
     positions = torch.tensor([[0, 5, 2], [7, 7, 0], [1, 2, 3]])
 
@@ -122,21 +124,21 @@ def test_some_positions_are_computed_as_among_all():
         assert torch.allclose(some, gather(states, positions), rtol=0, atol=1e-12)
 
 
-def test_a_masked_patch_is_not_seen():
+def test_pixels_of_masked_patches_change_no_state():
     model = flava()
     batch = images(2)
-    hidden = masked_patches(batch, PATCHES)
+    patch_mask = masked_patches(batch, PATCHES)
     noise = torch.randn_like(batch.pixels)
-    square = hidden.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    square = patch_mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
 
     other = torch.where(square, noise, batch.pixels)
 
-    assert torch.equal(model.image(other, hidden), model.image(batch.pixels, hidden))
+    assert torch.equal(model.image(other, patch_mask), model.image(batch.pixels, patch_mask))
     assert not torch.allclose(model.image(other), model.image(batch.pixels))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_normalisation_computes_in_float32_or_wider_and_returns_what_it_got(dtype):
+def test_normalisation_computes_in_float32_or_wider_and_keeps_the_dtype(dtype):
     norm = LayerNorm(64, 1e-12).to(torch.promote_types(dtype, torch.float32))
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(4, 64, dtype=torch.float64).to(dtype)
@@ -148,7 +150,7 @@ def test_normalisation_computes_in_float32_or_wider_and_returns_what_it_got(dtyp
     assert (normed - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_half_precision_runs_through_all_blocks_but_ends_in_float32():
+def test_states_are_in_half_precision_and_embeddings_in_float32():
     model = flava(dtype=torch.float32)
     batch = pairs(2, dtype=torch.float32)
 
@@ -195,7 +197,7 @@ def channels(values):
 
 
 def dino_states(state, pixels, heads):
-    """DINO's vision transformer, as published, written down once more."""
+    """A second implementation of DINO's vision transformer, as published."""
     function = torch.nn.functional
     mean, std = channels(IMAGENET_MEAN), channels(IMAGENET_STD)
     kernel = state["patch_embed.proj.weight"]
@@ -224,7 +226,7 @@ def dino_states(state, pixels, heads):
     return norm(x, "norm")
 
 
-def test_the_image_encoder_computes_what_dino_does():
+def test_the_image_encoder_computes_the_same_as_dino():
     model = flava()
     state = dino(TINY)
     pixels = torch.rand(2, 3, 32, 32, dtype=torch.float64)
@@ -251,7 +253,7 @@ def test_the_image_encoder_computes_what_dino_does():
         ),
     ],
 )
-def test_weights_that_are_not_dinos_are_refused_and_nothing_changes(change, message):
+def test_weights_of_another_model_than_dino_are_refused_and_change_nothing(change, message):
     model = flava()
     state = dino(TINY)
     change(state)

@@ -1,4 +1,4 @@
-"""Parity with transformers' `FlavaForPreTraining` (seen with 5.23.0 on torch 2.13.0).
+"""Parity with transformers' `FlavaForPreTraining` (measured with 5.23.0 on torch 2.13.0).
 
 Tolerances: 2e-6 in float32 and 1e-10 in float64, absolute, on hidden states, losses and
 gradients. Every parameter is random.
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import PATCHES, TINY, farthest, flava, gradients, images, pairs, texts
+from tiny import PATCHES, TINY, flava, gradients, images, max_difference, pairs, texts
 
 from flava_train.data.masking import IGNORE
 from flava_train.model.flava import Flava, FlavaConfig
@@ -32,12 +32,12 @@ def oracle(model):
     return theirs.to(model.logit_scale.dtype).train()
 
 
-def spread(at, labels, width):
-    """Labels at their positions, as transformers wants them."""
-    wide = torch.full((len(at), width), IGNORE)
-    for row in range(len(at)):
+def scatter(positions, labels, width):
+    """Labels at their positions, as transformers reads them."""
+    wide = torch.full((len(positions), width), IGNORE)
+    for row in range(len(positions)):
         kept = labels[row] != IGNORE
-        wide[row, at[row][kept]] = labels[row][kept]
+        wide[row, positions[row][kept]] = labels[row][kept]
     return wide
 
 
@@ -47,7 +47,7 @@ def text_inputs(batch):
         "input_ids": batch.tokens,
         "input_ids_masked": batch.masked_tokens,
         "attention_mask": (torch.arange(length) < batch.lengths[:, None]).long(),
-        "mlm_labels": spread(batch.masked_positions, batch.labels, length),
+        "mlm_labels": scatter(batch.masked_positions, batch.labels, length),
     }
 
 
@@ -55,7 +55,7 @@ def image_inputs(batch):
     return {
         "pixel_values": batch.pixels,
         "bool_masked_pos": masked_patches(batch, PATCHES),
-        "mim_labels": spread(batch.masked_positions, batch.codes, PATCHES),
+        "mim_labels": scatter(batch.masked_positions, batch.codes, PATCHES),
     }
 
 
@@ -81,13 +81,15 @@ def test_pairs_have_the_losses_and_gradients_of_transformers(dtype, tolerance, m
         "mmm_text": output.loss_info.mmm_text,
         "itm": output.loss_info.itm,
     }
-    assert farthest(ours, expected) < tolerance
-    assert farthest(as_theirs(model), their_gradients(theirs)) < tolerance
+    assert max_difference(ours, expected) < tolerance
+    assert max_difference(as_theirs(model), their_gradients(theirs)) < tolerance
 
 
 @PRECISIONS
 @pytest.mark.parametrize("kind", ["mim", "mlm"])
-def test_one_side_alone_has_the_loss_and_gradients_of_transformers(dtype, tolerance, kind):
+def test_images_and_texts_alone_have_the_losses_and_gradients_of_transformers(
+    dtype, tolerance, kind
+):
     model = flava(dtype=dtype)
     theirs = oracle(model)
     batch = images(5, dtype=dtype) if kind == "mim" else texts(5)
@@ -98,8 +100,8 @@ def test_one_side_alone_has_the_loss_and_gradients_of_transformers(dtype, tolera
     )
     output.loss.backward()
 
-    assert farthest(ours, {kind: output.loss_info[kind]}) < tolerance
-    assert farthest(as_theirs(model), their_gradients(theirs)) < tolerance
+    assert max_difference(ours, {kind: output.loss_info[kind]}) < tolerance
+    assert max_difference(as_theirs(model), their_gradients(theirs)) < tolerance
 
 
 @PRECISIONS
@@ -107,33 +109,33 @@ def test_every_hidden_state_is_that_of_transformers(dtype, tolerance):
     model = flava(dtype=dtype)
     theirs = oracle(model)
     batch = pairs(6, dtype=dtype)
-    hidden = masked_patches(batch.images, PATCHES)
-    seen = {}
+    patch_mask = masked_patches(batch.images, PATCHES)
+    states = {}
 
     for tower in ("image", "text", "multimodal"):
         for number, block in enumerate(getattr(model, tower).blocks):
             block.register_forward_hook(
-                lambda *call, at=(tower, number): seen.update({at: call[2]})
+                lambda *call, key=(tower, number): states.update({key: call[2]})
             )
-    image = model.image(batch.images.pixels, hidden)
+    image = model.image(batch.images.pixels, patch_mask)
     text = model.text(batch.texts.masked_tokens, batch.texts.lengths)
     both = model.multimodal(image, text, batch.texts.lengths)
     output = theirs.flava(
         input_ids=batch.texts.masked_tokens,
         pixel_values=batch.images.pixels,
-        bool_masked_pos=hidden,
+        bool_masked_pos=patch_mask,
         attention_mask=text_inputs(batch.texts)["attention_mask"],
         output_hidden_states=True,
     )
     towers = {"image": output.image_output, "text": output.text_output}
     expected = {
         (tower, number): state
-        for tower, states in towers.items()
-        for number, state in enumerate(states.hidden_states[1:])
+        for tower, output_of in towers.items()
+        for number, state in enumerate(output_of.hidden_states[1:])
     }
-    last = {at: seen.pop(at) for at in list(seen) if at[0] == "multimodal"}
+    last = {key: states.pop(key) for key in list(states) if key[0] == "multimodal"}
 
-    assert farthest(seen, expected) < tolerance
+    assert max_difference(states, expected) < tolerance
     assert len(last) == TINY.multimodal.layers
     normed = {
         "image": model.image.norm(image),
@@ -145,7 +147,7 @@ def test_every_hidden_state_is_that_of_transformers(dtype, tolerance):
         "text": output.text_embeddings,
         "multimodal": output.multimodal_embeddings,
     }
-    assert farthest(normed, theirs_normed) < tolerance
+    assert max_difference(normed, theirs_normed) < tolerance
 
 
 @PRECISIONS
@@ -168,7 +170,7 @@ def test_embeddings_are_those_of_transformers(dtype, tolerance):
     assert torch.allclose(text, unit(their_text, dim=-1), rtol=0, atol=tolerance)
 
 
-def test_without_the_mask_padding_is_seen_as_it_was_by_the_released_weights():
+def test_without_the_padding_mask_states_are_those_of_the_released_weights():
     model = flava(replace(TINY, mm_pad_mask=False))
     theirs = oracle(model).flava
     batch = pairs(6)
@@ -195,7 +197,7 @@ def test_larger_images_get_the_positions_of_transformers():
     assert torch.allclose(ours, output.last_hidden_state, rtol=0, atol=1e-10)
 
 
-def test_the_configuration_survives_both_ways():
+def test_the_configuration_survives_a_round_trip():
     model = Flava(replace(TINY, mm_pad_mask=False, logit_bias=-10.0))
 
     assert read_config(write_config(model)) == model.config
@@ -203,7 +205,7 @@ def test_the_configuration_survives_both_ways():
 
 
 def their_gradients(theirs):
-    """By the names of files, where the two names of a tied bias are one."""
+    """Gradients by the names in files, where a tied bias has one name."""
     return {
         name.replace("_head.bias", "_head.decoder.bias"): gradient
         for name, gradient in gradients(theirs).items()

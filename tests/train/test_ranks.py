@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import TINY, farthest, flava, gradients, images, pairs, texts
+from tiny import TINY, flava, gradients, images, max_difference, pairs, texts
 from user_losses import with_user_losses
 
 from flava_train.config import ComputeConfig
@@ -35,12 +35,12 @@ CUTS = {"whole": ([5], [5]), "uneven": ([2, 3], [4, 1]), "cached on one": ([5], 
 
 
 def rank(number, folder):
-    """Each case, cut in each way; the second rank's rows are the second half."""
+    """Compute each case with each cut; the second rank has the second half of the rows."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     step.BUCKET = 1000  # many buckets
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=number, world_size=2)
-    found = {}
+    results = {}
     for case, (objective, batch) in CASES.items():
         own = select_rows(batch, torch.arange(5) + 5 * number)
         for name, cuts in CUTS.items():
@@ -48,15 +48,15 @@ def rank(number, folder):
             pieces = [select_rows(own, rows) for rows in torch.arange(5).split(cuts[number])]
             metrics = MetricSums(METRICS, torch.device("cpu"))
             losses = train_step(model, pieces, objective, metrics=metrics)
-            found[case, name] = losses, gradients(model), metrics.sums
+            results[case, name] = losses, gradients(model), metrics.sums
     cpu = torch.device("cpu")
-    found["told"] = [broadcast_from_rank_0(one, cpu) for one in (3 + number, 0.1 + number)]
-    torch.save(found, f"{folder}/{number}.pt")
+    results["broadcast"] = [broadcast_from_rank_0(one, cpu) for one in (3 + number, 0.1 + number)]
+    torch.save(results, f"{folder}/{number}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(rank, (str(folder),), nprocs=2)
     return [torch.load(Path(folder) / f"{number}.pt") for number in range(2)]
@@ -70,50 +70,50 @@ def one_rank(case):
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("case", [case for case in CASES if case != "local"])
-def test_two_ranks_find_the_gradient_of_one(found, case, cut):
+def test_two_ranks_give_the_gradient_of_one(results, case, cut):
     losses, expected = one_rank(case)
 
-    (ours, first, _), (theirs, second, _) = (held[case, cut] for held in found)
+    (ours, first, _), (theirs, second, _) = (result[case, cut] for result in results)
 
-    assert farthest(expected, first) < 1e-10
-    assert farthest(first, second) == 0
-    assert farthest(losses, {name: ours[name] + theirs[name] for name in ours}) < 1e-10
+    assert max_difference(expected, first) < 1e-10
+    assert max_difference(first, second) == 0
+    assert max_difference(losses, {name: ours[name] + theirs[name] for name in ours}) < 1e-10
 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_measure_what_one_does(found, case, cut):
+def test_two_ranks_give_the_metrics_of_one(results, case, cut):
     objective, batch = CASES[case]
     metrics = MetricSums(METRICS, torch.device("cpu"))
     train_step(flava(SIGLIP, heads=objective.heads), [batch], objective, metrics=metrics)
 
-    sums = sum(held[case, cut][2] for held in found)
+    sums = sum(result[case, cut][2] for result in results)
 
     assert torch.allclose(sums, metrics.sums, rtol=0, atol=1e-9)
     assert metrics.sums.any()
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_the_local_contrast_has_the_same_loss_but_another_gradient(found, cut):
-    losses, expected = one_rank("local")  # on one rank, local is global
+def test_the_local_contrastive_loss_has_the_same_value_and_another_gradient(results, cut):
+    losses, expected = one_rank("local")  # on one rank, local and global are equal
 
-    (ours, first, _), (theirs, _, _) = (held["local", cut] for held in found)
+    (ours, first, _), (theirs, _, _) = (result["local", cut] for result in results)
 
-    assert farthest(losses, {name: ours[name] + theirs[name] for name in ours}) < 1e-10
-    assert farthest(expected, first) > 1e-3
-    assert farthest(found[0]["local", "whole"][1], first) < 1e-10
+    assert max_difference(losses, {name: ours[name] + theirs[name] for name in ours}) < 1e-10
+    assert max_difference(expected, first) > 1e-3
+    assert max_difference(results[0]["local", "whole"][1], first) < 1e-10
 
 
-def test_all_ranks_have_the_numbers_of_rank_0(found):
-    assert [one["told"] for one in found] == [[3, 0.1], [3, 0.1]]
-    assert [type(number) for number in found[1]["told"]] == [int, float]
+def test_all_ranks_get_the_number_of_rank_0(results):
+    assert [one["broadcast"] for one in results] == [[3, 0.1], [3, 0.1]]
+    assert [type(number) for number in results[1]["broadcast"]] == [int, float]
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_rank_without_a_gpu_does_not_join_others_that_have_one(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "1")  # nobody is waited for, should it join after all
+    monkeypatch.setenv("WORLD_SIZE", "1")  # with more, a rank that joined would wait for others
 
     with (
         pytest.raises(PmdError, match=f"device = {device}, but there are 1 GPUs for rank 1"),
@@ -122,7 +122,7 @@ def test_a_rank_without_a_gpu_does_not_join_others_that_have_one(monkeypatch, de
         pass
 
 
-def test_ranks_of_a_machine_without_gpus_are_all_on_its_cpu(monkeypatch):
+def test_without_gpus_all_ranks_are_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
 

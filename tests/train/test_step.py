@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import TINY, farthest, flava, gradients, images, pairs, texts
+from tiny import TINY, flava, gradients, images, max_difference, pairs, texts
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeCopyMode,
@@ -27,7 +27,7 @@ WITH_USER_LOSSES = with_user_losses(FULL)
 
 
 def cut(batch, *sizes):
-    """Uneven micro-batches, in order."""
+    """Micro-batches of these sizes, in order."""
     return [select_rows(batch, rows) for rows in torch.arange(len(batch)).split(list(sizes))]
 
 
@@ -40,7 +40,7 @@ def cut(batch, *sizes):
         (Objective(contrastive=0.5, mmm_image=2.0, mmm_text=0.0, itm=3.0), TINY),
         (Objective(mmm_image=0.0, mmm_text=0.0, itm=0.0), TINY),
     ],
-    ids=["flava", "local", "siglip", "weights", "contrast alone"],
+    ids=["flava", "local", "siglip", "weights", "contrastive alone"],
 )
 def test_micro_batches_give_the_gradient_of_the_whole_batch(objective, config):
     model = flava(config)
@@ -50,33 +50,33 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(objective, config):
     whole = gradients(model)
     cached_losses = train_step(model, cut(batch, 4, 2, 3), objective)
 
-    assert farthest(losses, cached_losses) < 1e-10
-    assert farthest(whole, gradients(model)) < 1e-10
+    assert max_difference(losses, cached_losses) < 1e-10
+    assert max_difference(whole, gradients(model)) < 1e-10
 
 
 @pytest.mark.parametrize(
     ("make", "sizes", "passes"), [(pairs, [6], 2), (pairs, [4, 2], 6), (images, [6], 1)]
 )
-def test_nothing_is_computed_twice_but_for_caching(make, sizes, passes):
+def test_only_gradient_caching_computes_an_encoder_twice(make, sizes, passes):
     model = flava()
-    seen = []
-    model.image.register_forward_hook(lambda *_: seen.append(1))
+    calls = []
+    model.image.register_forward_hook(lambda *_: calls.append(1))
 
     train_step(model, cut(make(6), *sizes), FULL)
 
-    assert len(seen) == passes
+    assert len(calls) == passes
 
 
 @pytest.mark.parametrize("make", [images, texts])
-def test_one_side_alone_may_be_cut_as_well(make):
+def test_micro_batches_of_images_or_texts_give_the_gradient_of_the_whole_batch(make):
     model, batch = flava(), make(9)
 
     losses = train_step(model, [batch], FULL)
     whole = gradients(model)
     more = train_step(model, cut(batch, 1, 5, 3), FULL)
 
-    assert farthest(losses, more) < 1e-12
-    assert farthest(whole, gradients(model)) < 1e-12
+    assert max_difference(losses, more) < 1e-12
+    assert max_difference(whole, gradients(model)) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_one_side_alone_may_be_cut_as_well(make):
         (texts, {"text_length"}),
     ],
 )
-def test_a_users_loss_has_the_gradient_of_the_whole_batch_too(make, added):
+def test_micro_batches_of_a_users_loss_give_the_gradient_of_the_whole_batch(make, added):
     model = flava(heads=WITH_USER_LOSSES.heads)
     batch = make(8)
 
@@ -95,8 +95,8 @@ def test_a_users_loss_has_the_gradient_of_the_whole_batch_too(make, added):
     whole = gradients(model)
     more = train_step(model, cut(batch, 4, 4), WITH_USER_LOSSES)
 
-    assert farthest(losses, more) < 1e-10
-    assert farthest(whole, gradients(model)) < 1e-10
+    assert max_difference(losses, more) < 1e-10
+    assert max_difference(whole, gradients(model)) < 1e-10
     assert losses.keys() - train_step(model, [batch], FULL).keys() == added
 
 
@@ -112,14 +112,14 @@ def test_an_unmasked_loss_does_not_see_swapped_captions():
     assert losses["mmm_text"] != alone["mmm_text"]
 
 
-def test_losses_of_the_package_do_not_change_beside_a_users():
+def test_a_users_loss_changes_no_loss_of_the_package():
     model = flava(heads=WITH_USER_LOSSES.heads)
     batch = pairs(6, mismatched=(2,))
 
     ours = train_step(model, [batch], FULL)
     all_losses = train_step(model, [batch], WITH_USER_LOSSES)
 
-    assert farthest(ours, {name: all_losses[name] for name in ours}) < 1e-12
+    assert max_difference(ours, {name: all_losses[name] for name in ours}) < 1e-12
 
 
 @pytest.mark.parametrize("make", [pairs, images, texts])
@@ -133,7 +133,7 @@ def test_metrics_do_not_depend_on_micro_batches_and_change_no_gradient(make):
     measured = gradients(model)
     train_step(model, cut(batch, 4, 2, 3), FULL, metrics=cut_up)
 
-    assert farthest(expected, measured) == 0
+    assert max_difference(expected, measured) == 0
     assert torch.equal(whole.sums, cut_up.sums)
     values = whole.values(whole.sums.tolist())
     stream = {pairs: "pairs", images: "images", texts: "texts"}[make]
@@ -155,34 +155,34 @@ def test_accuracies_are_those_of_the_logits():
     nearest = (image @ text.T).argmax(1) == torch.arange(6)
     values = sums.values(sums.sums.tolist())
     assert values["contrastive_accuracy"] == nearest[batch.matched].double().mean().item()
-    assert values["mmm_image_accuracy"] == pytest.approx(share_of_codes(model, batch))
+    assert values["mmm_image_accuracy"] == pytest.approx(code_accuracy(model, batch))
 
 
-def share_of_codes(model, batch):
-    """Masked codes of matched pairs that the model predicts, by a pass of its own."""
+def code_accuracy(model, batch):
+    """Share of masked codes of matched pairs that the model predicts, by a separate pass."""
     with torch.no_grad():
-        hidden = masked_patches(batch.images, TINY.grid**2)
-        image = model.image(batch.images.pixels, hidden)
+        patch_mask = masked_patches(batch.images, TINY.grid**2)
+        image = model.image(batch.images.pixels, patch_mask)
         text = model.text(batch.texts.masked_tokens, batch.texts.lengths)
         states = model.multimodal.norm(model.multimodal(image, text, batch.texts.lengths))
     correct = []
     for row in batch.matched.nonzero().flatten().tolist():
-        for place, code in zip(
+        for patch, code in zip(
             batch.images.masked_positions[row], batch.images.codes[row], strict=True
         ):
             if code != IGNORE:
-                guess = model.mmm_image_head(states[row, 2 + place]).argmax()
+                guess = model.mmm_image_head(states[row, 2 + patch]).argmax()
                 correct.append(bool(guess == code))
     return sum(correct) / len(correct)
 
 
-def test_sorting_by_length_changes_nothing():
+def test_sorting_by_length_changes_no_gradient():
     model, batch = flava(), pairs(10)
-    one = slice(0, 1)  # as few masked tokens as fit the narrowest width
+    first = slice(0, 1)  # one masked token, which fits the narrowest width
     texts = replace(
         batch.texts,
-        masked_positions=batch.texts.masked_positions[:, one],
-        labels=batch.texts.labels[:, one],
+        masked_positions=batch.texts.masked_positions[:, first],
+        labels=batch.texts.labels[:, first],
     )
     batch = replace(batch, texts=texts)
 
@@ -192,8 +192,8 @@ def test_sorting_by_length_changes_nothing():
     more = train_step(model, pieces, FULL)
 
     assert len({piece.texts.tokens.shape for piece in pieces}) > 1
-    assert farthest(losses, more) < 1e-10
-    assert farthest(whole, gradients(model)) < 1e-10
+    assert max_difference(losses, more) < 1e-10
+    assert max_difference(whole, gradients(model)) < 1e-10
 
 
 @pytest.mark.parametrize("kind", ["batch", "hard"])
@@ -204,25 +204,27 @@ def test_drawn_negatives_give_the_gradient_of_the_whole_batch(kind):
 
     losses = train_step(model, pieces, objective)
     cached = gradients(model)
-    swapped = joined([with_negatives(piece, likeness(model, piece), objective) for piece in pieces])
-    contrast = train_step(model, [batch], Objective(mmm_image=0.0, mmm_text=0.0, itm=0.0))
+    swapped = concatenated(
+        [with_negatives(piece, similarity(model, piece), objective) for piece in pieces]
+    )
+    contrastive = train_step(model, [batch], Objective(mmm_image=0.0, mmm_text=0.0, itm=0.0))
     expected = gradients(model)
     masked = train_step(model, [swapped], Objective(contrastive=0.0))
     for name, gradient in gradients(model).items():
         expected[name] = expected.get(name, 0) + gradient
 
     assert 0 < swapped.matched.sum() < 10
-    assert farthest(losses, contrast | masked) < 1e-10
-    assert farthest(cached, expected) < 1e-10
+    assert max_difference(losses, contrastive | masked) < 1e-10
+    assert max_difference(cached, expected) < 1e-10
 
 
-def likeness(model, piece):
+def similarity(model, piece):
     image = model.embed_images(piece.images.pixels)
     text = model.embed_texts(piece.texts.tokens, piece.texts.lengths)
     return (model.logit_scale.exp() * image @ text.T).detach()
 
 
-def joined(pieces):
+def concatenated(pieces):
     def cat(rows):
         if isinstance(rows[0], torch.Tensor):
             return torch.cat(rows)
@@ -236,7 +238,7 @@ def test_drawn_negatives_are_other_captions_of_other_images():
     batch = pairs(64)
     twice = replace(batch, image_ids=torch.arange(64) // 2)  # two captions for each image
     tokens = batch.texts.tokens.clone()
-    tokens[7] = tokens[20]  # two images with one caption
+    tokens[7] = tokens[20]  # two images with the same caption
     twice = replace(twice, texts=replace(batch.texts, tokens=tokens))
     objective = Objective(itm_negatives="batch", itm_rate=1.0)
     sources = [set() for _ in range(64)]
@@ -257,19 +259,19 @@ def test_drawn_negatives_are_other_captions_of_other_images():
 
 
 @pytest.mark.parametrize("kind", ["batch", "hard"])
-def test_without_itm_no_pair_loses_its_caption(kind):
+def test_without_itm_no_caption_is_swapped(kind):
     objective = Objective(itm=0.0, itm_negatives=kind, itm_rate=1.0)
     drawn = pairs(8)
 
     assert with_negatives(drawn, None, objective) is drawn
 
 
-def test_hard_negatives_look_alike():
+def test_hard_negatives_are_similar():
     batch = pairs(3)
-    alike = torch.tensor([[9.0, 5.0, -5.0], [5.0, 9.0, -5.0], [0.0, 50.0, 60.0]])
+    similarity = torch.tensor([[9.0, 5.0, -5.0], [5.0, 9.0, -5.0], [0.0, 50.0, 60.0]])
     objective = Objective(itm_negatives="hard", itm_rate=1.0)
 
-    swapped = with_negatives(batch, alike, objective)
+    swapped = with_negatives(batch, similarity, objective)
 
     source = [1, 0, 1]
     assert torch.equal(swapped.texts.masked_tokens, batch.texts.masked_tokens[source])
@@ -277,7 +279,7 @@ def test_hard_negatives_look_alike():
     assert torch.equal(swapped.texts.tokens, batch.texts.tokens)
 
 
-def test_as_many_pairs_are_mismatched_as_asked_for():
+def test_the_rate_of_mismatched_pairs_is_the_configured_one():
     batch = pairs(4096)
     batch = replace(batch, uniforms=torch.from_numpy(draw_uniforms(0, np.arange(4096))))
 
@@ -287,7 +289,7 @@ def test_as_many_pairs_are_mismatched_as_asked_for():
 
 
 @pytest.mark.parametrize("kind", ["batch", "hard"])
-def test_a_pair_without_another_caption_stays(kind):
+def test_a_pair_without_another_caption_keeps_its_own(kind):
     batch = replace(pairs(3), image_ids=torch.zeros(3, dtype=torch.int64))
 
     swapped = with_negatives(batch, torch.zeros(3, 3), Objective(itm_negatives=kind, itm_rate=1.0))
@@ -296,12 +298,12 @@ def test_a_pair_without_another_caption_stays(kind):
     assert torch.equal(swapped.texts.masked_tokens, batch.texts.masked_tokens)
 
 
-def unmasked(batch):
+def without_targets(batch):
     if isinstance(batch, ImageBatch):
         return replace(batch, codes=torch.full_like(batch.codes, IGNORE))
     if isinstance(batch, TextBatch):
         return replace(batch, labels=torch.full_like(batch.labels, IGNORE))
-    return replace(batch, images=unmasked(batch.images), texts=unmasked(batch.texts))
+    return replace(batch, images=without_targets(batch.images), texts=without_targets(batch.texts))
 
 
 @pytest.mark.parametrize("negatives", ["dataset", "batch", "hard"])
@@ -310,14 +312,14 @@ def unmasked(batch):
     "batch",
     [
         pairs(4, mismatched=range(4)),
-        unmasked(pairs(4)),
+        without_targets(pairs(4)),
         pairs(1),
         pairs(1, mismatched=[0]),
         pairs(2, lengths=[1, 1]),
     ],
-    ids=["no positives", "nothing masked", "one pair", "one mismatched pair", "one token"],
+    ids=["no positives", "no targets", "one pair", "one mismatched pair", "one token"],
 )
-def test_a_poor_batch_of_pairs_has_finite_gradients(batch, contrastive, negatives):
+def test_a_degenerate_batch_of_pairs_has_finite_gradients(batch, contrastive, negatives):
     model = flava(SIGLIP)
     objective = Objective(contrastive_loss=contrastive, itm_negatives=negatives)
 
@@ -327,8 +329,10 @@ def test_a_poor_batch_of_pairs_has_finite_gradients(batch, contrastive, negative
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
-@pytest.mark.parametrize("batch", [unmasked(images(3)), unmasked(texts(3))], ids=["mim", "mlm"])
-def test_a_batch_with_nothing_masked_has_no_loss(batch):
+@pytest.mark.parametrize(
+    "batch", [without_targets(images(3)), without_targets(texts(3))], ids=["mim", "mlm"]
+)
+def test_a_batch_without_targets_has_a_loss_of_0(batch):
     model = flava()
 
     losses = train_step(model, [batch], FULL)
@@ -345,13 +349,13 @@ def test_the_loss_scale_scales_every_gradient_and_no_loss(sizes):
     plain = gradients(model)
     same = train_step(model, cut(batch, *sizes), FULL, loss_scale=torch.tensor(1024.0))
 
-    assert farthest(losses, same) == 0
+    assert max_difference(losses, same) == 0
     scaled = {name: gradient / 1024 for name, gradient in gradients(model).items()}
-    assert farthest(plain, scaled) < 1e-12
+    assert max_difference(plain, scaled) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_finds_about_the_same_gradient(dtype):
+def test_half_precision_gives_about_the_same_gradient(dtype):
     model, batch = flava(dtype=torch.float32), pairs(8, dtype=torch.float32)
 
     train_step(model, [batch], FULL)
@@ -368,13 +372,15 @@ def test_half_precision_finds_about_the_same_gradient(dtype):
 @pytest.mark.parametrize("negatives", ["dataset", "batch", "hard"])
 @pytest.mark.parametrize("make", [pairs, images, texts])
 def test_a_step_never_waits_for_the_device(make, negatives):
-    """Fake tensors have no values, so whatever asks for one fails."""
+    """Fake tensors have no values, so code that reads one fails."""
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         model, batch = deepcopy((flava(), make(6)))
 
     with mode:
-        losses = train_step(model, cut(batch, 4, 2), Objective(itm_negatives=negatives))
+        metrics = MetricSums(STEP_METRICS, torch.device("cpu"))
+        objective = Objective(itm_negatives=negatives)
+        losses = train_step(model, cut(batch, 4, 2), objective, metrics=metrics)
 
     assert losses
     with pytest.raises(DataDependentOutputException):
@@ -391,15 +397,15 @@ def test_the_temperature_stays_in_its_range():
     assert model.logit_scale.item() == pytest.approx(math.log(100))
 
 
-def test_old_gradients_are_forgotten():
+def test_gradients_of_earlier_steps_are_discarded():
     model, batch = flava(), pairs(3)
 
     train_step(model, [batch], FULL)
-    once = gradients(model)
+    first = gradients(model)
     train_step(model, [images(3)], FULL)
     train_step(model, [batch], FULL)
 
-    assert farthest(once, gradients(model)) == 0
+    assert max_difference(first, gradients(model)) == 0
 
 
 def test_a_batch_of_two_kinds_is_an_error():
@@ -407,7 +413,7 @@ def test_a_batch_of_two_kinds_is_an_error():
         train_step(flava(), [images(2), texts(2)], FULL)
 
 
-def test_64_pairs_are_learnt_by_heart():
+def test_64_pairs_can_be_overfitted():
     torch.manual_seed(0)
     model = Flava(TINY)
     batch = pairs(64, dtype=torch.float32)

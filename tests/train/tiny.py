@@ -1,4 +1,4 @@
-"""A FLAVA that fits on a page, and batches for it."""
+"""A very small FLAVA, and batches for it."""
 
 import numpy as np
 import torch
@@ -22,13 +22,13 @@ TINY = FlavaConfig(
 
 
 def flava(config=TINY, *, dtype=torch.float64, seed=0, heads=PUBLISHED_HEADS):
-    """Every parameter at random: at their initial zeros and ones, half of them hide mistakes."""
+    """A model whose parameters are all random: initial zeros and ones would hide mistakes."""
     torch.manual_seed(seed)
     model = Flava(config, heads)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.normal_(around, 0.06)
+            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.normal_(mean, 0.06)
         model.logit_scale.fill_(1.5)
     return model.to(dtype)
 
@@ -36,9 +36,9 @@ def flava(config=TINY, *, dtype=torch.float64, seed=0, heads=PUBLISHED_HEADS):
 def images(count, *, seed=0, dtype=torch.float64, width=6, config=TINY):
     rng = np.random.default_rng((1, seed))
     side = config.image_size
-    at, codes = _masked(rng, np.full(count, config.grid**2), width, config.image_vocab)
+    positions, codes = _masked(rng, np.full(count, config.grid**2), width, config.image_vocab)
     return ImageBatch(
-        torch.from_numpy(rng.normal(size=(count, 3, side, side))).to(dtype), at, codes
+        torch.from_numpy(rng.normal(size=(count, 3, side, side))).to(dtype), positions, codes
     )
 
 
@@ -47,14 +47,18 @@ def texts(count, *, seed=0, width=3, longest=16, config=TINY, lengths=None):
     lengths = rng.integers(3, longest + 1, count) if lengths is None else np.array(lengths)
     tokens = rng.integers(1, config.text_vocab, (count, longest))
     tokens[np.arange(longest) >= lengths[:, None]] = 0
-    at, labels = _masked(rng, lengths, width, config.text_vocab)
+    positions, labels = _masked(rng, lengths, width, config.text_vocab)
     masked = tokens.copy()
     for row in range(count):
-        for position, label in zip(at[row], labels[row], strict=True):
+        for position, label in zip(positions[row], labels[row], strict=True):
             if label != IGNORE:
                 masked[row, position] = 5
     return TextBatch(
-        torch.from_numpy(tokens), torch.from_numpy(masked), torch.from_numpy(lengths), at, labels
+        torch.from_numpy(tokens),
+        torch.from_numpy(masked),
+        torch.from_numpy(lengths),
+        positions,
+        labels,
     )
 
 
@@ -79,17 +83,17 @@ def gradients(model):
     }
 
 
-def farthest(one, other):
-    """Greatest difference between two sets of tensors of the same names."""
+def max_difference(one, other):
+    """Greatest absolute difference between two sets of tensors with equal names."""
     assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
 def _masked(rng, lengths, width, vocab):
-    at = np.zeros((len(lengths), width), np.int64)
+    positions = np.zeros((len(lengths), width), np.int64)
     labels = np.full((len(lengths), width), IGNORE, np.int64)
     for row, length in enumerate(lengths):
         count = rng.integers(1, min(width, length) + 1)
-        at[row, :count] = np.sort(rng.choice(length, count, replace=False))
+        positions[row, :count] = np.sort(rng.choice(length, count, replace=False))
         labels[row, :count] = rng.integers(1, vocab, count)
-    return torch.from_numpy(at), torch.from_numpy(labels)
+    return torch.from_numpy(positions), torch.from_numpy(labels)

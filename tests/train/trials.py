@@ -1,4 +1,4 @@
-"""Small runs: a dataset of three streams, a FLAVA that fits on a page, and what a run said."""
+"""Small runs: data of three streams, the configuration of a small FLAVA, and logged metrics."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ from flava_train.config import as_toml, validate_config
 TOWER = {"layers": 2, "width": 32, "heads": 4, "hidden": 48}
 
 
-def write_world(folder):
-    """A vocabulary, and manifests of pairs, images, texts and held-out pairs."""
+def write_datasets(folder):
+    """Write a vocabulary, and manifests of pairs, images, texts and held-out pairs."""
     tiny_datasets.write_vocabulary(folder / "vocab.txt")
     shards = [tiny_datasets.samples(16, captions=2, start=start) for start in (0, 16)]
     tiny_datasets.write_pairs(folder / "pairs.json", shards)
@@ -26,7 +26,7 @@ def write_world(folder):
     return folder
 
 
-def told(world, out, changes=None):
+def small_config(datasets, out, changes=None):
     """The configuration of a small run; `changes` are by dotted key."""
     content = {
         "steps": 8,
@@ -34,10 +34,10 @@ def told(world, out, changes=None):
         "micro_batch_size": 4,
         "out": str(out),
         "data": {
-            "pairs": str(world / "pairs.json"),
-            "images": str(world / "images.json"),
-            "texts": [str(world / "texts.json")],
-            "tokenizer": str(world / "vocab.txt"),
+            "pairs": str(datasets / "pairs.json"),
+            "images": str(datasets / "images.json"),
+            "texts": [str(datasets / "texts.json")],
+            "tokenizer": str(datasets / "vocab.txt"),
             "caption_tokens": 16,
             "text_tokens": 20,
             "workers": 0,
@@ -68,8 +68,8 @@ def told(world, out, changes=None):
     return validate_config(content, source="a test")
 
 
-def said(run):
-    """What every step of a run found, without what a clock said."""
+def logged_steps(run):
+    """The metrics of every step and evaluation of a run, without times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         {
@@ -81,21 +81,21 @@ def said(run):
     ]
 
 
-def losses(run):
+def logged_losses(run):
     """The losses of every step of a run."""
-    return [line["losses"] for line in said(run) if "step" in line]
+    return [line["losses"] for line in logged_steps(run) if "step" in line]
 
 
-def command(config, *words):
-    """The words of a process that trains."""
+def train_command(config, *options):
+    """The command line that trains with a configuration."""
     path = Path(f"{config.out}.toml")
     path.write_text(as_toml(config), encoding="utf-8")
-    trainer = [sys.executable, "-m", "flava_train.cli", "--quiet", "--config", path]
-    return [str(word) for word in (*trainer, *words)]
+    command = [sys.executable, "-m", "flava_train.cli", "--quiet", "--config", path]
+    return [str(word) for word in (*command, *options)]
 
 
-def run(config, *words, **options):
-    """A process that trains, to its end."""
+def run_train(config, *options, **more):
+    """Run this command line to its end."""
     return subprocess.run(
-        command(config, *words), check=False, capture_output=True, text=True, **options
+        train_command(config, *options), check=False, capture_output=True, text=True, **more
     )
