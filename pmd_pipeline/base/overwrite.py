@@ -16,12 +16,12 @@ def refuse_overwrite(out: str, shards: Iterable[str], written: Iterable[str]) ->
     Raises:
         PmdError: an address is.
     """
-    kept = {path for shard in shards for file in _files(shard) for path in _resolved(file)}
+    kept = {path for shard in shards for file in _shard_files(shard) for path in _resolved(file)}
     if any(path in kept for file in written for path in _resolved(file)):
         raise PmdError(f"--out {out} is where the dataset itself lies: give another folder")
 
 
-def _files(shard: str) -> tuple[str, ...]:
+def _shard_files(shard: str) -> tuple[str, ...]:
     paths = ShardPaths.of(shard)
     return paths.tar, paths.ledger, paths.report, paths.codes, paths.codes_report
 

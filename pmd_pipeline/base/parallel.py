@@ -1,29 +1,25 @@
 """Map a function over tasks: in this process, over processes, or over a Ray cluster.
 
 The only module that imports Ray. Tasks and results are small; large data goes through files.
-A running task sends its counts to the driver as datagrams: they need no lock and survive any kill.
-A lost datagram does no harm, since only reports count.
+A running task reports its counts through `progress_channel`.
 """
 
 import ctypes
-import json
 import logging
 import multiprocessing
 import os
-import secrets
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from pmd_pipeline.base.progress_channel import ProgressChannel
 from pmd_pipeline.contract.errors import PmdError
 
 Task = TypeVar("Task")
@@ -39,8 +35,7 @@ _MAX_CRASHES = 3
 """Crashes of its worker after which a task fails; one crash may have another cause."""
 
 _POLL_SECONDS = 0.25
-_SEND_SECONDS = 0.5
-"""Least time between two datagrams of one task."""
+"""Time between two looks for progress while no task ends."""
 
 _log = logging.getLogger(__name__)
 
@@ -163,7 +158,7 @@ class _ProcessPool:
             return
         queue = chain(head, queue)
         suspects: list[Task] = []
-        with _ProgressChannel("127.0.0.1", on_progress) as channel:
+        with ProgressChannel("127.0.0.1", on_progress) as channel:
             while True:
                 self._executor = self._executor or _start_executor(self.workers)
                 yield from _run_until_crash(
@@ -183,7 +178,7 @@ def _run_until_crash(
     function: Callable[[Task, ReportProgress], Result],
     queue: Iterator[Task],
     suspects: list[Task],
-    channel: "_ProgressChannel",
+    channel: ProgressChannel,
 ) -> Iterator[tuple[Task, Result]]:
     """Run tasks until the queue is empty or a worker dies; then all running tasks are suspects."""
     running: dict[Future[Result], Task] = {}
@@ -206,7 +201,7 @@ def _run_until_crash(
 
 
 def _run_isolated(
-    function: Callable[[Task, ReportProgress], Result], task: Task, channel: "_ProgressChannel"
+    function: Callable[[Task, ReportProgress], Result], task: Task, channel: ProgressChannel
 ) -> Result | WorkerDied:
     for _ in range(_MAX_CRASHES - 1):
         executor = _start_executor(1)
@@ -330,7 +325,7 @@ class _RayCluster:
         )(function)
         queue = chain(head, queue)
         running: dict[Any, Task] = {}
-        with _ProgressChannel(ray.util.get_node_ip_address(), on_progress) as channel:
+        with ProgressChannel(ray.util.get_node_ip_address(), on_progress) as channel:
             while True:
                 for task in islice(queue, self.workers * 2 - len(running)):
                     running[remote.remote(task, channel.sender(task))] = task
@@ -356,51 +351,3 @@ class _RayCluster:
                         )
                     else:
                         yield task, result
-
-
-class _ProgressChannel:
-    """A datagram socket of the driver, with a token that authenticates its workers."""
-
-    def __init__(self, host: str, on_progress: OnProgress) -> None:
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind((host, 0))
-        self._socket.setblocking(False)
-        self._token = secrets.token_hex(8)
-        self._on_progress = on_progress
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
-
-    def sender(self, task: object) -> "_ProgressSender":
-        return _ProgressSender(self._socket.getsockname(), self._token, str(task))
-
-    def receive(self) -> None:
-        while True:
-            try:
-                message = json.loads(self._socket.recv(4096))
-            except BlockingIOError:
-                return
-            except (ValueError, RecursionError):  # from another program
-                continue
-            if isinstance(message, list) and message[:1] == [self._token]:
-                _, name, counts = message
-                self._on_progress(name, counts)
-
-
-@dataclass
-class _ProgressSender:
-    address: tuple[str, int]
-    token: str
-    name: str
-    last_time: float = 0.0
-
-    def __call__(self, counts: Mapping[str, int]) -> None:
-        now = time.monotonic()
-        if now - self.last_time < _SEND_SECONDS:
-            return
-        self.last_time = now
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
-            out.sendto(json.dumps([self.token, self.name, dict(counts)]).encode(), self.address)

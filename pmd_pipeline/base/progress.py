@@ -81,7 +81,7 @@ class Stage:
             parts.append("no host answers: waiting for the network")
         if seconds > _MIN_RATE_SECONDS and self._total and now[self._unit]:
             left = (self._total - both[self._unit]) * seconds / now[self._unit]
-            parts.append(f"{_duration(left)} left")
+            parts.append(f"{_format_duration(left)} left")
         return ", ".join(parts)
 
     @property
@@ -171,10 +171,10 @@ class Reporter:
                 self._bars = self._bar = None
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     """A duration in its one or two largest units.
 
-    >>> _duration(5400)
+    >>> _format_duration(5400)
     '1 h 30 min'
     """
     minutes, rest = divmod(round(seconds), 60)

@@ -29,7 +29,7 @@ from pmd_pipeline.contract.plugins import is_reference, source_digest
 from pmd_pipeline.shards.shard_reader import (
     ShardSample,
     check_tar,
-    decode_image,
+    decode_sample,
     read_member,
     read_samples,
     sample_captions,
@@ -121,7 +121,7 @@ def crop_pixels(sample: ShardSample, content: bytes, boxes: Boxes, size: int) ->
     Raises:
         PmdError: the image cannot be decoded.
     """
-    image = decode_image(sample, content)
+    image = decode_sample(sample, content)
     width, height = image.size
     sides = boxes.astype(float) * (width, height, width, height)
     return np.stack(

@@ -51,11 +51,11 @@ def located(manifest_path: str, path: str) -> str:
     if colon:  # an object store has no ".."
         return f"{scheme}{colon}{posixpath.normpath(join(rest, path))}"
     below, _, name = path.rpartition("/")
-    return join(_folder(folder, below), name)
+    return join(_resolved_folder(folder, below), name)
 
 
 @lru_cache(maxsize=1024)  # one for each source of a manifest, not one for each shard
-def _folder(folder: str, below: str) -> str:
+def _resolved_folder(folder: str, below: str) -> str:
     """`below` from `folder`, without ".." unless a symbolic link makes that another folder."""
     joined = posixpath.join(folder, below)
     plain = posixpath.normpath(joined)

@@ -24,11 +24,13 @@ FORMAT = 3
 """Version of the files of a dataset; a change makes every part stale."""
 
 
-class _Stored(BaseModel):
+class StoredModel(BaseModel):
+    """A JSON file or a part of one: frozen, without unknown fields."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class FileDigest(_Stored):
+class FileDigest(StoredModel):
     """A file by its content: `name` in its folder, SHA-256, size in bytes."""
 
     name: RelativePath
@@ -42,7 +44,7 @@ class FileDigest(_Stored):
         return cls(name=name, sha256=sha256, num_bytes=len(content))
 
 
-class Counts(_Stored):
+class Counts(StoredModel):
     """Numbers of pairs; conservation: `pairs_in` = `kept` + all dropped + all failed.
 
     Args:
@@ -80,7 +82,7 @@ class Counts(_Stored):
         )
 
 
-class Timing(_Stored):
+class Timing(StoredModel):
     """Times, host and attempts; no digest covers them.
 
     Args:
@@ -96,7 +98,7 @@ class Timing(_Stored):
     attempts: dict[str, int] = Field(default_factory=dict)
 
 
-class Report(_Stored):
+class Report(StoredModel):
     """Report of one part, written last: a part is done if its report exists.
 
     Args:
@@ -136,7 +138,7 @@ class Report(_Stored):
         return self.model_copy(update={"timing": timing})
 
 
-class CodeRules(_Stored):
+class CodeRules(StoredModel):
     """Settings of image codes, equal for all shards of a dataset.
 
     Args:
@@ -169,7 +171,7 @@ class CodeRules(_Stored):
         return {name: value for name, value in serialize(self).items() if value is not None}
 
 
-class CodesReport(_Stored):
+class CodesReport(StoredModel):
     """Report of the codes of one shard, written last: codes are done if their report exists.
 
     Args:
@@ -196,7 +198,7 @@ class CodesReport(_Stored):
     timing: Timing = Timing()
 
 
-class SourceEntry(_Stored):
+class SourceEntry(StoredModel):
     """One source of a manifest.
 
     Args:
@@ -234,7 +236,7 @@ class SourceEntry(_Stored):
     optout: str | None = None
 
 
-class ShardEntry(_Stored):
+class ShardEntry(StoredModel):
     """One shard of a manifest; `path` is relative to the manifest, or a URL.
 
     A shard of texts is a Parquet file with a column `text`, and is its own ledger. Its records and
@@ -268,7 +270,7 @@ class ShardEntry(_Stored):
         return ShardPaths.of(self.path).codes
 
 
-class Manifest(_Stored):
+class Manifest(StoredModel):
     """The shards of a dataset; `digest` is the version of the dataset.
 
     Args:

@@ -18,26 +18,26 @@ SCHEMES = frozenset({"abfs", "az", "file", "gcs", "gs", "hf", "http", "https", "
 """Protocols of addresses that a manifest may name."""
 
 
-def _segment(name: str) -> str:
+def _check_segment(name: str) -> str:
     is_safe = 0 < len(name) < 256 and name.isprintable() and not name.startswith(".")
     if not is_safe or "/" in name or "\\" in name:
         raise ValueError(f"{name[:80]!r} is no name of a file: no slashes, no dot at its beginning")
     return name
 
 
-def _relative(path: str) -> str:
+def _check_relative(path: str) -> str:
     for segment in path.split("/"):
-        _segment(segment)
+        _check_segment(segment)
     return path
 
 
-def _sha256(digest: str) -> str:
+def _check_sha256(digest: str) -> str:
     if not _HEX.fullmatch(digest):
         raise ValueError(f"{digest[:80]!r} is no SHA-256 of 64 hex digits")
     return digest
 
 
-def _address(address: str) -> str:
+def _check_address(address: str) -> str:
     scheme = _SCHEME.match(address)
     if scheme and scheme[1] not in SCHEMES:
         raise ValueError(f"{address[:80]!r} has a protocol other than {', '.join(sorted(SCHEMES))}")
@@ -52,16 +52,16 @@ def _tokenizer(name: str) -> str:
     return name
 
 
-FileName = Annotated[str, AfterValidator(_segment)]
+FileName = Annotated[str, AfterValidator(_check_segment)]
 """One segment of a path, which never leads out of its folder; not a hidden file's."""
 
-RelativePath = Annotated[str, AfterValidator(_relative)]
+RelativePath = Annotated[str, AfterValidator(_check_relative)]
 """File names with `/` between them: a file in a folder or below it, never outside."""
 
-Sha256 = Annotated[str, AfterValidator(_sha256)]
+Sha256 = Annotated[str, AfterValidator(_check_sha256)]
 """A SHA-256 as 64 hex digits in lower case."""
 
-Address = Annotated[str, AfterValidator(_address)]
+Address = Annotated[str, AfterValidator(_check_address)]
 """A relative or absolute path, or an address of one of `SCHEMES`."""
 
 TokenizerName = Annotated[str, AfterValidator(_tokenizer)]

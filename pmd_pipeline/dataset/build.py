@@ -47,7 +47,7 @@ class BuildRequest:
             `out/raw/SOURCE` and downloads files that need no login.
         images: see `SourceBuild.images`.
         changes: laid over every recipe.
-        optout: file of images to leave out, in this build and later ones; see `build.optout`.
+        optout: file of images to leave out, in this build and later ones; see `shards.optout`.
         retry_reasons: see `SourceBuild`.
         runner: see `open_pool`.
         workers: see `open_pool`.

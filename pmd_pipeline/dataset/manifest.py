@@ -65,11 +65,11 @@ def source_manifest(
     missing = [part for part in planned if part not in built]
     rules = recipe.rules()
     ledgers = [join(shards, report.ledger.name) for report in reports if report.images]
-    unique, repeated = count_copies(ledgers)
+    unique, repeated = count_unique_images(ledgers)
     entry = SourceEntry(
         licence=info.licence,
         citation=info.citation,
-        counts=_counts(index, reports, missing),
+        counts=_source_counts(index, reports, missing),
         images=sum(report.images for report in reports),
         unique_images=unique,
         repeated=repeated,
@@ -119,7 +119,7 @@ def merge_manifests(name: str, path: str, manifests: Sequence[tuple[str, Manifes
         missing |= manifest.missing
         shards += [
             shard.model_copy(
-                update={"path": _relative(located(address, shard.path), path), **no_codes}
+                update={"path": _relative_path(located(address, shard.path), path), **no_codes}
             )
             for shard in manifest.shards
         ]
@@ -149,7 +149,7 @@ def repeated_images(manifest: Manifest) -> list[str]:
     return warnings
 
 
-def count_copies(ledgers: Sequence[str]) -> tuple[int, dict[str, int]]:
+def count_unique_images(ledgers: Sequence[str]) -> tuple[int, dict[str, int]]:
     """Number of different images, and the records of each SHA-256 that many records share."""
     hashes = [
         np.array([int(one[:_DIGITS], 16) for one in _image_sha256s(ledger)], dtype=np.uint64)
@@ -210,7 +210,7 @@ def _current_codes(manifest: Manifest, shards: str) -> Iterator[CodesReport]:
             yield report
 
 
-def _counts(index: Index, reports: Sequence[Report], missing: Sequence[int]) -> Counts:
+def _source_counts(index: Index, reports: Sequence[Report], missing: Sequence[int]) -> Counts:
     """All pairs of the source: dropped by the index, counted by a part, or in no part."""
     parts = Counts.total(report.counts for report in reports)
     dropped = Counter(index.counts.dropped) + Counter(parts.dropped)
@@ -239,7 +239,7 @@ def _shard_entry(report: Report, shards: str, path: str) -> ShardEntry:
     return ShardEntry(
         source=report.source,
         part=report.part,
-        path=_relative(join(shards, report.tar.name), path),
+        path=_relative_path(join(shards, report.tar.name), path),
         sha256=report.tar.sha256,
         num_bytes=report.tar.num_bytes,
         ledger_sha256=report.ledger.sha256,
@@ -255,7 +255,7 @@ def _num_rows(report: Report) -> int:
     return report.sequences if is_text else report.records
 
 
-def _relative(address: str, manifest_path: str) -> str:
+def _relative_path(address: str, manifest_path: str) -> str:
     """`address` as written in a manifest at `manifest_path`."""
     path, manifest = local_path(address), local_path(manifest_path)
     if path is None or manifest is None:

@@ -20,7 +20,7 @@ from pmd_pipeline.contract.models import Manifest, ShardEntry
 from pmd_pipeline.contract.schemas import LedgerColumn
 from pmd_pipeline.shards.shard_reader import (
     ShardSample,
-    decode_image,
+    decode_sample,
     read_member,
     read_samples,
     sample_captions,
@@ -61,7 +61,7 @@ class Sample:
         Raises:
             PmdError: it is no whole image of the size that the ledger states.
         """
-        return decode_image(self._stored, self.content)
+        return decode_sample(self._stored, self.content)
 
 
 class Dataset:

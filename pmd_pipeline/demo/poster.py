@@ -13,7 +13,7 @@ from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import open_read, whole_file
 from pmd_pipeline.contract.manifest import load_manifest, located
 from pmd_pipeline.demo.training_summary import DIRECTIONS, LOSSES, RANKS, TrainingSummary
-from pmd_pipeline.shards.shard_reader import ShardSample, decode_image, read_member, read_samples
+from pmd_pipeline.shards.shard_reader import ShardSample, decode_sample, read_member, read_samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -179,7 +179,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 def _images(manifest: str, results: Sequence[SearchResult]) -> dict[str, "Image"]:
     keys = {key for one in results for key in (one.expected, *one.keys)}
     samples = {sample.key: sample for sample in _samples(manifest) if sample.key in keys}
-    return {key: decode_image(samples[key], _member(samples[key])) for key in keys}
+    return {key: decode_sample(samples[key], _member(samples[key])) for key in keys}
 
 
 def _samples(manifest: str) -> Iterator[ShardSample]:

@@ -1,7 +1,7 @@
 """First stage: upstream's rows become an index of records, ordered by key and cut into parts.
 
-This is an external sort. `scatter` reads rows and writes them to sorted runs; `gather` merges one
-range of keys from all runs into the index files of its parts. `build_index` plans the tasks and
+This is an external sort. `scatter` reads rows and writes them to sorted runs; `gather_parts` merges
+one range of keys from all runs into the index files of its parts. `build_index` plans the tasks and
 runs them in a pool.
 """
 
@@ -12,13 +12,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from pmd_pipeline.base.parallel import OnProgress, Pool, ReportProgress, in_order
 from pmd_pipeline.base.storage import load_model, remove
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.files import join, write_whole
-from pmd_pipeline.contract.models import FORMAT, Counts, FileDigest
+from pmd_pipeline.contract.models import FORMAT, Counts, FileDigest, StoredModel
 from pmd_pipeline.filters.caption import lid_model
 from pmd_pipeline.index.external_sort import BatchRange, batch_ranges, read_range
 from pmd_pipeline.index.records import IndexPart, is_whole, part_bounds, write_parts
@@ -36,11 +34,7 @@ _INDEX_FILE = "index.json"
 _RUNS_FOLDER = "runs"
 
 
-class _Stored(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SpanEntry(_Stored):
+class SpanEntry(StoredModel):
     """A span as `index.json` keeps it, so that a pair can be traced to its upstream row."""
 
     path: str
@@ -76,7 +70,7 @@ class SpanEntry(_Stored):
         )
 
 
-class Index(_Stored):
+class Index(StoredModel):
     """The content of `index.json`: counts of all upstream rows of a source, and its parts.
 
     Args:
@@ -135,7 +129,7 @@ def build_index(
     spans, heldout = annotations.spans, annotations.held_out
     upstream, split = upstream_digests(annotations, folder, pool, on_progress)
     leakage = split or ("not checked" if recipe.load_source().info.shares_coco else "none")
-    dependency = _dependency(recipe, upstream, leakage)
+    dependency = _index_dependency(recipe, upstream, leakage)
     old = load_index(folder)
     if old and old.dependency == dependency and is_whole(folder, old.parts):
         return old
@@ -168,7 +162,7 @@ def load_index(folder: str) -> Index | None:
     return load_model(Index, folder, _INDEX_FILE)
 
 
-def gather(task: GatherTask, _report_progress: ReportProgress) -> list[IndexPart]:
+def gather_parts(task: GatherTask, _report_progress: ReportProgress) -> list[IndexPart]:
     """Write the index files of the task's parts."""
     bounds = part_bounds(task.num_parts)
     low, high = bounds[task.first], bounds[task.stop]
@@ -181,7 +175,7 @@ def gather(task: GatherTask, _report_progress: ReportProgress) -> list[IndexPart
     )
 
 
-def _dependency(recipe: Recipe, upstream: Sequence[FileDigest], leakage: str) -> str:
+def _index_dependency(recipe: Recipe, upstream: Sequence[FileDigest], leakage: str) -> str:
     uses_lid = "is_language" in recipe.captions.filters
     return digest(
         {
@@ -243,7 +237,7 @@ def _gather_all(
         )
         for first, stop in zip(starts, [*starts[1:], num_parts], strict=True)
     ]
-    return list(chain.from_iterable(in_order(pool, gather, tasks, on_progress)))
+    return list(chain.from_iterable(in_order(pool, gather_parts, tasks, on_progress)))
 
 
 def _grouped(spans: Sequence[Span]) -> Iterator[list[tuple[int, Span]]]:

@@ -118,7 +118,10 @@ class RunWriter:
     def _flush(self) -> None:
         columns = zip(*self._lines, strict=True)
         table = pa.table(
-            [_column(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)],
+            [
+                _arrow_array(values, field.type)
+                for values, field in zip(columns, SCHEMA, strict=True)
+            ],
             schema=SCHEMA,
         )
         self._lines, self._chars = [], 0
@@ -157,7 +160,7 @@ def read_range(ranges: Iterable[BatchRange], low: int, high: int) -> pa.Table:
     return table.take(pa.array(order))
 
 
-def _column(values: tuple[Any, ...], kind: pa.DataType) -> pa.Array:
+def _arrow_array(values: tuple[Any, ...], kind: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, kind)
     except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot

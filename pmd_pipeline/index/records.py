@@ -9,13 +9,12 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
 
 from pmd_pipeline.base.storage import sizes
 from pmd_pipeline.base.tables import MEND_INDEX, read_batches
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, open_read, write_whole
-from pmd_pipeline.contract.models import Counts, FileDigest
+from pmd_pipeline.contract.models import Counts, FileDigest, StoredModel
 from pmd_pipeline.contract.paths import part_name
 from pmd_pipeline.contract.schemas import DROPPED_SCHEMA, INDEX_IMAGE, KEPT_SCHEMA
 from pmd_pipeline.index.external_sort import KEYS
@@ -24,7 +23,7 @@ _MIN_SIDE = 1.0
 """Width and height, in pixels, that a box must have inside the image."""
 
 
-class IndexPart(BaseModel):
+class IndexPart(StoredModel):
     """One part of an index: its records, its pairs, and the files that hold them.
 
     Args:
@@ -32,8 +31,6 @@ class IndexPart(BaseModel):
         kept: file of the records.
         dropped: file of the dropped pairs.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     part: int
     records: int
@@ -100,8 +97,8 @@ def write_parts(
         PmdError: two images share a key.
     """
     lines = pl.DataFrame(table)
-    records = _records(lines)
-    pairs = _pairs(lines, records, drop_repeats=drop_repeats)
+    records = _merge_images(lines)
+    pairs = _final_pairs(lines, records, drop_repeats=drop_repeats)
     kept = _kept(pairs.filter(pl.col("reason").is_null()), records)
     dropped = pairs.filter(pl.col("reason").is_not_null())
     bounds = part_bounds(num_parts)
@@ -136,7 +133,7 @@ def is_whole(folder: str, parts: Sequence[IndexPart]) -> bool:
     )
 
 
-def _records(lines: pl.DataFrame) -> pl.DataFrame:
+def _merge_images(lines: pl.DataFrame) -> pl.DataFrame:
     """One row per key; of each column, the first value in upstream order."""
     first_values = [pl.col(name).drop_nulls().first() for name in INDEX_IMAGE]
     records = lines.group_by("key", maintain_order=True).agg(
@@ -155,7 +152,7 @@ def _records(lines: pl.DataFrame) -> pl.DataFrame:
     return records
 
 
-def _pairs(lines: pl.DataFrame, records: pl.DataFrame, *, drop_repeats: bool) -> pl.DataFrame:
+def _final_pairs(lines: pl.DataFrame, records: pl.DataFrame, *, drop_repeats: bool) -> pl.DataFrame:
     """Every pair with its final reason, in order; a record without any pair counts as one."""
     bare = records.filter(~pl.col("has_pair"))
     bare = bare.with_columns(reason=pl.lit("no_caption"), bare=pl.lit(value=True))

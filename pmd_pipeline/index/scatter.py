@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from pydantic import BaseModel, ConfigDict
-
 from pmd_pipeline.base.parallel import ReportProgress
 from pmd_pipeline.base.record import BadRow, Row, key_of
 from pmd_pipeline.base.storage import load_model
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import write_whole
+from pmd_pipeline.contract.models import StoredModel
 from pmd_pipeline.index.choose import Chooser, Pair
 from pmd_pipeline.index.external_sort import KEYS, Run, RunWriter
 from pmd_pipeline.recipe import Recipe
@@ -51,7 +50,7 @@ class ScatterTask:
         return f"reading {self.spans[0][1].file}{more} into {self.prefix}"
 
 
-class Scattered(BaseModel):
+class Scattered(StoredModel):
     """The result of one scatter task.
 
     Args:
@@ -60,8 +59,6 @@ class Scattered(BaseModel):
         fields: candidate captions, by field and reason.
         smallest: the smallest keys with a kept pair, at most `_SKETCH`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dependency: str
     runs: list[Run]

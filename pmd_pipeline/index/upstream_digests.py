@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pmd_pipeline.base.parallel import OnProgress, Pool, ReportProgress, in_order
 from pmd_pipeline.base.storage import load_model
 from pmd_pipeline.contract.files import join, sha256_of, write_whole
-from pmd_pipeline.contract.models import FileDigest
+from pmd_pipeline.contract.models import FileDigest, StoredModel
 from pmd_pipeline.sources import Annotations
 
 _CACHE_FILE = "upstream.json"
@@ -28,7 +28,7 @@ def upstream_digests(
     stamps = {path: f"{(stat := Path(path).stat()).st_size} {stat.st_mtime_ns}" for path in paths}
     changed = [path for path in paths if cache.stamps.get(path) != stamps[path]]
     sha256 = {path: cache.sha256[path] for path in paths if path not in changed}
-    sha256 |= dict(zip(changed, in_order(pool, _sha256, changed, on_progress), strict=True))
+    sha256 |= dict(zip(changed, in_order(pool, _digest_of_file, changed, on_progress), strict=True))
     write_whole(
         join(folder, _CACHE_FILE),
         _DigestCache(stamps=stamps, sha256=sha256).model_dump_json().encode(),
@@ -45,12 +45,10 @@ def upstream_digests(
     return digests, sha256[heldout.file.path] if heldout else None
 
 
-class _DigestCache(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _DigestCache(StoredModel):
     stamps: dict[str, str] = Field(default_factory=dict)
     sha256: dict[str, str] = Field(default_factory=dict)
 
 
-def _sha256(path: str, _report_progress: ReportProgress) -> str:
+def _digest_of_file(path: str, _report_progress: ReportProgress) -> str:
     return sha256_of(path)

@@ -77,7 +77,7 @@ class OptOut:
 def load_list(data: str) -> OptOut:
     """The list of the dataset under the address `data`; an empty one where there is none."""
     address = join(data, LIST)
-    return _parsed(address, read_bytes(address)) if LIST in sizes(data) else OptOut()
+    return _parse_list(address, read_bytes(address)) if LIST in sizes(data) else OptOut()
 
 
 def add_to_list(data: str, file: str) -> OptOut:
@@ -88,13 +88,13 @@ def add_to_list(data: str, file: str) -> OptOut:
     Raises:
         PmdError: `file` does not exist, or a line of it is no entry.
     """
-    optout = OptOut(load_list(data).entries | _parsed(file, read_bytes(file)).entries)
+    optout = OptOut(load_list(data).entries | _parse_list(file, read_bytes(file)).entries)
     write_whole(join(data, LIST), optout.lines().encode())
     return optout
 
 
 @lru_cache(maxsize=4)
-def _parsed(address: str, content: bytes) -> OptOut:
+def _parse_list(address: str, content: bytes) -> OptOut:
     return OptOut.of(content.decode(errors="replace").split("\n"), address)
 
 

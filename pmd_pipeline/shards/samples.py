@@ -26,7 +26,7 @@ def build_shard(
     for record, result in zip(records, results, strict=True):
         ranges: dict[str, ByteRange] = {}
         if result.image:
-            ranges = writer.add(record.key, _members(source, record, result))
+            ranges = writer.add(record.key, _sample_members(source, record, result))
         yield _ledger_row(record, result, ranges)
 
 
@@ -57,7 +57,7 @@ def _ledger_row(
     )
 
 
-def _members(source: str, record: IndexRecord, result: ImageResult) -> dict[str, bytes]:
+def _sample_members(source: str, record: IndexRecord, result: ImageResult) -> dict[str, bytes]:
     """The files of a sample by their extensions."""
     assert result.image
     captions = [caption for caption in record.captions if caption]  # an image alone has none

@@ -118,7 +118,7 @@ def read_member(file: BinaryIO, sample: ShardSample, extent: ByteRange) -> bytes
     return content
 
 
-def decode_image(sample: ShardSample, content: bytes) -> Image.Image:
+def decode_sample(sample: ShardSample, content: bytes) -> Image.Image:
     """The stored image as RGB.
 
     Raises:

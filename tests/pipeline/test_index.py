@@ -220,12 +220,12 @@ def test_an_interrupted_index_resumes_from_its_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(upstream, "SPAN_BYTES", 300)
     raw = write_rows(tmp_path / "raw", toy_rows(100))
     whole = build(tmp_path / "whole", raw)
-    gather = build_module.gather
-    monkeypatch.setattr(build_module, "gather", None)
+    gather = build_module.gather_parts
+    monkeypatch.setattr(build_module, "gather_parts", None)
     with pytest.raises(TypeError):
         build(tmp_path / "index", raw)
     names_left = {path.name for path in (tmp_path / "index" / "runs").iterdir()}
-    monkeypatch.setattr(build_module, "gather", gather)
+    monkeypatch.setattr(build_module, "gather_parts", gather)
     monkeypatch.setattr(scatter, "_checked_rows", None)  # reading again would fail
 
     resumed = build(tmp_path / "index", raw)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pmd_pipeline.base import parallel
-from pmd_pipeline.base.parallel import WorkerDied, _ProgressChannel, ignore_progress, open_pool
+from pmd_pipeline.base import progress_channel
+from pmd_pipeline.base.parallel import WorkerDied, ignore_progress, open_pool
+from pmd_pipeline.base.progress_channel import ProgressChannel
 from pmd_pipeline.contract.errors import PmdError, RecordError
 
 
@@ -114,7 +115,7 @@ def test_progress_reaches_the_driver_under_the_name_of_its_task(runner, workers)
 
 def test_progress_without_the_token_is_ignored():
     received = []
-    with _ProgressChannel("127.0.0.1", lambda *args: received.append(args)) as channel:
+    with ProgressChannel("127.0.0.1", lambda *args: received.append(args)) as channel:
         sender = channel.sender("mine")
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
             out.sendto(json.dumps(["wrong", "theirs", {}]).encode(), sender.address)
@@ -132,9 +133,9 @@ def test_progress_that_cannot_be_sent_is_lost_and_raises_nothing(monkeypatch):
     def unreachable(*_):
         raise OSError(101, "Network is unreachable")
 
-    with _ProgressChannel("127.0.0.1", ignore_progress) as channel:
+    with ProgressChannel("127.0.0.1", ignore_progress) as channel:
         sender = channel.sender("mine")
-        monkeypatch.setattr(parallel.socket, "socket", unreachable)
+        monkeypatch.setattr(progress_channel.socket, "socket", unreachable)
         sender({"rows": 1})
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from pmd_pipeline.base.record import key_of
 from pmd_pipeline.base.tables import read_table
@@ -23,7 +23,14 @@ from pmd_pipeline.contract.boxes import are_boxes
 from pmd_pipeline.contract.digests import digest
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import join, read_bytes
-from pmd_pipeline.contract.models import FORMAT, CodesReport, Counts, FileDigest, Manifest
+from pmd_pipeline.contract.models import (
+    FORMAT,
+    CodesReport,
+    Counts,
+    FileDigest,
+    Manifest,
+    StoredModel,
+)
 from pmd_pipeline.contract.names import FileName
 from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.contract.reasons import Status
@@ -132,11 +139,7 @@ LOCKED_SCHEMA = pa.schema(
 """One `LockedRow` per row of the ledger, in its order."""
 
 
-class _Stored(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class LockedPart(_Stored):
+class LockedPart(StoredModel):
     """One shard, without its images.
 
     Args:
@@ -152,7 +155,7 @@ class LockedPart(_Stored):
     codes: CodesReport | None = None
 
 
-class LockFile(_Stored):
+class LockFile(StoredModel):
     """Content of `kit.json`. `digest` covers all of it, and through it every other file.
 
     Args:

@@ -20,7 +20,7 @@ from pmd_pipeline.contract.models import Counts, Manifest, SourceEntry
 from pmd_pipeline.contract.paths import ShardPaths
 from pmd_pipeline.dataset.manifest import (
     common_versions,
-    count_copies,
+    count_unique_images,
     merge_manifests,
     total_words,
 )
@@ -351,7 +351,7 @@ def _source_entry(
     parts = [part for part in lockfile.parts if part.source == source]
     restored = [results[source, part.part] for part in parts if (source, part.part) in results]
     lost = sum(part.counts.pairs_in for part in parts if (source, part.part) not in results)
-    unique, repeated = count_copies([result.entry.ledger_path for result in restored])
+    unique, repeated = count_unique_images([result.entry.ledger_path for result in restored])
     no_part = Counts(pairs_in=lost, failed={"no_part": lost})
     now = Counts.total([*(result.report.counts for result in restored), no_part])
     return entry.model_copy(
