@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pmd_pipeline.codes.tokenizers import kmeans
-from pmd_pipeline.codes.tokenizers.kmeans import KMeans, fit, patches
+from pmd_pipeline.codes.tokenizers.kmeans import encode, fit, patches
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.demo.world.scenes import draw_scene, make_scene
 
@@ -41,7 +41,7 @@ def test_every_code_is_that_of_the_nearest_centroid_in_whole_numbers():
     centroids = random.choice([0, 255, 127, 128], (50, 8, 8, 3)).astype(np.uint8)
     images = random.choice([0, 255, 126, 129], (3, 32, 32, 3)).astype(np.uint8)
 
-    codes = KMeans(centroids).codes(images)
+    codes = encode(centroids, images)
 
     seen, known = patches(images).astype(np.int64), centroids.reshape(50, 192).astype(np.int64)
     away = ((seen[:, None] - known[None]) ** 2).sum(2)
@@ -63,26 +63,30 @@ def test_the_patch_of_a_code_is_the_rounded_mean():
 
 def test_codes_do_not_depend_on_what_else_is_in_the_batch(monkeypatch):
     random = np.random.default_rng(1)
-    tokenizer = KMeans(random.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    centroids = random.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     images = random.integers(0, 256, (9, 24, 24, 3), dtype=np.uint8)
-    together = tokenizer.codes(images)
+    together = encode(centroids, images)
 
     monkeypatch.setattr(kmeans, "_ROWS", 7)
-    alone = np.concatenate([tokenizer.codes(image[None]) for image in images])
+    alone = np.concatenate([encode(centroids, image[None]) for image in images])
 
     np.testing.assert_array_equal(together, alone)
+
+
+def decoded(centroids, codes):
+    """The image [8 g, 8 g, 3] made of the centroids of codes [g, g]."""
+    return np.concatenate([np.concatenate(centroids[row], axis=1) for row in codes])
 
 
 def test_decoded_codes_are_made_of_their_centroids():
     random = np.random.default_rng(2)
     centroids = random.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     codes = np.array([[4, 0, 1], [1, 2, 3], [3, 3, 0]], dtype=np.uint16)
-    tokenizer = KMeans(centroids)
 
-    picture = tokenizer.decode(codes)
+    picture = decoded(centroids, codes)
 
     assert picture[:8, 8:16].tolist() == centroids[0].tolist()
-    assert tokenizer.codes(picture[None])[0].tolist() == codes.tolist()
+    assert encode(centroids, picture[None])[0].tolist() == codes.tolist()
 
 
 def test_patches_are_cut_row_by_row():
@@ -106,9 +110,9 @@ def test_a_decoded_scene_resembles_the_scene():
     scenes = np.stack(
         [np.asarray(draw_scene(make_scene(f"scene {n}")).resize((112, 112))) for n in range(40)]
     )
-    tokenizer = KMeans(fit(patches(scenes[:-1]), 256, 0))
+    centroids = fit(patches(scenes[:-1]), 256, 0)
 
-    again = tokenizer.decode(tokenizer.codes(scenes[-1:])[0])
+    again = decoded(centroids, encode(centroids, scenes[-1:])[0])
 
     plain = scenes[-1].mean((0, 1))
     missed = np.abs(again.astype(float) - scenes[-1]).mean()

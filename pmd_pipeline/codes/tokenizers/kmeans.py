@@ -5,6 +5,8 @@ edges, not objects. All sums are whole numbers that float32 holds exactly (even 
 others up to 2**24), so codes are bit-equal on every machine, in whatever order a BLAS adds.
 """
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,25 +29,6 @@ _CANDIDATES_PER_CODE = 8
 """Patches that k-means++ chooses from; it compares each of them with each centroid."""
 
 
-class KMeans:
-    """Patch k-means with `centroids` uint8 [v, 8, 8, 3]."""
-
-    def __init__(self, centroids: NDArray[np.uint8]) -> None:
-        self._centroids = centroids.reshape(len(centroids), _VALUES)
-
-    def codes(self, images: NDArray[np.uint8]) -> NDArray[np.uint16]:
-        """See `Tokenizer.codes`."""
-        grid = images.shape[1] // PATCH_SIZE
-        nearest = _nearest(patches(images), self._centroids)
-        return nearest.astype(np.uint16).reshape(len(images), grid, grid)
-
-    def decode(self, codes: NDArray[np.uint16]) -> NDArray[np.uint8]:
-        """The RGB image [8 g, 8 g, 3] made of the centroids of codes [g, g]."""
-        grid = len(codes)
-        tiles = self._centroids[codes].reshape(grid, grid, PATCH_SIZE, PATCH_SIZE, 3)
-        return tiles.transpose(0, 2, 1, 3, 4).reshape(grid * PATCH_SIZE, grid * PATCH_SIZE, 3)
-
-
 def open_tokenizer(weights: str | None, *, dtype: str, device: str) -> Tokenizer:
     """Patch k-means on the CPU; see `Tokenizer`. `device` has no effect.
 
@@ -66,7 +49,14 @@ def open_tokenizer(weights: str | None, *, dtype: str, device: str) -> Tokenizer
         )
     if not 0 < len(centroids) <= MAX_VOCABULARY:
         raise PmdError(f"{weights} has {len(centroids):,} centroids, not 1 to {MAX_VOCABULARY:,}")
-    return Tokenizer(PATCH_SIZE, len(centroids), KMeans(centroids).codes)
+    return Tokenizer(PATCH_SIZE, len(centroids), partial(encode, centroids))
+
+
+def encode(centroids: NDArray[np.uint8], images: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """Codes [b, g, g] of images [b, 8 g, 8 g, 3] by `centroids` [v, 8, 8, 3]."""
+    grid = images.shape[1] // PATCH_SIZE
+    nearest = _nearest(patches(images), centroids.reshape(len(centroids), _VALUES))
+    return nearest.astype(np.uint16).reshape(len(images), grid, grid)
 
 
 def patches(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
