@@ -29,7 +29,7 @@ PAGES = [
     README,
     CONTRIBUTING,
     ROOT / "manifests" / "README.md",
-    *sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "decisions.d"),
+    *sorted(DOCS.rglob("*.md")),
 ]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
