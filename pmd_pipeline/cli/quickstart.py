@@ -34,7 +34,7 @@ def quickstart(
     Example: pmd quickstart --out quickstart
     """
     from pmd_pipeline.demo import quickstart as demo
-    from pmd_pipeline.demo.training_summary import as_tables
+    from pmd_pipeline.demo.training_summary import summary_tables
     from pmd_pipeline.inspect import stats as statistics
 
     folder, reporter = Path(out), make_reporter(quiet=quiet)
@@ -61,9 +61,9 @@ def quickstart(
         return
     with interruptible():
         demo.prepare(folder, workers, reporter)
-        summary = demo.train(folder, steps, quiet=quiet)
+        summary = demo.train_model(folder, steps, quiet=quiet)
         poster = demo.draw_search_results(folder, summary)
-    for table in as_tables(summary):
+    for table in summary_tables(summary):
         out_console.print(table)
     for line in _next_steps(demo.QuickstartPaths(folder), poster):
         typer.echo(line)

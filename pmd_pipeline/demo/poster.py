@@ -40,14 +40,14 @@ class SearchResult:
 
 def sample_queries(manifest: str, count: int) -> list[tuple[str, str]]:
     """Key and first caption of `count` images of a manifest, evenly spaced in its order."""
-    samples = list(_samples(manifest))
+    samples = list(_shard_samples(manifest))
     chosen = [samples[number * len(samples) // count] for number in range(count)]
     return [(one.key, json.loads(_member(one, metadata=True))["captions"][0]) for one in chosen]
 
 
 def image_digests(manifest: str) -> Iterator[str]:
     """The SHA-256 of the fetched bytes of each image of a manifest."""
-    for one in _samples(manifest):
+    for one in _shard_samples(manifest):
         yield str(json.loads(_member(one, metadata=True))["sha256"])
 
 
@@ -73,7 +73,7 @@ def draw_poster(
     heights = [5.6, 2.1 * len(results)]
     [[curves], [gallery]] = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
     _draw_curves(curves, summary)
-    _draw_gallery(gallery, results, _images(manifest, results))
+    _draw_gallery(gallery, results, _decoded_images(manifest, results))
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
 
@@ -139,8 +139,8 @@ def _draw_gallery(
     for axes in chain.from_iterable(rows):
         axes.axis("off")
     for axes, one in zip(rows, results, strict=True):
-        said = fill(one.query, 24)
-        axes[0].text(0, 0.5, said, va="center", fontsize=12, color=_DARK, style="italic")
+        query = fill(one.query, 24)
+        axes[0].text(0, 0.5, query, va="center", fontsize=12, color=_DARK, style="italic")
         _draw_image(axes[1], images[one.expected])
         for panel, key in zip(axes[3:], one.keys, strict=False):
             _draw_image(panel, images[key], is_hit=key == one.expected)
@@ -176,13 +176,13 @@ def _smooth(values: Sequence[float]) -> list[float]:
     ]
 
 
-def _images(manifest: str, results: Sequence[SearchResult]) -> dict[str, "Image"]:
+def _decoded_images(manifest: str, results: Sequence[SearchResult]) -> dict[str, "Image"]:
     keys = {key for one in results for key in (one.expected, *one.keys)}
-    samples = {sample.key: sample for sample in _samples(manifest) if sample.key in keys}
+    samples = {sample.key: sample for sample in _shard_samples(manifest) if sample.key in keys}
     return {key: decode_sample(samples[key], _member(samples[key])) for key in keys}
 
 
-def _samples(manifest: str) -> Iterator[ShardSample]:
+def _shard_samples(manifest: str) -> Iterator[ShardSample]:
     for entry in load_manifest(manifest).shards:
         yield from read_samples(located(manifest, entry.path), entry)
 

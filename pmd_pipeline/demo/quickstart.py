@@ -120,7 +120,7 @@ def prepare(folder: Path, workers: int | None, reporter: Reporter) -> None:
     build_all(request, reporter)
     grid = model["model"]["image_size"] // model["model"]["patch_size"]
     for name in ("pmd", "imagenet1k"):
-        wanted = CodesRequest(
+        codes_request = CodesRequest(
             paths.manifest(name),
             vocabulary=_CODES,
             grid=grid,
@@ -128,11 +128,11 @@ def prepare(folder: Path, workers: int | None, reporter: Reporter) -> None:
             runner="local",
             workers=workers,
         )
-        code_manifest(wanted, reporter)
+        code_manifest(codes_request, reporter)
     _refuse_overlap(paths)
 
 
-def train(folder: Path, steps: int | None, *, quiet: bool) -> TrainingSummary:
+def train_model(folder: Path, steps: int | None, *, quiet: bool) -> TrainingSummary:
     """Train on the output of `prepare` in a process of its own; the summary of the run.
 
     Args:

@@ -103,7 +103,7 @@ def read_summary(metrics: Path) -> TrainingSummary:
     return summary
 
 
-def as_tables(summary: TrainingSummary) -> list[Table]:
+def summary_tables(summary: TrainingSummary) -> list[Table]:
     """Recall beside chance, and the losses at both ends of the run."""
     recall = _new_table(
         "what was learned, on images never trained on", "direction", "R@1", "chance"

@@ -2,8 +2,7 @@
 
 `INFO` describes what upstream publishes. `read` turns one span of an annotation file into rows;
 its arguments after the span are the `[options]` of the recipe. A source does not filter, fetch or
-write. Modules of this package are found by their name, a module of the user's own by the `module`
-of a recipe.
+write. A module of this package is found by its name, another one by the `module` of a recipe.
 """
 
 import importlib
@@ -130,10 +129,10 @@ class Source:
 def names(collection: str | None = None) -> list[str]:
     """Names of the package's sources, or of those of one collection, in alphabetical order."""
     modules = (module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
-    found = sorted(name for name in modules if not name.startswith("_"))
+    sources = sorted(name for name in modules if not name.startswith("_"))
     if collection is None:
-        return found
-    return [name for name in found if load(name).info.collection == collection]
+        return sources
+    return [name for name in sources if load(name).info.collection == collection]
 
 
 def load(name: str, module: str | None = None, module_sha256: str | None = None) -> Source:

@@ -86,14 +86,14 @@ def read(
         PmdError: the file is of another data set or another COCO task.
     """
     if span.role == "split":
-        yield from _captions_by_split(span.file, splits)
+        yield from _split_rows(span.file, splits)
         return
-    yield from _images(span.file)
+    yield from _image_rows(span.file)
     if span.role == "captions":
-        yield from _captions(span.file)
+        yield from _caption_rows(span.file)
 
 
-def _captions_by_split(file: UpstreamFile, splits: Sequence[str]) -> Iterator[Row | BadRow]:
+def _split_rows(file: UpstreamFile, splits: Sequence[str]) -> Iterator[Row | BadRow]:
     dataset = next(json_items(file, "dataset", optional=True), None)
     if dataset != "coco":
         raise PmdError(f"{file} has dataset {dataset!r} instead of 'coco': take the file for COCO")
@@ -119,7 +119,7 @@ def _captions_by_split(file: UpstreamFile, splits: Sequence[str]) -> Iterator[Ro
             yield BadRow(f"images[{number}] has a sentence without raw")
 
 
-def _images(file: UpstreamFile) -> Iterator[Row | BadRow]:
+def _image_rows(file: UpstreamFile) -> Iterator[Row | BadRow]:
     licences = _licences(file)
     for number, item in enumerate(json_items(file, "images.item")):
         coco_id, name = int_at(item, "id"), text_at(item, "file_name")
@@ -141,7 +141,7 @@ def _images(file: UpstreamFile) -> Iterator[Row | BadRow]:
         )
 
 
-def _captions(file: UpstreamFile) -> Iterator[Row | BadRow]:
+def _caption_rows(file: UpstreamFile) -> Iterator[Row | BadRow]:
     for number, item in enumerate(json_items(file, "annotations.item")):
         coco_id, caption = int_at(item, "image_id"), text_at(item, "caption")
         if coco_id is not None and caption is not None:

@@ -77,7 +77,7 @@ INFO = Info(
     images="Open Images and COCO one by one; ADE20k in "
     "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip; Flickr30k by hand",
     by_hand="the annotation files are public, but the images of Flickr30k "
-    "(flickr30k-images.tar.gz) must be asked for at "
+    "(flickr30k-images.tar.gz) must be requested at "
     "http://shannon.cs.illinois.edu/DenotationGraph/data/index.html, or flickr30k left out of the "
     "recipe's families",
     collection="pmd",
@@ -132,12 +132,12 @@ def read(
         whole = span.form == "pmd" or sentences == "whole"
         taken = narrative.family in families and narrative.split in splits
         refused = None if taken else "split"
-        url, path = _image_location(narrative)
+        url, path = _address_and_path(narrative)
         yield Row(
             id=f"{narrative.family}/{narrative.image_id}",
             url=url,
             file=path,
-            candidates=_candidates(narrative.caption, whole=whole),
+            candidates=_sentence_candidates(narrative.caption, whole=whole),
             meta=_meta(narrative),
             refused="heldout" if _is_heldout(narrative) else refused,
         )
@@ -189,7 +189,7 @@ def _is_heldout(narrative: _Narrative) -> bool:
     return narrative.family == "flickr30k" and narrative.split != "train"
 
 
-def _image_location(narrative: _Narrative) -> tuple[str | None, str]:
+def _address_and_path(narrative: _Narrative) -> tuple[str | None, str]:
     """Address and archive path of the image; no address where it is in an archive only."""
     family, split, name = narrative.family, narrative.split, f"{narrative.image_id}.jpg"
     if family == "open_images":
@@ -204,7 +204,7 @@ def _image_location(narrative: _Narrative) -> tuple[str | None, str]:
     return None, f"flickr30k-images/{name}"
 
 
-def _candidates(caption: str, *, whole: bool) -> list[Candidate]:
+def _sentence_candidates(caption: str, *, whole: bool) -> list[Candidate]:
     texts = [caption] if whole else pmd_sentences(caption)
     # a narrative of full stops only is counted as well
     return [Candidate(text, "caption") for text in texts] or [

@@ -66,11 +66,11 @@ def read(span: Span) -> Iterator[Row | BadRow]:
     Raises:
         PmdError: the file is not a list.
     """
-    rows = _images if span.role == "images" else _regions
+    rows = _image_list_rows if span.role == "images" else _region_rows
     yield from rows(span.file)
 
 
-def _images(file: UpstreamFile) -> Iterator[Row | BadRow]:
+def _image_list_rows(file: UpstreamFile) -> Iterator[Row | BadRow]:
     for number, item in enumerate(json_items(file, "item")):
         image_id, url = _image_id(item), text_at(item, "url")
         if image_id is None or url is None:
@@ -87,7 +87,7 @@ def _images(file: UpstreamFile) -> Iterator[Row | BadRow]:
         )
 
 
-def _regions(file: UpstreamFile) -> Iterator[Row | BadRow]:
+def _region_rows(file: UpstreamFile) -> Iterator[Row | BadRow]:
     for number, item in enumerate(json_items(file, "item")):
         image_id, regions = int_at(item, "id"), list_at(item, "regions")
         if image_id is None or regions is None:

@@ -204,7 +204,7 @@ def _page_row(
     return Row(
         id=url_id(address),
         url=address,
-        candidates=_candidates(fields, rule=rule, ascii_only=ascii_only),
+        candidates=_caption_candidates(fields, rule=rule, ascii_only=ascii_only),
         width=sides[0],
         height=sides[1],
         meta=meta,
@@ -215,7 +215,7 @@ def _is_side(digits: str) -> bool:
     return digits.isascii() and digits.isdigit() and len(digits) < 10
 
 
-def _candidates(
+def _caption_candidates(
     fields: dict[str, str], *, rule: Literal["pmd", "none"], ascii_only: bool
 ) -> list[Candidate]:
     """The texts of a row in PMD's order: reference, attribution, alternative text."""

@@ -26,7 +26,7 @@ from pmd_pipeline.demo.world.responses import (
     RESPONSE_REASONS,
     STATUSES,
     UNAVAILABLE,
-    image_body,
+    sample_body,
 )
 from pmd_pipeline.demo.world.sample_source import address_of
 from pmd_pipeline.demo.world.scenes import (
@@ -343,7 +343,7 @@ def test_sources_have_different_scenes(captions_of):
 def test_a_valid_image_decodes_to_its_scene(kind):
     scene = make_scene("test/good")
 
-    body, content_type = image_body(kind, scene)
+    body, content_type = sample_body(kind, scene)
     with Image.open(io.BytesIO(body)) as image:
         pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=float)
 
@@ -353,14 +353,14 @@ def test_a_valid_image_decodes_to_its_scene(kind):
 
 @pytest.mark.parametrize("kind", ["page", "drawing", "empty"])
 def test_content_that_is_not_an_image_does_not_open(kind):
-    body, _ = image_body(kind, make_scene("test/bad"))
+    body, _ = sample_body(kind, make_scene("test/bad"))
 
     with pytest.raises(OSError, match="cannot identify"):
         Image.open(io.BytesIO(body))
 
 
 def test_a_truncated_image_opens_and_then_ends_early():
-    body, _ = image_body("cut", make_scene("test/bad"))
+    body, _ = sample_body("cut", make_scene("test/bad"))
 
     with Image.open(io.BytesIO(body)) as image, pytest.raises(OSError, match="truncated"):
         image.load()
@@ -368,7 +368,7 @@ def test_a_truncated_image_opens_and_then_ends_early():
 
 def test_a_decompression_bomb_is_small_and_states_too_many_pixels(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    body, _ = image_body("bomb", make_scene("test/bad"))
+    body, _ = sample_body("bomb", make_scene("test/bad"))
 
     with Image.open(io.BytesIO(body)) as image:
         assert image.width * image.height > 128_000_000
@@ -378,7 +378,7 @@ def test_a_decompression_bomb_is_small_and_states_too_many_pixels(monkeypatch):
 def test_a_cropped_image_has_another_aspect_ratio():
     scene = make_scene("test/bad")
 
-    with Image.open(io.BytesIO(image_body("cropped", scene)[0])) as image:
+    with Image.open(io.BytesIO(sample_body("cropped", scene)[0])) as image:
         assert image.width / image.height > 1.5 * scene.frame[0] / scene.frame[1]
 
 
@@ -400,7 +400,7 @@ def test_a_busy_host_answers_the_second_request(world, origin, kind):
     assert first[0] == FIRST_STATUSES[kind]
     assert first[2]["Retry-After"] in {"0", "1"}
     assert second[0] == 200
-    assert second[1] == image_body("jpeg", world.web[address].scene)[0]
+    assert second[1] == sample_body("jpeg", world.web[address].scene)[0]
 
 
 def test_connections_are_reset_once_or_always(world, origin):
@@ -425,7 +425,7 @@ def test_redirects_lead_to_an_image(world, origin, kind, target):
 
     assert status == 302
     assert target is None or leads_to == target
-    assert (body == image_body("jpeg", world.web[address].scene)[0]) == (target is None)
+    assert (body == sample_body("jpeg", world.web[address].scene)[0]) == (target is None)
 
 
 def test_a_redirect_loop_leads_to_itself(world, origin):
@@ -442,8 +442,8 @@ def test_images_of_one_host_use_one_connection(world, origin):
         bodies = [request(origin, one, connection)[1] for one in (address, other, address)]
         assert connection.sock is socket
 
-    assert bodies[0] == bodies[2] == image_body("jpeg", world.web[address].scene)[0]
-    assert bodies[1] == image_body("jpeg", world.web[other].scene)[0]
+    assert bodies[0] == bodies[2] == sample_body("jpeg", world.web[address].scene)[0]
+    assert bodies[1] == sample_body("jpeg", world.web[other].scene)[0]
 
 
 def test_an_address_outside_the_world_is_a_404(origin):

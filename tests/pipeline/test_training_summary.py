@@ -7,7 +7,13 @@ import pytest
 from rich.console import Console
 
 from pmd_pipeline.contract.errors import PmdError
-from pmd_pipeline.demo.training_summary import DIRECTIONS, LOSSES, RANKS, as_tables, read_summary
+from pmd_pipeline.demo.training_summary import (
+    DIRECTIONS,
+    LOSSES,
+    RANKS,
+    read_summary,
+    summary_tables,
+)
 
 CHANCE = {1: 0.01, 5: 0.05, 10: 0.1}
 
@@ -80,7 +86,7 @@ def test_missing_or_damaged_metrics_are_refused(tmp_path):
 def test_tables_show_recall_beside_chance_and_every_loss(tmp_path):
     console = Console(width=120, record=True, file=io.StringIO())
 
-    for table in as_tables(read_summary(write_metrics(tmp_path))):
+    for table in summary_tables(read_summary(write_metrics(tmp_path))):
         console.print(table)
     text = console.export_text()
 

@@ -118,9 +118,9 @@ def coco(source: SampleSource) -> None:
             source.expect(sample, heldout or (None if text.strip() else "no_text"))
         if not image["sentences"]:
             source.expect(sample, heldout or "no_caption")
-    source.files["dataset_coco.json"] = _json({"images": karpathy, "dataset": "coco"})
+    source.files["dataset_coco.json"] = _json_bytes({"images": karpathy, "dataset": "coco"})
     for folder, images in by_folder.items():
-        source.files[f"captions_{folder}.json"] = _json(
+        source.files[f"captions_{folder}.json"] = _json_bytes(
             {
                 "info": {"description": "COCO 2014 Dataset", "year": 2014, "version": "1.0"},
                 "images": images,
@@ -206,8 +206,8 @@ def visual_genome(source: SampleSource) -> None:
         region_lists.append({"regions": regions, "id": image_id})
         if not regions:
             source.expect(original, "no_caption")
-    source.files["region_descriptions.json"] = _json(region_lists)
-    source.files["image_data.json"] = _json(images)
+    source.files["region_descriptions.json"] = _json_bytes(region_lists)
+    source.files["image_data.json"] = _json_bytes(images)
 
 
 def redcaps(source: SampleSource) -> None:
@@ -226,7 +226,7 @@ def redcaps(source: SampleSource) -> None:
         if year != _YEARS[0]:
             info = {"start_date": f"{year}-01-01", "end_date": f"{year}-12-31"}
             document = {"info": {**info, "url": "https://redcaps.xyz", "version": "1.0"}} | document
-        source.files[f"annotations/{subreddit}_{year}.json"] = _json(document)
+        source.files[f"annotations/{subreddit}_{year}.json"] = _json_bytes(document)
 
 
 def _path_of_2017(number: int) -> str:
@@ -433,5 +433,5 @@ def _post_url(sample: SampleImage) -> str:
     return (reddit, imgur, reddit, reddit, flickr)[sample.number % 5]
 
 
-def _json(document: object) -> bytes:
+def _json_bytes(document: object) -> bytes:
     return json.dumps(document).encode()

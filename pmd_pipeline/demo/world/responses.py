@@ -125,24 +125,24 @@ def respond(kind: str, address: str, scene: Scene, *, first: bool) -> SampleResp
     }
     if kind in targets:
         return SampleResponse(302, b"", {"Location": f"https://{targets[kind]}"})
-    body, content_type = image_body(kind, scene)
+    body, content_type = sample_body(kind, scene)
     return SampleResponse(200, body, {"Content-Type": content_type})
 
 
-def image_body(kind: str, scene: Scene) -> tuple[bytes, str]:
+def sample_body(kind: str, scene: Scene) -> tuple[bytes, str]:
     """The body of a response, and its content type."""
     if kind in _BODIES:
         return _BODIES[kind](draw_scene(scene)), _CONTENT_TYPES.get(kind, "image/jpeg")
-    return _encode(draw_scene(scene), "JPEG"), _CONTENT_TYPES.get(kind, "image/jpeg")
+    return _encode_image(draw_scene(scene), "JPEG"), _CONTENT_TYPES.get(kind, "image/jpeg")
 
 
 def placeholder() -> SampleResponse:
     """The small grey image that hosts serve instead of a removed one."""
-    body = _encode(Image.new("RGB", (161, 81), (222, 222, 222)), "PNG")
+    body = _encode_image(Image.new("RGB", (161, 81), (222, 222, 222)), "PNG")
     return SampleResponse(200, body, {"Content-Type": "image/png"})
 
 
-def _encode(image: Image.Image, file_format: str) -> bytes:
+def _encode_image(image: Image.Image, file_format: str) -> bytes:
     out = BytesIO()
     if file_format == "JPEG":
         image.save(out, "JPEG", quality=_QUALITY)
@@ -195,15 +195,15 @@ def _upper_half(image: Image.Image) -> Image.Image:
 
 
 _BODIES: dict[str, Callable[[Image.Image], bytes]] = {
-    "png": lambda image: _encode(image, "PNG"),
+    "png": lambda image: _encode_image(image, "PNG"),
     "deep_png": _deep_png,
-    "palette_png": lambda image: _encode(image.quantize(64), "PNG"),
-    "gif": lambda image: _encode(image, "GIF"),
-    "webp": lambda image: _encode(image, "WEBP"),
-    "cmyk": lambda image: _encode(image.convert("CMYK"), "JPEG"),
+    "palette_png": lambda image: _encode_image(image.quantize(64), "PNG"),
+    "gif": lambda image: _encode_image(image, "GIF"),
+    "webp": lambda image: _encode_image(image, "WEBP"),
+    "cmyk": lambda image: _encode_image(image.convert("CMYK"), "JPEG"),
     "rotated": _rotated,
-    "cropped": lambda image: _encode(_upper_half(image), "JPEG"),
-    "cut": lambda image: _encode(image, "JPEG")[:2000],
+    "cropped": lambda image: _encode_image(_upper_half(image), "JPEG"),
+    "cut": lambda image: _encode_image(image, "JPEG")[:2000],
     "bomb": lambda _: _bomb(),
     "page": lambda _: _PAGE,
     "drawing": lambda _: _DRAWING,

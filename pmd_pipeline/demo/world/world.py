@@ -12,7 +12,7 @@ from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import write_whole
 from pmd_pipeline.contract.models import Counts
 from pmd_pipeline.demo.world.json_sources import coco, localized_narratives, redcaps, visual_genome
-from pmd_pipeline.demo.world.responses import image_body
+from pmd_pipeline.demo.world.responses import sample_body
 from pmd_pipeline.demo.world.sample_source import SampleSource, WebImage
 from pmd_pipeline.demo.world.scenes import Scene
 from pmd_pipeline.demo.world.table_sources import cc3m, cc12m, sbu, wit, yfcc100m
@@ -72,7 +72,7 @@ def write_world(
         for name, content in source.files.items():
             write_whole(str(folder / "raw" / source.name / name), content)
         for name, (scene, kind) in source.raw_images.items():
-            write_whole(str(folder / "raw" / source.name / name), image_body(kind, scene)[0])
+            write_whole(str(folder / "raw" / source.name / name), sample_body(kind, scene)[0])
         for name, scenes_by_path in _archives(source).items():
             packed = _zip_of(scenes_by_path) if name.endswith(".zip") else _tar_of(scenes_by_path)
             write_whole(str(folder / "images" / source.name / name), packed)
@@ -134,7 +134,7 @@ def _zip_of(scenes_by_path: dict[str, Scene]) -> bytes:
     out = BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for path in sorted(scenes_by_path):
-            archive.writestr(zipfile.ZipInfo(path), image_body("jpeg", scenes_by_path[path])[0])
+            archive.writestr(zipfile.ZipInfo(path), sample_body("jpeg", scenes_by_path[path])[0])
     return out.getvalue()
 
 
@@ -143,7 +143,7 @@ def _tar_of(scenes_by_path: dict[str, Scene]) -> bytes:
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for path in sorted(scenes_by_path):
             member = tarfile.TarInfo(path)
-            body = image_body("jpeg", scenes_by_path[path])[0]
+            body = sample_body("jpeg", scenes_by_path[path])[0]
             member.size = len(body)
             archive.addfile(member, BytesIO(body))
     return out.getvalue()

@@ -30,7 +30,7 @@ def by_row_groups(file: UpstreamFile) -> Sequence[tuple[int, int | None]]:
     """Spans of a Parquet file: row groups of about `SPAN_BYTES` together."""
     from pmd_pipeline.sources.upstream import parquet  # noqa: PLC0415 - `pmd sources` needs no pyarrow
 
-    return parquet.by_row_groups(file, SPAN_BYTES)
+    return parquet.row_group_ranges(file, SPAN_BYTES)
 
 
 TABLE_FILES = (

@@ -38,41 +38,41 @@ _MAX_ATTEMPTS = 4
 
 
 def download_annotations(
-    source: Source, raw: str, form: str | None, contact: str, on_progress: OnProgress
+    source: Source, folder: str, form: str | None, contact: str, on_progress: OnProgress
 ) -> tuple[Annotations, list[str]]:
-    """Download the annotation files that the folder `raw` lacks; the files, and warnings.
+    """Download the annotation files that the folder `folder` lacks; the files, and warnings.
 
     No request is made if a form is complete, or if a required file has no address. If the source
-    shares images with COCO, Karpathy's split is downloaded into the folder `coco` beside `raw`; if
-    that fails, the build can go on.
+    shares images with COCO, Karpathy's split is downloaded into the folder `coco` beside `folder`;
+    if that fails, the build can go on.
 
     Raises:
         PmdError: no form is complete, upstream refuses a file, or a file has another SHA-256.
     """
     try:
-        annotations = find_annotations(source, raw, form)
+        annotations = find_annotations(source, folder, form)
     except PmdError:
         entries = source.downloadable(form)
-        download_all(_missing(entries, raw), raw, contact, on_progress, source.info.by_hand)
-        annotations = find_annotations(source, raw, form)
+        download_all(_missing(entries, folder), folder, contact, on_progress, source.info.by_hand)
+        annotations = find_annotations(source, folder, form)
     if not source.info.shares_coco or annotations.held_out:
         return annotations, []
     try:
-        _download_split(raw, contact, on_progress)
+        _download_split(folder, contact, on_progress)
     except PmdError as error:
         return annotations, [f"{source.name} goes on without {KARPATHY_FILE}: {error}"]
-    return find_annotations(source, raw, form), []
+    return find_annotations(source, folder, form), []
 
 
 def download_all(
     entries: Sequence[PublishedFile],
-    raw: str,
+    folder: str,
     contact: str,
     on_progress: OnProgress,
     by_hand: str = "",
     wait: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Download the files of `entries` into the folder `raw`.
+    """Download the files of `entries` into the folder `folder`.
 
     All files appear together, the required ones last, so an interrupted download never looks
     complete. The hidden files of an interrupted download are continued.
@@ -85,14 +85,14 @@ def download_all(
         PmdError: a server refuses, the connection keeps breaking, a sha256 is wrong, or nothing can
             be written.
     """
-    downloads = [_Download(entry, Path(raw), by_hand, wait) for entry in entries]
+    downloads = [_FileDownload(entry, Path(folder), by_hand, wait) for entry in entries]
     for download in downloads:
         download.fetch(contact, on_progress)
     for download in sorted(downloads, key=lambda download: download.entry.required):
         download.publish()
 
 
-class _Download:
+class _FileDownload:
     """The download of one file into `folder`: partial as `.NAME.part`, whole but hidden as `.NAME`.
 
     `list_files` leaves hidden files out.
@@ -215,16 +215,16 @@ class _Download:
             return total in {size, None}
 
 
-def _download_split(raw: str, contact: str, on_progress: OnProgress) -> None:
-    """Download Karpathy's split into the folder `coco` beside `raw`."""
-    entries, beside = load("coco").files_of("karpathy"), str(Path(raw).parent / "coco")
+def _download_split(folder: str, contact: str, on_progress: OnProgress) -> None:
+    """Download Karpathy's split into the folder `coco` beside `folder`."""
+    entries, beside = load("coco").files_of("karpathy"), str(Path(folder).parent / "coco")
     assert any(entry.pattern == KARPATHY_FILE for entry in entries)
     download_all(_missing(entries, beside), beside, contact, on_progress)
 
 
-def _missing(entries: Sequence[PublishedFile], raw: str) -> list[PublishedFile]:
-    """The entries that no file under `raw` matches; files that the user has are not downloaded."""
-    files = list_files(raw)
+def _missing(entries: Sequence[PublishedFile], folder: str) -> list[PublishedFile]:
+    """The entries that no file under `folder` matches; what the user has is not downloaded."""
+    files = list_files(folder)
     return [entry for entry in entries if not any(matches(file, entry.pattern) for file in files)]
 
 

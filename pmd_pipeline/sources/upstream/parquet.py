@@ -13,7 +13,7 @@ from pmd_pipeline.sources.upstream.files import Span, UpstreamFile
 _BATCH = 256
 
 
-def by_row_groups(file: UpstreamFile, num_bytes: int) -> Sequence[tuple[int, int | None]]:
+def row_group_ranges(file: UpstreamFile, num_bytes: int) -> Sequence[tuple[int, int | None]]:
     """Ranges of row groups of about `num_bytes`."""
     metadata = _open_parquet(file).metadata
     starts, size = [0], 0
