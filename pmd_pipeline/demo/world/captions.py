@@ -21,7 +21,7 @@ POSITION_PHRASES = {
 def phrase(group: Group, *, size: bool = False, position: bool = False) -> str:
     """The group as a noun phrase.
 
-    >>> phrase(Group(2, "large", "red", "star", "left"), size=True, place=True)
+    >>> phrase(Group(2, "large", "red", "star", "left"), size=True, position=True)
     'two large red stars on the left'
     >>> phrase(Group(1, "small", "orange", "cross", "top"))
     'an orange cross'
@@ -46,7 +46,7 @@ def plural(noun: str) -> str:
 def background_phrase(background: Background) -> str:
     """The background as a noun phrase.
 
-    >>> ground_phrase(Ground("striped", "grey"))
+    >>> background_phrase(Background("striped", "grey"))
     'a striped grey background'
     """
     return f"a {background.pattern} {background.colour} background"
@@ -55,7 +55,7 @@ def background_phrase(background: Background) -> str:
 def enumeration(parts: Sequence[str]) -> str:
     """The parts as one phrase.
 
-    >>> listing(["a star", "a heart", "a cross"])
+    >>> enumeration(["a star", "a heart", "a cross"])
     'a star, a heart and a cross'
     """
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)

@@ -94,7 +94,7 @@ class SampleResponse:
 def moved_address(address: str) -> str:
     """The new address of a moved image; an address is host and path.
 
-    >>> new_home("static.flickr.com/2723/4385058960_b0f291553e.jpg")
+    >>> moved_address("static.flickr.com/2723/4385058960_b0f291553e.jpg")
     'cdn.static.flickr.com/2723/4385058960_b0f291553e.jpg'
     """
     return f"cdn.{address}"
