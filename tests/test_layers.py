@@ -184,3 +184,9 @@ def test_the_command_and_the_contract_load_neither_torch_nor_ray(module):
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
 
     assert found.stdout.strip() == "set()"
+
+
+def test_no_two_test_modules_share_a_name():
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+
+    assert sorted(names) == sorted(set(names)), "pytest imports them by that name"

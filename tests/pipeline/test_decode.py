@@ -332,8 +332,8 @@ def test_a_side_longer_than_a_jpeg_can_have_is_refused():
         b"\xef\xbb\xbf<?xml version='1.0'?>\n<!DOCTYPE svg PUBLIC '-//W3C//DTD SVG 1.1'>\n<SVG>",
         b"  \n<!-- made by <b>somebody</b> " + b"x" * 5000 + b"--><svg:svg>",
         "<?xml version='1.0' encoding='utf-16'?><svg/>".encode("utf-16"),
-        gzip.compress(b"<?xml version='1.0'?><svg/>"),
-        gzip.compress(b"<svg>" + bytes(1 << 20))[:800],
+        gzip.compress(b"<?xml version='1.0'?><svg/>", mtime=0),
+        gzip.compress(b"<svg>" + bytes(1 << 20), mtime=0)[:800],
     ],
 )
 def test_an_svg_is_reported_as_svg(body):
@@ -350,7 +350,7 @@ def test_an_svg_is_reported_as_svg(body):
         b"not found",
         b"<!doctype html><html><body><svg></svg></body></html>",
         b"<?xml version='1.0'?><rss/>",
-        gzip.compress(b"<html/>"),
+        gzip.compress(b"<html/>", mtime=0),
         b"%PDF-1.7",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
         b"\0\0\1\0\1\0\x10\x10\0\0\1\0\x20\0" + bytes(99),
