@@ -175,14 +175,23 @@ def _estimate(
 
 
 def _population(recipe: Recipe, data: str) -> tuple[int, int]:
-    """Records and pairs of the whole source: from its index, its recipe or upstream's count."""
+    """Records and pairs of the whole source: from its index, its recipe or upstream's count.
+
+    Raises:
+        PmdError: none of them states it.
+    """
     index = load_index(join(data, "index", recipe.source))
     if index:
         return sum(part.records for part in index.parts), index.counts.kept
     if recipe.expected:
         return recipe.expected.records, recipe.expected.pairs
     info = recipe.load_source().info
-    rows = info.upstream_rows or (info.paper.pairs if info.paper else 0)
+    rows = info.upstream_rows or (info.paper.pairs if info.paper else None)
+    if rows is None:
+        raise PmdError(
+            f"{recipe.source}: its number of records is unknown; build its index first (pmd build "
+            "--limit 1), or state [expected] in the recipe"
+        )
     return rows, rows
 
 

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from pmd_pipeline.cli import app
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.manifest import load_manifest
+from pmd_pipeline.dataset.estimate import _population
+from pmd_pipeline.recipe import load_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "sources" / "your_own.md"
 
@@ -227,6 +229,13 @@ def test_a_lock_file_of_it_rebuilds_the_same_dataset(folder):
         assert done.exit_code == 0, done.exception
 
     assert load_manifest("again/garden.json").digest == digest
+
+
+def test_an_estimate_without_a_number_of_records_says_what_to_do(folder):
+    [recipe] = load_recipe("mine.toml")
+
+    with pytest.raises(PmdError, match="garden: its number of records is unknown"):
+        _population(recipe, str(folder / "data"))
 
 
 def test_why_goes_on_where_the_users_module_is_gone(folder):
