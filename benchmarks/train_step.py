@@ -107,7 +107,7 @@ def draw_batch(count: int, config: FlavaConfig) -> RandomBatch:
     tokens = rng.integers(1000, config.text_vocab, (count, 80))
     tokens[:, 0], tokens[numbers, lengths - 1] = 101, 102
     tokens[np.arange(80) >= lengths[:, None]] = 0
-    seen, token_mask = mask_tokens(0, numbers, tokens, TokenMasking())
+    masked, token_mask = mask_tokens(0, numbers, tokens, TokenMasking())
     texts = gather_masked(token_mask, tokens, max_masked_tokens(80))
     patch_mask = mask_patches(0, numbers, PatchMasking(grid=config.grid))
     codes = rng.integers(0, config.image_vocab, patch_mask.shape)
@@ -117,7 +117,7 @@ def draw_batch(count: int, config: FlavaConfig) -> RandomBatch:
     of = torch.from_numpy
     pairs = PairBatch(
         ImageBatch(pixels, of(images[0]), of(images[1])),
-        TextBatch(of(tokens), of(seen), of(lengths), of(texts[0]), of(texts[1])),
+        TextBatch(of(tokens), of(masked), of(lengths), of(texts[0]), of(texts[1])),
         torch.ones(count, dtype=torch.bool),
         of(numbers),
         of(draw_uniforms(0, numbers)),

@@ -12,9 +12,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from flava_train.data.config import DataConfig
 from flava_train.model.flava import FlavaConfig
-from flava_train.objective.losses import EmbeddingLoss, Loss
+from flava_train.objective.losses import LOSSES, EmbeddingLoss, Loss
 from flava_train.objective.metrics import STEP_METRICS, StepMetric
-from flava_train.objective.objective import LoadedLoss, Objective, UserLoss
+from flava_train.objective.objective import ExtraLoss, LoadedLoss, Objective
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.plugins import failure, is_reference, load_reference
 from pmd_pipeline.contract.suggestions import suggestion
@@ -250,7 +250,7 @@ def validate_config(
 
 
 def load_objective(objective: Objective) -> Objective:
-    """The objective, with the user's own losses loaded.
+    """The objective, with its further losses loaded.
 
     Raises:
         PmdError: a loss has the name of another, cannot be loaded, or is no loss.
@@ -283,7 +283,7 @@ def load_step_metrics(names: Sequence[str]) -> dict[str, StepMetric]:
 def user_references(config: TrainConfig) -> list[str]:
     """All `module:function` of the user's own code that a configuration names."""
     losses = [loss.function for loss in config.objective.losses.values()]
-    return [*losses, *filter(is_reference, config.metrics.step_metrics)]
+    return list(filter(is_reference, [*losses, *config.metrics.step_metrics]))
 
 
 def as_toml(config: TrainConfig) -> str:
@@ -302,12 +302,14 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in _folder().glob(f"{PREFIX}*.toml"))
 
 
-def _load_loss(name: str, loss: UserLoss) -> UserLoss:
+def _load_loss(name: str, loss: ExtraLoss) -> ExtraLoss:
     if isinstance(loss, LoadedLoss):
         return loss
     key = f"objective.losses.{name}"
     if not name.isidentifier() or hasattr(Objective, name):
-        raise PmdError(f"{key}: {name!r} cannot be the name of a loss; choose another word")
+        raise PmdError(f"{key}: {name!r} cannot be the name of a loss; choose another name")
+    if not is_reference(loss.function):
+        return LoadedLoss(loss.function, loss.weight, entry=_package_loss(name, loss))
     function = load_reference(loss.function)
     try:
         entry = function(**loss.arguments)
@@ -320,6 +322,16 @@ def _load_loss(name: str, loss: UserLoss) -> UserLoss:
 
 
 _ADAPTER = TypeAdapter(TrainConfig)
+
+
+def _package_loss(name: str, loss: ExtraLoss) -> Loss:
+    key, entry = f"objective.losses.{name}", loss.function or name
+    if entry not in LOSSES:
+        near = suggestion(entry, LOSSES)
+        raise PmdError(f"{key}: {entry!r} is neither module:function nor a loss; {near}")
+    if loss.arguments:
+        raise PmdError(f"{key}: the loss {entry} has no arguments")
+    return LOSSES[entry]
 
 
 def _folder() -> Path:
@@ -387,7 +399,7 @@ def _put(content: dict[str, Any], key: str, value: object) -> None:
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise PmdError(f"--set {key}: {section} is a value, so nothing stands below it")
+            raise PmdError(f"--set {key}: {section} is a value, so it has no keys")
     content[last] = value
 
 

@@ -1,6 +1,6 @@
-"""Shapes in signatures: jaxtyping's where it is installed, else words without effect.
+"""Shapes in signatures: those of jaxtyping if it is installed, otherwise without effect.
 
-Training needs torch and numpy alone; the tests have jaxtyping and check every shape.
+Training needs only torch and numpy; the tests have jaxtyping and check every shape.
 """
 
 from typing import TYPE_CHECKING, Any, TypeAlias

@@ -88,10 +88,10 @@ class Trainer:
             self._count_step()
             return metrics | {"skipped": True}, self._reduce({}, sums, stop).stopping
         rate = learning_rate(self.config.optimizer, batch.step, self.config.steps)
-        pieces = split_batch(batch.rows, self.config.micro_batch_size, self._widths)
+        batches = split_batch(batch.rows, self.config.micro_batch_size, self._widths)
         losses = train_step(
             self.model,
-            [to_device(piece, self.ranks.device) for piece in pieces],
+            [to_device(one, self.ranks.device) for one in batches],
             self.objective,
             autocast=AUTOCAST[self.config.compute.precision],
             loss_scale=self._loss_scale(),
@@ -114,7 +114,7 @@ class Trainer:
         if self.config.compute.precision == "fp16":
             metrics |= {"loss_scale": self.progress.loss_scale, "updated": updated}
         if self._peak is not None:
-            metrics["mfu"] = self._flops.count(pieces) / seconds / self._peak
+            metrics["mfu"] = self._flops.count(batches) / seconds / self._peak
         return metrics, totals.stopping
 
     def evaluate(self) -> tuple[Metrics, bool]:
@@ -243,7 +243,7 @@ def split_batch(rows: Batch, size: int, widths: Sequence[int]) -> Sequence[Batch
     """Micro-batches of `size` rows; pairs are sorted by the length of their captions."""
     if isinstance(rows, PairBatch):
         return micro_batches(rows, size, widths=widths)
-    return [select_rows(rows, piece) for piece in torch.arange(len(rows)).split(size)]
+    return [select_rows(rows, numbers) for numbers in torch.arange(len(rows)).split(size)]
 
 
 def caption_widths(config: TrainConfig) -> tuple[int, ...]:

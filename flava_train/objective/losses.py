@@ -283,7 +283,10 @@ LOSSES: dict[str, Loss] = {
         targets=lambda texts: texts.labels,
     ),
 }
-"""All losses but the contrastive one, by the names of their weights in `Objective`.
+"""All losses but the contrastive one, by name.
+
+Those of FLAVA have a weight in `Objective`; any other needs only an entry here, and is used as
+`[objective.losses.<name>]`.
 
 The multimodal losses share one pass in which both sides are masked; ITM reads it too, as in both
 public ports. Mismatched pairs have no targets for masked modelling.
@@ -313,19 +316,17 @@ def _states(model: Flava, batch: Batch, losses: Mapping[str, Loss]) -> dict[str,
     for name, loss in losses.items():
         if loss.encoder:
             readers.setdefault(loss.encoder, []).append(name)
-    at = {
-        name: losses[name].positions(batch, model.config)
-        for one in readers.values()
-        for name in one
+    read = {
+        name: loss.positions(batch, model.config) for name, loss in losses.items() if loss.encoder
     }
     positions = {
-        encoder: torch.cat([at[name] for name in names], dim=1)
+        encoder: torch.cat([read[name] for name in names], dim=1)
         for encoder, names in readers.items()
     }
     masked = next(iter(losses.values())).masked
     states: dict[str, Tensor] = {}
     for encoder, joined in _encode(model, batch, positions, masked=masked).items():
-        parts = joined.split([at[name].shape[1] for name in readers[encoder]], dim=1)
+        parts = joined.split([read[name].shape[1] for name in readers[encoder]], dim=1)
         # after the split, so that heads get whole tensors of one layout, whatever the width
         norm = model.get_submodule(f"{encoder}.norm")
         states |= zip(readers[encoder], map(norm, parts), strict=True)

@@ -11,22 +11,23 @@ from flava_train.objective.losses import CONTRASTIVE_LOSSES, LOSSES, EmbeddingLo
 
 
 @dataclass(frozen=True)
-class UserLoss:
-    """A loss of the user's own.
+class ExtraLoss:
+    """A loss besides those that have a weight in `Objective`.
 
     Args:
-        function: `module:function`; it returns a `Loss` or an `EmbeddingLoss`.
+        function: `module:function` of the user's own, which returns a `Loss` or an
+            `EmbeddingLoss`; or a name in `LOSSES`. Empty: the name of this loss, in `LOSSES`.
         weight: of the loss.
         arguments: keyword arguments of the function.
     """
 
-    function: str
+    function: str = ""
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedLoss(UserLoss):
+class LoadedLoss(ExtraLoss):
     """The same, with what the function returned."""
 
     entry: Loss | EmbeddingLoss
@@ -54,7 +55,7 @@ class Objective:
         itm: weight of image-text matching.
         mim: weight of masked image modelling, on images alone.
         mlm: weight of masked language modelling, on texts alone.
-        losses: further losses, of the user's own, by name.
+        losses: further losses, by name.
         contrastive_loss: `clip_global` has gradients through the rows of all ranks; `clip_local`
             only through a rank's own rows (the paper's ablation); `siglip` is the sigmoid loss
             (arXiv:2303.15343), with gradients through all rows.
@@ -73,7 +74,7 @@ class Objective:
     itm: float = 1.0
     mim: float = 1.0
     mlm: float = 1.0
-    losses: Mapping[str, UserLoss] = field(default_factory=dict)
+    losses: Mapping[str, ExtraLoss] = field(default_factory=dict)
     contrastive_loss: Literal["clip_global", "clip_local", "siglip"] = "clip_global"
     itm_negatives: Literal["dataset", "batch", "hard"] = "dataset"
     itm_rate: float = 0.1
@@ -82,17 +83,19 @@ class Objective:
 
     @cached_property
     def active_losses(self) -> tuple[WeightedLoss, ...]:
-        """The losses whose weight is not 0, those of the package first.
+        """The losses whose weight is not 0, those with a weight here first.
 
         Raises:
-            TypeError: a loss of the user's own was not loaded (`config.load_objective`).
+            TypeError: a further loss was not loaded (`config.load_objective`).
         """
         entries: dict[str, Loss | EmbeddingLoss] = {
             "contrastive": CONTRASTIVE_LOSSES[self.contrastive_loss],
             **LOSSES,
         }
-        ours = [WeightedLoss(name, getattr(self, name), entry) for name, entry in entries.items()]
-        return tuple(loss for loss in (*ours, *self._user_losses()) if loss.weight)
+        ours = [
+            WeightedLoss(name, getattr(self, name, 0.0), entry) for name, entry in entries.items()
+        ]
+        return tuple(loss for loss in (*ours, *self._extra_losses()) if loss.weight)
 
     @property
     def heads(self) -> dict[str, HeadFactory]:
@@ -122,7 +125,7 @@ class Objective:
     def _of_states(self) -> list[Loss]:
         return [loss.entry for loss in self.active_losses if isinstance(loss.entry, Loss)]
 
-    def _user_losses(self) -> list[WeightedLoss]:
+    def _extra_losses(self) -> list[WeightedLoss]:
         loaded = []
         for name, loss in self.losses.items():
             if not isinstance(loss, LoadedLoss):

@@ -125,25 +125,27 @@ class _Step:
         of_states = {loss.name: loss.entry for loss in active if isinstance(loss.entry, Loss)}
         if not active:
             return {}
-        pairs = [piece for piece in batch if isinstance(piece, PairBatch)]
+        pairs = [micro_batch for micro_batch in batch if isinstance(micro_batch, PairBatch)]
         hard = bool(pairs and self.objective.itm) and self.objective.itm_negatives == "hard"
         embedded: list[tuple[Tensor, Tensor]] = []
         if of_embeddings or hard:
             # of a single micro-batch the graph is kept; otherwise it is computed again
             with torch.set_grad_enabled(bool(of_embeddings) and len(batch) == 1):
-                embedded = [self._embed(piece) for piece in pairs]
+                embedded = [self._embed(micro_batch) for micro_batch in pairs]
         swapped = [
-            with_negatives(piece, self._similarity(*embedded[i]) if hard else None, self.objective)
-            for i, piece in enumerate(pairs)
+            with_negatives(
+                micro_batch, self._similarity(*embedded[i]) if hard else None, self.objective
+            )
+            for i, micro_batch in enumerate(pairs)
         ]
         inputs = {True: swapped or batch, False: batch}  # by whether they are masked
         counts = _global(
             {
-                name: [loss.count(piece.matched) for piece in pairs]
+                name: [loss.count(micro_batch.matched) for micro_batch in pairs]
                 for name, loss in of_embeddings.items()
             }
             | {
-                name: [loss.count(loss.targets(piece)) for piece in inputs[loss.masked]]
+                name: [loss.count(loss.targets(micro_batch)) for micro_batch in inputs[loss.masked]]
                 for name, loss in of_states.items()
             }
         )
@@ -170,7 +172,7 @@ class _Step:
         if cached:
             image.requires_grad_()
             text.requires_grad_()
-        matched = torch.cat([piece.matched for piece in batch])
+        matched = torch.cat([micro_batch.matched for micro_batch in batch])
         scale = self.model.logit_scale.exp()
         inputs = Embeddings(image, text, matched, scale, self.model.logit_bias)
         losses = {name: entry.loss_sum(inputs) / counts[name] for name, entry in entries.items()}
@@ -178,12 +180,12 @@ class _Step:
         if self.metrics is not None:
             self._measure_embeddings(batch, image.detach(), text.detach(), list(entries))
         if cached:
-            sizes = [len(piece) for piece in batch]
+            sizes = [len(micro_batch) for micro_batch in batch]
             assert image.grad is not None
             assert text.grad is not None
             gradients = zip(image.grad.split(sizes), text.grad.split(sizes), strict=True)
-            for piece, gradient in zip(batch, gradients, strict=True):
-                torch.autograd.backward(self._embed(piece), gradient)  # scaled already
+            for micro_batch, gradient in zip(batch, gradients, strict=True):
+                torch.autograd.backward(self._embed(micro_batch), gradient)  # scaled already
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _micro_batches(
@@ -191,10 +193,10 @@ class _Step:
     ) -> dict[str, Float[Tensor, ""]]:
         """Gradient of losses of states, one micro-batch at a time."""
         losses: dict[str, Tensor] = {}
-        for piece in batch:
+        for micro_batch in batch:
             with self._precision():
-                predictions = predict(self.model, piece, entries)
-                targets = {name: entry.targets(piece) for name, entry in entries.items()}
+                predictions = predict(self.model, micro_batch, entries)
+                targets = {name: entry.targets(micro_batch) for name, entry in entries.items()}
                 parts = {
                     name: entry.loss_sum(predictions[name], targets[name]) / counts[name]
                     for name, entry in entries.items()
@@ -204,7 +206,7 @@ class _Step:
                 losses[name] = losses.get(name, 0) + part.detach()
                 if self.metrics is not None:
                     outputs = predictions[name].detach(), targets[name]
-                    self.metrics.add(LossOutputs(name, piece, *outputs))
+                    self.metrics.add(LossOutputs(name, micro_batch, *outputs))
         return losses
 
     def _measure_embeddings(
@@ -215,9 +217,9 @@ class _Step:
         names: Sequence[str],
     ) -> None:
         assert self.metrics is not None
-        sizes = [len(piece) for piece in batch]
+        sizes = [len(micro_batch) for micro_batch in batch]
         similarity = image @ gather_rows(image, text)[1].T  # n all
-        targets = contrastive_targets(torch.cat([piece.matched for piece in batch]))
+        targets = contrastive_targets(torch.cat([micro_batch.matched for micro_batch in batch]))
         for rows in zip(batch, similarity.split(sizes), targets.split(sizes), strict=True):
             for name in names:
                 self.metrics.add(LossOutputs(name, *rows))
@@ -247,14 +249,14 @@ class _Step:
 
 def _stream(batch: Sequence[Batch]) -> str:
     kind = type(batch[0])
-    if any(type(piece) is not kind for piece in batch):
+    if any(type(micro_batch) is not kind for micro_batch in batch):
         raise TypeError(f"a batch that begins with {kind.__name__} holds other kinds too")
     return STREAMS[kind]
 
 
 def _global(counts: Mapping[str, list[Int[Tensor, ""]]]) -> dict[str, Int[Tensor, ""]]:
     """Counts over all ranks, at least 1, so that a batch without targets has a loss of 0."""
-    total = torch.stack([torch.stack(pieces).sum() for pieces in counts.values()])
+    total = torch.stack([torch.stack(parts).sum() for parts in counts.values()])
     if is_distributed():
         dist.all_reduce(total)
     return dict(zip(counts, total.clamp_min(1).unbind(), strict=True))
@@ -270,7 +272,7 @@ def _sum_over_ranks(gradients: Iterable[Tensor | None]) -> None:
             continue
         if isinstance(gradient, DTensor):  # FSDP2 has summed and sharded these already
             continue
-        if bucket and sum(held.numel() for held in bucket) + gradient.numel() > BUCKET:
+        if bucket and sum(one.numel() for one in bucket) + gradient.numel() > BUCKET:
             _exchange(bucket)
             bucket = []
         bucket.append(gradient)
@@ -281,6 +283,6 @@ def _sum_over_ranks(gradients: Iterable[Tensor | None]) -> None:
 def _exchange(gradients: Sequence[Tensor]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    pieces = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, piece in zip(gradients, pieces, strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    sums = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, total in zip(gradients, sums, strict=True):
+        gradient.copy_(total.view_as(gradient))

@@ -1,1 +1,1 @@
-"""What a run stands on: its folder, its ranks, its checkpoints, and what it says of itself."""
+"""The parts of a run: folder, ranks, initial weights, optimizer, checkpoints, loggers."""

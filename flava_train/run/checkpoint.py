@@ -199,24 +199,24 @@ def load_moments(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Opti
     Raises:
         PmdError: they cannot be read, or belong to another model.
     """
-    moments = _read(checkpoint / MOMENTS)
-    gone = _heads_of(_without_part(moments)) - _heads_of(model.state_dict())
-    held = {name: one for name, one in moments.items() if name.split(".")[1] not in gone}
+    saved = _read(checkpoint / MOMENTS)
+    skipped = _heads_of(_without_part(saved)) - _heads_of(model.state_dict())
+    moments = {name: one for name, one in saved.items() if name.split(".")[1] not in skipped}
     parameters = dict(model.named_parameters())
     shaped: dict[str, Tensor] = {
         f"{part}.{name}": tensor
         for name, tensor in parameters.items()
         for part in _PARTS_OF_ADAM
-        if f"{part}.{name}" in held  # a head has none before the first step of its stream
+        if f"{part}.{name}" in moments  # a head has none before the first step of its stream
     }
     shaped |= {name: torch.zeros(()) for name in shaped if name.startswith("step.")}
-    _check_same(checkpoint / MOMENTS, shaped, held)
+    _check_same(checkpoint / MOMENTS, shaped, moments)
     for name, parameter in parameters.items():
-        if f"step.{name}" in held:
+        if f"step.{name}" in moments:
             optimizer.state[parameter] = {
-                "step": held[f"step.{name}"].to(parameter.device),
-                "exp_avg": shard_like(held[f"exp_avg.{name}"], parameter),
-                "exp_avg_sq": shard_like(held[f"exp_avg_sq.{name}"], parameter),
+                "step": moments[f"step.{name}"].to(parameter.device),
+                "exp_avg": shard_like(moments[f"exp_avg.{name}"], parameter),
+                "exp_avg_sq": shard_like(moments[f"exp_avg_sq.{name}"], parameter),
             }
 
 

@@ -57,14 +57,14 @@ class FlopCounter:
 
     def count(self, batch: Sequence[Batch]) -> float:
         """Operations of a step with these micro-batches."""
-        return sum(len(piece) * self._count_row(piece) for piece in batch)
+        return sum(len(micro_batch) * self._count_row(micro_batch) for micro_batch in batch)
 
-    def _count_row(self, piece: Batch) -> float:
-        shape = type(piece), _text_width(piece)
-        if not self._entries(piece):
+    def _count_row(self, micro_batch: Batch) -> float:
+        shape = type(micro_batch), _text_width(micro_batch)
+        if not self._entries(micro_batch):
             return 0.0
         if shape not in self._per_row:
-            rows = select_rows(piece, torch.arange(min(_ROWS, len(piece))))
+            rows = select_rows(micro_batch, torch.arange(min(_ROWS, len(micro_batch))))
             # the counter counts what fused attention computes twice, or does not count it at all
             plain = sdpa_kernel(SDPBackend.MATH)
             with self._fake_mode, plain, FlopCounterMode(display=False) as counter:
@@ -96,12 +96,16 @@ class FlopCounter:
                 ]
         return torch.stack(sums).sum()
 
-    def _entries(self, piece: Batch) -> dict[str, Loss | EmbeddingLoss]:
+    def _entries(self, micro_batch: Batch) -> dict[str, Loss | EmbeddingLoss]:
         losses = self._objective.active_losses
-        return {one.name: one.entry for one in losses if one.entry.stream == STREAMS[type(piece)]}
+        return {
+            one.name: one.entry for one in losses if one.entry.stream == STREAMS[type(micro_batch)]
+        }
 
 
-def _text_width(piece: Batch) -> int:
-    if isinstance(piece, ImageBatch):
+def _text_width(micro_batch: Batch) -> int:
+    if isinstance(micro_batch, ImageBatch):
         return 0
-    return (piece.texts if isinstance(piece, PairBatch) else piece).tokens.shape[1]
+    return (micro_batch.texts if isinstance(micro_batch, PairBatch) else micro_batch).tokens.shape[
+        1
+    ]

@@ -84,9 +84,9 @@ def broadcast_from_rank_0(number: _Number, device: torch.device) -> _Number:
     """The number that rank 0 passes, on all ranks; it waits until all have called."""
     if not is_distributed():
         return number
-    held = torch.tensor(number, dtype=torch.float64, device=device)
-    dist.broadcast(held, 0)
-    return type(number)(held.item())
+    value = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.broadcast(value, 0)
+    return type(number)(value.item())
 
 
 def shard_model(model: Flava, device: torch.device) -> None:
@@ -102,7 +102,7 @@ def shard_model(model: Flava, device: torch.device) -> None:
         assert isinstance(part, FSDPModule)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(enable=True)  # gloo has no other
-    # it warns about views changed in place, which no caller of a head does
+    # it warns of tensor views changed in place; no caller of a head changes one
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
 
 

@@ -115,9 +115,9 @@ def test_the_loss_and_the_metrics_are_logged_and_shown(folder, trained):
         assert line["metrics"].keys() == {"mean_token", "itm_accuracy", "parity_accuracy"}
         assert 0 < line["metrics"]["mean_token"] < VOCABULARY
         assert (line["metrics"]["parity_accuracy"] * 8).is_integer()
-    shown = trained.stderr.splitlines()[-1]
-    assert ", parity 0." in shown
-    assert ", mean_token " in shown
+    last_line = trained.stderr.splitlines()[-1]
+    assert ", parity 0." in last_line
+    assert ", mean_token " in last_line
 
 
 def test_the_checkpoint_has_the_head_and_the_digest_of_the_module(folder, trained):

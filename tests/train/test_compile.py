@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 {body}
 """
 
-WHOLE = """
+STREAMS = """
 model = flava()
 
 def embed(pairs):
@@ -106,11 +106,11 @@ model.compile_regions(backend=counter)
 train_step(model, [pairs(4)], Objective())
 counts = [counter.frame_count]
 with tempfile.TemporaryDirectory() as folder:
-    world = write_datasets(Path(folder))
-    config = EvaluationConfig(retrieval=str(world / "held-out.json"), batch=5)
+    datasets = write_datasets(Path(folder))
+    config = EvaluationConfig(retrieval=str(datasets / "held-out.json"), batch=5)
     evaluate(
         model,
-        load_wordpiece(str(world / "vocab.txt")),
+        load_wordpiece(str(datasets / "vocab.txt")),
         config,
         caption_tokens=16,
         files=FileCache(verify=False),
@@ -136,7 +136,7 @@ def run(body, pytestconfig):
 
 
 def test_every_stream_is_one_graph(pytestconfig):
-    done = run(WHOLE, pytestconfig)
+    done = run(STREAMS, pytestconfig)
 
     assert done.returncode == 0, done.stderr
 

@@ -7,6 +7,7 @@ from ablations import ABLATIONS
 from hypothesis import given
 from hypothesis import strategies as st
 from trials import small_config
+from user_losses import USER_LOSSES
 
 from flava_train.config import (
     as_toml,
@@ -17,8 +18,9 @@ from flava_train.config import (
     validate_config,
 )
 from flava_train.model.flava import TowerConfig
+from flava_train.objective.losses import LOSSES
 from flava_train.objective.metrics import STEP_METRICS
-from flava_train.objective.objective import Objective, UserLoss
+from flava_train.objective.objective import ExtraLoss, Objective
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.recipe import recipe_names
 
@@ -118,7 +120,6 @@ def test_any_value_survives_toml(text, number, seed):
             "[objective.losses.mine]\nfunctoin = 'a:b'",
             "unknown key 'objective.losses.mine.functoin'; did you mean 'function'?",
         ),
-        ("[objective.losses.mine]\nweight = 1.0", "objective.losses.mine.function is missing"),
         ("[objective.losses]\nmine = 'a:b'", "objective.losses.mine is a section, not a value"),
         (
             "[objective]\ncontrastive_loss = 'siglip'",
@@ -151,7 +152,7 @@ def test_a_missing_key_is_named(write):
         ("data.text.vocabulary=a", "--set: unknown key 'data.text'; did you mean 'texts'?"),
         ("optimizer.lr=quick", '--set: optimizer.lr = "quick": should be a valid number'),
         ("optimizer=3", "--set: optimizer is a section, not a value"),
-        ("steps.more=3", "--set steps.more: steps is a value, so nothing stands below it"),
+        ("steps.more=3", "--set steps.more: steps is a value, so it has no keys"),
         ("steps", "--set steps: write it as key=value, as in optimizer.lr=3e-4"),
         ("=3", "--set =3: write it as key=value, as in optimizer.lr=3e-4"),
     ],
@@ -268,7 +269,7 @@ measure = 5
 
 def test_a_users_loss_is_loaded_with_its_arguments(user_module):
     name = user_module(LOSS)
-    losses = {"mine": UserLoss(f"{name}:loss", 0.5, {"scale": 2})}
+    losses = {"mine": ExtraLoss(f"{name}:loss", 0.5, {"scale": 2})}
 
     objective = load_objective(Objective(mim=0.0, losses=losses))
 
@@ -292,20 +293,34 @@ def test_a_users_loss_is_loaded_with_its_arguments(user_module):
         ("mine", "{}:nothing", {}, "{}:nothing returns int; it must return a Loss"),
         ("mim", "{}:loss", {}, "objective.losses.mim: 'mim' cannot be the name of a loss"),
         ("my loss", "{}:loss", {}, "'my loss' cannot be the name of a loss"),
-        ("mine", "loss", {}, "'loss' is not of the form module:function"),
+        ("mine", "loss", {}, "objective.losses.mine: 'loss' is neither module:function nor a loss"),
+        ("mine", "", {}, "'mine' is neither module:function nor a loss; there are itm, mim,"),
+        ("mine", "mim", {"scale": 1}, "objective.losses.mine: the loss mim has no arguments"),
     ],
 )
 def test_a_users_loss_that_cannot_be_loaded_is_one_sentence(
     user_module, name, function, arguments, sentence
 ):
     module = user_module(LOSS)
-    loss = UserLoss(function.format(module), 1.0, arguments)
+    loss = ExtraLoss(function.format(module), 1.0, arguments)
 
     with pytest.raises(PmdError) as caught:
         load_objective(Objective(losses={name: loss}))
 
     assert sentence.format(module) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_loss_of_the_package_needs_one_entry(monkeypatch):
+    monkeypatch.setitem(LOSSES, "rotation", USER_LOSSES["rotation"].entry)
+    losses = {"rotation": ExtraLoss(weight=0.5), "again": ExtraLoss("rotation")}
+
+    objective = load_objective(Objective(mim=0.0, losses=losses))
+
+    added = [(loss.name, loss.weight) for loss in objective.active_losses[-2:]]
+    assert added == [("rotation", 0.5), ("again", 1.0)]
+    assert {"rotation", "again"} <= objective.heads.keys()
+    assert "rotation" not in load_objective(Objective()).heads
 
 
 def test_a_users_loss_survives_toml(write):

@@ -10,7 +10,7 @@ from user_losses import USER_LOSSES, with_user_losses
 from flava_train.data.masking import IGNORE
 from flava_train.model.flava import PUBLISHED_HEADS, Flava
 from flava_train.objective.losses import clip_loss_sum, masked_patches, siglip_loss_sum
-from flava_train.objective.objective import Objective, UserLoss
+from flava_train.objective.objective import ExtraLoss, Objective
 from flava_train.objective.step import train_step
 
 
@@ -228,7 +228,7 @@ def test_an_unmasked_loss_reads_images_and_captions_as_they_are():
 
 
 def test_a_users_loss_must_be_loaded_before_it_is_trained():
-    objective = Objective(losses={"mine": UserLoss("my_module:loss")})
+    objective = Objective(losses={"mine": ExtraLoss("my_module:loss")})
 
     with pytest.raises(TypeError, match="the loss mine = my_module:loss is not loaded"):
         train_step(flava(), [pairs(2)], objective)

@@ -216,7 +216,7 @@ def as_theirs(model):
     """Our gradients under transformers' names, without the poolers, which have none."""
     shell = Flava(model.config).to(model.logit_scale.dtype)
     with torch.no_grad():
-        for ours, held in zip(model.parameters(), shell.parameters(), strict=True):
-            held.copy_(torch.full_like(ours, torch.nan) if ours.grad is None else ours.grad)
-    theirs = {name: held for name, held in hf_state(shell).items() if "_model.pooler." not in name}
-    return {name: held for name, held in theirs.items() if not held.isnan().any()}
+        for ours, copy in zip(model.parameters(), shell.parameters(), strict=True):
+            copy.copy_(torch.full_like(ours, torch.nan) if ours.grad is None else ours.grad)
+    theirs = {name: one for name, one in hf_state(shell).items() if "_model.pooler." not in name}
+    return {name: one for name, one in theirs.items() if not one.isnan().any()}
