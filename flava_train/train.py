@@ -104,18 +104,18 @@ def train(
             raise PmdError(
                 f"a batch of {config.batch} cannot be split equally over {ranks.size} ranks"
             )
-        config, streams = open_data(config)
+        config, data = open_data(config)
         check_evaluation(config.evaluation)
         trainer, changes = _make_trainer(
-            config, streams, ranks, resume, allow_changed=allow_changed_data
+            config, data, ranks, resume, allow_changed=allow_changed_data
         )
         if ranks.is_main:
             write_whole(str(run / CONFIG), as_toml(config).encode())
-            vocabulary = "".join(f"{token}\n" for token in streams.wordpiece.vocabulary)
+            vocabulary = "".join(f"{token}\n" for token in data.wordpiece.vocabulary)
             write_whole(str(run / VOCABULARY), vocabulary.encode())
         first = trainer.progress.steps
         batches = load_batches(
-            streams,
+            data,
             first,
             config.steps,
             rank=ranks.rank,
@@ -181,11 +181,11 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, TrainingData]:
     Raises:
         PmdError: data is missing, is damaged, or does not fit the model.
     """
-    data, model, shares = config.data, config.model, config.objective.streams
+    section, model, shares = config.data, config.model, config.objective.streams
     manifests = [
         load_complete_manifest(address)
         for stream in STREAMS
-        for address in data.manifests(stream)
+        for address in section.manifests(stream)
         if getattr(shares, stream)
     ]
     if not model.image_vocab:
@@ -193,16 +193,16 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, TrainingData]:
         # without codes, no loss needs them, or `TrainingData` raises
         size = max(sizes, default=FlavaConfig().image_vocab)
         model = replace(model, image_vocab=size)
-    if not model.text_vocab and data.tokenizer:  # after the manifests: the hub may be slow
-        wordpiece = load_wordpiece(data.tokenizer, data.revision)
+    if not model.text_vocab and section.tokenizer:  # after the manifests: the hub may be slow
+        wordpiece = load_wordpiece(section.tokenizer, section.revision)
         model = replace(model, text_vocab=len(wordpiece.vocabulary))
     needs = load_objective(config.objective).data_needs
-    streams = TrainingData(data, needs, model, seed=config.seed, batch=config.batch)
-    return replace(config, model=model), streams
+    data = TrainingData(section, needs, model, seed=config.seed, batch=config.batch)
+    return replace(config, model=model), data
 
 
 def _make_trainer(
-    config: TrainConfig, streams: TrainingData, ranks: Ranks, resume: str, *, allow_changed: bool
+    config: TrainConfig, data: TrainingData, ranks: Ranks, resume: str, *, allow_changed: bool
 ) -> tuple[Trainer, list[str]]:
     """The trainer, at its first step or resumed; and what differs from the checkpoint's run."""
     objective = load_objective(config.objective)
@@ -210,7 +210,7 @@ def _make_trainer(
     checkpoint = _find_resume(Path(config.out), resume, ranks)
     progress = Progress(
         config=as_tables(config),
-        digests=streams.digests,
+        digests=data.digests,
         code={reference: source_digest(reference) for reference in user_references(config)},
         loss_scale=FIRST_LOSS_SCALE if config.compute.precision == "fp16" else 1.0,
         ranks=ranks.size,
@@ -220,7 +220,7 @@ def _make_trainer(
         saved = load_progress(checkpoint)
         changes = _changes(checkpoint, saved, progress, allow_changed=allow_changed)
         progress = _resumed(progress, saved, checkpoint.resolve(), Path(config.out).resolve())
-    model = init_model(config, streams.digests["tokenizer"], from_scratch=checkpoint is None)
+    model = init_model(config, data.digests["tokenizer"], from_scratch=checkpoint is None)
     model.to(ranks.device)
     if config.compute.compile:
         model.compile_regions()
@@ -234,7 +234,7 @@ def _make_trainer(
         config=config,
         objective=objective,
         step_metrics=step_metrics,
-        streams=streams,
+        data=data,
         ranks=ranks,
         model=model,
         optimizer=optimizer,

@@ -69,7 +69,7 @@ class Trainer:
     config: TrainConfig
     objective: Objective
     step_metrics: dict[str, StepMetric]
-    streams: TrainingData
+    data: TrainingData
     ranks: Ranks
     model: Flava
     optimizer: torch.optim.Optimizer
@@ -122,7 +122,7 @@ class Trainer:
         config = self.config.evaluation
         result = evaluate(
             self.model,
-            self.streams.wordpiece,
+            self.data.wordpiece,
             config,
             caption_tokens=self.config.data.caption_tokens,
             files=self.config.data.file_cache(),
@@ -201,7 +201,7 @@ class Trainer:
         Raises:
             NotFinite: always.
         """
-        keys = [slot.key for slot in self.streams.describe(batch.step)]
+        keys = [slot.key for slot in self.data.describe(batch.step)]
         some = ", ".join(keys if len(keys) <= _MAX_KEYS else [*keys[:_MAX_KEYS], "..."])
         path = Path(self.config.out) / f"not-finite-{batch.step}.json"
         if self.ranks.is_main:

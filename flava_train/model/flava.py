@@ -141,7 +141,7 @@ class Block(nn.Module):
         return x + fed
 
 
-class Encoder(nn.Module):
+class TransformerEncoder(nn.Module):
     """Blocks, and the normalisation that follows the last.
 
     With `recompute`, the backward pass computes activations inside blocks again instead of
@@ -180,7 +180,7 @@ class Encoder(nn.Module):
         return x
 
 
-class ImageEncoder(Encoder):
+class ImageEncoder(TransformerEncoder):
     """`[CLS]`, then patches row by row."""
 
     mean: Tensor
@@ -231,7 +231,7 @@ class ImageEncoder(Encoder):
         return torch.cat([self.positions[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-class TextEncoder(Encoder):
+class TextEncoder(TransformerEncoder):
     """WordPiece tokens, `[CLS]` first."""
 
     def __init__(self, config: FlavaConfig) -> None:
@@ -254,7 +254,7 @@ class TextEncoder(Encoder):
         return self.run(self.embedding_norm(x), _length_mask(lengths, length), positions)
 
 
-class MultimodalEncoder(Encoder):
+class MultimodalEncoder(TransformerEncoder):
     """`[CLS_M]`, then all states of the image, then all states of the text."""
 
     def __init__(self, config: FlavaConfig) -> None:

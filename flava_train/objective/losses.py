@@ -22,6 +22,10 @@ from flava_train.shapes import Bool, Float, Int, Shaped
 Batch = PairBatch | ImageBatch | TextBatch
 
 
+ENCODERS = {"pairs": ("image", "text", "multimodal"), "images": ("image",), "texts": ("text",)}
+"""The encoders that each stream has states of."""
+
+
 @dataclass(frozen=True)
 class LossInputs:
     """What the predictions of one micro-batch are computed from.
@@ -100,6 +104,18 @@ class Loss:
     predict: Callable[[LossInputs], Tensor] = head_of_states
     loss_sum: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
     count: Callable[[Tensor], Tensor] = count_targets
+
+    def __post_init__(self) -> None:
+        encoders = ENCODERS.get(self.stream)
+        if encoders is None:
+            raise ValueError(f"there is no stream {self.stream!r}; there are {', '.join(ENCODERS)}")
+        if self.encoder is not None and self.encoder not in encoders:
+            raise ValueError(
+                f"the stream {self.stream} has no encoder {self.encoder!r}; it has "
+                f"{', '.join(encoders)}"
+            )
+        if self.predict is head_of_states and not (self.encoder and self.head):
+            raise ValueError("a loss without `predict` needs an encoder and a head")
 
 
 @dataclass(frozen=True)

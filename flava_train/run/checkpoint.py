@@ -94,13 +94,13 @@ def save(
         PmdError: it cannot be written.
     """
     is_main = progress.ranks == 1 or torch.distributed.get_rank() == 0
-    weights = _gathered(model.state_dict(), keep=is_main)
-    moments = _gathered(_moments(model, optimizer), keep=is_main)
+    weights = _full_tensors(model.state_dict(), keep=is_main)
+    moments = _full_tensors(_moments(model, optimizer), keep=is_main)
     if not is_main:
         return
     folder = run / "checkpoints" / checkpoint_name(progress.steps)
     if not folder.exists():
-        _write(folder, progress, weights, moments)
+        _write_checkpoint(folder, progress, weights, moments)
     best = progress.best
     protected = {progress.steps} if best is None else {progress.steps, best.steps}
     _remove_old(folder.parent, keep, protected)
@@ -229,7 +229,7 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     }
 
 
-def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+def _full_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Full tensors on the CPU; one at a time, so that ranks that keep none need no memory."""
     gathered = {}
     for name, tensor in tensors.items():
@@ -239,7 +239,7 @@ def _gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]
     return gathered
 
 
-def _write(
+def _write_checkpoint(
     folder: Path, progress: Progress, weights: dict[str, Tensor], moments: dict[str, Tensor]
 ) -> None:
     unfinished = folder.with_name(f".{folder.name}.{uuid4().hex}.tmp")

@@ -62,7 +62,7 @@ def _load_initial_weights(model: Flava, config: TrainConfig, tokenizer: str) -> 
     if section.init_image:
         path = Path(section.init_image)
         try:
-            load_dino(model.image, read_tensors(path))
+            load_dino(model.image, load_tensors(path))
         except ValueError as error:
             raise PmdError(f"{path}: {error}") from error
     if section.init_text:
@@ -95,7 +95,7 @@ def _load_all(model: Flava, section: ModelConfig) -> list[str]:
     return sorted({name.split(".")[0] for name in missing})
 
 
-def read_tensors(path: Path) -> Mapping[str, Tensor]:
+def load_tensors(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a `.safetensors` file or of `torch.save`; no code in it runs.
 
     Raises:

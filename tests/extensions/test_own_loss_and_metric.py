@@ -50,6 +50,12 @@ def parity_accuracy(outputs):
     correct = outputs.predictions.argmax(-1) == outputs.targets
     return correct.sum(), torch.ones_like(correct).sum()
 '''
+WRONG_STREAM = """
+from flava_train.objective.losses import Loss
+
+def loss():
+    return Loss(stream="pair", targets=len)
+"""
 LOSS = {"function": "my_losses:caption_parity", "weight": 0.5, "arguments": {"width": 8}}
 VOCABULARY = len(SPECIAL_TOKENS) + len(tiny_datasets.WORDS)
 SETTINGS = {
@@ -181,6 +187,11 @@ def test_evaluation_and_export_need_no_module(folder, trained, tmp_path):
         ("import nowhere_to_be_found", "broken:loss", "importing broken fails"),
         ("def loss(:", "broken:loss", "importing broken fails: SyntaxError"),
         ("", "absent:loss", "there is no module 'absent'"),
+        (
+            WRONG_STREAM,
+            "broken:loss",
+            "ValueError: there is no stream 'pair'; there are pairs, images, texts (broken.py",
+        ),
     ],
 )
 def test_a_broken_module_is_one_sentence_and_exit_code_2(folder, code, function, sentence):

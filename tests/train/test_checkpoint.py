@@ -25,7 +25,7 @@ from flava_train.evaluation.result import EvaluationResult
 from flava_train.model.flava import Flava
 from flava_train.run import checkpoint
 from flava_train.run.checkpoint import find_checkpoint, load_progress, newest_checkpoint
-from flava_train.run.init import init_model, read_tensors
+from flava_train.run.init import init_model, load_tensors
 from flava_train.run.loggers import METRICS
 from flava_train.train import open_data, train
 from pmd_pipeline.contract.errors import PmdError
@@ -53,7 +53,7 @@ def evaluated(datasets):
 def tensors_of(path):
     """All tensors of a checkpoint: weights and moments."""
     folder = find_checkpoint(path)
-    return [read_tensors(folder / name) for name in (checkpoint.WEIGHTS, checkpoint.MOMENTS)]
+    return [load_tensors(folder / name) for name in (checkpoint.WEIGHTS, checkpoint.MOMENTS)]
 
 
 def same(one, other):

@@ -9,7 +9,12 @@ from user_losses import USER_LOSSES, with_user_losses
 
 from flava_train.data.masking import IGNORE
 from flava_train.model.flava import PUBLISHED_HEADS, Flava
-from flava_train.objective.losses import clip_loss_sum, masked_patches, siglip_loss_sum
+from flava_train.objective.losses import (
+    LOSSES,
+    clip_loss_sum,
+    masked_patches,
+    siglip_loss_sum,
+)
 from flava_train.objective.objective import ExtraLoss, Objective
 from flava_train.objective.step import train_step
 
@@ -225,6 +230,20 @@ def test_an_unmasked_loss_reads_images_and_captions_as_they_are():
         logits = model.plain_length_head(states[:, 0])
     expected = torch.nn.functional.cross_entropy(logits, (batch.texts.lengths > 8).long())
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": "text"}, "the stream images has no encoder 'text'; it has image"),
+        ({"encoder": "multimodal"}, "the stream images has no encoder 'multimodal'"),
+        ({"encoder": None}, "a loss without `predict` needs an encoder and a head"),
+        ({"head": None}, "a loss without `predict` needs an encoder and a head"),
+    ],
+)
+def test_a_loss_that_cannot_be_computed_is_an_error(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(LOSSES["mim"], **change)
 
 
 def test_a_users_loss_must_be_loaded_before_it_is_trained():

@@ -30,7 +30,7 @@ from flava_train.evaluation.trained_model import load_trained_model
 from flava_train.model.flava import Flava
 from flava_train.model.hf import export_hf, load_hf, untrained_heads
 from flava_train.run.checkpoint import find_checkpoint, load_progress
-from flava_train.run.init import init_model, read_tensors
+from flava_train.run.init import init_model, load_tensors
 from flava_train.run.optimizer import adamw, learning_rate
 from flava_train.run.ranks import Ranks
 from flava_train.run.run_dir import lock_run_dir
@@ -52,7 +52,7 @@ def uninterrupted(datasets, tmp_path_factory):
 
 
 def weights(run):
-    return read_tensors(find_checkpoint(run) / "model.safetensors")
+    return load_tensors(find_checkpoint(run) / "model.safetensors")
 
 
 def same(one, other):
