@@ -17,10 +17,8 @@ from pmd_pipeline.contract.files import join, open_read, write_whole
 from pmd_pipeline.contract.models import Counts, FileDigest, StoredModel
 from pmd_pipeline.contract.paths import part_name
 from pmd_pipeline.contract.schemas import DROPPED_SCHEMA, INDEX_IMAGE, KEPT_SCHEMA
+from pmd_pipeline.index.boxes import clip_boxes
 from pmd_pipeline.index.external_sort import KEYS
-
-_MIN_SIDE = 1.0
-"""Width and height, in pixels, that a box must have inside the image."""
 
 
 class IndexPart(StoredModel):
@@ -166,7 +164,7 @@ def _final_pairs(lines: pl.DataFrame, records: pl.DataFrame, *, drop_repeats: bo
     pairs = pairs.join(
         records.drop("span", "row", "has_pair", "ids"), on="key", how="left", maintain_order="left"
     )
-    pairs = _with_fractions(pairs)
+    pairs = clip_boxes(pairs)
     pairs = pairs.with_columns(
         reason=pl.when(pl.col("heldout"))
         .then(pl.lit("heldout"))
@@ -184,33 +182,6 @@ def _final_pairs(lines: pl.DataFrame, records: pl.DataFrame, *, drop_repeats: bo
         reason=pl.when(is_repeat & pl.col("reason").is_null())
         .then(pl.lit("repeat"))
         .otherwise(pl.col("reason"))
-    )
-
-
-def _with_fractions(pairs: pl.DataFrame) -> pl.DataFrame:
-    """The pairs with `box`, clamped fractions of the image or null, and `is_box_valid`."""
-    across = [pl.col(side).clip(0, pl.col("width")).alias(side) for side in ("x0", "x1")]
-    down = [pl.col(side).clip(0, pl.col("height")).alias(side) for side in ("y0", "y1")]
-    has_box = pl.col("x0").is_not_null()
-    sides = ((pl.col("x1") - pl.col("x0")), (pl.col("y1") - pl.col("y0")))
-    fractions = [
-        (pl.col("x0") / pl.col("width")),
-        (pl.col("y0") / pl.col("height")),
-        (pl.col("x1") / pl.col("width")),
-        (pl.col("y1") / pl.col("height")),
-    ]
-    finite = pl.all_horizontal(pl.col(side).is_finite() for side in ("x0", "y0", "x1", "y1"))
-    is_measurable = pl.col("width").is_not_null() & pl.col("height").is_not_null() & finite
-    is_large = (sides[0] >= _MIN_SIDE) & (sides[1] >= _MIN_SIDE)
-    return (
-        pairs.with_columns(has_box=has_box, finite=is_measurable.fill_null(False))
-        .with_columns(*across, *down)
-        .with_columns(
-            is_box_valid=~pl.col("has_box") | (pl.col("finite") & is_large.fill_null(False)),
-            box=pl.when(pl.col("has_box")).then(
-                pl.concat_list([one.cast(pl.Float32) for one in fractions])
-            ),
-        )
     )
 
 

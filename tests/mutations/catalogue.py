@@ -94,7 +94,7 @@ MUTATIONS = [
         "one caption of two regions counts as a repeat",
     ),
     Mutation(
-        "pmd_pipeline/index/records.py",
+        "pmd_pipeline/index/boxes.py",
         'pl.col(X).clip(0, pl.col("height"))',
         'pl.col(X).clip(0, pl.col("width"))',
         _RECORDS,
