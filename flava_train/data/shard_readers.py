@@ -159,7 +159,7 @@ class TextShard:
             self._file = files.open(location.shard, pq.ParquetFile)
             groups = [self._file.metadata.row_group(n) for n in range(self._file.num_row_groups)]
             self._ends = np.cumsum([group.num_rows for group in groups])
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             raise self._mismatch(str(error)) from error
         if self._file.metadata.num_rows != location.entry.pairs:
             raise self._mismatch("it has another number of rows")
@@ -185,7 +185,7 @@ class TextShard:
     def _read_group(self, group: int) -> list[object]:
         try:
             column = self._file.read_row_group(group, columns=["text"], use_threads=False)["text"]
-        except (pa.ArrowException, KeyError, OSError) as error:
+        except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as error:
             raise self._mismatch(str(error)) from error
         texts: list[object] = column.to_pylist()
         return texts

@@ -20,6 +20,10 @@ MEND_INDEX = "delete index.json beside it, and build again"
 """Advice for a damaged index file."""
 
 
+DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What pyarrow raises on damaged Parquet: it decodes the names of columns by itself."""
+
+
 def read_table(
     source: IO[bytes],
     columns: Sequence[str] | None = None,
@@ -60,6 +64,10 @@ def read_batches(
 def _reporting_damage(address: str | None, mend: str) -> Iterator[None]:
     try:
         yield
+    except UnicodeDecodeError as error:
+        if address is None:
+            raise pa.ArrowInvalid(f"the name of a column is not UTF-8: {error}") from error
+        raise PmdError(f"{address} is no whole Parquet file: {mend}") from error
     except (pa.ArrowException, OSError) as error:
         # an OSError with a number comes from the system, not from Arrow's parser
         if address is None or (isinstance(error, OSError) and error.errno):

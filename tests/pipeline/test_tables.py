@@ -82,3 +82,16 @@ def test_an_error_of_the_system_is_not_reported_as_damage(file, read, monkeypatc
 
     with pytest.raises(OSError, match="Input/output error"):
         read(file, address="a/b.parquet")
+
+
+def test_a_column_whose_name_is_not_utf8_is_damage():
+    out = BytesIO()
+    pq.write_table(pa.table({"caption": ["a"]}), out)
+    damaged = out.getvalue().replace(b"caption", b"\xe7aption")
+
+    with pytest.raises(pa.ArrowInvalid, match="not UTF-8"):
+        read_table(BytesIO(damaged))
+    with pytest.raises(PmdError, match=r"a\.parquet is no whole Parquet file"):
+        read_table(BytesIO(damaged), address="a.parquet")
+    with pytest.raises(PmdError, match=r"a\.parquet is no whole Parquet file"):
+        list(read_batches(BytesIO(damaged), address="a.parquet"))

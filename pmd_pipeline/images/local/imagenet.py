@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pmd_pipeline.base.parallel import OnProgress, Pool, ReportProgress, in_order
 from pmd_pipeline.base.storage import load_model, remove, sizes
+from pmd_pipeline.base.tables import DAMAGE
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.contract.files import is_local, join, whole_file, write_whole
 
@@ -171,7 +172,7 @@ def unpack(task: UnpackTask, report_progress: ReportProgress) -> None:
             _parquet_entries(rows, path.stem, task, report_progress),
             sync=True,
         )
-    except (pa.ArrowException, OSError) as error:
+    except DAMAGE as error:
         message = str(error).partition("\n")[0]
         raise PmdError(
             f"cannot unpack {path} ({message}): download it again, or make room"

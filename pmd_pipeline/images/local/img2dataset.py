@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from pmd_pipeline.base.parallel import Pool, ReportProgress, WorkerDied, ignore_progress
 from pmd_pipeline.base.record import one_line, url_id
 from pmd_pipeline.base.storage import remove, sizes
+from pmd_pipeline.base.tables import DAMAGE
 from pmd_pipeline.contract.errors import PmdError, RecordError
 from pmd_pipeline.contract.files import join, whole_file
 from pmd_pipeline.contract.paths import part_name
@@ -153,7 +154,7 @@ def _read_parquet_of(tar: str) -> list[dict[str, Any]]:
         with pq.ParquetFile(path) as file:
             missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
             rows: list[dict[str, Any]] = [] if missing else file.read(_COLUMNS).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except DAMAGE as error:
         raise PmdError(f"{path} cannot be read ({error}): is the shard of {tar} whole?") from error
     if missing:
         raise PmdError(

@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pmd_pipeline.base.record import BadRow
+from pmd_pipeline.base.tables import DAMAGE
 from pmd_pipeline.contract.errors import PmdError
 from pmd_pipeline.sources.upstream.files import Span, UpstreamFile
 
@@ -40,7 +41,7 @@ def cells(span: Span, column: str) -> Iterator[bytes | BadRow]:
         for batch in table.iter_batches(_BATCH, row_groups=list(groups), columns=[column]):
             for cell in pc.cast(batch.column(0), pa.large_binary()).to_pylist():
                 yield BadRow(f"{column} is null") if cell is None else cell
-    except (pa.ArrowException, OSError) as error:
+    except DAMAGE as error:
         raise _damage_error(span.file, error) from error
 
 
@@ -49,7 +50,7 @@ def _open_parquet(file: UpstreamFile) -> pq.ParquetFile:
         raise PmdError(f"{file} is packed: unpack it, because Parquet is read by row groups")
     try:
         return pq.ParquetFile(file.path)
-    except (pa.ArrowException, OSError) as error:
+    except DAMAGE as error:
         raise _damage_error(file, error) from error
 
 
